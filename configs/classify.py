@@ -1,0 +1,27 @@
+"""Fine-tuning for classification: which package of the standard library does a docstring come from?
+
+`--config.init_from=WORKDIR` starts from a pretrained run; another corpus is `--config.data.source=jsonl --config.data.path=FILE
+--config.data.label=FIELD`, or csv, parquet, tfds.
+"""
+
+from configs import base
+
+
+def get_config():
+  """A few epochs over the labelled embedded corpus, from the weights of `init_from` or from scratch."""
+  config = base.get_config()
+  config.steps = 300
+  config.batch_size = 32
+  config.seq_len = 128
+  config.micro_batches = 1
+  config.log_every = 20
+  config.eval_every = 100
+  config.data.labelled = True
+  config.data.validation = 0.15
+  config.tokenizer.vocab_size = 4096
+  config.model = base.model('encoder', 'bert_tiny')
+  config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='cls', unlabelled='error')
+  config.optimizer.learning_rate = 5e-4
+  config.checkpoint.every = 100
+  config.evaluation.rows = 0
+  return config

@@ -1,0 +1,125 @@
+"""The config as the program reads it: one dataclass for the top level, plain dictionaries for the sections.
+
+A section is a constructor call: `config.model` is the keyword arguments of the model, and so on; `llm_jax.build` checks each
+against the signature it is meant for. This module checks the top level, and what may change between two runs of one workdir.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from llm_jax import plugins
+
+# What a resumed run must share with the run that it continues. The rest (steps, intervals, rates, mesh) may change.
+IDENTITY = ('model', 'data', 'tokenizer', 'objective', 'seq_len', 'seed', 'optimizer.name')
+NOT_IDENTITY = ('data.cache', 'data.workers', 'model.dtype', 'model.remat', 'model.unroll')
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """When to save (every so many steps, and at the end) and how many of the newest to keep beside the best one."""
+
+  every: int = 1000
+  keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """How many rows of the validation set to use (0: all), and after how many evaluations without a better loss to stop (0: never)."""
+
+  rows: int = 512
+  patience: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Logging:
+  """Where numbers go besides metrics.jsonl: TensorBoard events, and a Weights & Biases project (extra `wandb`)."""
+
+  tensorboard: bool = True
+  wandb: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The top level of a config file. `batch_size` is global: sequences an optimizer step, over all hosts and micro-batches."""
+
+  steps: int
+  batch_size: int
+  seq_len: int
+  data: dict
+  tokenizer: dict
+  model: dict
+  objective: dict
+  optimizer: dict
+  seed: int = 0
+  micro_batches: int | None = None
+  log_every: int = 10
+  eval_every: int = 500
+  init_from: str | None = None
+  mesh: dict = dataclasses.field(default_factory=dict)
+  checkpoint: Checkpoint = Checkpoint()
+  evaluation: Evaluation = Evaluation()
+  logging: Logging = Logging()
+
+  def __post_init__(self):
+    for name in ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'eval_every'):
+      if getattr(self, name) is not None and getattr(self, name) < 1:
+        raise ValueError(f'config.{name}={getattr(self, name)} must be at least 1.')
+    if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
+      raise ValueError(f'config.checkpoint needs every and keep of at least 1, not {self.checkpoint}.')
+    for section, need in (('data', 'source'), ('tokenizer', 'name'), ('model', 'name'), ('objective', 'name'), ('optimizer', 'name')):
+      if not getattr(self, section).get(need):
+        raise ValueError(f'config.{section} needs a {need!r}.')
+
+
+def parse(tree: Mapping[str, Any]) -> Config:
+  """Makes a Config of nested dictionaries (an ml_collections ConfigDict's `to_dict()`, or `config.json`), checked."""
+  tree = dict(tree)
+  for name, section in (('checkpoint', Checkpoint), ('evaluation', Evaluation), ('logging', Logging)):
+    if name in tree:
+      tree[name] = plugins.construct(name, section, tree[name])
+  return plugins.construct('', Config, tree)
+
+
+def to_json(config: Config) -> str:
+  """The config as JSON, options that are None left out."""
+  return json.dumps(_without_none(dataclasses.asdict(config)), indent=2, sort_keys=True)
+
+
+def from_json(text: str) -> Config:
+  """Reads what `to_json` wrote."""
+  return parse(json.loads(text))
+
+
+def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
+  """Keys in which two configs differ: those that make it another run, and those that may change on resuming.
+
+  Each entry reads 'model.dim: 128 -> 256'. Tuples and lists are the same thing, as JSON has it.
+  """
+  before, after = ({path: value for path, value in _leaves(json.loads(to_json(c)))} for c in (old, new))
+  forbidden, allowed = [], []
+  for path in sorted(before.keys() | after.keys()):
+    if before.get(path) == after.get(path):
+      continue
+    matters = _under(path, IDENTITY) and not _under(path, NOT_IDENTITY)
+    (forbidden if matters else allowed).append(f'{path}: {before.get(path)!r} -> {after.get(path)!r}')
+  return forbidden, allowed
+
+
+def _under(path: str, keys: tuple[str, ...]) -> bool:
+  return any(path == key or path.startswith(f'{key}.') for key in keys)
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
+  for key, value in tree.items():
+    if isinstance(value, Mapping):
+      yield from _leaves(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}', value
+
+
+def _without_none(tree: Any) -> Any:
+  if isinstance(tree, Mapping):
+    return {k: _without_none(v) for k, v in tree.items() if v is not None}
+  return tree

@@ -1,0 +1,122 @@
+"""The few agreements that the parts of the program share: what a batch holds, and what an objective, a tokenizer, a source must do.
+
+A batch is a dictionary of arrays whose leading axis is the row. Letters: B rows, T tokens of a row, M masked positions,
+C classes. Every array has one static shape for the whole run; rows that only fill up a batch are all zeros.
+
+| key | shape, type | meaning |
+|---|---|---|
+| tokens | B T int32 | input ids; PAD is 0 |
+| segments | B T int32 | 0 padding, then 1, 2, ...: one number a document; attention never crosses from one to another |
+| positions | B T int32 | place within the segment, from 0 |
+| token_types | B T int32 | 0 first text, 1 second text of a pair (only from objectives with pairs) |
+| mask_positions, mask_targets, mask_weights | B M int32, int32, float32 | masked LM: places in the row, true ids there, 1 or 0 |
+| targets, weights | B T int32, float32 | causal LM: the next id at each place, 1 where it counts |
+| bytes | B float32 | causal LM: UTF-8 bytes that the counted targets spell |
+| nsp_label, nsp_weight; sop_label, sop_weight | B int32, float32 | 1 when the pair is not what it should be |
+| label, label_weight | B int32, or B C float32, or B float32; B float32 | classification |
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Batch = Mapping[str, Any]
+Pairs = dict[str, tuple[Any, Any]]  # name -> (sum, weight); divided once, at the end, by the global weight
+
+
+class Tokenizer(Protocol):
+  """Text to ids and back. Ids of special tokens are attributes: pad_id (always 0), unk_id, cls_id, sep_id, mask_id, bos_id, eos_id."""
+
+  vocab_size: int
+  fingerprint: str  # changes whenever any id of any text could change
+  token_bytes: np.ndarray  # [vocab_size] int32: UTF-8 bytes that each id spells, 0 for special tokens
+  word_start: np.ndarray  # [vocab_size] bool: the id begins a word (whole-word masking)
+  special: np.ndarray  # [vocab_size] bool: the id is a special token
+
+  def encode(self, text: str) -> np.ndarray: ...  # [n] int32, no special tokens
+
+  def decode(self, ids: Sequence[int]) -> str: ...  # special tokens left out
+
+  def save(self, directory: str) -> None: ...
+
+
+class Source(Protocol):
+  """Documents by index; each is {'text': str} and, where the source has them, 'pair': str and 'label': str, float or list of str."""
+
+  fingerprint: str  # changes whenever the documents could
+
+  def __len__(self) -> int: ...
+
+  def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+class Documents(Protocol):
+  """One split (training or validation) of one tokenized corpus, by index; ids without special tokens."""
+
+  ids: np.ndarray  # [documents] int64: the index of each document in its source, for messages
+  lengths: np.ndarray  # [documents] int64: tokens of each text
+  pair_lengths: np.ndarray | None  # likewise for the second texts, None where there are none
+  labels: Sequence[Any] | None  # one a document, None where the corpus has none
+
+  def __len__(self) -> int: ...
+
+  def text(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray: ...  # [stop - start] int32
+
+  def pair(self, index: int) -> np.ndarray: ...  # [n] int32
+
+
+class Rows(Protocol):
+  """The rows that an objective lays documents out in: how many there are, and the example of each."""
+
+  def __len__(self) -> int: ...
+
+  def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]: ...  # one row: batch keys without B
+
+
+class Objective(Protocol):
+  """What is learned. Host half: rows and examples in NumPy. Device half: heads and loss in JAX, pure."""
+
+  def rows(self, documents: Documents, seq_len: int) -> Rows: ...
+
+  def transform(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Adds this objective's arrays to a row that any objective laid out (masking, say); called after `Rows.example`."""
+    ...
+
+  def heads(self, model: Any) -> dict[str, Any]:
+    """Linen modules by name, to be created beside the model as `heads_<name>`; equal names of two objectives are one head."""
+    ...
+
+  terms: dict[str, float]  # name of each pair that is a loss -> its coefficient in the total
+  predictor: 'Predictor | None'  # what gives labels to rows: itself, a part of it, or nothing
+
+  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+    """(sum, weight) for each term in `terms`, and for any further metric; weights depend on the batch alone, never on parameters.
+
+    `net` is the bound network: `net.model.logits(x_BMD)` projects on the vocabulary, `net.heads[name](...)` calls a head.
+    """
+    ...
+
+  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+    """Further numbers from the divided ones: perplexity from the mean loss, say."""
+    ...
+
+  def targets(self, batch: Batch) -> tuple[Any, Any] | None:
+    """Ids that a batch asks for, and their weights; None where no tokens are predicted."""
+    ...
+
+
+class Predictor(Protocol):
+  """An objective that gives labels to texts."""
+
+  def encode(self, first: np.ndarray, second: np.ndarray | None, seq_len: int) -> tuple[dict[str, np.ndarray], int]:
+    """A row without a label, from the ids of a text (and of the second of a pair), and how many ids had to be cut off."""
+    ...
+
+  def predict(self, net: Any, hidden_BTD: Any, batch: Batch) -> dict[str, Any]:
+    """Arrays with a row for each row of the batch."""
+    ...
+
+  def describe(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """One row of `predict` as JSON can hold it."""
+    ...

@@ -1,0 +1,1 @@
+"""From documents to batches: sources, tokenizers, the token cache, packing and the example pipeline."""

@@ -1,0 +1,153 @@
+"""Which pieces of which documents share a row: plans over lengths alone, and the row that a list of pieces makes.
+
+A plan covers every token of every document exactly once. `best_fit` is best-fit decreasing (Johnson, 1974) on documents
+cut to at most a row, as in Ding et al., 2024, "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830.
+"""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """Rows of pieces; row i holds the pieces `offsets[i]` to `offsets[i + 1]` of the flat arrays.
+
+  Attributes:
+    document: [pieces] int64, index of the document that each piece is cut from.
+    start: [pieces] int64, first token of the piece within its document.
+    stop: [pieces] int64, one past its last token.
+    offsets: [rows + 1] int64.
+  """
+
+  document: np.ndarray
+  start: np.ndarray
+  stop: np.ndarray
+  offsets: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.offsets) - 1
+
+  def __getitem__(self, index: int) -> list[tuple[int, int, int]]:
+    """The pieces (document, start, stop) of one row, in the order in which they stand."""
+    index = range(len(self))[index]
+    pieces = slice(self.offsets[index], self.offsets[index + 1])
+    return list(zip(self.document[pieces].tolist(), self.start[pieces].tolist(), self.stop[pieces].tolist(), strict=True))
+
+
+def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
+  """Lays documents one after another and cuts wherever a row is full; a row whose rest cannot hold one token is closed.
+
+  Args:
+    lengths: [documents] integers, tokens of each document; empty documents yield no piece.
+    capacity: places of a row.
+    overhead: further places that every piece costs (special tokens around it).
+
+  Raises:
+    ValueError: `overhead` leaves no place for a token.
+  """
+  room = _room(capacity, overhead)
+  lengths = np.asarray(lengths, dtype=np.int64)
+  kept = np.flatnonzero(lengths)
+  first, opens, left = [], [], 0
+  for length in lengths[kept].tolist():
+    opens.append(left <= overhead)
+    if left <= overhead:
+      left = capacity
+    head = min(length, left - overhead)
+    first.append(head)
+    tail = length - head
+    left = room - ((tail - 1) % room + 1) if tail else left - head - overhead
+  document, start, stop = _cut(lengths, kept, np.asarray(first, dtype=np.int64), room)
+  begins = (start > 0) | np.asarray(opens, dtype=bool)[np.searchsorted(kept, document)]
+  return Plan(document, start, stop, np.append(np.flatnonzero(begins), len(document)))
+
+
+def best_fit(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
+  """Cuts documents longer than a row into full rows, then puts each remaining piece, longest first, where least room is left.
+
+  Documents that fit in a row are never cut. Arguments and errors as for `windows`.
+  """
+  plan = one_per_row(lengths, capacity, overhead)
+  sizes = plan.stop - plan.start
+  full = sizes == _room(capacity, overhead)
+  row = np.empty(len(sizes), dtype=np.int64)
+  row[full] = np.arange(full.sum())
+  rest = np.flatnonzero(~full)
+  row[rest] = full.sum() + _best_fit_decreasing(sizes[rest] + overhead, capacity)
+  order = np.argsort(row, kind='stable')
+  offsets = np.append(0, np.cumsum(np.bincount(row)))
+  return Plan(plan.document[order], plan.start[order], plan.stop[order], offsets)
+
+
+def one_per_row(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
+  """Gives each document rows of its own, as many as its length needs. Arguments and errors as for `windows`."""
+  room = _room(capacity, overhead)
+  lengths = np.asarray(lengths, dtype=np.int64)
+  kept = np.flatnonzero(lengths)
+  document, start, stop = _cut(lengths, kept, np.minimum(lengths[kept], room), room)
+  return Plan(document, start, stop, np.arange(len(document) + 1))
+
+
+PACKINGS = {'windows': windows, 'best_fit': best_fit, 'none': one_per_row}
+
+
+def assemble(pieces: list[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
+  """Concatenates pieces into one zero-padded row.
+
+  Returns:
+    `tokens`, `segments` (k + 1 on piece k) and `positions` (from 0 in each piece), each [seq_len] int32.
+
+  Raises:
+    ValueError: the pieces are longer than the row.
+  """
+  used = sum(map(len, pieces))
+  if used > seq_len:
+    raise ValueError(f'pieces of {used} tokens do not fit in a row of {seq_len}; plan them with a capacity of at most {seq_len}.')
+  row = {key: np.zeros(seq_len, dtype=np.int32) for key in ('tokens', 'segments', 'positions')}
+  start = 0
+  for segment, piece in enumerate(pieces, 1):
+    stop = start + len(piece)
+    row['tokens'][start:stop] = piece
+    row['segments'][start:stop] = segment
+    row['positions'][start:stop] = np.arange(len(piece))
+    start = stop
+  return row
+
+
+def _room(capacity: int, overhead: int) -> int:
+  if capacity <= overhead:
+    raise ValueError(f'a row of {capacity} places has no room for a token beside the {overhead} that each piece costs; '
+                     f'config.seq_len must be at least {overhead + 1}.')
+  return capacity - overhead
+
+
+def _cut(lengths: np.ndarray, kept: np.ndarray, first: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(document, start, stop) of all pieces of the documents `kept`: `first` tokens each, then `room` at a time."""
+  counts = 1 - (first - lengths[kept]) // room
+  document = np.repeat(kept, counts)
+  first = np.repeat(first, counts)
+  number = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+  start = np.where(number == 0, 0, first + (number - 1) * room)
+  return document, start, np.minimum(first + number * room, lengths[document])
+
+
+def _best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
+  """[pieces] row of each piece. Rows stand in one list per free space; the bits of `spaces` say which lists hold any."""
+  rows = np.empty(len(costs), dtype=np.int64)
+  waiting, spaces, opened = [[] for _ in range(capacity + 1)], 0, 0
+  order = np.argsort(-costs, kind='stable')
+  for piece, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
+    fitting = spaces >> cost
+    if fitting:
+      left = cost + (fitting & -fitting).bit_length() - 1
+      row = waiting[left].pop()
+      if not waiting[left]:
+        spaces ^= 1 << left
+    else:
+      row, left, opened = opened, capacity, opened + 1
+    rows[piece] = row
+    left -= cost
+    waiting[left].append(row)
+    spaces |= 1 << left
+  return rows

@@ -1,0 +1,103 @@
+"""Tables of text, CSV and TSV: a header line, then one document a record; plain or gzip."""
+
+import csv
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from llm_jax.data.sources import _paths, _record
+
+SUFFIXES = ('.csv', '.csv.gz', '.tsv', '.tsv.gz')
+csv.field_size_limit(2**31 - 1)  # Python's default refuses a text of more than 128 KiB
+
+
+class Source:
+  """Documents of CSV and TSV files, by index over byte offsets.
+
+  Fields of a comma-separated file may be quoted with " and then hold line ends; in a tab-separated one (by its delimiter) a
+  quote is a character like any other, as in GLUE. All labels are strings.
+
+  Args:
+    path: a file, a folder (.csv, .tsv, and these with .gz, at any depth), a glob, or several with commas between them.
+    text: name of the column with the text.
+    pair: name of the column with the second text, if there is one.
+    label: name of the column with the label, if there is one.
+    delimiter: one character; tab for .tsv files and a comma for others if not given.
+
+  Raises:
+    ValueError: nothing matches the path, a column that a header does not have, a delimiter of another length; when the
+      documents are first asked for: a malformed record, with file and line number, or no record at all.
+  """
+
+  def __init__(self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None,
+               delimiter: str | None = None):
+    delimiter = '\t' if delimiter == r'\t' else delimiter  # as a shell hands it over
+    if delimiter is not None and len(delimiter) != 1:
+      raise ValueError(f'delimiter={delimiter!r} must be one character, such as "," or ";".')
+    self.path, self.text, self.pair, self.label, self.delimiter = path, text, pair, label, delimiter
+    self.files = _paths.find(path, SUFFIXES)
+    self.headers = [next((row for row, *_ in self._records(file)), []) for file in self.files]
+    for file, header in zip(self.files, self.headers, strict=True):
+      _record.check_fields(f'{file}, header', header, text, pair, label)
+      for column in {text, pair, label} - {None}:
+        if header.count(column) > 1:
+          raise ValueError(f'{file}, header: {header.count(column)} columns are named {column!r}; rename all but one.')
+    self.fingerprint = _paths.fingerprint(self.files, 'csv', text, pair, label, delimiter)
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    file, line, start, stop = (int(value) for value in self._index[index])
+    text = _paths.read(self.files[file], start, stop).decode('utf-8')
+    row = next(csv.reader([text], **self._dialect(self.files[file])))
+    record = dict(zip(self.headers[file], row, strict=True))
+    return _record.document(record, f'{self.files[file]}:{line}', self.text, self.pair, self.label)
+
+  @functools.cached_property
+  def _index(self) -> np.ndarray:
+    """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
+    rows = []
+    for file, path in enumerate(self.files):
+      header = self.headers[file]
+      records = self._records(path)
+      next(records)
+      for row, line, start, stop in records:
+        if len(row) != len(header):
+          raise ValueError(f'{path}:{line}: {len(row)} fields where the header has {len(header)}; check quotes and delimiter.')
+        rows.append((file, line, start, stop))
+    if not rows:
+      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a record below their header.')
+    return np.array(rows, np.int64)
+
+  def _records(self, path: str) -> Iterator[tuple[list[str], int, int, int]]:
+    """Yields the fields of each record that is not blank, its first line's number, first byte, and the byte after the last."""
+    place, number = 0, 0
+
+    def decoded() -> Iterator[str]:
+      nonlocal place, number
+      for line in _paths.lines(path):
+        place, number = place + len(line), number + 1
+        try:
+          yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
+        except UnicodeDecodeError as error:
+          raise ValueError(f'{path}:{number}: not UTF-8 ({error.reason}).') from error
+
+    reader = csv.reader(decoded(), **self._dialect(path))
+    while True:
+      start, first = place, number + 1
+      try:
+        row = next(reader, None)
+      except csv.Error as error:
+        raise ValueError(f'{path}:{first}: malformed record ({error}).') from error
+      if row is None:
+        return
+      if row:
+        yield row, first, start, place
+
+  def _dialect(self, path: str) -> dict[str, Any]:
+    tsv = path.removesuffix('.gz').endswith('.tsv')
+    delimiter = self.delimiter or ('\t' if tsv else ',')
+    return dict(delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL)

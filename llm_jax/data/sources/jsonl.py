@@ -1,0 +1,61 @@
+"""JSON Lines: one object a line, one document an object; plain or gzip."""
+
+import functools
+import json
+from typing import Any
+
+import numpy as np
+
+from llm_jax.data.sources import _paths, _record
+
+SUFFIXES = ('.jsonl', '.jsonl.gz')
+
+
+class Source:
+  """Documents of JSON Lines files, by index over byte offsets; blank lines are none.
+
+  Args:
+    path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas between them.
+    text: name of the field with the text.
+    pair: name of the field with the second text, if there is one.
+    label: name of the field with the label, if there is one: a string, integer or boolean (a class), a float, or a list of
+      strings.
+
+  Raises:
+    ValueError: nothing matches the path, or the files hold no line; when a document is read: a malformed line or a missing field,
+      with file and line number.
+  """
+
+  def __init__(self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None):
+    self.path, self.text, self.pair, self.label = path, text, pair, label
+    self.files = _paths.find(path, SUFFIXES)
+    self.fingerprint = _paths.fingerprint(self.files, 'jsonl', text, pair, label)
+
+  def __len__(self) -> int:
+    return len(self._index)
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    file, line, start, stop = (int(value) for value in self._index[index])
+    where = f'{self.files[file]}:{line}'
+    data = _paths.read(self.files[file], start, stop)
+    try:
+      record = json.loads(data.decode('utf-8-sig'))
+    except ValueError as error:
+      raise ValueError(f'{where}: not a JSON object in UTF-8 ({error}).') from error
+    if not isinstance(record, dict):
+      raise ValueError(f'{where}: a {type(record).__name__}, not a JSON object; each line must be like {{"{self.text}": "..."}}.')
+    return _record.document(record, where, self.text, self.pair, self.label)
+
+  @functools.cached_property
+  def _index(self) -> np.ndarray:
+    """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
+    rows = []
+    for file, path in enumerate(self.files):
+      place = 0
+      for number, line in enumerate(_paths.lines(path), 1):
+        if line.strip():
+          rows.append((file, number, place, place + len(line)))
+        place += len(line)
+    if not rows:
+      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a line; give JSON lines.')
+    return np.array(rows, np.int64)

@@ -1,0 +1,73 @@
+"""Apache Parquet tables: one document a row, one row group read at a time."""
+
+import bisect
+import itertools
+from typing import Any
+
+from llm_jax.data.sources import _paths, _record
+
+SUFFIXES = ('.parquet',)
+
+
+class Source:
+  """Documents of Parquet files; only the columns that are asked for are read, and the last row group is kept.
+
+  Args:
+    path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
+    text: name of the column with the text.
+    pair: name of the column with the second text, if there is one.
+    label: name of the column with the label, if there is one: string, integer or boolean (a class), float, or list of strings.
+
+  Raises:
+    ValueError: nothing matches the path, a file is not Parquet, a column is not there, or there is no row.
+  """
+
+  def __init__(self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None):
+    import pyarrow
+    import pyarrow.parquet
+
+    self.text, self.pair, self.label = text, pair, label
+    self.files = _paths.find(path, SUFFIXES)
+    self.fingerprint = _paths.fingerprint(self.files, 'parquet', text, pair, label)
+    self._groups: list[tuple[int, int]] = []  # (file, row group)
+    counts = []
+    for file, name in enumerate(self.files):
+      try:
+        with pyarrow.parquet.ParquetFile(name) as table:
+          metadata, columns = table.metadata, table.schema_arrow.names
+      except pyarrow.ArrowInvalid as error:
+        raise ValueError(f'{name}: not a Parquet file ({error}).') from error
+      _record.check_fields(name, columns, text, pair, label)
+      self._groups += [(file, group) for group in range(metadata.num_row_groups)]
+      counts += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    self._starts = list(itertools.accumulate(counts, initial=0))
+    if not len(self):
+      raise ValueError(f'path={path!r} is an empty corpus: {len(self.files)} files without a row.')
+    self._held: tuple[int, Any] = (-1, None)
+
+  def __len__(self) -> int:
+    return self._starts[-1]
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    index = range(len(self))[index]
+    group = bisect.bisect_right(self._starts, index) - 1
+    file, row = self._groups[group][0], index - self._starts[group]
+    table = self._read(group)
+    record = {name: table[name][row].as_py() for name in table.column_names}
+    where = f'{self.files[file]}, row group {self._groups[group][1]}, row {row}'
+    return _record.document(record, where, self.text, self.pair, self.label)
+
+  def __getstate__(self) -> dict[str, Any]:
+    return self.__dict__ | {'_held': (-1, None)}
+
+  def _read(self, group: int) -> Any:
+    import pyarrow.parquet
+
+    held, table = self._held
+    if held != group:
+      file, number = self._groups[group]
+      columns = [name for name in dict.fromkeys((self.text, self.pair, self.label)) if name is not None]
+      with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
+        table = parquet.read_row_group(number, columns=columns, use_threads=False)  # threads do not survive a fork
+      self._held = (group, table)
+    return table

@@ -1,0 +1,1 @@
+"""Evaluators: from batches of the validation set to a dictionary of numbers."""

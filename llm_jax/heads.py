@@ -1,0 +1,62 @@
+"""Heads: hidden states to the logits of one objective. Each takes the model's `options` for types and sizes."""
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.layers import ACTIVATIONS, Linear, Norm, Options, lift, parameter
+
+
+class MLMHead(nn.Module):
+  """BERT's masked-LM head (arXiv:1810.04805): linear, activation, norm, the model's vocabulary projection, a bias a token."""
+
+  options: Options
+  vocab_size: int
+
+  @nn.compact
+  def __call__(self, x_BMD: jax.Array, logits_fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Logits [B, M, V], at least float32; `logits_fn` is the model's `logits`."""
+    options = self.options
+    x_BMD = Linear('...D,DF->...F', (options.dim, options.dim), options, options.bias, name='dense')(x_BMD)
+    x_BMD = Norm(options, name='norm')(ACTIVATIONS[options.activation](x_BMD))
+    logits_BMV = logits_fn(x_BMD)
+    return logits_BMV + lift(parameter(self, 'bias', 'V', (self.vocab_size,), options).astype(options.wide), logits_BMV.ndim)
+
+
+class Pooler(nn.Module):
+  """BERT's pooler: tanh of a linear map of one place of each row."""
+
+  options: Options
+
+  @nn.compact
+  def __call__(self, hidden_BTD: jax.Array, places_B: jax.Array | None = None) -> jax.Array:
+    """The pooled vector, [B, D], from place `places_B` of each row; None for the first ([CLS])."""
+    x_BD = hidden_BTD[:, 0] if places_B is None else jnp.take_along_axis(hidden_BTD, places_B[:, None, None], axis=1)[:, 0]
+    return jnp.tanh(Linear('...D,DF->...F', (self.options.dim, self.options.dim), self.options, True, name='dense')(x_BD))
+
+
+class ClassifierHead(nn.Module):
+  """Dropout and a linear map to `classes` logits; the dropout acts where the stream `dropout` is given."""
+
+  options: Options
+  classes: int
+  dropout: float = 0.1
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array) -> jax.Array:
+    """Logits [B, C], at least float32."""
+    x_BD = nn.Dropout(self.dropout)(x_BD, deterministic=not self.has_rng('dropout'))
+    return Linear('...D,DC->...C', (self.options.dim, self.classes), self.options, True, wide=True, name='dense')(x_BD)
+
+
+class PairHead(nn.Module):
+  """Linear map to two logits: are two texts what they should be to each other (next sentence, sentence order)."""
+
+  options: Options
+
+  @nn.compact
+  def __call__(self, x_BD: jax.Array) -> jax.Array:
+    """Logits [B, 2], at least float32."""
+    return Linear('...D,DC->...C', (self.options.dim, 2), self.options, True, wide=True, name='dense')(x_BD)

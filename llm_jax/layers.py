@@ -1,0 +1,493 @@
+"""The Linen layers that every model is made of: Linear, Norm, Embedder, RoPE, Attention, MLP, Block, Stack.
+
+Shapes stand in names, one letter a dimension:
+
+    B rows of a batch        N query heads            L layers
+    T places of a row        K key and value heads    M masked places
+    S places of the keys     H head dimension         C classes
+    D model dimension        F mlp dimension          R adapter rank
+    V vocabulary             G query heads a key head, N = K G
+
+Every parameter carries the logical axis names of its dimensions (`AXES`, and `layers` where it is stacked); its last path
+component is `kernel`, `embedding`, `bias` or `scale`. Everything under a component `layers` is stacked over layers on axis 0.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.attention import IMPLEMENTATIONS, attention
+from llm_jax.plugins import nearest
+
+AXES = {'D': 'embed', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'mlp', 'V': 'vocab', 'C': 'classes'}
+ACTIVATIONS = {
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_tanh': functools.partial(jax.nn.gelu, approximate=True),
+    'relu': jax.nn.relu,
+    'silu': jax.nn.silu,
+}
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float64': jnp.float64}
+INITIALIZERS = {'normal': jax.nn.initializers.normal, 'truncated_normal': jax.nn.initializers.truncated_normal}
+NORMS = ('layernorm', 'rmsnorm')
+NORM_ORDERS = ('pre', 'post')
+POSITIONS = ('learned', 'rope')
+REMAT = {
+    'none': None,
+    'full': jax.checkpoint_policies.nothing_saveable,
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+Rope = tuple[jax.Array, jax.Array]  # sine and cosine, [B, T, 1, H / 2]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What all layers of a model share, heads included; values are checked here, so a wrong one never reaches a compiler.
+
+  Attributes:
+    dim: D.
+    layers: L.
+    heads: N; divides `dim`, H = D / N.
+    kv_heads: K; divides `heads`. None: as many as `heads`.
+    mlp_dim: F.
+    causal: a token sees no later one.
+    norm: 'layernorm' (arXiv:1607.06450) or 'rmsnorm' (arXiv:1910.07467).
+    norm_order: 'post' normalises sums (the first Transformer, BERT); 'pre' each layer's input, and the last output.
+    norm_bias: a bias in every norm ('layernorm' only).
+    norm_eps: added to the variance.
+    bias: a bias in every linear layer.
+    activation: one of `ACTIVATIONS`.
+    gated: the mlp is activation(x W_gate) * (x W_up) (GeGLU, SwiGLU; arXiv:2002.05202).
+    dropout: rate on the embeddings and on what each sublayer adds.
+    attention_dropout: rate on the attention probabilities.
+    init_distribution: distribution of every kernel and embedding, one of `INITIALIZERS`; truncated at two `init_std`.
+    init_std: its standard deviation (before truncation).
+    depth_scaled_init: kernels that add to the residual stream start smaller by sqrt(2 L) (GPT-2).
+    dtype: what activations are computed in; softmax, norms and logits in at least float32.
+    param_dtype: what parameters are kept in.
+    attention: which implementation, one of `attention.IMPLEMENTATIONS`.
+  """
+
+  dim: int
+  layers: int
+  heads: int
+  kv_heads: int | None
+  mlp_dim: int
+  causal: bool
+  norm: str
+  norm_order: str
+  norm_bias: bool
+  norm_eps: float
+  bias: bool
+  activation: str
+  gated: bool
+  dropout: float
+  attention_dropout: float
+  init_distribution: str
+  init_std: float
+  depth_scaled_init: bool
+  dtype: str
+  param_dtype: str
+  attention: str
+
+  def __post_init__(self):
+    for name in ('dim', 'layers', 'heads', 'mlp_dim'):
+      check_positive(name, getattr(self, name))
+    for name, known in (('norm', NORMS), ('norm_order', NORM_ORDERS), ('activation', ACTIVATIONS), ('dtype', DTYPES),
+                        ('param_dtype', DTYPES), ('init_distribution', INITIALIZERS), ('attention', IMPLEMENTATIONS)):
+      check_known(name, getattr(self, name), known)
+    for name in ('dropout', 'attention_dropout'):
+      if not 0.0 <= getattr(self, name) < 1.0:
+        raise ValueError(f'{name}={getattr(self, name)} must be at least 0 and below 1.')
+    if self.dim % self.heads:
+      raise ValueError(f'heads={self.heads} must divide dim={self.dim}; try heads={_divisor(self.dim, self.heads)}.')
+    if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+      raise ValueError(f'kv_heads={self.kv_heads} must divide heads={self.heads}; '
+                       f'try kv_heads={_divisor(self.heads, self.kv_heads)}.')
+    if self.norm == 'rmsnorm' and self.norm_bias:
+      raise ValueError("norm_bias=True needs norm='layernorm'; 'rmsnorm' has no bias.")
+    if 'float64' in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
+      raise ValueError("dtype='float64' needs jax.config.update('jax_enable_x64', True), or it would quietly be float32.")
+
+  @property
+  def head_dim(self) -> int:
+    """H."""
+    return self.dim // self.heads
+
+  @property
+  def wide(self) -> jnp.dtype:
+    """The type of softmax, norms and logits: `dtype`, but at least float32."""
+    return jnp.promote_types(DTYPES[self.dtype], jnp.float32)
+
+  @property
+  def residual_std(self) -> float:
+    """Standard deviation at initialisation of kernels that add to the residual stream."""
+    return self.init_std / math.sqrt(2 * self.layers) if self.depth_scaled_init else self.init_std
+
+
+class Linear(nn.Module):
+  """y = x W + b for the dimensions that `spec` names.
+
+  Attributes:
+    spec: the einsum, '...D,DNH->...NH' say; the kernel's letters give its logical axes.
+    shape: shape of the kernel.
+    options: types and initialisation.
+    bias: whether there is one.
+    std: standard deviation of the kernel at initialisation; None for `options.init_std`.
+    wide: the result is at least float32 (logits).
+  """
+
+  spec: str
+  shape: tuple[int, ...]
+  options: Options
+  bias: bool
+  std: float | None = None
+  wide: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    letters, out = self.spec.split(',')[1].replace('...', '').split('->')
+    sizes = dict(zip(letters, self.shape, strict=True))
+    dtype = DTYPES[self.options.dtype]
+    result = self.options.wide if self.wide else dtype
+    kernel = parameter(self, 'kernel', letters, self.shape, self.options, self.std)
+    y = jnp.einsum(self.spec, x.astype(dtype), kernel.astype(dtype), preferred_element_type=result)
+    if self.bias:
+      y += lift(parameter(self, 'bias', out, tuple(sizes[letter] for letter in out), self.options).astype(result), y.ndim)
+    return y
+
+
+class Norm(nn.Module):
+  """LayerNorm or RMSNorm over the last dimension, computed in at least float32; the result is in the compute type."""
+
+  options: Options
+
+  @nn.compact
+  def __call__(self, x_D: jax.Array) -> jax.Array:
+    options = self.options
+    x = x_D.astype(options.wide)
+    if options.norm == 'layernorm':
+      x -= jnp.mean(x, axis=-1, keepdims=True)
+    x *= jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + options.norm_eps)
+    x *= lift(parameter(self, 'scale', 'D', (x.shape[-1],), options).astype(options.wide), x.ndim)
+    if options.norm_bias:
+      x += lift(parameter(self, 'bias', 'D', (x.shape[-1],), options).astype(options.wide), x.ndim)
+    return x.astype(DTYPES[options.dtype])
+
+
+class Embedding(nn.Module):
+  """A table of `size` vectors; `attend` is the tied output projection (arXiv:1608.05859)."""
+
+  size: int
+  axis: str
+  options: Options
+  std: float | None = None
+
+  def setup(self):
+    std = self.options.init_std if self.std is None else self.std
+    init = nn.with_logical_partitioning(INITIALIZERS[self.options.init_distribution](std), (self.axis, 'embed'))
+    self.embedding = self.param('embedding', init, (self.size, self.options.dim), DTYPES[self.options.param_dtype])
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    """Vectors of `ids`, at least float32."""
+    return self.embedding[ids].astype(self.options.wide)
+
+  def attend(self, x_D: jax.Array) -> jax.Array:
+    """Inner products with every vector, at least float32."""
+    dtype = DTYPES[self.options.dtype]
+    return jnp.einsum('...D,VD->...V', x_D.astype(dtype), self.embedding.astype(dtype), preferred_element_type=self.options.wide)
+
+
+class Embedder(nn.Module):
+  """Sum of token, position and token-type embeddings, then (where asked) a norm, then dropout.
+
+  Attributes:
+    vocab_size: V.
+    options: shared options.
+    positions: rows of the table of learned positions; 0 for no table.
+    position_offset: row of position 0 (RoBERTa leaves two unused rows).
+    position_std: standard deviation of that table at initialisation; None for `options.init_std`.
+    token_types: rows of the token-type table, 0 for none; a higher type than it knows counts as its last (RoBERTa has one).
+    norm: whether a norm follows the sum.
+  """
+
+  vocab_size: int
+  options: Options
+  positions: int = 0
+  position_offset: int = 0
+  position_std: float | None = None
+  token_types: int = 0
+  norm: bool = False
+
+  def setup(self):
+    self.token = Embedding(self.vocab_size, 'vocab', self.options)
+    if self.positions:
+      self.position = Embedding(self.positions, 'positions', self.options, self.position_std)
+    if self.token_types:
+      self.token_type = Embedding(self.token_types, 'token_types', self.options)
+    if self.norm:
+      self.embedding_norm = Norm(self.options)
+    self.drop = nn.Dropout(self.options.dropout)
+
+  def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None, train: bool) -> jax.Array:
+    """The embedded row, [B, T, D] in the compute type."""
+    x_BTD = self.token(tokens_BT)
+    if self.positions:
+      x_BTD += self.position(positions_BT + self.position_offset)
+    if self.token_types:
+      types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else jnp.minimum(token_types_BT, self.token_types - 1)
+      x_BTD += self.token_type(types_BT)
+    x_BTD = self.embedding_norm(x_BTD) if self.norm else x_BTD.astype(DTYPES[self.options.dtype])
+    return self.drop(x_BTD, deterministic=not train)
+
+  def logits(self, x_D: jax.Array) -> jax.Array:
+    """Projection on the vocabulary with the token table, at least float32."""
+    return self.token.attend(x_D)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] | None = None) -> np.ndarray:
+  """Radians a position for each pair of dimensions (RoFormer, arXiv:2104.09864, eq. 15), [H / 2] float64.
+
+  Args:
+    head_dim: H, even.
+    theta: the base.
+    scaling: None, or LLaMA 3's (arXiv:2407.21783; code of release 3.1): (factor, low, high, length). Waves shorter than
+      length / high are kept, those longer than length / low are stretched `factor` times, those between partly.
+
+  Raises:
+    ValueError: an odd head dimension, or a scaling that is not four numbers with low < high.
+  """
+  if head_dim % 2:
+    raise ValueError(f'positions="rope" turns pairs of dimensions; head dimension {head_dim} (dim / heads) must be even.')
+  frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+  if scaling is None:
+    return frequencies
+  if len(scaling) != 4 or not scaling[1] < scaling[2]:
+    raise ValueError(f'rope_scaling={scaling} must be (factor, low, high, original length) with low < high.')
+  factor, low, high, length = scaling
+  waves = length * frequencies / (2 * np.pi)  # how often each pair turns within the original length
+  kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
+  return frequencies * (kept + (1.0 - kept) / factor)
+
+
+def rope(positions_BT: jax.Array, frequencies: np.ndarray, dtype: jnp.dtype) -> Rope:
+  """Sine and cosine of each position's angles, [B, T, 1, H / 2] each, in `dtype`."""
+  angles = positions_BT[:, :, None, None].astype(dtype) * lift(jnp.asarray(frequencies, dtype), 4)
+  return jnp.sin(angles), jnp.cos(angles)
+
+
+def rotate(x_BTNH: jax.Array, turn: Rope) -> jax.Array:
+  """Turns dimension i together with dimension i + H / 2 (the halved layout of GPT-NeoX), in at least float32."""
+  sine, cosine = turn
+  a, b = jnp.split(x_BTNH.astype(sine.dtype), 2, axis=-1)
+  return jnp.concatenate([a * cosine - b * sine, b * cosine + a * sine], axis=-1).astype(x_BTNH.dtype)
+
+
+class Attention(nn.Module):
+  """Self-attention with its four projections; `window` is static, as kernels need it."""
+
+  options: Options
+  window: int | None
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool) -> jax.Array:
+    options = self.options
+    D, N, H = options.dim, options.heads, options.head_dim
+    K = options.kv_heads or N
+    q_BTNH = Linear('...D,DNH->...NH', (D, N, H), options, options.bias, name='query')(x_BTD)
+    k_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, options.bias, name='key')(x_BTD)
+    v_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, options.bias, name='value')(x_BTD)
+    if turn is not None:
+      q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
+    drops = train and options.attention_dropout > 0.0
+    x_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, causal=options.causal, window=self.window,
+                       dropout_rate=options.attention_dropout, dropout_rng=self.make_rng('dropout') if drops else None,
+                       implementation=options.attention)
+    return Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')(x_BTNH)
+
+
+class MLP(nn.Module):
+  """activation(x W_up) W_down, or with a gate (activation(x W_gate) * x W_up) W_down."""
+
+  options: Options
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array) -> jax.Array:
+    options = self.options
+    D, F = options.dim, options.mlp_dim
+    act = ACTIVATIONS[options.activation]
+    h_BTF = Linear('...D,DF->...F', (D, F), options, options.bias, name='up')(x_BTD)
+    if options.gated:
+      h_BTF *= act(Linear('...D,DF->...F', (D, F), options, options.bias, name='gate')(x_BTD))
+    else:
+      h_BTF = act(h_BTF)
+    return Linear('...F,FD->...D', (F, D), options, options.bias, options.residual_std, name='down')(h_BTF)
+
+
+class Block(nn.Module):
+  """One layer: attention and mlp, each with a residual connection, a norm and dropout on what it adds.
+
+  Attributes:
+    options: shared options.
+    window: how far this layer sees; None for everywhere.
+    attention_norm: False leaves out the norm before attention (ModernBERT's first layer, whose input is normalised already).
+  """
+
+  options: Options
+  window: int | None = None
+  attention_norm: bool = True
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool) -> jax.Array:
+    attend = Attention(self.options, self.window, name='attention')
+    mlp = MLP(self.options, name='mlp')
+    norm_1 = Norm(self.options, name='attention_norm') if self.attention_norm else lambda x: x
+    norm_2 = Norm(self.options, name='mlp_norm')
+    drop = nn.Dropout(self.options.dropout, deterministic=not train)
+    if self.options.norm_order == 'post':
+      x_BTD = norm_1(x_BTD + drop(attend(x_BTD, segments_BT, turn, train)))
+      return norm_2(x_BTD + drop(mlp(x_BTD)))
+    x_BTD += drop(attend(norm_1(x_BTD), segments_BT, turn, train))
+    return x_BTD + drop(mlp(norm_2(x_BTD)))
+
+
+class Group(nn.Module):
+  """The blocks of one period of a layer pattern, each with its own static window: the body that `Stack` scans."""
+
+  options: Options
+  windows: tuple[int | None, ...]
+
+  @nn.compact
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None],
+               train: bool) -> tuple[jax.Array, None]:
+    for i, window in enumerate(self.windows):
+      name = f'block_{i}' if len(self.windows) > 1 else 'block'
+      x_BTD = Block(self.options, window, name=name)(x_BTD, segments_BT, turns[window is not None], train)
+    return x_BTD, None
+
+
+class Stack(nn.Module):
+  """All layers: one scan over the periods of the layer pattern, parameters stacked under `layers`.
+
+  Layer i sees everywhere when i is a multiple of `global_every`, and `window` otherwise. Layer g P + j of a pattern of period
+  P is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands apart as `first`, and the
+  pattern starts at layer 1.
+
+  Attributes:
+    options: shared options.
+    window: window of the local layers; None where there are none.
+    global_every: how often a layer is global; 1 where all are.
+    first_bare: layer 0 has no norm before its attention.
+    remat: what backpropagation keeps, one of `REMAT`; all else is computed again.
+    unroll: layer groups that one turn of the compiled loop runs; 0 for all (no loop). Changes no parameter and no value.
+  """
+
+  options: Options
+  window: int | None = None
+  global_every: int = 1
+  first_bare: bool = False
+  remat: str = 'none'
+  unroll: int = 1
+
+  def setup(self):
+    windows = self.layer_windows()
+    if self.first_bare:
+      self.first = self._rematted(Block, looped=False)(self.options, windows[0], attention_norm=False)
+    groups = len(windows[self.first_bare:]) // self.global_every
+    if groups:
+      unroll = groups if self.unroll == 0 else min(self.unroll, groups)
+      scanned = nn.scan(
+          self._rematted(Group, looped=unroll == 1), length=groups, unroll=unroll, in_axes=(nn.broadcast,) * 3,
+          variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
+          metadata_params={nn.PARTITION_NAME: 'layers'})
+      self.layers = scanned(self.options, tuple(windows[self.first_bare:][:self.global_every]))
+
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None],
+               train: bool) -> jax.Array:
+    """Runs all layers; `turns` are the rotations of global and of local layers."""
+    if self.first_bare:
+      x_BTD = self.first(x_BTD, segments_BT, turns[self.layer_windows()[0] is not None], train)
+    if self.options.layers > self.first_bare:
+      x_BTD, _ = self.layers(x_BTD, segments_BT, turns, train)
+    return x_BTD
+
+  def layer_windows(self) -> list[int | None]:
+    """The window of each layer."""
+    return [self.window if i % self.global_every else None for i in range(self.options.layers)]
+
+  def _rematted(self, module: Callable, looped: bool) -> Callable:
+    if self.remat == 'none':
+      return module
+    # In a loop nothing can be merged with the forward pass; outside of one the compiler must be kept from undoing the remat.
+    return nn.remat(module, policy=REMAT[self.remat], prevent_cse=not looped, static_argnums=(4,))
+
+
+def lift(x: jax.Array, ndim: int) -> jax.Array:
+  """`x` with leading axes of size 1 up to `ndim`: broadcasting that is said, not implied."""
+  return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def parameter(module: nn.Module, name: str, letters: str, shape: tuple[int, ...], options: Options,
+              std: float | None = None) -> jax.Array:
+  """Creates the parameter `name` of `module`, with the logical axes of `letters`; biases start at 0, scales at 1."""
+  if name == 'kernel':
+    init = INITIALIZERS[options.init_distribution](options.init_std if std is None else std)
+  else:
+    init = {'bias': jax.nn.initializers.zeros, 'scale': jax.nn.initializers.ones}[name]
+  axes = tuple(AXES[letter] for letter in letters)
+  return module.param(name, nn.with_logical_partitioning(init, axes), shape, DTYPES[options.param_dtype])
+
+
+def check_known(name: str, value: str, known: Iterable[str]) -> None:
+  """Raises ValueError unless `value` is one of `known`."""
+  if value not in known:
+    raise ValueError(f'{name}={value!r} is not known{nearest(str(value), known)}; known: {", ".join(known)}.')
+
+
+def check_positive(name: str, value: int) -> None:
+  """Raises ValueError unless `value` is at least 1."""
+  if value < 1:
+    raise ValueError(f'{name}={value} must be at least 1.')
+
+
+def check_length(length: int, max_len: int) -> None:
+  """Raises ValueError for rows longer than the model takes."""
+  if length > max_len:
+    raise ValueError(f'rows of {length} tokens are longer than max_len={max_len}; shorten seq_len or raise model.max_len.')
+
+
+def check_model(model: nn.Module) -> None:
+  """Raises ValueError for a wrong value among the fields that every model has, those of `Options` included."""
+  options = model.options
+  for name in ('vocab_size', 'max_len'):
+    check_positive(name, getattr(model, name))
+  check_known('positions', model.positions, POSITIONS)
+  check_known('remat', model.remat, REMAT)
+  if model.unroll < 0:
+    raise ValueError(f'unroll={model.unroll} must be at least 1, or 0 for all layers.')
+  if model.positions == 'rope':
+    rope_frequencies(options.head_dim, model.rope_theta)
+
+
+def check_pattern(layers: int, window: int | None, global_every: int, first_bare: bool) -> None:
+  """Raises ValueError unless a stack of `layers` is whole periods of its pattern (`Stack`)."""
+  check_positive('global_every', global_every)
+  if window is not None:
+    check_positive('window', window)
+  if (window is None) != (global_every == 1):
+    raise ValueError(f'window={window} with global_every={global_every}: local layers need a window and global_every above 1; '
+                     'without them window=None and global_every=1.')
+  if (layers - first_bare) % global_every:
+    rounded = (layers - first_bare) // global_every * global_every + first_bare
+    raise ValueError(f'layers={layers} must be {"1 + " * first_bare}a multiple of global_every={global_every}; '
+                     f'try {rounded or rounded + global_every} or {rounded + global_every}.')
+
+
+def _divisor(of: int, near: int) -> int:
+  return min((n for n in range(1, of + 1) if of % n == 0), key=lambda n: abs(n - near))

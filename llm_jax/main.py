@@ -1,0 +1,101 @@
+"""The command line: `python -m llm_jax.main --config=FILE --workdir=DIR [--mode=train|eval|predict] [--config.a.b=value ...]`.
+
+Reads the flags, checks the config, and hands over to the mode. Heavy imports come after the first checks, so that a slip of
+the pen is answered at once.
+"""
+
+import contextlib
+import logging as logging_level
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with its argument if it takes one: configs/gpt2.py:medium')
+WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: config, tokenizer, checkpoints, metrics.')
+MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict'], 'What to do.')
+INPUT = flags.DEFINE_string('input', None, 'predict: a jsonl file of {"text": ..., "pair": ...}.')
+OUTPUT = flags.DEFINE_string('output', None, 'predict: the jsonl file to write.')
+
+USAGE = 'python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR [--mode=train|eval|predict] [--config.a.b=value ...]'
+
+
+class UsageError(Exception):
+  """What the user gave cannot be; the message says what, what is allowed, and the way out."""
+
+
+def main(argv: Sequence[str]) -> None:
+  """Runs the mode of the flags."""
+  if len(argv) > 1:
+    raise UsageError(f'{" ".join(argv[1:])}: not a flag. Usage: {USAGE}')
+  if not WORKDIR.value or (MODE.value == 'train' and CONFIG.value is None):
+    raise UsageError(f'--workdir is needed, and for training --config. Usage: {USAGE}')
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  logging.get_absl_handler().addFilter(lambda record: record.levelno >= logging_level.WARNING or 'orbax' not in record.pathname)
+  workdir = pathlib.Path(WORKDIR.value).expanduser().absolute()
+  {'train': _train, 'eval': _eval, 'predict': _predict}[MODE.value](workdir)
+
+
+def _train(workdir: pathlib.Path) -> None:
+  with _users_fault():
+    config = _checked_config()
+    from llm_jax import prepare, train
+    prepare.open_workdir(workdir)
+    run = train.start(prepare.load(config, workdir), workdir)
+  train.train(run)
+
+
+def _eval(workdir: pathlib.Path) -> None:
+  with _users_fault():
+    from llm_jax import use
+    use.evaluate(workdir, _checked_config() if CONFIG.value is not None else None)
+
+
+def _predict(workdir: pathlib.Path) -> None:
+  with _users_fault():
+    if not INPUT.value or not OUTPUT.value:
+      raise ValueError('--mode=predict needs --input=x.jsonl and --output=y.jsonl.')
+    from llm_jax import use
+    use.predict(workdir, pathlib.Path(INPUT.value), pathlib.Path(OUTPUT.value))
+
+
+def _checked_config():
+  from llm_jax import build, config
+  parsed = config.parse(CONFIG.value.to_dict())
+  build.check(parsed)
+  return parsed
+
+
+@contextlib.contextmanager
+def _users_fault():
+  """Before the first step, a ValueError speaks of what the user gave: its message is enough."""
+  try:
+    yield
+  except (ValueError, TypeError, OSError) as error:
+    raise UsageError(str(error)) from error
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+  """absl's parser, with ml_collections' answers to a wrong key or value (AttributeError, TypeError, ...) as one line."""
+  try:
+    return app.parse_flags_with_usage(argv)
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    message = str(error).strip('\'"').replace('\\n', ' ').replace("\\'", '')
+    raise UsageError(f'the flags cannot be read: {message}') from error
+
+
+def cli() -> None:
+  """Entry point: errors of use are one message and exit status 2; `--verbosity=1` shows where they came from."""
+  try:
+    app.run(main, flags_parser=_parse_flags)
+  except UsageError as error:
+    if flags.FLAGS.is_parsed() and logging.get_verbosity() > logging.INFO:
+      raise
+    print(f'llm_jax: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == '__main__':
+  cli()

@@ -1,0 +1,1 @@
+"""Architectures: each module has `Model` and `VARIANTS`, published shapes by name."""

@@ -1,0 +1,92 @@
+"""Causal language modelling: each token of a document is predicted from those before it.
+
+Radford et al. 2019, "GPT-2". A document is read as BOS, its tokens, EOS; documents that share a row do not see each other.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.data import pack
+
+
+class Objective:
+  """Next-token prediction: every token of every document, and its EOS, is a target once an epoch.
+
+  A piece that continues a document in another row starts from the token before it, at position 0.
+
+  Args:
+    tokenizer: gives BOS and EOS, and the bytes of each id.
+    packing: how documents fill rows: 'windows', 'best_fit' or 'none'.
+  """
+
+  def __init__(self, tokenizer: Tokenizer, packing: str = 'windows'):
+    if packing not in pack.PACKINGS:
+      raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
+    self.tokenizer, self.packing = tokenizer, packing
+    self.terms = {'clm': 1.0}
+    self.predictor = None
+
+  def rows(self, documents: Documents, seq_len: int) -> Rows:
+    """Rows of pieces of documents."""
+    return _Rows(self, documents, seq_len)
+
+  def transform(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Nothing to add: the targets come with the row."""
+    if 'targets' not in example:
+      raise ValueError("objective clm takes its targets only from rows that it lays out itself; in a mix, set rows='clm'.")
+    return example
+
+  def heads(self, model: Any) -> dict[str, Any]:
+    """None: the model's own projection on the vocabulary."""
+    return {}
+
+  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+    """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the targets spell."""
+    logits_BTV = net.model.logits(hidden_BTD)
+    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
+    targets_BT, weights_BT = batch['targets'], batch['weights']
+    nll = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT) * weights_BT)
+    right = jnp.sum((jnp.argmax(logits_BTV, -1) == targets_BT) * weights_BT)
+    weight = jnp.sum(weights_BT)
+    return {'clm': (nll, weight), 'clm_accuracy': (right, weight), 'bits_per_byte': (nll / np.log(2), jnp.sum(batch['bytes']))}
+
+  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+    """Perplexity of a token."""
+    return {'perplexity': float(np.exp(means['clm']))}
+
+  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that a batch asks for and their weights, each [B, T]."""
+    return batch['targets'], batch['weights']
+
+
+class _Rows:
+
+  def __init__(self, objective: Objective, documents: Documents, seq_len: int):
+    self.objective, self.documents, self.seq_len = objective, documents, seq_len
+    lengths = np.asarray(documents.lengths)
+    self.plan = pack.PACKINGS[objective.packing](np.where(lengths > 0, lengths + 1, 0), seq_len)
+
+  def __len__(self) -> int:
+    return len(self.plan)
+
+  def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    pieces = [self.ids(*piece) for piece in self.plan[index]]
+    example = pack.assemble([ids[:-1] for ids in pieces], self.seq_len)
+    counted = np.concatenate([ids[1:] for ids in pieces])
+    fill = (0, self.seq_len - len(counted))
+    return example | {
+        'targets': np.pad(counted, fill).astype(np.int32),
+        'weights': np.pad(np.ones(len(counted), np.float32), fill),
+        'bytes': np.float32(np.sum(self.objective.tokenizer.token_bytes[counted])),
+    }
+
+  def ids(self, document: int, start: int, stop: int) -> np.ndarray:
+    """Ids start to stop, inclusive, of BOS document EOS: stop - start inputs, and the target of the last."""
+    length, tokenizer = int(self.documents.lengths[document]), self.objective.tokenizer
+    text = self.documents.text(document, max(start - 1, 0), min(stop, length))
+    return np.concatenate([[tokenizer.bos_id] * (start == 0), text, [tokenizer.eos_id] * (stop == length + 1)]).astype(np.int32)

@@ -1,0 +1,178 @@
+"""Everything between a config and the first batch: the workdir's own copy of config and tokenizer, and the tokenized corpora."""
+
+import base64
+import dataclasses
+import functools
+import itertools
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from llm_jax import build, checkpoint
+from llm_jax import config as config_lib
+from llm_jax.config import Config
+from llm_jax.contracts import Documents, Source, Tokenizer
+from llm_jax.data import cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a run reads.
+
+  Attributes:
+    config: the config with model shape and class names filled in.
+    tokenizer: made the ids.
+    splits: the documents.
+  """
+
+  config: Config
+  tokenizer: Tokenizer
+  splits: 'Splits'
+
+
+@dataclasses.dataclass(frozen=True)
+class Splits:
+  """Training and validation documents of each source, the sources' weights, and a fingerprint of it all."""
+
+  train: Sequence[Documents]
+  validation: Sequence[Documents]
+  weights: Sequence[float]
+  fingerprint: str
+
+
+def load(config: Config, workdir: pathlib.Path) -> Data:
+  """Tokenizes what is not in the cache yet, and gives the splits.
+
+  Raises:
+    ValueError: an unusable source, an empty corpus, a label that is not one, a config that the workdir's run cannot go on with.
+  """
+  saved = read_config(workdir) if has_checkpoints(workdir) else None
+  if saved:
+    _check_same(build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir)
+  if config.data['source'] == 'stdlib':
+    logging.warning('EMBEDDED CORPUS: this run reads the source and documentation of the Python standard library. Your own text is '
+                    "one flag: --config.data.source=text --config.data.path='/data/*.txt'")
+  tokenizer = _tokenizer(config, workdir, bool(saved))
+  splits = documents(config, tokenizer)
+  classes = build.class_names(saved or config) or build.collect_classes(config, _labels(splits.train))
+  return Data(build.resolve(config, tokenizer.vocab_size, classes), tokenizer, splits)
+
+
+def documents(config: Config, tokenizer: Tokenizer) -> Splits:
+  """The documents of the config's data, tokenized."""
+  sources, weights = build.sources(config)
+  folder = str(cache_directory(config) / 'tokens')
+  corpora = [cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources]
+  train, validation = zip(*(corpus.split(config.data['validation']) for corpus in corpora), strict=True)
+  return Splits(train, validation, weights, ' '.join(corpus.fingerprint for corpus in corpora))
+
+
+def open_workdir(workdir: pathlib.Path) -> None:
+  """Makes the folder where it is not there, and checks that it can be written to.
+
+  Raises:
+    ValueError: it cannot.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    probe = workdir / '.writable'
+    probe.touch()
+    probe.unlink()
+  except OSError as error:
+    raise ValueError(f'--workdir={workdir} cannot be written to ({error.strerror}); give a folder of your own.') from error
+
+
+def has_checkpoints(workdir: pathlib.Path) -> bool:
+  """Whether a run in this folder has saved anything that can be gone on with."""
+  folder = workdir / 'checkpoints'
+  return (workdir / 'config.json').exists() and folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+
+
+def read_config(workdir: pathlib.Path) -> Config:
+  """The resolved config of the run in a folder.
+
+  Raises:
+    ValueError: there is none.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    raise ValueError(f'{workdir} holds no run: there is no config.json. Train one there first, or name the workdir of one.')
+  return config_lib.from_json(path.read_text())
+
+
+def write_config(workdir: pathlib.Path, config: Config) -> None:
+  """Writes the resolved config, whole or not at all."""
+  partial = workdir / 'config.json.partial'
+  partial.write_text(config_lib.to_json(config))
+  partial.rename(workdir / 'config.json')
+
+
+def pack_tokenizer(workdir: pathlib.Path) -> dict[str, str]:
+  """The files of the run's tokenizer by name, in base64: what a checkpoint keeps of it."""
+  return {file.name: base64.b64encode(file.read_bytes()).decode() for file in sorted((workdir / 'tokenizer').iterdir())}
+
+
+def unpack_tokenizer(packed: Mapping[str, str], workdir: pathlib.Path) -> None:
+  """Writes the files that `pack_tokenizer` read, whole or not at all."""
+  partial = _fresh(workdir / 'tokenizer.partial')
+  for name, content in packed.items():
+    (partial / name).write_bytes(base64.b64decode(content))
+  partial.rename(workdir / 'tokenizer')
+
+
+def cache_directory(config: Config) -> pathlib.Path:
+  """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache folder."""
+  default = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'llm_jax'
+  return pathlib.Path(config.data.get('cache') or default).expanduser()
+
+
+def _check_same(config: Config, saved: Config, workdir: pathlib.Path) -> None:
+  forbidden, allowed = config_lib.differences(saved, config)
+  if forbidden:
+    raise ValueError(f'{workdir} holds a run of another config:\n  ' + '\n  '.join(forbidden) +
+                     '\nGive this one a --workdir of its own, or the config it was started with.')
+  for line in allowed:
+    logging.warning('changed since the last start: %s', line)
+
+
+def _tokenizer(config: Config, workdir: pathlib.Path, resuming: bool) -> Tokenizer:
+  if resuming:
+    if not (workdir / 'tokenizer').is_dir():
+      unpack_tokenizer(checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer'], workdir)
+    return build.load_tokenizer(config, str(workdir / 'tokenizer'))
+  if config.init_from:
+    tokenizer = build.load_tokenizer(read_config(pathlib.Path(config.init_from)), str(pathlib.Path(config.init_from) / 'tokenizer'))
+    logging.info('Tokenizer: that of %s, %s ids.', config.init_from, f'{tokenizer.vocab_size:,}')
+  else:
+    sources, _ = build.sources(config)
+    texts = functools.partial(_training_texts, sources, config.data['validation'])
+    fingerprint = ' '.join([*(source.fingerprint for source in sources), str(config.data['validation'])])
+    tokenizer = build.create_tokenizer(config, texts, fingerprint, str(cache_directory(config) / 'tokenizers'))
+  partial = _fresh(workdir / 'tokenizer.partial')
+  tokenizer.save(str(partial))
+  shutil.rmtree(workdir / 'tokenizer', ignore_errors=True)
+  partial.rename(workdir / 'tokenizer')
+  return tokenizer
+
+
+def _fresh(folder: pathlib.Path) -> pathlib.Path:
+  shutil.rmtree(folder, ignore_errors=True)
+  folder.mkdir()
+  return folder
+
+
+def _labels(splits: Sequence[Documents]) -> Iterator[Any]:
+  return itertools.chain.from_iterable(split.labels or () for split in splits)
+
+
+def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[str]:
+  documents = itertools.chain.from_iterable((source[i] for i in range(len(source))) for source in sources)
+  for document in documents:
+    if not cache.held_out(document, validation):
+      yield document['text']
+      if 'pair' in document:
+        yield document['pair']

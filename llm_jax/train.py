@@ -1,0 +1,238 @@
+"""The host loop: next batch, step, log, evaluate, save. Numbers of step n are fetched after step n + 1 is dispatched."""
+
+import contextlib
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from llm_jax import build, chips, evaluate, logs, prepare, tree
+from llm_jax.build import Program
+from llm_jax.checkpoint import Checkpoints, restore_params
+from llm_jax.config import Config
+from llm_jax.contracts import Pairs
+from llm_jax.data import pipeline
+from llm_jax.state import TrainState
+
+TINY = {'encoder': 'configs/bert_tiny.py', 'decoder': 'configs/gpt_tiny.py'}  # what to try where a run would take days
+
+
+@dataclasses.dataclass
+class Run:
+  """A run that is ready to go on.
+
+  Attributes:
+    state: at the step where it goes on.
+    position: examples consumed so far.
+    patience: where early stopping stands.
+  """
+
+  program: Program
+  data: prepare.Data
+  workdir: pathlib.Path
+  checkpoints: Checkpoints
+  train: Any
+  validation: Any
+  state: TrainState
+  position: int
+  patience: 'Patience'
+
+
+@dataclasses.dataclass
+class Patience:
+  """Early stopping: the best validation loss so far, and for how many evaluations it has not been beaten.
+
+  Attributes:
+    limit: evaluations without a better loss after which to stop; 0 for never.
+  """
+
+  limit: int
+  best: float = math.inf
+  waited: int = 0
+
+  def better(self, value: float) -> bool:
+    """Takes note of a validation loss; returns whether it is the best so far."""
+    better = value < self.best
+    self.best, self.waited = (value, 0) if better else (self.best, self.waited + 1)
+    return better
+
+  @property
+  def over(self) -> bool:
+    """Whether to stop."""
+    return 0 < self.limit <= self.waited
+
+
+def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
+  """Builds the program and restores the newest checkpoint, or makes a first state.
+
+  Raises:
+    ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does not fit.
+  """
+  config = data.config
+  objective = build.create_objective(config, data.tokenizer)
+  train = pipeline.train_examples(data.splits.train, data.splits.weights, objective, config.seq_len, config.seed, config.batch_size)
+  validation = pipeline.validation_examples(data.splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows)
+  program = build.build(config, data.tokenizer, train[0])
+  logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
+  checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.every, config.checkpoint.keep)
+  restored = checkpoints.restore(program.state)
+  prepare.write_config(workdir, config)
+  patience = Patience(config.evaluation.patience)
+  if restored is None:
+    state, position = _first_state(program), 0
+  else:
+    state, position = restored.state, restored.position
+    if restored.meta['corpus'] != data.splits.fingerprint:
+      raise ValueError(f'the documents of config.data have changed since the checkpoint of step {restored.step} was saved, so the run '
+                       f'cannot go on with the very next example; bring them back, or start another --workdir with --config.init_from={workdir}.')
+    patience = Patience(config.evaluation.patience, **restored.meta['patience'])
+    logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
+  return Run(program, data, workdir, checkpoints, train, validation, state, position, patience)
+
+
+def train(run: Run) -> None:
+  """Trains to the last step of the config, or until no evaluation gets better."""
+  program, config = run.program, run.program.config
+  step = int(run.state.step)
+  log = logs.Log(run.workdir, primary=jax.process_index() == 0, steps=config.steps, resume_step=step,
+                 tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, config=dataclasses.asdict(config))
+  with contextlib.closing(log), contextlib.closing(run.checkpoints):
+    if step >= config.steps or run.patience.over:
+      log.say('This run is over: step %d of %d. Raise config.steps to train on.', step, config.steps)
+      return
+    baselines = evaluate.baselines(program.objective, run.data.tokenizer, lambda: evaluate.batches(program, run.validation))
+    _announce(run, log)
+    batches = pipeline.batches(run.train, config.batch_size, run.position, jax.process_index(), jax.process_count())
+    with contextlib.closing(batches):
+      _loop(run, log, batches, step, baselines)
+    if run.patience.over:
+      log.say('Stopped early: no better validation loss for %d evaluations; the best is %.4f.', run.patience.waited, run.patience.best)
+    run.checkpoints.wait()
+    log.say('Done. The best checkpoint is that of step %d; %s shows the loss.', run.checkpoints.best_step(), run.workdir / logs.PLOT)
+
+
+def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], step: int, baselines: dict[str, float]) -> None:
+  program, config = run.program, run.program.config
+  meter = Meter(program, log, step)
+  while step < config.steps and not run.patience.over:
+    run.state, pairs = program.train_step(run.state, program.put(next(batches)))
+    run.position += config.batch_size
+    step += 1
+    meter.dispatched(step, pairs)
+    evaluated = step % config.eval_every == 0 or step == config.steps
+    saving = step % config.checkpoint.every == 0 or step == config.steps
+    if evaluated or saving:
+      meter.flush()  # what is said about a step stands in the log before the step is saved
+    values = None
+    if evaluated:
+      values = evaluate.scores(program, run.state.params, run.validation, run.workdir / 'report.txt')
+      log.write(step, 'validation', values | baselines)
+      log.say('step %d  validation: %s', step, '  '.join(f'{k} {v:.4f}' for k, v in (values | baselines).items()))
+      saving |= run.patience.better(values['loss']) or run.patience.over
+    if saving:
+      meta = {'config': dataclasses.asdict(config), 'corpus': run.data.splits.fingerprint, 'tokenizer': prepare.pack_tokenizer(run.workdir),
+              'patience': {'best': run.patience.best, 'waited': run.patience.waited}}
+      run.checkpoints.save(step, run.state, run.position, meta, values, force=True)
+    if evaluated or saving:
+      meter.restart(step)
+
+
+class Meter:
+  """Logs the numbers of a step once the next one is on its way, and the speed since it last did."""
+
+  def __init__(self, program: Program, log: logs.Log, step: int):
+    """Starts counting at `step`; the first step, which compiles, is not part of any speed."""
+    self._program, self._log, self._first = program, log, step + 1
+    self._waiting: tuple[int, Pairs] | None = None
+    self._estimated = False
+    peaks = [chips.peak_flops(device.device_kind) for device in program.mesh.devices.flat]
+    self._peak = sum(peaks) if all(peaks) else None
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Leaves out of the speed whatever happened since the last step."""
+    self._since, self._clock, self._tokens = step, time.perf_counter(), 0.0
+
+  def dispatched(self, step: int, pairs: Pairs) -> None:
+    """Takes the numbers of the step just dispatched, and logs those of the one before."""
+    self.flush()
+    self._waiting = step, pairs
+
+  def flush(self) -> None:
+    """Waits for the last step, and logs it where it is time to."""
+    if self._waiting is None:
+      return
+    (step, pairs), self._waiting = self._waiting, None
+    values = {name: float(value) / float(weight) if weight else math.nan for name, (value, weight) in jax.device_get(pairs).items()}
+    if not math.isfinite(values['loss']):
+      raise FloatingPointError(f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint is as it was; '
+                               'a lower config.optimizer.learning_rate or more warmup is the usual way out.')
+    self._tokens += values.pop('tokens')
+    if step == self._first:
+      self.restart(step)
+    config = self._program.config
+    if step > self._first and step - self._since >= 3 and not self._estimated or step % config.log_every == 0 or step == config.steps:
+      self._report(step, values)
+
+  def _report(self, step: int, values: dict[str, float]) -> None:
+    config, steps = self._program.config, step - self._since
+    seconds = time.perf_counter() - self._clock
+    speed = {}
+    if steps:
+      speed = {'tokens_per_second': self._tokens / seconds, 'seconds_per_step': seconds / steps}
+      if self._peak:
+        speed['model_flops_utilization'] = self._program.flops * steps / seconds / self._peak
+      if not self._estimated:
+        self._estimated = True
+        self._log.say('%s', logs.estimate(seconds / steps, config.steps - step, TINY.get(config.model['name'], 'a smaller config')))
+    if step % config.log_every == 0 or step == config.steps:
+      self._log.write(step, 'train', values | speed)
+      if steps:
+        self._log.progress(step, values['loss'], speed['tokens_per_second'], speed['seconds_per_step'])
+      self.restart(step)
+
+
+def _first_state(program: Program) -> TrainState:
+  config = program.config
+  state = program.init(config.seed)
+  if config.init_from is None:
+    return state
+  loaded = restore_params(pathlib.Path(config.init_from) / 'checkpoints', program.state.params)
+  if not loaded.params:
+    raise ValueError(f'config.init_from={config.init_from} has no parameter in common with this model.')
+  logging.info('From %s, step %d: took %d parameters.\nNew, from scratch:\n%s\nNot used:\n%s', config.init_from, loaded.step,
+               len(loaded.params), _listed(loaded.new), _listed(loaded.unused))
+  return state.replace(params=tree.replace(state.params, loaded.params))
+
+
+def _announce(run: Run, log: logs.Log) -> None:
+  """Says what is about to run, and before the first step how long it must take at the least."""
+  program, config = run.program, run.program.config
+  devices = list(program.mesh.devices.flat)
+  log.say('Training on %d %s: %d steps of %d x %d tokens, %.3g model TFLOP a step.', len(devices), devices[0].device_kind, config.steps,
+          config.batch_size, config.seq_len, program.flops / 1e12)
+  together = 1 if devices[0].platform == 'cpu' else len(devices)  # CPU devices share the cores
+  seconds = program.flops / (chips.peak_flops(devices[0].device_kind) or _matmul_rate()) / together
+  log.say('At least, with nothing but matrix products at full speed: %s',
+          logs.estimate(seconds, config.steps - int(run.state.step), TINY.get(config.model['name'], 'a smaller config')))
+
+
+def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
+  """FLOP/s of a float32 matrix product on one device, as it is measured now."""
+  x = jax.numpy.ones((size, size))
+  product = jax.jit(jax.numpy.matmul)
+  product(x, x).block_until_ready()
+  began = time.perf_counter()
+  for _ in range(repeats):
+    product(x, x).block_until_ready()
+  return repeats * 2 * size ** 3 / (time.perf_counter() - began)
+
+
+def _listed(paths: list[str]) -> str:
+  return '\n'.join(f'  {path}' for path in paths) or '  none'

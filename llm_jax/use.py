@@ -1,0 +1,127 @@
+"""What a trained run is for besides going on: its numbers on a validation set, and its answers to new texts."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from llm_jax import build, prepare, tree
+from llm_jax import evaluate as scores
+from llm_jax.build import Program
+from llm_jax.checkpoint import restore_params
+from llm_jax.config import Config
+from llm_jax.contracts import Source, Tokenizer
+from llm_jax.data import pipeline
+from llm_jax.data.sources import jsonl
+
+
+def load_params(program: Program, workdir: pathlib.Path) -> Any:
+  """The parameters of the run's best checkpoint, as the program wants them.
+
+  Raises:
+    ValueError: there is no checkpoint, or it lacks parameters.
+  """
+  loaded = restore_params(workdir / 'checkpoints', program.state.params)
+  if loaded.new:
+    raise ValueError(f'the checkpoint of step {loaded.step} in {workdir} lacks:\n  ' + '\n  '.join(loaded.new))
+  logging.info('Parameters of step %d of %s.', loaded.step, workdir)
+  return tree.replace(program.state.params, loaded.params)
+
+
+def evaluate(workdir: pathlib.Path, given: Config | None = None) -> dict[str, float]:
+  """Prints, and writes to `eval.json` in the workdir, the numbers of its best checkpoint on a validation set.
+
+  Args:
+    workdir: of the run.
+    given: a config whose data, evaluation and batch size go before the run's own; data.validation=0 evaluates all documents.
+
+  Raises:
+    ValueError: no such run, an unusable source, an empty corpus.
+  """
+  config = prepare.read_config(workdir)
+  if given is not None:
+    config = dataclasses.replace(config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size)
+  tokenizer = build.load_tokenizer(config, str(workdir / 'tokenizer'))
+  documents = prepare.documents(config, tokenizer)
+  chosen = documents.validation if config.data['validation'] else documents.train
+  objective = build.create_objective(config, tokenizer)
+  examples = pipeline.validation_examples(chosen, objective, config.seq_len, config.seed, config.evaluation.rows)
+  program = build.build(dataclasses.replace(config, micro_batches=1), tokenizer, examples[0])
+  params = load_params(program, workdir)
+  values = scores.scores(program, params, examples, workdir / 'report.txt')
+  values |= scores.baselines(objective, tokenizer, lambda: scores.batches(program, examples))
+  for name, value in values.items():
+    print(f'{name:>24} {value:.6g}')
+  (workdir / 'eval.json').write_text(json.dumps(values, indent=2))
+  return values
+
+
+def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -> None:
+  """Labels the texts of a jsonl file: each line again, with the prediction in it.
+
+  The text stands in the field that the run was trained on (`text` by default), the second of a pair likewise. A field that the
+  prediction brings too (`label`, say) is kept as `input_label`.
+
+  Args:
+    workdir: of a run whose objective is, or contains, `classify`.
+    source: the lines.
+    target: written whole or not at all.
+
+  Raises:
+    ValueError: no such run, an objective that predicts no labels, a line that is not as it should be.
+  """
+  config = prepare.read_config(workdir)
+  config = dataclasses.replace(config, objective=build.predictor_section(config), micro_batches=1)
+  tokenizer = build.load_tokenizer(config, str(workdir / 'tokenizer'))
+  objective = build.create_objective(config, tokenizer)
+  texts = _Texts(jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair')), tokenizer, objective, config.seq_len)
+  program = build.build(config, tokenizer, texts[0])
+  params = load_params(program, workdir)
+  rows = _rows(jax.device_get(program.predict_step(params, program.put(batch)))
+               for batch in pipeline.padded_batches(texts, config.batch_size, threads=1))
+  partial = target.with_name(f'{target.name}.partial')
+  with open(source, encoding='utf-8-sig') as lines, open(partial, 'w', encoding='utf-8') as file:
+    for line, row in zip(filter(str.strip, lines), rows, strict=False):  # the last batch is filled up
+      given, answer = json.loads(line), objective.describe(row)
+      kept = {f'input_{key}' if key in answer else key: value for key, value in given.items()}
+      file.write(json.dumps(kept | answer, ensure_ascii=False) + '\n')
+  partial.rename(target)
+  if texts.cut:
+    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', texts.cut, len(texts), config.seq_len)
+  logging.info('%d predictions in %s.', len(texts), target)
+
+
+class _Texts:
+  """The texts of a source as rows without labels; counts those that had to be cut."""
+
+  def __init__(self, source: Source, tokenizer: Tokenizer, objective: Any, seq_len: int):
+    self._source, self._tokenizer, self._objective, self._seq_len = source, tokenizer, objective, seq_len
+    self._cut = set()
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    document = self._source[index]
+    first = self._tokenizer.encode(document['text'])
+    second = self._tokenizer.encode(document['pair']) if 'pair' in document else None
+    example, cut = self._objective.encode(first, second, self._seq_len)
+    if cut:
+      self._cut.add(index)
+    return example
+
+  @property
+  def cut(self) -> int:
+    """How many of the texts read so far were longer than a row."""
+    return len(self._cut)
+
+
+def _rows(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
+  for batch in batches:
+    for index in range(len(next(iter(batch.values())))):
+      yield {key: values[index] for key, values in batch.items()}

@@ -1,0 +1,72 @@
+"""A tokenizer, documents and a network that are small enough to see through."""
+
+import types
+
+import numpy as np
+import pytest
+
+
+class Tokenizer:
+  """Ids 0 to 6 are special; of the others the multiples of `word` begin a word, and id i spells i % 5 + 1 bytes."""
+
+  pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(7)
+
+  def __init__(self, vocab_size=50, word=1):
+    self.vocab_size, self.fingerprint = vocab_size, 'test'
+    ids = np.arange(vocab_size)
+    self.special = ids < 7
+    self.word_start = (ids % word == 0) & ~self.special
+    self.token_bytes = np.where(self.special, 0, ids % 5 + 1).astype(np.int32)
+
+  def encode(self, text):
+    return np.array([7 + ord(c) % (self.vocab_size - 7) for c in text], np.int32)
+
+
+class Documents:
+  """Token arrays as one split of a corpus."""
+
+  def __init__(self, texts, pairs=None, labels=None):
+    self.texts, self.pairs, self.labels = texts, pairs, labels
+    self.lengths = np.array([len(t) for t in texts], np.int64)
+    self.pair_lengths = None if pairs is None else np.array([len(t) for t in pairs], np.int64)
+
+  def __len__(self):
+    return len(self.texts)
+
+  def text(self, index, start=0, stop=None):
+    return np.asarray(self.texts[index][start:stop], np.int32)
+
+  def pair(self, index):
+    return np.asarray(self.pairs[index], np.int32)
+
+
+def random_documents(lengths, vocab_size=50, seed=0):
+  rng = np.random.default_rng(seed)
+  return Documents([rng.integers(7, vocab_size, n) for n in lengths])
+
+
+def stack(examples):
+  return {key: np.stack([e[key] for e in examples]) for key in examples[0]}
+
+
+def network(dim=6, vocab_size=50, seed=0, **outputs):
+  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the pooler takes place 0."""
+  rng = np.random.default_rng(seed)
+  w_DV = rng.normal(size=(dim, vocab_size)).astype(np.float32)
+  matrices = {name: rng.normal(size=(dim, size)).astype(np.float32) for name, size in outputs.items()}
+  heads = {name: (lambda x, w=w: x @ w) for name, w in matrices.items()}
+  heads |= {'mlm': lambda x, logits_fn: logits_fn(2 * x), 'pooler': lambda x: x[:, 0]}
+  return types.SimpleNamespace(model=types.SimpleNamespace(logits=lambda x: x @ w_DV), heads=heads, w_DV=w_DV, matrices=matrices)
+
+
+def cross_entropy(logits, targets):
+  """Brute force in float64: minus the log of the softmax at the target, along the last axis."""
+  p = np.exp(logits.astype(np.float64))
+  p /= p.sum(-1, keepdims=True)
+  return -np.log(np.take_along_axis(p, np.asarray(targets)[..., None], -1)[..., 0])
+
+
+@pytest.fixture(scope='session')
+def small():
+  return types.SimpleNamespace(Tokenizer=Tokenizer, Documents=Documents, random_documents=random_documents, stack=stack,
+                               network=network, cross_entropy=cross_entropy)

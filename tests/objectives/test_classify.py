@@ -1,0 +1,204 @@
+import json
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import logging
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llm_jax import plugins
+from llm_jax.objectives import classify
+
+RNG = np.random.default_rng(0)
+LETTERS = ('a', 'b', 'c')
+
+
+def test_row_of_one_text_and_of_a_pair(small):
+  tokenizer = small.Tokenizer()
+  one = classify.Objective(tokenizer, LETTERS).rows(small.Documents([[10, 11], [12]], labels=['c', 'a']), 6)
+  assert len(one) == 2
+  row = one.example(0, RNG)
+  assert row['tokens'].tolist() == [2, 10, 11, 3, 0, 0] and row['segments'].tolist() == [1, 1, 1, 1, 0, 0]
+  assert row['positions'].tolist() == [0, 1, 2, 3, 0, 0] and row['token_types'].tolist() == [0] * 6
+  assert (row['label'], row['label_weight']) == (2, 1) and row['label'].dtype == np.int32
+  pair = classify.Objective(tokenizer, LETTERS).rows(small.Documents([[10, 11]], [[20]], ['b']), 8).example(0, RNG)
+  assert pair['tokens'].tolist() == [2, 10, 11, 3, 20, 3, 0, 0] and pair['token_types'].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+  last = classify.Objective(tokenizer, LETTERS, pool='last').rows(small.Documents([[10, 11]], [[20]], ['b']), 8).example(0, RNG)
+  assert last['tokens'].tolist() == [5, 10, 11, 3, 20, 6, 0, 0]
+
+
+def test_encode_gives_the_same_row_without_a_label(small):
+  tokenizer = small.Tokenizer()
+  objective = classify.Objective(tokenizer, LETTERS)
+  texts = [tokenizer.encode('hello world'), tokenizer.encode('good')]
+  row = objective.rows(small.Documents(texts[:1], texts[1:], ['a']), 12).example(0, RNG)
+  encoded = objective.encode('hello world', 'good', 12)
+  assert encoded.keys() == row.keys() and encoded['label_weight'] == 0
+  for key in ('tokens', 'segments', 'positions', 'token_types'):
+    np.testing.assert_array_equal(encoded[key], row[key])
+  assert objective.encode('', None, 5)['tokens'].tolist() == [2, 3, 0, 0, 0]
+
+
+@given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))
+def test_fit_cuts_the_longer_text_first(first, second, seq_len):
+  n, m = classify.fit(first, second, seq_len)
+  if second is None:
+    assert (n, m) == (min(first, seq_len - 2), None)
+    return
+  while first + second > seq_len - 3:  # BERT's own loop
+    first, second = (first - 1, second) if first > second else (first, second - 1)
+  assert n + m == first + second and {n, m} == {first, second}
+
+
+def test_cuts_are_counted_and_logged_once(small, monkeypatch):
+  lines = []
+  monkeypatch.setattr(logging, 'warning', lambda message, *values: lines.append(message % values))
+  documents = small.Documents([[9] * 10, [9] * 4, [9] * 7], labels=['a', 'b', 'a'])
+  objective = classify.Objective(small.Tokenizer(), LETTERS)
+  rows = objective.rows(documents, 7)
+  assert len(lines) == 1 and '2 of 3 documents' in lines[0] and 'lose 7 of 21 tokens' in lines[0]
+  assert rows.example(0, RNG)['tokens'].tolist() == [2, 9, 9, 9, 9, 9, 3]
+  objective.rows(documents, 12)
+  assert len(lines) == 1
+
+
+@pytest.mark.parametrize('options, labels, message', [
+    ({}, ['a', 'd'], r"document 1 has the label 'd'; it must be one of the 3 classes of the training set: a, b, c"),
+    ({}, ['a', ['b']], r"document 1 has the label \['b'\]"),
+    ({}, ['a', None], "document 1 has no label.*unlabelled='ignore'"),
+    ({}, None, 'needs labels and this corpus has none.*config.data.label'),
+    ({'task': 'multilabel'}, [['a'], 'b'], "document 1 has the label 'b'; it must be a list"),
+    ({'task': 'multilabel'}, [['a'], ['b', 'x']], r"document 1 has the label \['b', 'x'\]; it must be one of"),
+    ({'task': 'regression'}, [1.5, 'much'], "document 1 has the label 'much'; it must be a finite number"),
+    ({'task': 'regression'}, [1.5, float('nan')], 'document 1 has the label nan; it must be a finite number'),
+    ({'task': 'regression'}, [1.5, True], 'document 1 has the label True; it must be a finite number')])
+def test_labels_that_cannot_be(small, options, labels, message):
+  classes = None if options.get('task') == 'regression' else LETTERS
+  with pytest.raises(ValueError, match=message):
+    classify.Objective(small.Tokenizer(), classes, **options).rows(small.Documents([[9], [9]], labels=labels), 8)
+
+
+def test_labels_that_can_be(small):
+  def labels(classes, given, **options):
+    rows = classify.Objective(small.Tokenizer(), classes, **options).rows(small.Documents([[9], [9]], labels=given), 8)
+    examples = [rows.example(i, RNG) for i in range(2)]
+    return [(example['label'].tolist(), float(example['label_weight'])) for example in examples]
+
+  assert labels(LETTERS, ['b', None], unlabelled='ignore') == [(1, 1.0), (0, 0.0)]
+  assert labels(LETTERS, None, unlabelled='ignore') == [(0, 0.0), (0, 0.0)]
+  assert labels(('0', '1'), ['1', '0'], task='binary') == [(1, 1.0), (0, 1.0)]
+  assert labels(LETTERS, [['c', 'a'], []], task='multilabel') == [([1, 0, 1], 1.0), ([0, 0, 0], 1.0)]
+  assert labels(None, [2.5, '-1'], task='regression') == [(2.5, 1.0), (-1.0, 1.0)]
+
+
+def test_collect_classes():
+  assert classify.collect_classes(['10', '9', '9', '-1', None]) == ('-1', '9', '10')
+  assert classify.collect_classes(['10', '9', 'b']) == ('10', '9', 'b')
+  assert classify.collect_classes([['b', 'a'], [], ['c']]) == ('a', 'b', 'c')
+
+
+@pytest.mark.parametrize('options, message', [
+    ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"), ({'pool': 'mean'}, "pool='mean'.*cls, last"),
+    ({'unlabelled': 'skip'}, "unlabelled='skip'"), ({'dropout': 1.0}, 'dropout=1.0'),
+    ({'classes': None}, 'at least 2 different classes, not none'), ({'classes': ('a',)}, 'at least 2 different classes, not a;'),
+    ({'classes': ('a', 'a')}, 'not a, a'), ({'task': 'binary'}, 'exactly 2 different classes, not a, b, c'),
+    ({'task': 'regression'}, 'classes=a, b, c has no meaning')])
+def test_refuses(small, options, message):
+  with pytest.raises(ValueError, match=message):
+    classify.Objective(small.Tokenizer(), **{'classes': LETTERS} | options)
+
+
+def test_other_refusals_and_the_config_section(small):
+  with pytest.raises(ValueError, match="rows='classify'"):
+    classify.Objective(small.Tokenizer(), LETTERS).transform({'tokens': np.zeros(4, np.int32)}, RNG)
+  with pytest.raises(ValueError, match='seq_len=3 must be more than the 3'):
+    classify.Objective(small.Tokenizer(), LETTERS).encode('a', 'b', 3)
+  made = plugins.construct('objective', classify.Objective, {'classes': ['x', 'y'], 'dropout': 0}, tokenizer=small.Tokenizer())
+  assert made.classes == ('x', 'y')
+  with pytest.raises(ValueError, match="config.objective.droput.*'dropout'"):
+    plugins.construct('objective', classify.Objective, {'droput': 0.2}, tokenizer=small.Tokenizer())
+
+
+def values(small, task, pool='cls'):
+  """Loss pairs, predictions and float64 logits on five rows, the last of them unlabelled."""
+  rng = np.random.default_rng(5)
+  classes = {'multiclass': LETTERS, 'multilabel': LETTERS, 'binary': ('no', 'yes'), 'regression': None}[task]
+  objective = classify.Objective(small.Tokenizer(), classes, task=task, pool=pool)
+  net = small.network(classifier=3 if classes == LETTERS else 1)
+  hidden, lengths = rng.normal(size=(5, 7, 6)).astype(np.float32), np.array([7, 3, 1, 4, 0])
+  label = {'multiclass': np.array([0, 2, 1, 1, 0], np.int32), 'binary': np.array([1, 0, 1, 1, 0], np.int32),
+           'multilabel': rng.integers(0, 2, (5, 3)).astype(np.float32), 'regression': rng.normal(size=5).astype(np.float32)}[task]
+  batch = {'segments': (np.arange(7) < lengths[:, None]).astype(np.int32), 'label': label,
+           'label_weight': np.array([1, 1, 1, 1, 0], np.float32)}
+  read = hidden[:, 0] if pool == 'cls' else hidden[np.arange(5), np.maximum(lengths - 1, 0)]
+  logits = read.astype(np.float64) @ net.matrices['classifier']
+  pairs = {k: [float(x) for x in v] for k, v in objective.loss(net, jnp.asarray(hidden), batch).items()}
+  predictions = {k: np.asarray(v) for k, v in objective.predict(net, jnp.asarray(hidden), batch).items()}
+  return objective, pairs, predictions, logits[:4], label[:4]
+
+
+@pytest.mark.parametrize('pool', ['cls', 'last'])
+def test_multiclass(small, pool):
+  objective, pairs, predictions, logits, label = values(small, 'multiclass', pool)
+  np.testing.assert_allclose(pairs['classify'], [small.cross_entropy(logits, label).sum(), 4], rtol=1e-5)
+  assert pairs['classify_accuracy'] == [(logits.argmax(-1) == label).sum(), 4]
+  p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+  np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
+  told = objective.describe({'probabilities': predictions['probabilities'][1]})
+  assert told['label'] == LETTERS[p[1].argmax()] and told['probability'] == pytest.approx(p[1].max(), rel=1e-4)
+  assert json.loads(json.dumps(told)) == told and list(told['probabilities']) == list(LETTERS)
+  assert objective.terms == {'classify': 1.0} and objective.targets({}) is None and objective.summary({}) == {}
+
+
+def test_binary(small):
+  objective, pairs, predictions, logits, label = values(small, 'binary')
+  p = 1 / (1 + np.exp(-logits[:, 0]))
+  np.testing.assert_allclose(pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).sum(), 4], rtol=1e-5)
+  assert pairs['classify_accuracy'] == [((p > 0.5) == label).sum(), 4]
+  np.testing.assert_allclose(predictions['probabilities'][:4], np.stack([1 - p, p], -1), rtol=1e-4)
+  assert objective.describe({'probabilities': predictions['probabilities'][0]})['label'] == ('yes' if p[0] > 0.5 else 'no')
+
+
+def test_multilabel(small):
+  objective, pairs, predictions, logits, label = values(small, 'multilabel')
+  p = 1 / (1 + np.exp(-logits))
+  np.testing.assert_allclose(pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).mean(-1).sum(), 4], rtol=1e-5)
+  np.testing.assert_allclose(pairs['classify_accuracy'], [((p > 0.5) == label).mean(-1).sum(), 4], rtol=1e-6)
+  np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
+  told = objective.describe({'probabilities': predictions['probabilities'][0]})
+  assert told['label'] == [name for name, x in zip(LETTERS, p[0], strict=True) if x > 0.5]
+
+
+def test_regression(small):
+  objective, pairs, predictions, logits, label = values(small, 'regression')
+  np.testing.assert_allclose(pairs['classify'], [((logits[:, 0] - label) ** 2).sum(), 4], rtol=1e-5)
+  assert pairs.keys() == {'classify'}
+  np.testing.assert_allclose(predictions['values'][:4], logits[:, 0], rtol=1e-4, atol=1e-6)
+  assert objective.describe({'values': predictions['values'][0]}) == {'value': float(predictions['values'][0])}
+
+
+def test_head_dropout_acts_only_where_the_stream_is_given(small):
+  from llm_jax.models import encoder
+  model = encoder.Model(vocab_size=50, dim=8, layers=1, heads=2, mlp_dim=16, max_len=8)
+  objective = classify.Objective(small.Tokenizer(), LETTERS, dropout=0.5)
+  heads = objective.heads(model)
+  assert set(heads) == {'pooler', 'classifier'}
+  assert set(classify.Objective(small.Tokenizer(), LETTERS, pool='last').heads(model)) == {'classifier'}
+
+  class Net(nn.Module):
+    heads: dict
+
+    def __call__(self, hidden_BTD):
+      return objective.logits(types.SimpleNamespace(heads=self.heads), hidden_BTD, {})
+
+  net, hidden = Net(heads), jnp.ones((2, 4, 8))
+  variables = net.init(jax.random.PRNGKey(0), hidden)
+  plain, again = net.apply(variables, hidden), net.apply(variables, hidden)
+  dropped = net.apply(variables, hidden, rngs={'dropout': jax.random.PRNGKey(1)})
+  assert plain.shape == (2, 3)
+  np.testing.assert_array_equal(plain, again)
+  assert np.abs(dropped - plain).max() > 1e-3

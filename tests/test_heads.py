@@ -1,0 +1,66 @@
+"""Heads: their formulas, their shapes and types, and when their dropout acts."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax import heads
+from llm_jax.models import encoder
+
+MODEL = encoder.Model(vocab_size=11, dim=8, layers=1, heads=2, mlp_dim=4, dtype='bfloat16')
+EXACT = MODEL.clone(dtype='float32').options
+
+
+def random_params(module, *args):
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(lambda: nn.unbox(module.init(jax.random.key(0), *args)))
+  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def test_mlm_head_is_berts():
+  table = np.random.default_rng(1).normal(size=(11, 8)).astype(np.float32)
+  x = np.random.default_rng(2).normal(size=(2, 3, 8)).astype(np.float32)
+  logits_fn = lambda x_BMD: jnp.einsum('BMD,VD->BMV', x_BMD, table)
+  head = heads.MLMHead(EXACT, 11)
+  params = jax.eval_shape(lambda: head.init(jax.random.key(0), x, logits_fn))['params']
+  assert params['bias'].names == ('vocab',) and params['dense']['kernel'].value.shape == (8, 8)
+  params = random_params(head, x, logits_fn)
+  p = jax.tree.map(lambda a: np.asarray(a, np.float64), params['params'])
+  h = x @ p['dense']['kernel'] + p['dense']['bias']
+  h = h * 0.5 * (1 + np.vectorize(math.erf)(h / np.sqrt(2)))
+  h = (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True) * p['norm']['scale'] + p['norm']['bias']
+  with jax.numpy_rank_promotion('raise'):
+    np.testing.assert_allclose(head.apply(params, x, logits_fn), h @ table.T + p['bias'], atol=1e-4)
+
+
+def test_pooler_takes_the_place_asked_for():
+  x = np.random.default_rng(2).normal(size=(2, 3, 8)).astype(np.float32)
+  head = heads.Pooler(EXACT)
+  params = random_params(head, x)
+  dense = params['params']['dense']
+  formula = lambda rows: np.tanh(rows @ np.asarray(dense['kernel']) + np.asarray(dense['bias']))
+  np.testing.assert_allclose(head.apply(params, x), formula(x[:, 0]), atol=1e-5)
+  np.testing.assert_allclose(head.apply(params, x, jnp.array([2, 1])), formula(x[[0, 1], [2, 1]]), atol=1e-5)
+
+
+def test_classifier_drops_only_with_the_stream():
+  x = np.ones((4, 8), np.float32)
+  head = heads.ClassifierHead(MODEL.options, classes=3, dropout=0.5)
+  boxed = jax.eval_shape(lambda: head.init(jax.random.key(0), x))['params']['dense']['kernel']
+  assert boxed.names == ('embed', 'classes') and boxed.value.shape == (8, 3)
+  params = random_params(head, x)
+  quiet = head.apply(params, x)
+  assert quiet.shape == (4, 3) and quiet.dtype == jnp.float32
+  np.testing.assert_array_equal(quiet, heads.ClassifierHead(MODEL.options, classes=3, dropout=0.0).apply(params, x))
+  dropped = head.apply(params, x, rngs={'dropout': jax.random.key(0)})
+  assert np.abs(dropped - quiet).max() > 0.1
+
+
+def test_pair_head_has_two_float32_logits():
+  x = jnp.ones((4, 8), jnp.bfloat16)
+  head = heads.PairHead(MODEL.options)
+  out = head.apply(random_params(head, x), x)
+  assert out.shape == (4, 2) and out.dtype == jnp.float32
