@@ -67,7 +67,7 @@ def check(config: Config) -> None:
     plugins.check(section, plugins.load('source', options['source']).Source, _without(options, *DATA_OPTIONS, 'weight'))
   for section, options, kind, factory, given in (
       ('tokenizer', config.tokenizer, 'tokenizer', 'create', ('texts', 'texts_fingerprint', 'cache')),
-      ('model', config.model, 'model', 'Model', ()),
+      ('model', {'vocab_size': 1} | _set(config.model), 'model', 'Model', ()),
       *(('objective' + path, part, 'objective', 'Objective', ('tokenizer', 'parts')) for path, part in _objectives(config.objective))):
     module = plugins.load(kind, options['name'])
     plugins.check(section, getattr(module, factory), _without(options, 'name', 'variant', 'parts'), given)
@@ -201,7 +201,7 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
 
 def model_options(config: Config, vocab_size: int) -> dict[str, Any]:
   """The model section with its variant's published shape filled in; what the section itself says goes first."""
-  section = {k: v for k, v in config.model.items() if v is not None}
+  section = _set(config.model)
   module = plugins.load('model', section['name'])
   variant = section.get('variant')
   if variant is not None and variant not in module.VARIANTS:
@@ -271,6 +271,10 @@ def _micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
   if config.micro_batches is None and count > 1:
     logging.info('micro_batches=%d: at most %d tokens at once on a device (%s); set config.micro_batches to choose.', count, most, platform)
   return count
+
+
+def _set(options: Mapping[str, Any]) -> dict[str, Any]:
+  return {k: v for k, v in options.items() if v is not None}
 
 
 def _without(options: Mapping[str, Any], *keys: str) -> dict[str, Any]:

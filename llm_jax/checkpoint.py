@@ -1,8 +1,8 @@
 """Checkpoints: state, data position, and all else that a run needs to go on, written by Orbax while the training runs.
 
 A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`: the size and SHA-256 of every
-file, and the validation metrics. The seal is written last, so a folder without one is a save that did not end, and a folder
-that does not agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this alone: whatever agrees
+file, and the validation metrics. The seal is written last, so a folder without one is a save that did not end (as if it had never
+begun), and a folder that does not agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this alone: whatever agrees
 with its seal and still does not fit the model is another model's checkpoint, which is an error and never a reason to fall back.
 
 The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the arrays are written by all.
@@ -26,7 +26,7 @@ from jax.experimental import multihost_utils
 from llm_jax import tree
 
 SEAL = 'seal.json'
-DAMAGED = 'damaged'
+DAMAGED, UNFINISHED = 'damaged', 'unfinished'  # folders for checkpoints that are not used: cut short; without a seal
 _NONE, _NONE_LEFT = -1, -2  # in the place of a step, agreed on by all processes
 
 
@@ -58,16 +58,14 @@ class Loaded(NamedTuple):
 class Checkpoints:
   """The checkpoints of one run: the `keep` newest, and the one with the lowest validation loss."""
 
-  def __init__(self, directory: str | pathlib.Path, every: int, keep: int):
+  def __init__(self, directory: str | pathlib.Path, keep: int):
     """Opens the folder, which is made where it is not there, and clears it of saves that did not end.
 
     Args:
       directory: where the checkpoints are, shared by all hosts.
-      every: steps between saves.
       keep: how many of the newest to keep, at least 1.
     """
     self._directory = pathlib.Path(directory).absolute()
-    self._every = every
     self._keep = keep
     self._orbax = _orbax()
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
@@ -79,9 +77,8 @@ class Checkpoints:
           shutil.rmtree(leftover)
     _barrier('checkpoints_opened')
 
-  def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None,
-           force: bool = False) -> bool:
-    """Saves where `step` is a multiple of `every` or with `force`, once a step; returns whether it does.
+  def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
+    """Saves a step, once; returns whether it does.
 
     The arrays are copied before this returns, so the state may be donated; they are written, sealed and the older ones deleted in
     the background. An error there is raised by the next `save`, `wait` or `close`.
@@ -92,13 +89,10 @@ class Checkpoints:
       position: examples consumed.
       meta: whatever JSON can hold.
       metrics: validation metrics at this step; `loss` decides which checkpoint is the best.
-      force: save at any step.
 
     Raises:
       OSError: this save or the one before it failed (a full disk, say); earlier checkpoints are as they were.
     """
-    if not force and step % self._every:
-      return False
     self.wait()
     path = self._directory / str(step)
     if path.exists():
@@ -137,7 +131,7 @@ class Checkpoints:
   def restore(self, abstract_state: Any) -> Restored | None:
     """Reads the newest checkpoint that is whole; None in a folder that never had one.
 
-    Damaged checkpoints and saves that did not end are moved to `damaged/<step>`, with an error in the log.
+    Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to `unfinished/<step>`, with an error in the log.
 
     Args:
       abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding need not be that of the save.
@@ -163,14 +157,18 @@ class Checkpoints:
 
   def _newest_whole(self) -> int:
     for step in reversed(_folders(self._directory)):
-      fault = _fault(self._directory / str(step))
+      path = self._directory / str(step)
+      fault = _fault(path)
       if fault is None:
         return step
-      logging.error('CHECKPOINT OF STEP %d IS NOT USED: %s. Moved to %s.', step, fault, self._set_aside(step))
+      aside = self._set_aside(step, DAMAGED if (path / SEAL).exists() else UNFINISHED)
+      logging.error('CHECKPOINT OF STEP %d IS NOT USED: %s. Moved to %s.', step, fault, aside)
     return _NONE_LEFT if (self._directory / DAMAGED).exists() else _NONE
 
-  def _set_aside(self, step: int) -> pathlib.Path:
-    aside = self._directory / DAMAGED
+  def _set_aside(self, step: int, kind: str) -> pathlib.Path:
+    aside = self._directory / kind
+    if kind == UNFINISHED:
+      shutil.rmtree(aside, ignore_errors=True)  # of interrupted saves the last is kept, in case its seal alone was lost
     aside.mkdir(exist_ok=True)
     copies = sum(child.name.split('.')[0] == str(step) for child in aside.iterdir())
     target = aside / (f'{step}.{copies}' if copies else str(step))
@@ -307,7 +305,7 @@ def _fault(path: pathlib.Path) -> str | None:
   """What is wrong with a checkpoint, None where it agrees with its seal."""
   seal = _read_seal(path)
   if seal is None:
-    return f'it has no readable {SEAL}, so its save did not end or its files were changed'
+    return f'its {SEAL} cannot be read' if (path / SEAL).exists() else f'it has no {SEAL}: its save did not end'
   missing = [name for name in seal['files'] if not (path / name).is_file()]
   if missing:
     return f'{missing[0]} is missing'

@@ -52,17 +52,16 @@ def construct(section: str, factory: typing.Callable, options: Mapping[str, typi
     TypeError: an option of the wrong type.
   """
   parameters = signature(factory)
-  arguments = check(section, factory, options, given) | {k: v for k, v in given.items() if k in parameters}
-  missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
-  if missing:
-    raise ValueError(f'{path_of(section)} needs {", ".join(missing)}.')
-  return factory(**arguments)
+  return factory(**check(section, factory, options, given), **{k: v for k, v in given.items() if k in parameters})
 
 
 def check(section: str, factory: typing.Callable, options: Mapping[str, typing.Any], given: typing.Iterable[str] = ()) -> dict:
   """The options that are set, with the names and types that `factory` wants; raises as `construct` does, calls nothing."""
-  options = {k: v for k, v in options.items() if v is not None}
-  check_names(path_of(section), options, [k for k in signature(factory) if k not in given])
+  options, parameters = {k: v for k, v in options.items() if v is not None}, signature(factory)
+  check_names(path_of(section), options, [k for k in parameters if k not in given])
+  missing = [k for k, p in parameters.items() if p.default is p.empty and k not in options and k not in given]
+  if missing:
+    raise ValueError(f'{path_of(section)} needs {", ".join(missing)}.')
   hints = typing.get_type_hints(factory)
   if inspect.isclass(factory):
     hints |= typing.get_type_hints(factory.__init__)
@@ -70,8 +69,9 @@ def check(section: str, factory: typing.Callable, options: Mapping[str, typing.A
 
 
 def signature(factory: typing.Callable) -> dict[str, inspect.Parameter]:
-  """The named parameters of a class or function, without Flax's own `parent` and `name`."""
-  return {k: p for k, p in inspect.signature(factory).parameters.items() if k not in ('parent', 'name')}
+  """The named parameters of a class or function; of a Linen module without `parent` and `name`, which are Flax's own."""
+  parameters = dict(inspect.signature(factory).parameters)
+  return {k: p for k, p in parameters.items() if 'parent' not in parameters or k not in ('parent', 'name')}
 
 
 def path_of(section: str) -> str:

@@ -80,7 +80,7 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
   validation = pipeline.validation_examples(data.splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows)
   program = build.build(config, data.tokenizer, train[0])
   logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
-  checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.every, config.checkpoint.keep)
+  checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
   restored = checkpoints.restore(program.state)
   prepare.write_config(workdir, config)
   patience = Patience(config.evaluation.patience)
@@ -114,7 +114,8 @@ def train(run: Run) -> None:
     if run.patience.over:
       log.say('Stopped early: no better validation loss for %d evaluations; the best is %.4f.', run.patience.waited, run.patience.best)
     run.checkpoints.wait()
-    log.say('Done. The best checkpoint is that of step %d; %s shows the loss.', run.checkpoints.best_step(), run.workdir / logs.PLOT)
+    log.say('Done. Checkpoints of steps %s, the best %s; %s shows the loss.', run.checkpoints.steps(), run.checkpoints.best_step(),
+            run.workdir / logs.PLOT)
 
 
 def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], step: int, baselines: dict[str, float]) -> None:
@@ -138,7 +139,7 @@ def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], ste
     if saving:
       meta = {'config': dataclasses.asdict(config), 'corpus': run.data.splits.fingerprint, 'tokenizer': prepare.pack_tokenizer(run.workdir),
               'patience': {'best': run.patience.best, 'waited': run.patience.waited}}
-      run.checkpoints.save(step, run.state, run.position, meta, values, force=True)
+      run.checkpoints.save(step, run.state, run.position, meta, values)
     if evaluated or saving:
       meter.restart(step)
 

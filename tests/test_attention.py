@@ -91,7 +91,11 @@ def test_padding_is_finite_forth_and_back():
   q, k, v = inputs()
   segments = np.zeros((B, T), np.int32)
   segments[0, :3] = 1
-  value, grads = jax.value_and_grad(lambda *x: attention(*x, segments_BT=segments, causal=True, window=2).sum(), (0, 1, 2))(q, k, v)
+
+  def total(q, k, v):
+    return attention(q, k, v, segments_BT=segments, causal=True, window=2).sum()
+
+  value, grads = jax.value_and_grad(total, (0, 1, 2))(q, k, v)
   assert np.isfinite(value) and all(np.isfinite(g).all() for g in grads)
 
 

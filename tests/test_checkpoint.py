@@ -43,8 +43,8 @@ def assert_same(a, b):
 def opened(tmp_path):
   made = []
 
-  def open_at(every=1, keep=3, directory=tmp_path / 'checkpoints'):
-    made.append(Checkpoints(directory, every, keep))
+  def open_at(keep=3, directory=tmp_path / 'checkpoints'):
+    made.append(Checkpoints(directory, keep))
     return made[-1]
 
   yield open_at
@@ -77,13 +77,12 @@ def test_round_trip_is_exact(opened):
     assert (restored.position, restored.meta, restored.step) == (10, META, 1)
 
 
-def test_when_it_saves(opened):
-  checkpoints = opened(every=10, keep=9)
-  saved = [step for step in (5, 10, 15, 20) if checkpoints.save(step, state(step), 0, META)]
-  assert saved == [10, 20]
-  assert checkpoints.save(25, state(25), 0, META, force=True) and not checkpoints.save(25, state(25), 0, META, force=True)
+def test_a_step_is_saved_once(opened):
+  checkpoints = opened()
+  assert checkpoints.save(25, state(25), 0, META) and not checkpoints.save(25, state(25, seed=1), 0, META)
   checkpoints.wait()
-  assert checkpoints.steps() == [10, 20, 25]
+  assert checkpoints.steps() == [25]
+  assert_same(checkpoints.restore(abstract(state(0))).state, state(25))
 
 
 def test_keeps_the_newest_and_the_best(opened):
@@ -133,7 +132,8 @@ def test_damage_to_any_file_falls_back_to_the_one_before(opened, tmp_path, monke
       restored = opened(directory=copy).restore(abstract(state(0)))
       assert restored.step == 1, name
       assert_same(restored.state, state(1, seed=1))
-      assert (copy / 'damaged' / '2').is_dir() and not (copy / '2').exists()
+      lost_seal = name.name == 'seal.json' and not (copy / 'damaged').exists()
+      assert (copy / ('unfinished' if lost_seal else 'damaged') / '2').is_dir() and not (copy / '2').exists()
       assert len(errors) == 1 and 'CHECKPOINT OF STEP 2 IS NOT USED' in errors.pop()
       shutil.rmtree(copy)
   assert opened().restore(abstract(state(0))).step == 2
@@ -152,7 +152,7 @@ def test_nothing_whole_left_is_an_error_and_stays_one(opened, tmp_path):
 def test_a_second_damaged_checkpoint_of_a_step_has_a_place_too(opened, tmp_path):
   for _ in range(2):
     fill(opened(), [3])
-    (tmp_path / 'checkpoints' / '3' / 'seal.json').unlink()
+    (tmp_path / 'checkpoints' / '3' / 'seal.json').write_text('{')
     with pytest.raises(ValueError, match='No whole'):
       opened().restore(abstract(state(0)))
   assert sorted(p.name for p in (tmp_path / 'checkpoints' / 'damaged').iterdir()) == ['3', '3.1']
@@ -198,8 +198,16 @@ def test_leaves_without_sharding_are_refused(opened):
     opened().restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state(0)))
 
 
+def test_the_first_save_interrupted_is_a_run_that_has_not_begun(opened, tmp_path):
+  for _ in range(2):
+    fill(opened(), [3])
+    (tmp_path / 'checkpoints' / '3' / 'seal.json').unlink()
+    assert opened().restore(abstract(state(0))) is None
+  assert [str(p.relative_to(tmp_path / 'checkpoints')) for p in (tmp_path / 'checkpoints').glob('*/*')] == ['unfinished/3']
+
+
 KILLED = """
-  checkpoints = Checkpoints(sys.argv[1], 1, 3)
+  checkpoints = Checkpoints(sys.argv[1], 3)
   fill(checkpoints, [1])
   big = state(2, seed=2)
   big.params['more'] = jnp.asarray(np.random.default_rng(0).normal(size=3_000_000), jnp.float32)
@@ -227,7 +235,7 @@ def test_a_save_that_was_killed_is_as_if_never_begun(opened, tmp_path, when):
 
 FULL = """
   import resource
-  checkpoints = Checkpoints(sys.argv[1], 1, 3)
+  checkpoints = Checkpoints(sys.argv[1], 3)
   fill(checkpoints, [1])
   resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
   big = {'more': jnp.asarray(np.random.default_rng(0).normal(size=1_000_000), jnp.float32)}
@@ -254,7 +262,7 @@ OTHER_MESH = """
   mesh = jax.make_mesh((4, 2), ('data', 'fsdp'))
   place = lambda x: jax.NamedSharding(mesh, jax.P(None, 'fsdp', 'data') if x.ndim == 3 else jax.P())
   wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state(0))
-  checkpoints = Checkpoints(sys.argv[1], 1, 3)
+  checkpoints = Checkpoints(sys.argv[1], 3)
   restored = checkpoints.restore(wanted)
   assert_same(restored.state, state(1, seed=1))
   kernel = restored.state.params['model']['layers']['block']['kernel']

@@ -23,7 +23,10 @@ def random_params(module, *args):
 def test_mlm_head_is_berts():
   table = np.random.default_rng(1).normal(size=(11, 8)).astype(np.float32)
   x = np.random.default_rng(2).normal(size=(2, 3, 8)).astype(np.float32)
-  logits_fn = lambda x_BMD: jnp.einsum('BMD,VD->BMV', x_BMD, table)
+
+  def logits_fn(x_BMD):
+    return jnp.einsum('BMD,VD->BMV', x_BMD, table)
+
   head = heads.MLMHead(EXACT, 11)
   params = jax.eval_shape(lambda: head.init(jax.random.key(0), x, logits_fn))['params']
   assert params['bias'].names == ('vocab',) and params['dense']['kernel'].value.shape == (8, 8)
@@ -41,7 +44,10 @@ def test_pooler_takes_the_place_asked_for():
   head = heads.Pooler(EXACT)
   params = random_params(head, x)
   dense = params['params']['dense']
-  formula = lambda rows: np.tanh(rows @ np.asarray(dense['kernel']) + np.asarray(dense['bias']))
+
+  def formula(rows):
+    return np.tanh(rows @ np.asarray(dense['kernel']) + np.asarray(dense['bias']))
+
   np.testing.assert_allclose(head.apply(params, x), formula(x[:, 0]), atol=1e-5)
   np.testing.assert_allclose(head.apply(params, x, jnp.array([2, 1])), formula(x[[0, 1], [2, 1]]), atol=1e-5)
 

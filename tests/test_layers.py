@@ -95,8 +95,13 @@ def test_rope_knows_distances_only():
   rng = np.random.default_rng(0)
   q, k = (jnp.asarray(rng.normal(size=(1, 1, 1, 8)), jnp.float32) for _ in range(2))
   frequencies = L.rope_frequencies(8, 100.0)
-  turned = lambda x, place: L.rotate(x, L.rope(jnp.array([[place]]), frequencies, jnp.float32))
-  product = lambda i, j: float(jnp.sum(turned(q, i) * turned(k, j)))
+
+  def turned(x, place):
+    return L.rotate(x, L.rope(jnp.array([[place]]), frequencies, jnp.float32))
+
+  def product(i, j):
+    return float(jnp.sum(turned(q, i) * turned(k, j)))
+
   assert product(7, 3) == pytest.approx(product(24, 20), abs=1e-4)
   assert abs(product(7, 3) - product(7, 4)) > 1e-2
   np.testing.assert_array_equal(turned(q, 0), q)
@@ -200,7 +205,10 @@ def test_dropout_acts_in_training_only():
   x = jnp.ones((1, 4, 12))
   stack = L.Stack(options(dropout=0.5, attention_dropout=0.5))
   params = random_params(stack, x, None, (None, None), False)
-  run = lambda module, train: jax.jit(lambda key: module.apply(params, x, None, (None, None), train, rngs={'dropout': key}))
+
+  def run(module, train):
+    return jax.jit(lambda key: module.apply(params, x, None, (None, None), train, rngs={'dropout': key}))
+
   keys = jax.random.split(jax.random.key(0))
   quiet = run(stack, False)(keys[0])
   np.testing.assert_array_equal(quiet, run(L.Stack(BASE), True)(keys[0]))
@@ -221,7 +229,10 @@ def test_dropout_differs_by_layer():
 def test_initialisation_is_the_papers():
   wide = options(dim=64, heads=4, mlp_dim=256, layers=8)
   x = jnp.ones((1, 2, 64))
-  init = lambda o: nn.unbox(jax.jit(lambda key: L.MLP(o).init(key, x))(jax.random.key(0)))['params']
+
+  def init(o):
+    return nn.unbox(jax.jit(lambda key: L.MLP(o).init(key, x))(jax.random.key(0)))['params']
+
   bert, gpt = init(wide), init(dataclasses.replace(wide, init_distribution='normal', depth_scaled_init=True))
   kernel = np.asarray(bert['up']['kernel'])
   assert np.abs(kernel).max() <= 0.04 and kernel.std() == pytest.approx(0.02 * 0.8796, rel=0.02)

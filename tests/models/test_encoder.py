@@ -65,7 +65,8 @@ def test_parameter_counts_of_the_reference(variant, vocab_size, with_pooler, wit
 
 def test_every_parameter_names_its_axes_and_kind():
   for model in (BERT, MODERN, MODERN.clone(tied=False)):
-    boxed = jax.eval_shape(lambda m=model: m.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=lambda m, t: m.logits(m(t))))
+    tokens = jnp.ones((1, 4), jnp.int32)
+    boxed = jax.eval_shape(lambda m=model, t=tokens: m.init(jax.random.key(0), t, method=lambda m, t: m.logits(m(t))))
     leaves = jax.tree_util.tree_leaves_with_path(boxed['params'], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
     for path, leaf in leaves:
       names = [key.key for key in path]

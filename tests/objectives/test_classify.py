@@ -36,11 +36,13 @@ def test_encode_gives_the_same_row_without_a_label(small):
   objective = classify.Objective(tokenizer, LETTERS)
   texts = [tokenizer.encode('hello world'), tokenizer.encode('good')]
   row = objective.rows(small.Documents(texts[:1], texts[1:], ['a']), 12).example(0, RNG)
-  encoded = objective.encode('hello world', 'good', 12)
+  encoded, cut = objective.encode(*texts, 12)
+  assert cut == 11 + 4 - (12 - 3)
   assert encoded.keys() == row.keys() and encoded['label_weight'] == 0
   for key in ('tokens', 'segments', 'positions', 'token_types'):
     np.testing.assert_array_equal(encoded[key], row[key])
-  assert objective.encode('', None, 5)['tokens'].tolist() == [2, 3, 0, 0, 0]
+  empty, cut = objective.encode(tokenizer.encode(''), None, 5)
+  assert empty['tokens'].tolist() == [2, 3, 0, 0, 0] and cut == 0
 
 
 @given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))

@@ -124,7 +124,6 @@ def convert(shapes, reference, layer, layer_names, rest, which='weights'):
       names = layer_names[group if group == 'first' else tail[0]]
       value = [reshape(fetch(reference, f'{n}.{theirs}', which)) for n in names]
       value = value[0] if group == 'first' else np.stack(value)
-    value = value.T if value.shape != ours.shape and value.T.shape == ours.shape else value
     assert value.shape == ours.shape, (name, value.shape, ours.shape)
     return jnp.asarray(value)
   return jax.tree_util.tree_map_with_path(leaf, shapes)
@@ -139,7 +138,8 @@ def randomised(reference):
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
     for name, value in reference.named_parameters():
-      value.copy_(torch.randn(value.shape, generator=generator) * 0.15 + (1.0 if 'norm' in name.lower() and 'weight' in name else 0.0))
+      scale = value.ndim == 1 and name.endswith('weight')
+      value.copy_(torch.randn(value.shape, generator=generator) * 0.15 + scale)
   return reference.eval()
 
 
@@ -149,12 +149,12 @@ def compare(network, reference, layer, layer_names, rest, gradients=False, **inp
   params = convert(shapes(network), reference, layer, layer_names, rest)
   weights = np.random.default_rng(1).normal(size=(2, T, V)).astype(np.float32) * (SEGMENTS > 0)[:, :, None] / T
 
-  def loss(params, **options):
-    logits = network.apply({'params': params}, TOKENS, segments_BT=jnp.asarray(SEGMENTS), **options)
+  def loss(params):
+    logits = network.apply({'params': params}, TOKENS, segments_BT=jnp.asarray(SEGMENTS),
+                           token_types_BT=inputs.get('token_type_ids'))
     return jnp.sum(jax.nn.log_softmax(logits) * weights), logits
 
-  options = {'token_types_BT': inputs['token_type_ids']} if 'token_type_ids' in inputs else {}
-  grads, logits = jax.jit(jax.grad(lambda p: loss(p, **options), has_aux=True))(params)
+  grads, logits = jax.jit(jax.grad(loss, has_aux=True) if gradients else lambda p: (None, loss(p)[1]))(params)
   theirs = reference(input_ids=torch.tensor(TOKENS), attention_mask=torch.tensor(np.int64(SEGMENTS > 0)),
                      **{name: torch.tensor(value) for name, value in inputs.items()}).logits
   real = SEGMENTS > 0
@@ -207,17 +207,22 @@ def test_roberta():
 def test_modernbert():
   config = transformers.ModernBertConfig(**THEIRS, num_hidden_layers=7, local_attention=4, max_position_embeddings=16)
   rest = {'model/embedder/token/embedding': 'model.embeddings.tok_embeddings.weight',
-          'model/embedder/embedding_norm/scale': 'model.embeddings.norm.weight', 'model/final_norm/scale': 'model.final_norm.weight',
-          'head/dense/kernel': 'head.dense.weight', 'head/norm/scale': 'head.norm.weight', 'head/bias': 'decoder.bias'}
+          'model/embedder/embedding_norm/scale': 'model.embeddings.norm.weight',
+          'model/final_norm/scale': 'model.final_norm.weight', 'head/dense/kernel': 'head.dense.weight',
+          'head/norm/scale': 'head.norm.weight', 'head/bias': 'decoder.bias'}
   names = {'first': ['model.layers.0']} | {f'block_{j}': numbered('model.layers', (1 + j, 4 + j)) for j in range(3)}
   model = encoder.Model(**encoder.VARIANTS['modernbert_base'] | OURS | dict(layers=7, window=4))
-  compare(mlm(model), transformers.ModernBertForMaskedLM(config), MODERN_LAYER, names, rest)
+  reference = transformers.ModernBertForMaskedLM(config)
+  compare(mlm(model), reference, MODERN_LAYER, names, rest)
+  with pytest.raises(AssertionError, match='Not equal to tolerance'):
+    compare(mlm(model.clone(window=6)), reference, MODERN_LAYER, names, rest)
 
 
 def test_gpt2():
-  config = transformers.GPT2Config(vocab_size=V, n_embd=D, n_head=N, n_inner=F, n_layer=3, n_positions=16, attn_implementation='eager',
-                                   bos_token_id=1, eos_token_id=2)
-  rest = {'model/embedder/token/embedding': 'transformer.wte.weight', 'model/embedder/position/embedding': 'transformer.wpe.weight',
+  config = transformers.GPT2Config(vocab_size=V, n_embd=D, n_head=N, n_inner=F, n_layer=3, n_positions=16,
+                                   attn_implementation='eager', bos_token_id=1, eos_token_id=2)
+  rest = {'model/embedder/token/embedding': 'transformer.wte.weight',
+          'model/embedder/position/embedding': 'transformer.wpe.weight',
           'model/final_norm/scale': 'transformer.ln_f.weight', 'model/final_norm/bias': 'transformer.ln_f.bias'}
   compare(LM(decoder.Model(**OURS, layers=3)), transformers.GPT2LMHeadModel(config), GPT2_LAYER,
           {'block': numbered('transformer.h', range(3))}, rest, gradients=True)
@@ -234,4 +239,7 @@ def test_llama(tied):
           'model/output/kernel': 'lm_head.weight'}
   ours = dict(kv_heads=2, rope_theta=500.0, rope_scaling=(8.0, 1.0, 4.0, 32.0), tied=True) if tied else {}
   model = decoder.Model(**decoder.VARIANTS['llama_2_7b'] | OURS | dict(layers=2) | ours)
-  compare(LM(model), transformers.LlamaForCausalLM(config), LLAMA_LAYER, {'block': numbered('model.layers', range(2))}, rest)
+  reference, names = transformers.LlamaForCausalLM(config), {'block': numbered('model.layers', range(2))}
+  compare(LM(model), reference, LLAMA_LAYER, names, rest)
+  with pytest.raises(AssertionError, match='Not equal to tolerance'):
+    compare(LM(model.clone(rope_scaling=None, rope_theta=400.0)), reference, LLAMA_LAYER, names, rest)

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,18 +60,17 @@ class Source:
   @functools.cached_property
   def _index(self) -> np.ndarray:
     """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
-    rows = []
-    for file, path in enumerate(self.files):
-      header = self.headers[file]
-      records = self._records(path)
-      next(records)
-      for row, line, start, stop in records:
+    index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
+    if not len(index):
+      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a record below their header.')
+    return index
+
+  def _scan(self) -> Iterator[tuple[int, int, int, int]]:
+    for file, (path, header) in enumerate(zip(self.files, self.headers, strict=True)):
+      for row, line, start, stop in itertools.islice(self._records(path), 1, None):
         if len(row) != len(header):
           raise ValueError(f'{path}:{line}: {len(row)} fields where the header has {len(header)}; check quotes and delimiter.')
-        rows.append((file, line, start, stop))
-    if not rows:
-      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a record below their header.')
-    return np.array(rows, np.int64)
+        yield file, line, start, stop
 
   def _records(self, path: str) -> Iterator[tuple[list[str], int, int, int]]:
     """Yields the fields of each record that is not blank, its first line's number, first byte, and the byte after the last."""

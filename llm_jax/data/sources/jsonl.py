@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -49,13 +50,15 @@ class Source:
   @functools.cached_property
   def _index(self) -> np.ndarray:
     """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
-    rows = []
+    index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
+    if not len(index):
+      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a line; give JSON lines.')
+    return index
+
+  def _scan(self) -> Iterator[tuple[int, int, int, int]]:
     for file, path in enumerate(self.files):
       place = 0
       for number, line in enumerate(_paths.lines(path), 1):
         if line.strip():
-          rows.append((file, number, place, place + len(line)))
+          yield file, number, place, place + len(line)
         place += len(line)
-    if not rows:
-      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a line; give JSON lines.')
-    return np.array(rows, np.int64)

@@ -80,10 +80,9 @@ class Source:
   def _scan_file(self, path: str) -> np.ndarray:
     with _paths.stream(path) as file:
       try:
-        ranges = list(scan(file, self.unit, self.max_document_bytes))
+        return np.fromiter(scan(file, self.unit, self.max_document_bytes), np.dtype((np.int64, 3)))
       except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _paths.broken_gzip(path, error) from error
-    return np.array(ranges, np.int64).reshape(-1, 3)
 
 
 def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool]]:

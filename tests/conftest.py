@@ -26,7 +26,7 @@ class Documents:
   """Token arrays as one split of a corpus."""
 
   def __init__(self, texts, pairs=None, labels=None):
-    self.texts, self.pairs, self.labels = texts, pairs, labels
+    self.texts, self.pairs, self.labels, self.ids = texts, pairs, labels, np.arange(len(texts))
     self.lengths = np.array([len(t) for t in texts], np.int64)
     self.pair_lengths = None if pairs is None else np.array([len(t) for t in pairs], np.int64)
 
