@@ -3,7 +3,6 @@
 from ml_collections import config_dict
 
 
-
 def unset(kind: type) -> config_dict.FieldReference:
   """An option of a type, left to its constructor until a flag sets it."""
   return config_dict.placeholder(kind)
@@ -46,9 +45,9 @@ def get_config() -> config_dict.ConfigDict:
       ),
       tokenizer=dict(name='sentencepiece', vocab_size=8192, path=unset(str), kind=unset(str), normalization=unset(str)),
       optimizer=dict(
-          name='adamw', learning_rate=1e-3, schedule='linear', warmup_steps=unset(int), warmup_fraction=0.05, final_fraction=unset(float),
-          decay_fraction=unset(float), weight_decay=0.01, clip_norm=1.0, layer_decay=1.0, b1=unset(float), b2=unset(float), eps=unset(float),
-          momentum=unset(float),
+          name='adamw', learning_rate=1e-3, schedule='linear', warmup_steps=unset(int), warmup_fraction=0.05,
+          decay_fraction=unset(float), final_fraction=unset(float), weight_decay=0.01, clip_norm=1.0, layer_decay=1.0,
+          b1=unset(float), b2=unset(float), eps=unset(float), momentum=unset(float),
       ),
       mesh=dict(data=-1, fsdp=1, tensor=1),
       checkpoint=dict(every=1000, keep=2),

@@ -11,7 +11,7 @@ def get_config():
   """A few epochs over the labelled embedded corpus, from the weights of `init_from` or from scratch."""
   config = base.get_config()
   config.steps = 300
-  config.batch_size = 32
+  config.batch_size = 16
   config.seq_len = 128
   config.micro_batches = 1
   config.log_every = 20
@@ -21,7 +21,8 @@ def get_config():
   config.tokenizer.vocab_size = 4096
   config.model = base.model('encoder', 'bert_tiny')
   config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='cls', unlabelled='error')
-  config.optimizer.learning_rate = 5e-4
+  config.optimizer.name = 'muon'
+  config.optimizer.learning_rate = 2e-3
   config.checkpoint.every = 100
   config.evaluation.rows = 0
   return config

@@ -65,10 +65,12 @@ def check(config: Config) -> None:
   """Raises for a name that is not known, or an option that its constructor does not take, in any section; builds nothing."""
   for section, options in data_parts(config):
     plugins.check(section, plugins.load('source', options['source']).Source, _without(options, *DATA_OPTIONS, 'weight'))
+  objectives = [(f'objective{path}', part, 'objective', 'Objective', ('tokenizer', 'parts')) 
+                for path, part in _objectives(config.objective)]
   for section, options, kind, factory, given in (
       ('tokenizer', config.tokenizer, 'tokenizer', 'create', ('texts', 'texts_fingerprint', 'cache')),
       ('model', {'vocab_size': 1} | _set(config.model), 'model', 'Model', ()),
-      *(('objective' + path, part, 'objective', 'Objective', ('tokenizer', 'parts')) for path, part in _objectives(config.objective))):
+      *objectives):
     module = plugins.load(kind, options['name'])
     plugins.check(section, getattr(module, factory), _without(options, 'name', 'variant', 'parts'), given)
   optim.parse(config.optimizer)
@@ -102,8 +104,8 @@ def create_tokenizer(config: Config, texts: Callable[[], Iterator[str]], fingerp
     cache: a folder.
   """
   module = plugins.load('tokenizer', config.tokenizer['name'])
-  return plugins.construct('tokenizer', module.create, _without(config.tokenizer, 'name'), texts=texts, texts_fingerprint=fingerprint,
-                           cache=cache)
+  options = _without(config.tokenizer, 'name')
+  return plugins.construct('tokenizer', module.create, options, texts=texts, texts_fingerprint=fingerprint, cache=cache)
 
 
 def load_tokenizer(config: Config, directory: str) -> Tokenizer:
@@ -156,7 +158,8 @@ def predictor_section(config: Config) -> dict[str, Any]:
                    '--config=configs/classify.py --config.init_from=WORKDIR.')
 
 
-def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray], devices: Sequence[Any] | None = None) -> Program:
+def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray],
+          devices: Sequence[Any] | None = None) -> Program:
   """Makes the Program of a config.
 
   Args:
@@ -209,7 +212,8 @@ def model_options(config: Config, vocab_size: int) -> dict[str, Any]:
                      f'known: {", ".join(module.VARIANTS)}.')
   options = module.VARIANTS.get(variant, {}) | section
   if options.setdefault('vocab_size', vocab_size) < vocab_size:
-    raise ValueError(f'config.model.vocab_size={options["vocab_size"]} is smaller than the tokenizer\'s {vocab_size}; leave it unset.')
+    raise ValueError(f'config.model.vocab_size={options["vocab_size"]} is smaller than the tokenizer\'s {vocab_size}; '
+                     'leave it unset.')
   return options
 
 
@@ -223,9 +227,10 @@ def model_flops(params: Any, batch: Batch, causal: bool) -> float:
   rows, length = batch['tokens'].shape
   predicted = length if causal else batch['mask_positions'].shape[1] if 'mask_positions' in batch else 0
   weights = {path: leaf.shape for path, leaf in tree.flatten(params).items()}
-  size = lambda prefix: sum(math.prod(shape) for path, shape in weights.items() if path.startswith(prefix) and path.endswith('kernel'))
+  kernels = {path: shape for path, shape in weights.items() if path.endswith('kernel')}
+  size = lambda prefix: sum(math.prod(shape) for path, shape in kernels.items() if path.startswith(prefix))
   vocabulary = size('model/output/') or math.prod(weights['model/embedder/token/embedding'])
-  queries = sum(math.prod(shape) // shape[-3] for path, shape in weights.items() if path.endswith('attention/query/kernel'))
+  queries = sum(math.prod(shape) // shape[-3] for path, shape in kernels.items() if path.endswith('attention/query/kernel'))
   attention = 4 * length * queries / (2 if causal else 1)
   forward = length * (2 * size('model/stack/') + attention) + predicted * 2 * (size('heads_mlm/') + vocabulary)
   return 3.0 * rows * forward
@@ -269,7 +274,8 @@ def _micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
     raise ValueError(f'config.batch_size={config.batch_size} must divide by {shards * count} (data and fsdp axes {shards} x '
                      f'micro_batches {count}); try {-(-config.batch_size // (shards * count)) * shards * count}.')
   if config.micro_batches is None and count > 1:
-    logging.info('micro_batches=%d: at most %d tokens at once on a device (%s); set config.micro_batches to choose.', count, most, platform)
+    logging.info('micro_batches=%d: at most %d tokens at once on a device (%s); set config.micro_batches to choose.', count, most,
+                 platform)
   return count
 
 

@@ -2,8 +2,9 @@
 
 A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`: the size and SHA-256 of every
 file, and the validation metrics. The seal is written last, so a folder without one is a save that did not end (as if it had never
-begun), and a folder that does not agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this alone: whatever agrees
-with its seal and still does not fit the model is another model's checkpoint, which is an error and never a reason to fall back.
+begun), and a folder that does not agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this
+alone: whatever agrees with its seal and still does not fit the model is another model's checkpoint, which is an error and never a
+reason to fall back.
 
 The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the arrays are written by all.
 """
@@ -77,7 +78,8 @@ class Checkpoints:
           shutil.rmtree(leftover)
     _barrier('checkpoints_opened')
 
-  def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any], metrics: Mapping[str, float] | None = None) -> bool:
+  def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any],
+           metrics: Mapping[str, float] | None = None) -> bool:
     """Saves a step, once; returns whether it does.
 
     The arrays are copied before this returns, so the state may be donated; they are written, sealed and the older ones deleted in

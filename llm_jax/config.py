@@ -26,7 +26,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """How many rows of the validation set to use (0: all), and after how many evaluations without a better loss to stop (0: never)."""
+  """How many rows of the validation set to use (0: all); after how many evaluations without a better loss to stop (0: never)."""
 
   rows: int = 512
   patience: int = 0
@@ -68,7 +68,8 @@ class Config:
         raise ValueError(f'config.{name}={getattr(self, name)} must be at least 1.')
     if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
       raise ValueError(f'config.checkpoint needs every and keep of at least 1, not {self.checkpoint}.')
-    for section, need in (('data', 'source'), ('tokenizer', 'name'), ('model', 'name'), ('objective', 'name'), ('optimizer', 'name')):
+    for section in ('data', 'tokenizer', 'model', 'objective', 'optimizer'):
+      need = 'source' if section == 'data' else 'name'
       if not getattr(self, section).get(need):
         raise ValueError(f'config.{section} needs a {need!r}.')
 

@@ -1,11 +1,11 @@
-"""The few agreements that the parts of the program share: what a batch holds, and what an objective, a tokenizer, a source must do.
+"""The few agreements that the parts of the program share: what a batch holds, what an objective, a tokenizer, a source must do.
 
 A batch is a dictionary of arrays whose leading axis is the row. Letters: B rows, T tokens of a row, M masked positions,
 C classes. Every array has one static shape for the whole run; rows that only fill up a batch are all zeros.
 
 | key | shape, type | meaning |
 |---|---|---|
-| tokens | B T int32 | input ids; PAD is 0 |
+| tokens | B T int32 | input ids; anything where segments is 0 |
 | segments | B T int32 | 0 padding, then 1, 2, ...: one number a document; attention never crosses from one to another |
 | positions | B T int32 | place within the segment, from 0 |
 | token_types | B T int32 | 0 first text, 1 second text of a pair (only from objectives with pairs) |
@@ -26,7 +26,11 @@ Pairs = dict[str, tuple[Any, Any]]  # name -> (sum, weight); divided once, at th
 
 
 class Tokenizer(Protocol):
-  """Text to ids and back. Ids of special tokens are attributes: pad_id (always 0), unk_id, cls_id, sep_id, mask_id, bos_id, eos_id."""
+  """Text to ids and back.
+
+  Ids of special tokens are attributes: pad_id (0 where the tokenizer was trained here), unk_id, cls_id, sep_id, mask_id, bos_id,
+  eos_id.
+  """
 
   vocab_size: int
   fingerprint: str  # changes whenever any id of any text could change
@@ -42,7 +46,7 @@ class Tokenizer(Protocol):
 
 
 class Source(Protocol):
-  """Documents by index; each is {'text': str} and, where the source has them, 'pair': str and 'label': str, float or list of str."""
+  """Documents by index: {'text': str} and, where the source has them, 'pair': str and 'label': str, float or list of str."""
 
   fingerprint: str  # changes whenever the documents could
 

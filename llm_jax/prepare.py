@@ -54,8 +54,8 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
   if saved:
     _check_same(build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir)
   if config.data['source'] == 'stdlib':
-    logging.warning('EMBEDDED CORPUS: this run reads the source and documentation of the Python standard library. Your own text is '
-                    "one flag: --config.data.source=text --config.data.path='/data/*.txt'")
+    logging.warning('EMBEDDED CORPUS: this run reads the source and documentation of the Python standard library. Your own text '
+                    "is one flag: --config.data.source=text --config.data.path='/data/*.txt'")
   tokenizer = _tokenizer(config, workdir, bool(saved))
   splits = documents(config, tokenizer)
   classes = build.class_names(saved or config) or build.collect_classes(config, _labels(splits.train))
@@ -145,7 +145,8 @@ def _tokenizer(config: Config, workdir: pathlib.Path, resuming: bool) -> Tokeniz
       unpack_tokenizer(checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer'], workdir)
     return build.load_tokenizer(config, str(workdir / 'tokenizer'))
   if config.init_from:
-    tokenizer = build.load_tokenizer(read_config(pathlib.Path(config.init_from)), str(pathlib.Path(config.init_from) / 'tokenizer'))
+    origin = pathlib.Path(config.init_from)
+    tokenizer = build.load_tokenizer(read_config(origin), str(origin / 'tokenizer'))
     logging.info('Tokenizer: that of %s, %s ids.', config.init_from, f'{tokenizer.vocab_size:,}')
   else:
     sources, _ = build.sources(config)

@@ -1,4 +1,4 @@
-"""The mesh of devices, and the rules that lay logical axes on it. Models name logical axes only; mesh axes live here and in the config.
+"""The mesh of devices, and the rules that lay logical axes on it. Models name logical axes only; mesh axes live here.
 
 Mesh axes: `data` (rows of the batch), `fsdp` (rows of the batch, and parameters over the model dimension), `tensor` (heads,
 mlp and vocabulary; Megatron-LM, arXiv:1909.08053). A dimension that an axis does not divide stays whole, and is reported.
@@ -38,8 +38,9 @@ def create_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequ
   known = math.prod(size for size in sizes.values() if size != -1)
   open_axis = [axis for axis, size in sizes.items() if size == -1]
   if len(devices) % known or (not open_axis and known != len(devices)):
-    raise ValueError(f'config.mesh={sizes} wants {"a multiple of " if open_axis else ""}{known} devices; there are {len(devices)}. '
-                     f'Set one axis to -1 to take what is left.')
+    multiple = 'a multiple of ' if open_axis else ''
+    raise ValueError(f'config.mesh={sizes} wants {multiple}{known} devices; there are {len(devices)}. '
+                     'Set one axis to -1 to take what is left.')
   if open_axis:
     sizes[open_axis[0]] = len(devices) // known
   return Mesh(np.array(devices).reshape([sizes[axis] for axis in AXES]), AXES)
@@ -68,7 +69,8 @@ def parameter_shardings(mesh: Mesh, boxed_params: Any) -> tuple[Any, list[str]]:
     boxed_params: a pytree of boxed `jax.ShapeDtypeStruct`; a leaf without names is replicated.
 
   Returns:
-    A pytree of NamedSharding for the unboxed parameters, and a line for each dimension that stays whole though a rule would cut it.
+    A pytree of NamedSharding for the unboxed parameters, and a line for each dimension that stays whole though a rule would cut
+    it.
   """
   reports = []
 

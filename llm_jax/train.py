@@ -20,6 +20,7 @@ from llm_jax.contracts import Pairs
 from llm_jax.data import pipeline
 from llm_jax.state import TrainState
 
+STEPS_TO_ESTIMATE = 3  # after the first, which compiles
 TINY = {'encoder': 'configs/bert_tiny.py', 'decoder': 'configs/gpt_tiny.py'}  # what to try where a run would take days
 
 
@@ -75,9 +76,9 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
     ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does not fit.
   """
   config = data.config
-  objective = build.create_objective(config, data.tokenizer)
-  train = pipeline.train_examples(data.splits.train, data.splits.weights, objective, config.seq_len, config.seed, config.batch_size)
-  validation = pipeline.validation_examples(data.splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows)
+  objective, splits = build.create_objective(config, data.tokenizer), data.splits
+  train = pipeline.train_examples(splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size)
+  validation = pipeline.validation_examples(splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows)
   program = build.build(config, data.tokenizer, train[0])
   logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
   checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
@@ -88,9 +89,10 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
     state, position = _first_state(program), 0
   else:
     state, position = restored.state, restored.position
-    if restored.meta['corpus'] != data.splits.fingerprint:
-      raise ValueError(f'the documents of config.data have changed since the checkpoint of step {restored.step} was saved, so the run '
-                       f'cannot go on with the very next example; bring them back, or start another --workdir with --config.init_from={workdir}.')
+    if restored.meta['corpus'] != splits.fingerprint:
+      raise ValueError(f'the documents of config.data have changed since the checkpoint of step {restored.step} was saved, so '
+                       'the run cannot go on with the very next example; bring them back, or start in another --workdir with '
+                       f'--config.init_from={workdir}.')
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
   return Run(program, data, workdir, checkpoints, train, validation, state, position, patience)
@@ -112,9 +114,10 @@ def train(run: Run) -> None:
     with contextlib.closing(batches):
       _loop(run, log, batches, step, baselines)
     if run.patience.over:
-      log.say('Stopped early: no better validation loss for %d evaluations; the best is %.4f.', run.patience.waited, run.patience.best)
+      log.say('Stopped early: no better validation loss than %.4f for %d evaluations.', run.patience.best, run.patience.waited)
     run.checkpoints.wait()
-    log.say('Done. Checkpoints of steps %s, the best %s; %s shows the loss.', run.checkpoints.steps(), run.checkpoints.best_step(),
+    steps = ', '.join(map(str, run.checkpoints.steps()))
+    log.say('Done. Checkpoints of steps %s; the best is %s. %s shows the loss.', steps, run.checkpoints.best_step(),
             run.workdir / logs.PLOT)
 
 
@@ -137,7 +140,8 @@ def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], ste
       log.say('step %d  validation: %s', step, '  '.join(f'{k} {v:.4f}' for k, v in (values | baselines).items()))
       saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
-      meta = {'config': dataclasses.asdict(config), 'corpus': run.data.splits.fingerprint, 'tokenizer': prepare.pack_tokenizer(run.workdir),
+      meta = {'config': dataclasses.asdict(config), 'corpus': run.data.splits.fingerprint,
+              'tokenizer': prepare.pack_tokenizer(run.workdir),
               'patience': {'best': run.patience.best, 'waited': run.patience.waited}}
       run.checkpoints.save(step, run.state, run.position, meta, values)
     if evaluated or saving:
@@ -170,18 +174,20 @@ class Meter:
     if self._waiting is None:
       return
     (step, pairs), self._waiting = self._waiting, None
-    values = {name: float(value) / float(weight) if weight else math.nan for name, (value, weight) in jax.device_get(pairs).items()}
+    fetched = jax.device_get(pairs)
+    values = {name: float(value) / float(weight) if weight else math.nan for name, (value, weight) in fetched.items()}
     if not math.isfinite(values['loss']):
-      raise FloatingPointError(f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint is as it was; '
-                               'a lower config.optimizer.learning_rate or more warmup is the usual way out.')
+      raise FloatingPointError(f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint is as '
+                               'it was; a lower config.optimizer.learning_rate or more warmup is the usual way out.')
     self._tokens += values.pop('tokens')
     if step == self._first:
       self.restart(step)
     config = self._program.config
-    if step > self._first and step - self._since >= 3 and not self._estimated or step % config.log_every == 0 or step == config.steps:
-      self._report(step, values)
+    due = step % config.log_every == 0 or step == config.steps
+    if due or (not self._estimated and step - self._since >= STEPS_TO_ESTIMATE):
+      self._report(step, values, due)
 
-  def _report(self, step: int, values: dict[str, float]) -> None:
+  def _report(self, step: int, values: dict[str, float], due: bool) -> None:
     config, steps = self._program.config, step - self._since
     seconds = time.perf_counter() - self._clock
     speed = {}
@@ -191,8 +197,8 @@ class Meter:
         speed['model_flops_utilization'] = self._program.flops * steps / seconds / self._peak
       if not self._estimated:
         self._estimated = True
-        self._log.say('%s', logs.estimate(seconds / steps, config.steps - step, TINY.get(config.model['name'], 'a smaller config')))
-    if step % config.log_every == 0 or step == config.steps:
+        self._log.say('%s', _estimate(config, seconds / steps, step))
+    if due:
       self._log.write(step, 'train', values | speed)
       if steps:
         self._log.progress(step, values['loss'], speed['tokens_per_second'], speed['seconds_per_step'])
@@ -216,12 +222,15 @@ def _announce(run: Run, log: logs.Log) -> None:
   """Says what is about to run, and before the first step how long it must take at the least."""
   program, config = run.program, run.program.config
   devices = list(program.mesh.devices.flat)
-  log.say('Training on %d %s: %d steps of %d x %d tokens, %.3g model TFLOP a step.', len(devices), devices[0].device_kind, config.steps,
-          config.batch_size, config.seq_len, program.flops / 1e12)
+  log.say('Training on %d %s: %d steps of %d x %d tokens, %.3g model TFLOP a step.', len(devices), devices[0].device_kind,
+          config.steps, config.batch_size, config.seq_len, program.flops / 1e12)
   together = 1 if devices[0].platform == 'cpu' else len(devices)  # CPU devices share the cores
   seconds = program.flops / (chips.peak_flops(devices[0].device_kind) or _matmul_rate()) / together
-  log.say('At least, with nothing but matrix products at full speed: %s',
-          logs.estimate(seconds, config.steps - int(run.state.step), TINY.get(config.model['name'], 'a smaller config')))
+  log.say('At least, with nothing but matrix products at full speed: %s', _estimate(config, seconds, int(run.state.step)))
+
+
+def _estimate(config: Config, seconds_per_step: float, step: int) -> str:
+  return logs.estimate(seconds_per_step, config.steps - step, TINY.get(config.model['name'], 'one of the tiny configs'))
 
 
 def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:

@@ -79,7 +79,8 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -
   config = dataclasses.replace(config, objective=build.predictor_section(config), micro_batches=1)
   tokenizer = build.load_tokenizer(config, str(workdir / 'tokenizer'))
   objective = build.create_objective(config, tokenizer)
-  texts = _Texts(jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair')), tokenizer, objective, config.seq_len)
+  lines = jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair'))
+  texts = _Texts(lines, tokenizer, objective, config.seq_len)
   program = build.build(config, tokenizer, texts[0])
   params = load_params(program, workdir)
   rows = _rows(jax.device_get(program.predict_step(params, program.put(batch)))
@@ -92,7 +93,8 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -
       file.write(json.dumps(kept | answer, ensure_ascii=False) + '\n')
   partial.rename(target)
   if texts.cut:
-    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', texts.cut, len(texts), config.seq_len)
+    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', texts.cut, len(texts),
+                    config.seq_len)
   logging.info('%d predictions in %s.', len(texts), target)
 
 

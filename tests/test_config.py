@@ -6,7 +6,8 @@ import pytest
 
 from llm_jax import build, config
 
-CONFIGS = sorted(p.stem for p in (pathlib.Path(__file__).parent.parent / 'configs').glob('*.py') if p.stem not in ('__init__', 'base'))
+FOLDER = pathlib.Path(__file__).parent.parent / 'configs'
+CONFIGS = sorted({path.stem for path in FOLDER.glob('*.py')} - {'__init__', 'base'})
 
 
 def tiny(**changes):
@@ -39,7 +40,8 @@ def test_a_config_survives_json():
     ({'checkpoint': {'evry': 3}}, r"config\.checkpoint\.evry is not an option \(did you mean 'every'\?\)"),
     ({'checkpoint': {'keep': 0}}, 'at least 1'),
     ({'model': {}}, r"config\.model needs a 'name'"),
-    ({'objective': {'name': 'mlm', 'mask_rte': 0.2}}, r"config\.objective\.mask_rte is not an option \(did you mean 'mask_rate'\?\)"),
+    ({'objective': {'name': 'mlm', 'mask_rte': 0.2}},
+     r"config\.objective\.mask_rte is not an option \(did you mean 'mask_rate'\?\)"),
     ({'objective': {'name': 'mix', 'rows': 'nsp', 'weights': {}, 'parts': {'nsp': {'short_rate': 1.0}}}},
      r"config\.objective\.parts\.nsp\.short_rate is not an option \(did you mean 'short_seq_rate'\?\)"),
     ({'model': {'name': 'encoder', 'dimm': 3}}, r"config\.model\.dimm is not an option \(did you mean 'dim'\?\)"),

@@ -20,7 +20,8 @@ def test_options_become_arguments_in_the_types_of_the_signature():
 
 
 @pytest.mark.parametrize(('options', 'message'), [
-    ({'rate': 0.1, 'szie': 3}, r"config\.thing\.szie is not an option \(did you mean 'size'\?\); allowed: flag, label, names, rate, size\."),
+    ({'rate': 0.1, 'szie': 3},
+     r"config\.thing\.szie is not an option \(did you mean 'size'\?\); allowed: flag, label, names, rate, size\."),
     ({}, r'config\.thing needs rate\.'),
 ])
 def test_a_wrong_name_is_an_error_with_the_nearest(options, message):

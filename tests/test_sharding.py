@@ -14,7 +14,8 @@ mesh = sharding.create_mesh(data=-1, fsdp=2, tensor=2)
 assert dict(mesh.shape) == {'data': 2, 'fsdp': 2, 'tensor': 2} and sharding.row_shards(mesh) == 4
 S = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
 box = lambda value, *names: nn.LogicallyPartitioned(value, names)
-boxed = {'a': {'kernel': box(S(4, 8, 6, 3), 'layers', 'embed', 'heads', 'head_dim')}, 'b': {'bias': box(S(7), 'vocab')}, 'c': S(2)}
+boxed = {'a': {'kernel': box(S(4, 8, 6, 3), 'layers', 'embed', 'heads', 'head_dim')},
+         'b': {'bias': box(S(7), 'vocab')}, 'c': S(2)}
 found, reports = sharding.parameter_shardings(mesh, boxed)
 assert found['a']['kernel'].spec == P(None, 'fsdp', 'tensor', None), found
 assert found['b']['bias'].spec == P(None) and found['c'].spec == P()

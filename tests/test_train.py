@@ -42,7 +42,8 @@ def corpus(tmp_path_factory):
 
 def settings(corpus, objective='mlm', **changes):
   """A config tree: packed masked LM over a mixture, or causal LM, or classification."""
-  tree = base.get_config().to_dict() | dict(steps=10, batch_size=8, seq_len=48, log_every=2, eval_every=5, tokenizer=dict(name='byte'))
+  tree = base.get_config().to_dict() | dict(steps=10, batch_size=8, seq_len=48, log_every=2, eval_every=5)
+  tree['tokenizer'] = dict(name='byte')
   tree['data'] = dict(source='mixture', validation=0.1, cache=str(corpus / 'cache'), parts={
       name: dict(source='text', path=str(corpus / f'{name}.txt'), unit='line', weight=weight)
       for name, weight in (('counts', 0.7), ('letters', 0.3))})
@@ -54,7 +55,8 @@ def settings(corpus, objective='mlm', **changes):
     tree['model'] = dict(name='decoder', variant='gpt_tiny', dropout=0.1, **SHAPE)
     tree['objective'] = dict(name='clm', packing='windows')
   if objective == 'classify':
-    tree['data'] = dict(source='jsonl', path=str(corpus / 'labelled.jsonl'), label='kind', validation=0.2, cache=str(corpus / 'cache'))
+    tree['data'] = dict(source='jsonl', path=str(corpus / 'labelled.jsonl'), label='kind', validation=0.2,
+                        cache=str(corpus / 'cache'))
     tree['objective'] = dict(name='classify')
   tree['evaluation'] = dict(rows=32)
   tree['checkpoint'] = dict(every=3, keep=2)
@@ -117,7 +119,8 @@ def test_killed_at_any_step_it_ends_as_if_undisturbed(corpus, tmp_path, objectiv
 
 
 def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path):
-  tree = settings(corpus, steps=60, log_every=20, eval_every=30, optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1))
+  tree = settings(corpus, steps=60, log_every=20, eval_every=30,
+                  optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1))
   started = run(tree, tmp_path)
   lines = logs.read(tmp_path)
   assert [(line['step'], line['split']) for line in lines] == [
@@ -241,8 +244,9 @@ def test_labels_that_cannot_be_are_named(corpus, tmp_path):
     (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, [*data, {'text': 'z', 'kind': bad}])))
     with pytest.raises(ValueError, match=message):
       run(tree | dict(data=tree['data'] | dict(path=str(tmp_path / 'x.jsonl'))), tmp_path / 'w')
-  (tmp_path / 'y.jsonl').write_text('\n'.join(map(json.dumps, [*data, *({'text': f'only {i}', 'kind': f'c{i}'} for i in range(40))])))
-  with pytest.raises(ValueError, match=r"document \d+ has the label 'c\d+'; it must be one of the \d+ classes of the training set"):
+  data += [{'text': f'only {i}', 'kind': f'c{i}'} for i in range(40)]
+  (tmp_path / 'y.jsonl').write_text('\n'.join(map(json.dumps, data)))
+  with pytest.raises(ValueError, match=r"document \d+ has the label 'c\d+'; it must be one of the \d+ classes of the training"):
     run(tree | dict(data=tree['data'] | dict(path=str(tmp_path / 'y.jsonl'))), tmp_path / 'w')
 
 

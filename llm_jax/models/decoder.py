@@ -116,12 +116,12 @@ class Model(nn.Module):
 _LLAMA = dict(positions='rope', norm='rmsnorm', norm_bias=False, norm_eps=1e-5, bias=False, activation='silu', gated=True,
               dropout=0.0, attention_dropout=0.0, depth_scaled_init=False)
 VARIANTS = {
-    'gpt_tiny': dict(dim=256, layers=4, heads=4, mlp_dim=1024, dropout=0.0, attention_dropout=0.0),
+    'gpt_tiny': dict(dim=128, layers=4, heads=2, mlp_dim=512, positions='rope', dropout=0.0, attention_dropout=0.0),
     'gpt2_small': dict(),
     'gpt2_medium': dict(dim=1024, layers=24, heads=16, mlp_dim=4096),
     'gpt2_large': dict(dim=1280, layers=36, heads=20, mlp_dim=5120),
     'gpt2_xl': dict(dim=1600, layers=48, heads=25, mlp_dim=6400),
-    'llama_tiny': _LLAMA | dict(dim=256, layers=4, heads=4, kv_heads=2, mlp_dim=688),
+    'llama_tiny': _LLAMA | dict(dim=128, layers=4, heads=4, kv_heads=2, mlp_dim=344),
     'llama_3_2_1b': _LLAMA | dict(dim=2048, layers=16, heads=32, kv_heads=8, mlp_dim=8192, max_len=131072, rope_theta=500000.0,
                                   rope_scaling=(32.0, 1.0, 4.0, 8192.0)),
     'llama_2_7b': _LLAMA | dict(dim=4096, layers=32, heads=32, mlp_dim=11008, max_len=4096, tied=False),
