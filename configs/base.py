@@ -36,9 +36,9 @@ def get_config() -> config_dict.ConfigDict:
       eval_every=500,
       init_from=unset(str),
       data=dict(
-          source='stdlib',  # stdlib | text | jsonl | csv | parquet | tfds, or 'mixture' of the sections in `parts`
+          source='stdlib',  # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' of the sections in `parts`
           path=unset(str), name=unset(str), split=unset(str), text=unset(str), pair=unset(str), label=unset(str), unit=unset(str),
-          labelled=unset(bool), delimiter=unset(str), data_dir=unset(str), max_document_bytes=unset(int),
+          delimiter=unset(str), data_dir=unset(str), max_document_bytes=unset(int),
           validation=0.02,  # share of the documents, by their hash
           cache=unset(str),  # None: ~/.cache/llm_jax
           workers=0,  # processes that tokenize; 0: one a core

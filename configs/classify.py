@@ -16,7 +16,7 @@ def get_config():
   config.micro_batches = 1
   config.log_every = 20
   config.eval_every = 100
-  config.data.labelled = True
+  config.data.source = 'docstrings'
   config.data.validation = 0.15
   config.tokenizer.vocab_size = 4096
   config.model = base.model('encoder', 'bert_tiny')

@@ -62,7 +62,10 @@ class Program:
 
 
 def check(config: Config) -> None:
-  """Raises for a name that is not known, or an option that its constructor does not take, in any section; builds nothing."""
+  """Raises for a name that is not known, an option that its constructor does not take, or a value that it refuses.
+
+  Reads no data: what only the data can tell (size of the vocabulary, class names) has stand-ins.
+  """
   for section, options in data_parts(config):
     plugins.check(section, plugins.load('source', options['source']).Source, _without(options, *DATA_OPTIONS, 'weight'))
   objectives = [(f'objective{path}', part, 'objective', 'Objective', ('tokenizer', 'parts')) 
@@ -75,6 +78,9 @@ def check(config: Config) -> None:
     plugins.check(section, getattr(module, factory), _without(options, 'name', 'variant', 'parts'), given)
   optim.parse(config.optimizer)
   plugins.check('mesh', sharding.create_mesh, config.mesh, ('devices',))
+  config = resolve(config, 1, class_names(config) or ('0', '1'))
+  create_model(config)
+  create_objective(config, plugins.load('tokenizer', 'byte').create())
 
 
 def data_parts(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -111,6 +117,11 @@ def create_tokenizer(config: Config, texts: Callable[[], Iterator[str]], fingerp
 def load_tokenizer(config: Config, directory: str) -> Tokenizer:
   """The tokenizer that was saved in a folder."""
   return plugins.load('tokenizer', config.tokenizer['name']).load(directory)
+
+
+def create_model(config: Config) -> nn.Module:
+  """The model of a resolved config."""
+  return plugins.construct('model', plugins.load('model', config.model['name']).Model, _without(config.model, 'name', 'variant'))
 
 
 def create_objective(config: Config, tokenizer: Tokenizer) -> Objective:
@@ -173,7 +184,7 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
   """
   mesh = plugins.construct('mesh', sharding.create_mesh, config.mesh, devices=devices)
   micro_batches = _micro_batches(config, mesh)
-  model = plugins.construct('model', plugins.load('model', config.model['name']).Model, _without(config.model, 'name', 'variant'))
+  model = create_model(config)
   objective = create_objective(config, tokenizer)
   network = step.Network(model=model, heads=objective.heads(model), objective=objective)
 

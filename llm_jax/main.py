@@ -7,6 +7,7 @@ the pen is answered at once.
 import contextlib
 import logging as logging_level
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -81,9 +82,20 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   """absl's parser, with ml_collections' answers to a wrong key or value (AttributeError, TypeError, ...) as one line."""
   try:
     return app.parse_flags_with_usage(argv)
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    message = str(error).strip('\'"').replace('\\n', ' ').replace("\\'", '')
-    raise UsageError(f'the flags cannot be read: {message}') from error
+  except (AttributeError, KeyError) as error:
+    raise UsageError(_unknown_key(argv, str(error))) from error
+  except (TypeError, ValueError, OSError) as error:
+    raise UsageError(f'the flags cannot be read: {error}') from error
+
+
+def _unknown_key(argv: Sequence[str], message: str) -> str:
+  """What ml_collections means by `'\\'stepz\\'\\nDid you mean "steps" instead of "stepz"?'`, with the flag that it stands in."""
+  quoted = re.findall(r'[\w.]+', message)
+  key = quoted[0] if quoted else message
+  flag = next((a for a in argv if re.match(rf'--config\..*\b{re.escape(key)}\b', a.partition('=')[0])), '--config')
+  close = re.search(r'Did you mean "(\w+)"', message)
+  section = flag.removeprefix('--').partition('=')[0].rpartition(f'.{key}')[0] or 'config'
+  return f'{flag}: {section} has no {key!r}' + (f'; did you mean {close[1]!r}?' if close else '.')
 
 
 def cli() -> None:

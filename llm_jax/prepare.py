@@ -53,7 +53,7 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
   saved = read_config(workdir) if has_checkpoints(workdir) else None
   if saved:
     _check_same(build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir)
-  if config.data['source'] == 'stdlib':
+  if config.data['source'] in ('stdlib', 'docstrings'):
     logging.warning('EMBEDDED CORPUS: this run reads the source and documentation of the Python standard library. Your own text '
                     "is one flag: --config.data.source=text --config.data.path='/data/*.txt'")
   tokenizer = _tokenizer(config, workdir, bool(saved))
