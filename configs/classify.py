@@ -10,19 +10,19 @@ from configs import base
 def get_config():
   """A few epochs over the labelled embedded corpus, from the weights of `init_from` or from scratch."""
   config = base.get_config()
-  config.steps = 300
+  config.steps = 150
   config.batch_size = 16
   config.seq_len = 128
   config.micro_batches = 1
-  config.log_every = 20
-  config.eval_every = 100
+  config.log_every = 10
+  config.eval_every = 50
   config.data.source = 'docstrings'
   config.data.validation = 0.15
   config.tokenizer.vocab_size = 4096
   config.model = base.model('encoder', 'bert_tiny')
-  config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='cls', unlabelled='error')
+  config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='mean', unlabelled='error')
   config.optimizer.name = 'muon'
-  config.optimizer.learning_rate = 2e-3
-  config.checkpoint.every = 100
+  config.optimizer.learning_rate = 1e-2
+  config.checkpoint.every = 50
   config.evaluation.rows = 0
   return config

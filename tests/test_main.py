@@ -44,7 +44,8 @@ def test_no_config_no_workdir_no_file():
 
 
 def test_the_configs_work_from_any_folder_and_a_run_predicts(tmp_path):
-  (tmp_path / 'x.csv').write_text('text,kind\n' + '\n'.join(f'{"yes " * (i % 7 + 1)}{i},a\n{"no " * (i % 7 + 1)}{i},b' for i in range(80)))
+  rows = [f'{word * (i % 7 + 1)}{i},{kind}' for i in range(80) for word, kind in (('yes ', 'a'), ('no ', 'b'))]
+  (tmp_path / 'x.csv').write_text('text,kind\n' + '\n'.join(rows))
   done = call(f'--config={ROOT}/configs/classify.py', '--workdir=w', '--config.data.source=csv', '--config.data.path=x.csv',
               '--config.data.label=kind', '--config.data.cache=cache', '--config.tokenizer.vocab_size=300',
               '--config.model.dim=32', '--config.model.layers=1', '--config.steps=30', '--config.seq_len=32', cwd=tmp_path)

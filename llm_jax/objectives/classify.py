@@ -19,7 +19,7 @@ from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pairs
 
 TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
-POOLS = ('cls', 'last')
+POOLS = ('cls', 'mean', 'last')
 
 
 class Objective:
@@ -31,7 +31,8 @@ class Objective:
     task: 'multiclass' (one of the classes), 'binary' (the second of two classes or not, one logit), 'multilabel' (any of
       them), 'regression' (a number).
     dropout: rate before the last linear layer.
-    pool: 'cls' reads the first place through a pooler, for encoders; 'last' the last place, for decoders.
+    pool: 'cls' reads the first place through a pooler, as BERT does; 'mean' the mean of all places, for encoders that were
+      trained by masked LM alone (arXiv:1908.10084, section 3); 'last' the last place, for decoders.
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
   """
 
@@ -77,7 +78,7 @@ class Objective:
   def lay_out(self, first: np.ndarray, second: np.ndarray | None, seq_len: int) -> dict[str, np.ndarray]:
     """The row of texts that fit."""
     tokenizer = self.tokenizer
-    begin, end = (tokenizer.cls_id, tokenizer.sep_id) if self.pool == 'cls' else (tokenizer.bos_id, tokenizer.eos_id)
+    begin, end = (tokenizer.bos_id, tokenizer.eos_id) if self.pool == 'last' else (tokenizer.cls_id, tokenizer.sep_id)
     return pairs.row(first, second, seq_len, begin, tokenizer.sep_id, end)
 
   def label_arrays(self, label: Any) -> dict[str, np.ndarray]:
@@ -95,6 +96,9 @@ class Objective:
 
   def heads(self, model: Any) -> dict[str, Any]:
     """The last linear layer, after BERT's pooler where the first place is read."""
+    if model.causal and self.pool == 'cls':
+      raise ValueError("objective.pool='cls' reads the first place, which in a causal model has seen nothing; "
+                       "use 'last' or 'mean'.")
     outputs = len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
     pooler = {'pooler': heads.Pooler(model.options)} if self.pool == 'cls' else {}
     return pooler | {'classifier': heads.ClassifierHead(model.options, outputs, self.dropout)}
@@ -103,6 +107,9 @@ class Objective:
     """B C logits (C = 1 for binary and regression), at least float32."""
     if self.pool == 'cls':
       x_BD = net.heads['pooler'](hidden_BTD)
+    elif self.pool == 'mean':
+      there_BT1 = (batch['segments'] > 0)[..., None].astype(hidden_BTD.dtype)
+      x_BD = jnp.sum(hidden_BTD * there_BT1, axis=1) / jnp.maximum(jnp.sum(there_BT1, axis=1), 1)
     else:
       last_B = jnp.maximum(jnp.sum(batch['segments'] > 0, axis=-1) - 1, 0)
       x_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]

@@ -104,7 +104,7 @@ def test_collect_classes():
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"), ({'pool': 'mean'}, "pool='mean'.*cls, last"),
+    ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"), ({'pool': 'max'}, "pool='max'.*cls, mean, last"),
     ({'unlabelled': 'skip'}, "unlabelled='skip'"), ({'dropout': 1.0}, 'dropout=1.0'),
     ({'classes': None}, 'at least 2 different classes, not none'), ({'classes': ('a',)}, 'at least 2 different classes, not a;'),
     ({'classes': ('a', 'a')}, 'not a, a'), ({'task': 'binary'}, 'exactly 2 different classes, not a, b, c'),
@@ -136,14 +136,15 @@ def values(small, task, pool='cls'):
            'multilabel': rng.integers(0, 2, (5, 3)).astype(np.float32), 'regression': rng.normal(size=5).astype(np.float32)}[task]
   batch = {'segments': (np.arange(7) < lengths[:, None]).astype(np.int32), 'label': label,
            'label_weight': np.array([1, 1, 1, 1, 0], np.float32)}
-  read = hidden[:, 0] if pool == 'cls' else hidden[np.arange(5), np.maximum(lengths - 1, 0)]
+  read = {'cls': hidden[:, 0], 'last': hidden[np.arange(5), np.maximum(lengths - 1, 0)],
+          'mean': np.stack([h[:max(n, 1)].mean(0) for h, n in zip(hidden, lengths, strict=True)])}[pool]
   logits = read.astype(np.float64) @ net.matrices['classifier']
   pairs = {k: [float(x) for x in v] for k, v in objective.loss(net, jnp.asarray(hidden), batch).items()}
   predictions = {k: np.asarray(v) for k, v in objective.predict(net, jnp.asarray(hidden), batch).items()}
   return objective, pairs, predictions, logits[:4], label[:4]
 
 
-@pytest.mark.parametrize('pool', ['cls', 'last'])
+@pytest.mark.parametrize('pool', ['cls', 'mean', 'last'])
 def test_multiclass(small, pool):
   objective, pairs, predictions, logits, label = values(small, 'multiclass', pool)
   np.testing.assert_allclose(pairs['classify'], [small.cross_entropy(logits, label).sum(), 4], rtol=1e-5)
@@ -190,6 +191,8 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
   heads = objective.heads(model)
   assert set(heads) == {'pooler', 'classifier'}
   assert set(classify.Objective(small.Tokenizer(), LETTERS, pool='last').heads(model)) == {'classifier'}
+  with pytest.raises(ValueError, match="pool='cls' reads the first place, which in a causal model"):
+    objective.heads(types.SimpleNamespace(causal=True))
 
   class Net(nn.Module):
     heads: dict

@@ -15,8 +15,8 @@ _MIN_EXAMPLES = 30
 class Source:
   """Docstrings of modules, classes and functions, of 80 characters or more; the label is the top-level module or package.
 
-  Equal docstrings count once, for the first in order; labels with fewer than 30 are left out. Parsing takes a few seconds, when the
-  documents are first asked for.
+  Equal docstrings count once, for the first in order; labels with fewer than 30 are left out. Parsing takes a few seconds, when
+  the documents are first asked for.
   """
 
   def __init__(self):
