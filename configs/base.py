@@ -43,7 +43,10 @@ def get_config() -> config_dict.ConfigDict:
           cache=unset(str),  # None: ~/.cache/llm_jax
           workers=0,  # processes that tokenize; 0: one a core
       ),
-      tokenizer=dict(name='sentencepiece', vocab_size=8192, path=unset(str), kind=unset(str), normalization=unset(str)),
+      tokenizer=dict(
+          name='sentencepiece', vocab_size=8192, path=unset(str), kind=unset(str), normalization=unset(str),
+          sample_bytes=unset(int), character_coverage=unset(float),
+      ),
       optimizer=dict(
           name='adamw', learning_rate=1e-3, schedule='linear', warmup_steps=unset(int), warmup_fraction=0.05,
           decay_fraction=unset(float), final_fraction=unset(float), weight_decay=0.01, clip_norm=1.0, layer_decay=1.0,

@@ -12,6 +12,7 @@ def get_config():
   config.log_every = 100
   config.eval_every = 10_000
   config.tokenizer.vocab_size = 30_522
+  config.tokenizer.sample_bytes = 50_000_000
   config.model = base.model('encoder', 'bert_base')
   config.objective = base.bert()
   config.optimizer.learning_rate = 1e-4

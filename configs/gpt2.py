@@ -18,6 +18,7 @@ def get_config(size: str = 'small'):
   config.log_every = 100
   config.eval_every = 5000
   config.tokenizer.vocab_size = 50_257
+  config.tokenizer.sample_bytes = 50_000_000
   config.tokenizer.kind = 'bpe'
   config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', f'gpt2_{size}')

@@ -4,7 +4,9 @@ Pairs of parts of a batch (micro-batches, hosts, evaluation batches) add up to t
 do not: a mean of means weighs a nearly empty part like a full one.
 """
 
+import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +14,9 @@ import jax.numpy as jnp
 from llm_jax.contracts import Pairs
 
 
-def add(a: Pairs, b: Pairs) -> Pairs:
-  """The pairs of two parts together; both must have the same names."""
-  return jax.tree.map(jnp.add, a, b)
-
-
-def divide(pairs: Pairs) -> dict[str, jax.Array]:
-  """The means by name; NaN where the weight is 0, for then there is none."""
-  return {name: _mean(value, weight, empty=jnp.nan) for name, (value, weight) in pairs.items()}
+def divide(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
+  """The means by name, of pairs that have been fetched to the host; NaN where the weight is 0, for then there is none."""
+  return {name: float(value) / float(weight) if weight else math.nan for name, (value, weight) in pairs.items()}
 
 
 def total(pairs: Pairs, terms: Mapping[str, float]) -> jax.Array:

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llm_jax import build, chips, evaluate, logs, prepare, tree
+from llm_jax import build, chips, evaluate, logs, metrics, prepare, tree
 from llm_jax.build import Program
 from llm_jax.checkpoint import Checkpoints, restore_params
 from llm_jax.config import Config
@@ -174,8 +174,7 @@ class Meter:
     if self._waiting is None:
       return
     (step, pairs), self._waiting = self._waiting, None
-    fetched = jax.device_get(pairs)
-    values = {name: float(value) / float(weight) if weight else math.nan for name, (value, weight) in fetched.items()}
+    values = metrics.divide(jax.device_get(pairs))
     if not math.isfinite(values['loss']):
       raise FloatingPointError(f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint is as '
                                'it was; a lower config.optimizer.learning_rate or more warmup is the usual way out.')

@@ -5,7 +5,6 @@ empty containers have no leaves, hence no paths.
 """
 
 import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,19 +49,6 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
     if path not in known:
       raise ValueError(f'{path!r} is no path of the tree; nearest: {_nearest(path, known)}.')
   return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
-
-
-def match(patterns: Sequence[str], tree: Any) -> Any:
-  """A mask: True at the leaves in whose path any of the regular expressions is found (`re.search`).
-
-  Raises:
-    ValueError: a pattern found in no path, with the nearest paths.
-  """
-  known = paths(tree)
-  for pattern in patterns:
-    if not any(re.search(pattern, path) for path in known):
-      raise ValueError(f'pattern {pattern!r} matches none of {len(known)} paths; nearest: {_nearest(pattern, known)}.')
-  return map_with_path(lambda path, _: any(re.search(pattern, path) for pattern in patterns), tree)
 
 
 def difference(expected: Any, found: Any) -> str:

@@ -34,13 +34,6 @@ def test_replace_exchanges_some_leaves_and_refuses_unknown_ones():
     tree.replace(PARAMS, {'model/norm/scal': 7})
 
 
-def test_match():
-  assert tree.flatten(tree.match(['bias$', 'norm/'], PARAMS)) == {
-      'model/layers/block/bias': True, 'model/layers/block/kernel': False, 'model/norm/scale': True}
-  with pytest.raises(ValueError, match="'kernle'.*nearest: .*kernel"):
-    tree.match(['bias', 'kernle'], PARAMS)
-
-
 def test_difference_names_missing_surplus_and_changed():
   found = {'model': {'layers': {'block': {'kernel': jnp.zeros((2, 4)), 'bias': jnp.zeros(2, jnp.int32)}}, 'extra': jnp.zeros(1)}}
   assert tree.difference(PARAMS, found).splitlines() == [

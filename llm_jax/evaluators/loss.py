@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import numpy as np
 
+from llm_jax import metrics
 from llm_jax.contracts import Batch, Objective, Pairs
 
 
@@ -33,7 +34,7 @@ def evaluate(eval_step: Callable[[Batch], Pairs], batches: Iterable[Batch], obje
   if waiting is None:
     raise ValueError('the validation set has no batch; raise config.data.validation or config.evaluation.rows.')
   _add(totals, waiting)
-  means = {name: float(value / weight) if weight else float('nan') for name, (value, weight) in totals.items()}
+  means = metrics.divide(totals)
   loss = sum(coefficient * means[name] for name, coefficient in objective.terms.items() if totals[name][1])
   return {'loss': float(loss)} | means | objective.summary(means)
 

@@ -104,7 +104,8 @@ def test_collect_classes():
 
 
 @pytest.mark.parametrize('options, message', [
-    ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"), ({'pool': 'max'}, "pool='max'.*cls, mean, last"),
+    ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"),
+    ({'pool': 'max'}, "pool='max'.*cls, mean, last"),
     ({'unlabelled': 'skip'}, "unlabelled='skip'"), ({'dropout': 1.0}, 'dropout=1.0'),
     ({'classes': None}, 'at least 2 different classes, not none'), ({'classes': ('a',)}, 'at least 2 different classes, not a;'),
     ({'classes': ('a', 'a')}, 'not a, a'), ({'task': 'binary'}, 'exactly 2 different classes, not a, b, c'),
