@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,15 +26,9 @@ def float64():
 
 def build(model, objective, batch):
   network = step.Network(model=model, heads=objective.heads(model), objective=objective)
-  params = jax.tree.map(lambda x: x.value if hasattr(x, 'value') else x, network.init(jax.random.PRNGKey(0), batch)['params'],
-                        is_leaf=lambda x: hasattr(x, 'names'))
-  # Away from the initial point, where norms hide the scale of everything before them.
-  return network, jax.tree.map(lambda p, k: p + 0.05 * jax.random.normal(k, p.shape, p.dtype), params, _keys(params))
-
-
-def _keys(tree):
-  leaves, structure = jax.tree.flatten(tree)
-  return jax.tree.unflatten(structure, list(jax.random.split(jax.random.PRNGKey(1), len(leaves))))
+  shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
+  rng = np.random.default_rng(1)  # not the initial point, where every bias is zero and every scale one
+  return network, jax.tree.map(lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.2, s.shape), s.dtype), shapes)
 
 
 def gradient(network, params, batch, micro_batches=1):
@@ -168,7 +163,8 @@ def test_a_train_step_learns_and_counts(small):
 def test_dropout_draws_anew_each_step_and_not_in_evaluation(small):
   model, objective, batch = uneven(small, 'clm')
   network, params = build(model.copy(dropout=0.5), objective, batch)
-  loss = lambda rng: float(step.gradient(params, batch, rng, network=network)[1]['loss'][0])
+  run = jax.jit(functools.partial(step.gradient, network=network))
+  loss = lambda rng: float(run(params, batch, rng)[1]['loss'][0])
   one, two = (loss(jax.random.fold_in(jax.random.PRNGKey(3), s)) for s in (0, 1))
   assert one != two and one == loss(jax.random.fold_in(jax.random.PRNGKey(3), 0))
   evaluated = step.eval_step(params, batch, network=network)['clm']
