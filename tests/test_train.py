@@ -16,11 +16,11 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
+from llm_jax import chips, logs, prepare, train, use
 from llm_jax import config as config_lib
-from llm_jax import logs, prepare, train, use
 
 ROOT = pathlib.Path(__file__).parent.parent
-TIMINGS = ('tokens_per_second', 'seconds_per_step')
+TIMINGS = ('tokens_per_second', 'seconds_per_step', 'model_flops_utilization')
 SHAPE = dict(dim=32, layers=1, heads=2, mlp_dim=64, max_len=64)
 
 
@@ -118,7 +118,8 @@ def test_killed_at_any_step_it_ends_as_if_undisturbed(corpus, tmp_path, objectiv
   assert other.wait() == 0 and numbers(tmp_path / 'c') != numbers(tmp_path / 'a')
 
 
-def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path):
+def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypatch):
+  monkeypatch.setattr(chips, 'peak_flops', lambda kind: 1e15)
   tree = settings(corpus, steps=60, log_every=20, eval_every=30,
                   optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1))
   started = run(tree, tmp_path)
@@ -127,7 +128,7 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path):
       (20, 'train'), (30, 'validation'), (40, 'train'), (60, 'train'), (60, 'validation')]
   first, last = (line for line in lines if line['split'] == 'validation')
   assert last['loss'] < first['loss'] < np.log(263) and last['unigram_loss'] == first['unigram_loss'] < np.log(263)
-  assert lines[0]['tokens_per_second'] > 0
+  assert lines[0]['tokens_per_second'] > 0 and 0 < lines[0]['model_flops_utilization'] < 1
   assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl', 'loss.png'}
   assert prepare.read_config(tmp_path) == config_lib.from_json(config_lib.to_json(started.program.config))
   values = use.evaluate(tmp_path)
