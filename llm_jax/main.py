@@ -5,7 +5,7 @@ the pen is answered at once.
 """
 
 import contextlib
-import logging as logging_level
+import logging as levels
 import pathlib
 import re
 import sys
@@ -34,7 +34,9 @@ def main(argv: Sequence[str]) -> None:
   if not WORKDIR.value or (MODE.value == 'train' and CONFIG.value is None):
     raise UsageError(f'--workdir is needed, and for training --config. Usage: {USAGE}')
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-  logging.get_absl_handler().addFilter(lambda record: record.levelno >= logging_level.WARNING or 'orbax' not in record.pathname)
+  handler = logging.get_absl_handler()
+  handler.setFormatter(levels.Formatter('%(levelname).1s %(asctime)s %(message)s', '%H:%M:%S'))
+  handler.addFilter(lambda record: record.levelno >= levels.WARNING or 'orbax' not in record.pathname)
   workdir = pathlib.Path(WORKDIR.value).expanduser().absolute()
   {'train': _train, 'eval': _eval, 'predict': _predict}[MODE.value](workdir)
 
