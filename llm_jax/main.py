@@ -42,22 +42,23 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _train(workdir: pathlib.Path) -> None:
-  with _users_fault():
+  with _told():
     config = _checked_config()
     from llm_jax import prepare, train
     prepare.open_workdir(workdir)
     run = train.start(prepare.load(config, workdir), workdir)
-  train.train(run)
+  with _told((FloatingPointError, OSError)):  # a loss that is no number, a disk that is full
+    train.train(run)
 
 
 def _eval(workdir: pathlib.Path) -> None:
-  with _users_fault():
+  with _told():
     from llm_jax import use
     use.evaluate(workdir, _checked_config() if CONFIG.value is not None else None)
 
 
 def _predict(workdir: pathlib.Path) -> None:
-  with _users_fault():
+  with _told():
     if not INPUT.value or not OUTPUT.value:
       raise ValueError('--mode=predict needs --input=x.jsonl and --output=y.jsonl.')
     from llm_jax import use
@@ -72,11 +73,11 @@ def _checked_config():
 
 
 @contextlib.contextmanager
-def _users_fault():
-  """Before the first step, a ValueError speaks of what the user gave: its message is enough."""
+def _told(errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)):
+  """Makes errors whose message is enough into one message; before the first step, a ValueError speaks of what the user gave."""
   try:
     yield
-  except (ValueError, TypeError, OSError) as error:
+  except errors as error:
     raise UsageError(str(error)) from error
 
 

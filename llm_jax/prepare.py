@@ -36,7 +36,7 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """Training and validation documents of each source, the sources' weights, and a fingerprint of it all."""
+  """Training and validation documents of each source, the sources' weights, and a hash of what the documents say."""
 
   train: Sequence[Documents]
   validation: Sequence[Documents]
@@ -51,6 +51,8 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
     ValueError: an unusable source, an empty corpus, a label that is not one, a config that the workdir's run cannot go on with.
   """
   saved = read_config(workdir) if has_checkpoints(workdir) else None
+  if config.init_from:  # the tokenizer comes along with the weights
+    config = dataclasses.replace(config, tokenizer=(saved or read_config(pathlib.Path(config.init_from))).tokenizer)
   if saved:
     _check_same(build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir)
   if config.data['source'] in ('stdlib', 'docstrings'):
@@ -68,7 +70,7 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
   folder = str(cache_directory(config) / 'tokens')
   corpora = [cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources]
   train, validation = zip(*(corpus.split(config.data['validation']) for corpus in corpora), strict=True)
-  return Splits(train, validation, weights, ' '.join(corpus.fingerprint for corpus in corpora))
+  return Splits(train, validation, weights, ' '.join(corpus.content for corpus in corpora))
 
 
 def open_workdir(workdir: pathlib.Path) -> None:
@@ -89,16 +91,18 @@ def open_workdir(workdir: pathlib.Path) -> None:
 def has_checkpoints(workdir: pathlib.Path) -> bool:
   """Whether a run in this folder has saved anything that can be gone on with."""
   folder = workdir / 'checkpoints'
-  return (workdir / 'config.json').exists() and folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
+  return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
 
 
 def read_config(workdir: pathlib.Path) -> Config:
-  """The resolved config of the run in a folder.
+  """The resolved config of the run in a folder; of its newest checkpoint where config.json is lost.
 
   Raises:
     ValueError: there is none.
   """
   path = workdir / 'config.json'
+  if not path.exists() and has_checkpoints(workdir):
+    return config_lib.parse(checkpoint.read_meta(workdir / 'checkpoints')[0]['config'])
   if not path.exists():
     raise ValueError(f'{workdir} holds no run: there is no config.json. Train one there first, or name the workdir of one.')
   return config_lib.from_json(path.read_text())
@@ -145,8 +149,7 @@ def _tokenizer(config: Config, workdir: pathlib.Path, resuming: bool) -> Tokeniz
       unpack_tokenizer(checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer'], workdir)
     return build.load_tokenizer(config, str(workdir / 'tokenizer'))
   if config.init_from:
-    origin = pathlib.Path(config.init_from)
-    tokenizer = build.load_tokenizer(read_config(origin), str(origin / 'tokenizer'))
+    tokenizer = build.load_tokenizer(config, str(pathlib.Path(config.init_from) / 'tokenizer'))
     logging.info('Tokenizer: that of %s, %s ids.', config.init_from, f'{tokenizer.vocab_size:,}')
   else:
     sources, _ = build.sources(config)

@@ -83,7 +83,6 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
   logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
   checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
   restored = checkpoints.restore(program.state)
-  prepare.write_config(workdir, config)
   patience = Patience(config.evaluation.patience)
   if restored is None:
     state, position = _first_state(program), 0
@@ -95,6 +94,7 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
                        f'--config.init_from={workdir}.')
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
+  prepare.write_config(workdir, config)
   return Run(program, data, workdir, checkpoints, train, validation, state, position, patience)
 
 

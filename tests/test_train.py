@@ -145,7 +145,10 @@ def test_longer_runs_go_on_and_other_runs_are_refused(corpus, tmp_path):
   with pytest.raises(ValueError, match=r'(?s)holds a run of another config:\n  model\.dim: 32 -> 64\n  seq_len: 48 -> 32\n'):
     run(changed, tmp_path)
   (tmp_path / 'tokenizer').rename(tmp_path / 'lost')
-  assert run(settings(corpus, 'clm', steps=6), tmp_path).state.step == 6  # the checkpoint has the tokenizer too
+  (tmp_path / 'config.json').unlink()
+  with pytest.raises(ValueError, match='holds a run of another config'):
+    run(changed, tmp_path)
+  assert run(settings(corpus, 'clm', steps=6), tmp_path).state.step == 6  # the checkpoint has both
   assert (tmp_path / 'tokenizer').is_dir()
 
 
@@ -155,6 +158,8 @@ def test_other_documents_are_refused(corpus, tmp_path):
   tree = settings(corpus, 'clm', steps=2)
   tree['data'] = tree['data'] | dict(path=str(path))
   run(tree, tmp_path / 'w')
+  os.utime(path, (0, 0))  # a copy of the same text is the same documents
+  assert run(tree | dict(steps=3), tmp_path / 'w').state.step == 3
   path.write_text((corpus / 'letters.txt').read_text() + '\none more line')
   with pytest.raises(ValueError, match='documents of config.data have changed'):
     run(tree | dict(steps=4), tmp_path / 'w')
@@ -173,6 +178,7 @@ def test_stops_early_and_keeps_the_best(corpus, tmp_path):
 def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path):
   run(settings(corpus, steps=2), tmp_path / 'pretrained')
   tree = settings(corpus, 'classify', steps=25, init_from=str(tmp_path / 'pretrained'), eval_every=25,
+                  tokenizer=dict(name='sentencepiece', vocab_size=999),  # not used: the tokenizer comes along with the weights
                   optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1))
   prepared = prepare.load(config_lib.parse(tree), _made(tmp_path / 'w'))
   started = train.start(prepared, tmp_path / 'w')

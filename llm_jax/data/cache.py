@@ -124,6 +124,14 @@ class Corpus:
     with open(os.path.join(self.directory, 'labels.jsonl')) as file:
       return [json.loads(line) for line in file]
 
+  @functools.cached_property
+  def content(self) -> str:
+    """A hash of what the documents say, in order, and of their labels, wherever the files lie and whenever they were written."""
+    digest = hashlib.blake2b(self.hashes.tobytes(), digest_size=16)
+    with open(os.path.join(self.directory, 'labels.jsonl'), 'rb') as file:
+      digest.update(file.read())
+    return digest.hexdigest()
+
   def split(self, validation: float) -> tuple['Split', 'Split']:
     """Training and validation documents; a document is in validation when its hash, as a fraction, is below `validation`.
 
