@@ -68,6 +68,8 @@ def check(config: Config) -> None:
   """
   for section, options in data_parts(config):
     plugins.check(section, plugins.load('source', options['source']).Source, _without(options, *DATA_OPTIONS, 'weight'))
+    if options.get('weight', 1.0) <= 0:
+      raise ValueError(f'config.{section}.weight={options["weight"]} must be above 0; leave out a source that is not wanted.')
   objectives = [(f'objective{path}', part, 'objective', 'Objective', ('tokenizer', 'parts')) 
                 for path, part in _objectives(config.objective)]
   for section, options, kind, factory, given in (
@@ -77,10 +79,13 @@ def check(config: Config) -> None:
     module = plugins.load(kind, options['name'])
     plugins.check(section, getattr(module, factory), _without(options, 'name', 'variant', 'parts'), given)
   optim.parse(config.optimizer)
-  plugins.check('mesh', sharding.create_mesh, config.mesh, ('devices',))
+  _micro_batches(config, plugins.construct('mesh', sharding.create_mesh, config.mesh, devices=None))
   config = resolve(config, 1, class_names(config) or ('0', '1'))
-  create_model(config)
-  create_objective(config, plugins.load('tokenizer', 'byte').create())
+  model = create_model(config)
+  if config.seq_len > model.max_len:
+    raise ValueError(f'config.seq_len={config.seq_len} is more than config.model.max_len={model.max_len}; lower it, or raise '
+                     'max_len.')
+  create_objective(config, plugins.load('tokenizer', 'byte').create()).heads(model)
 
 
 def data_parts(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -143,7 +148,9 @@ def collect_classes(config: Config, labels: Iterable[Any]) -> tuple[str, ...] | 
   for _, part in _objectives(config.objective):
     module = plugins.load('objective', part['name'])
     if hasattr(module, 'collect_classes') and part.get('task') != 'regression':
-      return module.collect_classes(labels)
+      classes = module.collect_classes(labels)
+      logging.info('%d classes: %s', len(classes), ', '.join(classes[:50]))
+      return classes
   return None
 
 
@@ -184,6 +191,8 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
   """
   mesh = plugins.construct('mesh', sharding.create_mesh, config.mesh, devices=devices)
   micro_batches = _micro_batches(config, mesh)
+  logging.info('micro_batches=%d: %d tokens at once on a device.', micro_batches,
+               config.batch_size * config.seq_len // (micro_batches * sharding.row_shards(mesh)))
   model = create_model(config)
   objective = create_objective(config, tokenizer)
   network = step.Network(model=model, heads=objective.heads(model), objective=objective)
@@ -284,9 +293,6 @@ def _micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
   if config.batch_size % (shards * count):
     raise ValueError(f'config.batch_size={config.batch_size} must divide by {shards * count} (data and fsdp axes {shards} x '
                      f'micro_batches {count}); try {-(-config.batch_size // (shards * count)) * shards * count}.')
-  if config.micro_batches is None and count > 1:
-    logging.info('micro_batches=%d: at most %d tokens at once on a device (%s); set config.micro_batches to choose.', count, most,
-                 platform)
   return count
 
 

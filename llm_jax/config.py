@@ -72,6 +72,16 @@ class Config:
       need = 'source' if section == 'data' else 'name'
       if not getattr(self, section).get(need):
         raise ValueError(f'config.{section} needs a {need!r}.')
+    if self.micro_batches and self.batch_size % self.micro_batches:
+      raise ValueError(f'config.batch_size={self.batch_size} must divide by micro_batches={self.micro_batches}; '
+                       f'try {-(-self.batch_size // self.micro_batches) * self.micro_batches}.')
+    if (self.data.get('workers') or 0) < 0:
+      raise ValueError(f'config.data.workers={self.data["workers"]} must be at least 1, or 0 for one process a core.')
+    share = self.data.get('validation')
+    if not isinstance(share, int | float) or not 0 <= share < 1:
+      raise ValueError(f'config.data.validation={share} must be the share of the documents to hold out, at least 0 and below 1.')
+    if self.seed < 0 or self.evaluation.rows < 0 or self.evaluation.patience < 0:
+      raise ValueError(f'config.seed={self.seed} and {self.evaluation} must not be negative.')
 
 
 def parse(tree: Mapping[str, Any]) -> Config:

@@ -17,7 +17,7 @@ from ml_collections import config_flags
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with its argument if it takes one: configs/gpt2.py:medium')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: config, tokenizer, checkpoints, metrics.')
 MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict'], 'What to do.')
-INPUT = flags.DEFINE_string('input', None, 'predict: a jsonl file of {"text": ..., "pair": ...}.')
+INPUT = flags.DEFINE_string('input', None, 'predict: a .jsonl file with the fields that the run was trained on, `text` mostly.')
 OUTPUT = flags.DEFINE_string('output', None, 'predict: the jsonl file to write.')
 
 USAGE = 'python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR [--mode=train|eval|predict] [--config.a.b=value ...]'
@@ -83,12 +83,19 @@ def _told(errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)
 
 def _parse_flags(argv: Sequence[str]) -> list[str]:
   """absl's parser, with ml_collections' answers to a wrong key or value (AttributeError, TypeError, ...) as one line."""
+  for argument in argv:
+    path = argument.removeprefix('--config=').partition(':')[0]
+    if argument.startswith('--config=') and not pathlib.Path(path).is_file():
+      raise UsageError(f'--config={path}: no such file.')
   try:
-    return app.parse_flags_with_usage(argv)
+    return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
+    if 'get_config' in str(error):
+      raise UsageError(f'the config file has no function get_config() ({error}).') from error
     raise UsageError(_unknown_key(argv, str(error))) from error
-  except (TypeError, ValueError, OSError) as error:
-    raise UsageError(f'the flags cannot be read: {error}') from error
+  except (flags.Error, TypeError, ValueError, OSError) as error:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raise UsageError(lines[-1] if 'Traceback' in str(error) else ' '.join(lines)) from error  # a config file's own error is last
 
 
 def _unknown_key(argv: Sequence[str], message: str) -> str:

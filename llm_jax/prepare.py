@@ -51,6 +51,7 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
     ValueError: an unusable source, an empty corpus, a label that is not one, a config that the workdir's run cannot go on with.
   """
   saved = read_config(workdir) if has_checkpoints(workdir) else None
+  config = _absolute(config)
   if config.init_from:  # the tokenizer comes along with the weights
     config = dataclasses.replace(config, tokenizer=(saved or read_config(pathlib.Path(config.init_from))).tokenizer)
   if saved:
@@ -105,7 +106,11 @@ def read_config(workdir: pathlib.Path) -> Config:
     return config_lib.parse(checkpoint.read_meta(workdir / 'checkpoints')[0]['config'])
   if not path.exists():
     raise ValueError(f'{workdir} holds no run: there is no config.json. Train one there first, or name the workdir of one.')
-  return config_lib.from_json(path.read_text())
+  try:
+    return config_lib.from_json(path.read_text())
+  except (ValueError, TypeError) as error:
+    raise ValueError(f'{path} is not the config of a run ({error}); remove it, and that of the newest checkpoint is used.'
+                     ) from error
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
@@ -113,6 +118,13 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
   partial = workdir / 'config.json.partial'
   partial.write_text(config_lib.to_json(config))
   partial.rename(workdir / 'config.json')
+
+
+def load_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
+  """The tokenizer of a run; from its newest checkpoint where the folder is lost."""
+  if not (workdir / 'tokenizer').is_dir():
+    unpack_tokenizer(checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer'], workdir)
+  return build.load_tokenizer(config, str(workdir / 'tokenizer'))
 
 
 def pack_tokenizer(workdir: pathlib.Path) -> dict[str, str]:
@@ -131,7 +143,23 @@ def unpack_tokenizer(packed: Mapping[str, str], workdir: pathlib.Path) -> None:
 def cache_directory(config: Config) -> pathlib.Path:
   """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache folder."""
   default = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'llm_jax'
-  return pathlib.Path(config.data.get('cache') or default).expanduser()
+  folder = pathlib.Path(config.data.get('cache') or default).expanduser()
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ValueError(f'config.data.cache={folder} cannot be used ({error.strerror}); name a folder that can be written to.'
+                     ) from error
+  return folder
+
+
+def _absolute(config: Config) -> Config:
+  """The config with its paths made whole, so that a run can be used from any folder."""
+  whole = lambda path: path and ','.join(os.path.abspath(os.path.expanduser(part)) for part in path.split(','))
+  section = lambda part: part | {key: whole(part[key]) for key in ('path', 'data_dir') if part.get(key)}
+  data = section(config.data)
+  if data.get('parts'):
+    data['parts'] = {name: section(part) for name, part in data['parts'].items()}
+  return dataclasses.replace(config, data=data, init_from=whole(config.init_from))
 
 
 def _check_same(config: Config, saved: Config, workdir: pathlib.Path) -> None:
@@ -145,9 +173,7 @@ def _check_same(config: Config, saved: Config, workdir: pathlib.Path) -> None:
 
 def _tokenizer(config: Config, workdir: pathlib.Path, resuming: bool) -> Tokenizer:
   if resuming:
-    if not (workdir / 'tokenizer').is_dir():
-      unpack_tokenizer(checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer'], workdir)
-    return build.load_tokenizer(config, str(workdir / 'tokenizer'))
+    return load_tokenizer(config, workdir)
   if config.init_from:
     tokenizer = build.load_tokenizer(config, str(pathlib.Path(config.init_from) / 'tokenizer'))
     logging.info('Tokenizer: that of %s, %s ids.', config.init_from, f'{tokenizer.vocab_size:,}')

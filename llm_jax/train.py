@@ -94,7 +94,6 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
                        f'--config.init_from={workdir}.')
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
-  prepare.write_config(workdir, config)
   return Run(program, data, workdir, checkpoints, train, validation, state, position, patience)
 
 
@@ -106,8 +105,10 @@ def train(run: Run) -> None:
                  tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, config=dataclasses.asdict(config))
   with contextlib.closing(log), contextlib.closing(run.checkpoints):
     if step >= config.steps or run.patience.over:
-      log.say('This run is over: step %d of %d. Raise config.steps to train on.', step, config.steps)
+      log.say('This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.', step, config.steps)
       return
+    if jax.process_index() == 0:
+      prepare.write_config(run.workdir, config)
     baselines = evaluate.baselines(program.objective, run.data.tokenizer, lambda: evaluate.batches(program, run.validation))
     _announce(run, log)
     batches = pipeline.batches(run.train, config.batch_size, run.position, jax.process_index(), jax.process_count())

@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax import build, prepare, tree
+from llm_jax import config as config_lib
 from llm_jax import evaluate as scores
 from llm_jax.build import Program
 from llm_jax.checkpoint import restore_params
@@ -20,8 +21,8 @@ from llm_jax.data import pipeline
 from llm_jax.data.sources import jsonl
 
 
-def load_params(program: Program, workdir: pathlib.Path) -> Any:
-  """The parameters of the run's best checkpoint, as the program wants them.
+def load_params(program: Program, workdir: pathlib.Path) -> tuple[Any, int]:
+  """The parameters of the run's best checkpoint, as the program wants them, and its step.
 
   Raises:
     ValueError: there is no checkpoint, or it lacks parameters.
@@ -30,7 +31,7 @@ def load_params(program: Program, workdir: pathlib.Path) -> Any:
   if loaded.new:
     raise ValueError(f'the checkpoint of step {loaded.step} in {workdir} lacks:\n  ' + '\n  '.join(loaded.new))
   logging.info('Parameters of step %d of %s.', loaded.step, workdir)
-  return tree.replace(program.state.params, loaded.params)
+  return tree.replace(program.state.params, loaded.params), loaded.step
 
 
 def evaluate(workdir: pathlib.Path, given: Config | None = None) -> dict[str, float]:
@@ -45,20 +46,30 @@ def evaluate(workdir: pathlib.Path, given: Config | None = None) -> dict[str, fl
   """
   config = prepare.read_config(workdir)
   if given is not None:
-    config = dataclasses.replace(config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size)
-  tokenizer = build.load_tokenizer(config, str(workdir / 'tokenizer'))
+    config = _with_data_of(given, config)
+  tokenizer = prepare.load_tokenizer(config, workdir)
   documents = prepare.documents(config, tokenizer)
   chosen = documents.validation if config.data['validation'] else documents.train
   objective = build.create_objective(config, tokenizer)
   examples = pipeline.validation_examples(chosen, objective, config.seq_len, config.seed, config.evaluation.rows)
   program = build.build(dataclasses.replace(config, micro_batches=1), tokenizer, examples[0])
-  params = load_params(program, workdir)
-  values = scores.scores(program, params, examples, workdir / 'report.txt')
+  params, step = load_params(program, workdir)
+  values = scores.scores(program, params, examples, workdir / 'eval_report.txt')
   values |= scores.baselines(objective, tokenizer, lambda: scores.batches(program, examples))
   for name, value in values.items():
     print(f'{name:>24} {value:.6g}')
-  (workdir / 'eval.json').write_text(json.dumps(values, indent=2))
+  (workdir / 'eval.json').write_text(json.dumps({'step': step, 'data': config.data} | values, indent=2))
   return values
+
+
+def _with_data_of(given: Config, config: Config) -> Config:
+  if (given.data.get('pair') is None) != (config.data.get('pair') is None):
+    raise ValueError(f'the run read config.data.pair={config.data.get("pair")!r}, and is to be evaluated on '
+                     f'config.data.pair={given.data.get("pair")!r}; both need pairs, or neither.')
+  chosen = dataclasses.replace(config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size)
+  for line in sum(config_lib.differences(chosen, given), []):
+    logging.info('as in the run, not as in --config: %s', line)
+  return chosen
 
 
 def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -> None:
@@ -75,14 +86,18 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -
   Raises:
     ValueError: no such run, an objective that predicts no labels, a line that is not as it should be.
   """
+  if source.suffix != '.jsonl' or not source.is_file():
+    raise ValueError(f'--input={source} must be one .jsonl file that exists.')
+  if target.is_dir() or not target.absolute().parent.is_dir():
+    raise ValueError(f'--output={target} must be a file in a folder that exists.')
   config = prepare.read_config(workdir)
   config = dataclasses.replace(config, objective=build.predictor_section(config), micro_batches=1)
-  tokenizer = build.load_tokenizer(config, str(workdir / 'tokenizer'))
+  tokenizer = prepare.load_tokenizer(config, workdir)
   objective = build.create_objective(config, tokenizer)
   lines = jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair'))
   texts = _Texts(lines, tokenizer, objective, config.seq_len)
   program = build.build(config, tokenizer, texts[0])
-  params = load_params(program, workdir)
+  params, _ = load_params(program, workdir)
   rows = _rows(jax.device_get(program.predict_step(params, program.put(batch)))
                for batch in pipeline.padded_batches(texts, config.batch_size, threads=1))
   partial = target.with_name(f'{target.name}.partial')

@@ -36,6 +36,9 @@ def test_a_config_survives_json():
 
 @pytest.mark.parametrize(('changes', 'message'), [
     ({'stepz': 3}, r"config\.stepz is not an option \(did you mean 'steps'\?\)"),
+    ({'data': {'source': 'stdlib', 'validation': 12.0}}, r'config\.data\.validation=12\.0 must be the share'),
+    ({'data': {'source': 'stdlib'}}, r'config\.data\.validation=None must be the share'),
+    ({'seed': -1}, r'config\.seed=-1'),
     ({'steps': 0}, r'config\.steps=0 must be at least 1'),
     ({'checkpoint': {'evry': 3}}, r"config\.checkpoint\.evry is not an option \(did you mean 'every'\?\)"),
     ({'checkpoint': {'keep': 0}}, 'at least 1'),

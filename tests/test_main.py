@@ -39,7 +39,7 @@ def test_a_slip_is_one_message(tmp_path, arguments, message):
 
 def test_no_config_no_workdir_no_file():
   assert '--workdir is needed' in call().stderr
-  assert 'configs/bert_tinny.py' in call('--config=configs/bert_tinny.py', '--workdir=/tmp/never').stderr
+  assert '--config=configs/bert_tinny.py: no such file' in call('--config=configs/bert_tinny.py', '--workdir=/tmp/never').stderr
   assert 'is not a size; there are tiny, small' in call('--config=configs/gpt2.py:huge', '--workdir=/tmp/never').stderr
 
 

@@ -132,7 +132,8 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
   assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl', 'loss.png'}
   assert prepare.read_config(tmp_path) == config_lib.from_json(config_lib.to_json(started.program.config))
   values = use.evaluate(tmp_path)
-  assert values['loss'] == pytest.approx(last['loss'], abs=1e-6) and values == json.loads((tmp_path / 'eval.json').read_text())
+  assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
+  assert json.loads((tmp_path / 'eval.json').read_text()).items() >= values.items()
   assert float(started.state.step) == 60 and started.position == 60 * 8
 
 
@@ -222,7 +223,7 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus, tmp_path):
 
 
 @pytest.mark.parametrize(('changes', 'error', 'message'), [
-    (dict(batch_size=7, micro_batches=2), ValueError, r'batch_size=7 must divide by 2 .*; try 8\.'),
+    (dict(batch_size=7, micro_batches=2), ValueError, r'batch_size=7 must divide by micro_batches=2; try 8\.'),
     (dict(batch_size=10_000), ValueError, r'rows of seq_len=48.*batch_size=10000'),
     (dict(data=dict(path='/nowhere/*.txt')), ValueError, r"/nowhere/\*\.txt"),
     (dict(data=dict(validation=0.999)), ValueError, r'batch_size=8|documents .* for training'),

@@ -220,8 +220,18 @@ class _Rows:
 
 
 def collect_classes(labels: Iterable[Any]) -> tuple[str, ...]:
-  """The distinct classes among labels (a list of classes counts for each of them), numbers by value, the rest by letter."""
-  found = {str(name) for label in labels if label is not None for name in (label if isinstance(label, list | tuple) else [label])}
+  """The distinct classes among labels (a list of classes counts for each of them), numbers by value, the rest by letter.
+
+  Raises:
+    ValueError: there is no label, or labels are fractional numbers.
+  """
+  labels = [label for label in labels if label is not None]
+  if not labels:
+    raise ValueError('objective classify needs labels and this corpus has none; name their field by config.data.label.')
+  if any(isinstance(label, float) for label in labels):
+    raise ValueError(f'labels are numbers such as {labels[0]!r}; set config.objective.task=regression, or give classes as words '
+                     'or whole numbers.')
+  found = {str(name) for label in labels for name in (label if isinstance(label, list | tuple) else [label])}
   try:
     return tuple(sorted(found, key=lambda name: (float(name), name)))
   except ValueError:
