@@ -10,6 +10,7 @@ layers. Whatever an optimizer measures on a parameter (LAMB's and Adafactor's no
 layer of the stack by itself, so that a stacked model and a model of separate layers take the same step.
 """
 
+import abc
 import dataclasses
 import math
 import re
@@ -32,7 +33,7 @@ SCHEDULES = ('linear', 'cosine', 'inverse_sqrt', 'wsd', 'constant')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Optimizer:
+class Optimizer(abc.ABC):
   """What all optimizers share.
 
   Attributes:
@@ -86,9 +87,9 @@ class Optimizer:
       if field.name in ('eps', 'decay_rate'):
         _check_range(self, field.name, 0, 1, open_below=True)
 
+  @abc.abstractmethod
   def direction(self, params: Any, decay: optax.GradientTransformation) -> optax.GradientTransformation:
     """From gradient to ascent direction at rate 1, `decay` (adds weight_decay * parameter) in its place."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
