@@ -101,7 +101,7 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -
   rows = _rows(jax.device_get(program.predict_step(params, program.put(batch)))
                for batch in pipeline.padded_batches(texts, config.batch_size, threads=1))
   partial = target.with_name(f'{target.name}.partial')
-  with open(source, encoding='utf-8-sig') as lines, open(partial, 'w', encoding='utf-8') as file:
+  with open(source, encoding='utf-8-sig', newline='\n') as lines, open(partial, 'w', encoding='utf-8') as file:
     for line, row in zip(filter(str.strip, lines), rows, strict=False):  # the last batch is filled up
       given, answer = json.loads(line), objective.describe(row)
       kept = {f'input_{key}' if key in answer else key: value for key, value in given.items()}

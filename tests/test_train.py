@@ -192,7 +192,8 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path):
   assert 'letter' in (tmp_path / 'w' / 'report.txt').read_text()
 
   lines = [{'text': '5 6 7 8 9 10', 'id': 1}, {'text': 'abcdefg', 'label': 'mine', 'id': 2}, {'text': 'x' * 500, 'id': 3}] * 4
-  (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+  spaced = [json.dumps(line).replace(', ', ',\r') for line in lines]  # a carriage return is space in JSON, and ends no line
+  (tmp_path / 'x.jsonl').write_bytes('\n'.join(spaced).encode())
   use.predict(tmp_path / 'w', tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
   answers = [json.loads(line) for line in (tmp_path / 'y.jsonl').read_text().splitlines()]
   assert [a['id'] for a in answers] == [1, 2, 3] * 4 and [a['label'] for a in answers[:2]] == ['count', 'letter']
