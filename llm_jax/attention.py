@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ('xla',)
+IMPLEMENTATIONS = ('auto', 'xla')
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,

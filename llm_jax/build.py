@@ -31,7 +31,8 @@ class Program:
   Attributes:
     config: the config with what was derived filled in (the model's full shape, class names).
     network: model, heads and objective.
-    mesh: the devices.
+    layout: the mesh of devices, and how things lie on it.
+    batch: one global batch, abstract as the state is.
     state: abstract TrainState, each leaf a ShapeDtypeStruct with its sharding.
     init: seed -> TrainState on the mesh.
     train_step: (state, batch) -> (state, pairs); the state given is consumed.
@@ -42,13 +43,19 @@ class Program:
 
   config: Config
   network: step.Network
-  mesh: jax.sharding.Mesh
+  layout: sharding.Layout
   state: TrainState
+  batch: dict[str, jax.ShapeDtypeStruct]
   init: Callable[[int], TrainState]
   train_step: Callable[[TrainState, Batch], tuple[TrainState, Any]]
   eval_step: Callable[[Any, Batch], Any]
   predict_step: Callable[[Any, Batch], Any]
   flops: float
+
+  @property
+  def mesh(self) -> jax.sharding.Mesh:
+    """The devices."""
+    return self.layout.mesh
 
   @property
   def objective(self) -> Objective:
@@ -70,7 +77,7 @@ def check(config: Config) -> None:
     plugins.check(section, plugins.load('source', options['source']).Source, _without(options, *DATA_OPTIONS, 'weight'))
     if options.get('weight', 1.0) <= 0:
       raise ValueError(f'config.{section}.weight={options["weight"]} must be above 0; leave out a source that is not wanted.')
-  objectives = [(f'objective{path}', part, 'objective', 'Objective', ('tokenizer', 'parts')) 
+  objectives = [(f'objective{path}', part, 'objective', 'Objective', ('tokenizer', 'parts'))
                 for path, part in _objectives(config.objective)]
   for section, options, kind, factory, given in (
       ('tokenizer', config.tokenizer, 'tokenizer', 'create', ('texts', 'texts_fingerprint', 'cache')),
@@ -79,7 +86,7 @@ def check(config: Config) -> None:
     module = plugins.load(kind, options['name'])
     plugins.check(section, getattr(module, factory), _without(options, 'name', 'variant', 'parts'), given)
   optim.parse(config.optimizer)
-  _micro_batches(config, plugins.construct('mesh', sharding.create_mesh, config.mesh, devices=None))
+  _micro_batches(config, _layout(config, None).mesh)
   config = resolve(config, 1, class_names(config) or ('0', '1'))
   model = create_model(config)
   if config.seq_len > model.max_len:
@@ -189,7 +196,8 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
   Raises:
     ValueError, TypeError: whatever in the config cannot be, before anything is compiled.
   """
-  mesh = plugins.construct('mesh', sharding.create_mesh, config.mesh, devices=devices)
+  layout = _layout(config, devices)
+  mesh = layout.mesh
   micro_batches = _micro_batches(config, mesh)
   logging.info('micro_batches=%d: %d tokens at once on a device.', micro_batches,
                config.batch_size * config.seq_len // (micro_batches * sharding.row_shards(mesh)))
@@ -197,7 +205,9 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
   objective = create_objective(config, tokenizer)
   network = step.Network(model=model, heads=objective.heads(model), objective=objective)
 
-  batch = {key: jax.ShapeDtypeStruct((config.batch_size, *value.shape), value.dtype) for key, value in example.items()}
+  by_row, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  batch = {key: jax.ShapeDtypeStruct((config.batch_size, *value.shape), value.dtype, sharding=by_row)
+           for key, value in example.items()}
   rows = {key: jnp.zeros((1, *value.shape), value.dtype) for key, value in example.items()}
   boxed = jax.eval_shape(lambda: network.init(jax.random.PRNGKey(0), rows)['params'])
   params = nn.meta.unbox(boxed)
@@ -208,16 +218,17 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
     params = nn.meta.unbox(network.init(param_key, rows)['params'])
     return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=tx.init(params), rng=rng)
 
-  state, shardings = _abstract_state(mesh, init, boxed)
-  by_row, everywhere = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  train = functools.partial(step.train_step, network=network, tx=tx, learning_rate=learning_rate, micro_batches=micro_batches)
+  state, shardings, kept = _abstract_state(layout, init, boxed)
+  on = functools.partial(_laid_out, layout)
+  train = functools.partial(step.train_step, network=network, tx=tx, learning_rate=learning_rate, micro_batches=micro_batches,
+                            shardings=kept)
   return Program(
-      config=config, network=network, mesh=mesh, state=state,
+      config=config, network=network, layout=layout, state=state, batch=batch,
       init=jax.jit(init, out_shardings=shardings),
-      train_step=jax.jit(train, in_shardings=(shardings, by_row), out_shardings=(shardings, everywhere), donate_argnums=0),
-      eval_step=jax.jit(functools.partial(step.eval_step, network=network), in_shardings=(shardings.params, by_row),
+      train_step=jax.jit(on(train), in_shardings=(shardings, by_row), out_shardings=(shardings, everywhere), donate_argnums=0),
+      eval_step=jax.jit(on(functools.partial(step.eval_step, network=network)), in_shardings=(shardings.params, by_row),
                         out_shardings=everywhere),
-      predict_step=jax.jit(functools.partial(step.predict_step, network=network), in_shardings=(shardings.params, by_row),
+      predict_step=jax.jit(on(functools.partial(step.predict_step, network=network)), in_shardings=(shardings.params, by_row),
                            out_shardings=everywhere),
       flops=model_flops(params, batch, causal='targets' in batch))
 
@@ -271,15 +282,32 @@ def _objective(section: str, options: Mapping[str, Any], tokenizer: Tokenizer, *
   return plugins.construct(section, factory, _without(options, 'name'), tokenizer=tokenizer, **given)
 
 
-def _abstract_state(mesh: jax.sharding.Mesh, init: Callable, boxed_params: Any) -> tuple[TrainState, TrainState]:
+def _layout(config: Config, devices: Sequence[Any] | None) -> sharding.Layout:
+  layout = plugins.construct('mesh', sharding.create_layout, config.mesh, devices=devices)
+  if config.seq_len % layout.mesh.shape['sequence']:
+    raise ValueError(f'config.seq_len={config.seq_len} must divide by config.mesh.sequence={layout.mesh.shape["sequence"]}.')
+  return layout
+
+
+def _laid_out(layout: sharding.Layout, function: Callable) -> Callable:
+  """`function`, traced with the layout in force."""
+
+  @functools.wraps(function)
+  def wrapped(*args):
+    with sharding.use(layout):
+      return function(*args)
+
+  return wrapped
+
+
+def _abstract_state(layout: sharding.Layout, init: Callable, boxed_params: Any) -> tuple[TrainState, TrainState, Any]:
+  """The state's shapes with their shardings; the shardings; and those of what the optimizer keeps for each parameter."""
   shapes = jax.eval_shape(init, 0)
-  params, reports = sharding.parameter_shardings(mesh, boxed_params)
-  everywhere = sharding.replicated(mesh)
+  params, kept = (sharding.parameter_shardings(layout, boxed_params, optimizer) for optimizer in (False, True))
+  everywhere = sharding.replicated(layout.mesh)
   shardings = TrainState(step=everywhere, params=params, rng=everywhere,
-                         opt_state=sharding.optimizer_shardings(mesh, shapes.params, params, shapes.opt_state))
-  for line in reports:
-    logging.warning('sharding: %s', line)
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings), shardings
+                         opt_state=sharding.optimizer_shardings(layout.mesh, shapes.params, kept, shapes.opt_state))
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings), shardings, kept
 
 
 def _micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:

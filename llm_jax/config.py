@@ -13,7 +13,7 @@ from llm_jax import plugins
 
 # What a resumed run must share with the run that it continues. The rest (steps, intervals, rates, mesh) may change.
 IDENTITY = ('model', 'data', 'tokenizer', 'objective', 'seq_len', 'seed', 'optimizer.name')
-NOT_IDENTITY = ('data.cache', 'data.workers', 'model.dtype', 'model.remat', 'model.unroll')
+NOT_IDENTITY = ('data.cache', 'data.workers', 'model.dtype', 'model.remat', 'model.unroll', 'model.attention')
 
 
 @dataclasses.dataclass(frozen=True)

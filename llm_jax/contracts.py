@@ -97,7 +97,8 @@ class Objective(Protocol):
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
     """(sum, weight) for each term in `terms`, and for any further metric; weights depend on the batch alone, never on parameters.
 
-    `net` is the bound network: `net.model.logits(x_BMD)` projects on the vocabulary, `net.heads[name](...)` calls a head.
+    `net` is the bound network: `net.model.table()` is the projection on the vocabulary, [V, D], for `vocabulary.cross_entropy`;
+    `net.heads[name](...)` calls a head.
     """
     ...
 

@@ -1,28 +1,25 @@
-"""Heads: hidden states to the logits of one objective. Each takes the model's `options` for types and sizes."""
-
-from collections.abc import Callable
+"""Heads: hidden states to what one objective reads from them. Each takes the model's `options` for types and sizes."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.layers import ACTIVATIONS, Linear, Norm, Options, lift, parameter
+from llm_jax.layers import ACTIVATIONS, Linear, Norm, Options, parameter
 
 
 class MLMHead(nn.Module):
-  """BERT's masked-LM head (arXiv:1810.04805): linear, activation, norm, the model's vocabulary projection, a bias a token."""
+  """BERT's masked-LM head (arXiv:1810.04805): linear, activation, norm; the model's vocabulary projection; a bias a token."""
 
   options: Options
   vocab_size: int
 
   @nn.compact
-  def __call__(self, x_BMD: jax.Array, logits_fn: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Logits [B, M, V], at least float32; `logits_fn` is the model's `logits`."""
+  def __call__(self, x_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the vocabulary projection is applied to, [B, M, D], and the bias of the logits, [V]."""
     options = self.options
     x_BMD = Linear('...D,DF->...F', (options.dim, options.dim), options, options.bias, name='dense')(x_BMD)
     x_BMD = Norm(options, name='norm')(ACTIVATIONS[options.activation](x_BMD))
-    logits_BMV = logits_fn(x_BMD)
-    return logits_BMV + lift(parameter(self, 'bias', 'V', (self.vocab_size,), options).astype(options.wide), logits_BMV.ndim)
+    return x_BMD, parameter(self, 'bias', 'V', (self.vocab_size,), options)
 
 
 class Pooler(nn.Module):

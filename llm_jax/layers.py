@@ -24,6 +24,8 @@ import numpy as np
 
 from llm_jax.attention import IMPLEMENTATIONS, attention
 from llm_jax.plugins import nearest
+from llm_jax.sharding import constrain
+from llm_jax.vocabulary import lookup
 
 AXES = {'D': 'embed', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'mlp', 'V': 'vocab', 'C': 'classes'}
 ACTIVATIONS = {
@@ -140,7 +142,7 @@ class Linear(nn.Module):
     options: types and initialisation.
     bias: whether there is one.
     std: standard deviation of the kernel at initialisation; None for `options.init_std`.
-    wide: the result is at least float32 (logits).
+    wide: the result is at least float32 (logits of a few classes).
   """
 
   spec: str
@@ -182,7 +184,7 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-  """A table of `size` vectors; `attend` is the tied output projection (arXiv:1608.05859)."""
+  """A table of `size` vectors, whole on each device unless `axis` is 'vocab'."""
 
   size: int
   axis: str
@@ -191,17 +193,23 @@ class Embedding(nn.Module):
 
   def setup(self):
     std = self.options.init_std if self.std is None else self.std
-    init = nn.with_logical_partitioning(INITIALIZERS[self.options.init_distribution](std), (self.axis, 'embed'))
+    axes = (self.axis, 'embed' if self.axis == 'vocab' else 'norm')
+    init = nn.with_logical_partitioning(INITIALIZERS[self.options.init_distribution](std), axes)
     self.embedding = self.param('embedding', init, (self.size, self.options.dim), DTYPES[self.options.param_dtype])
 
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Vectors of `ids`, at least float32."""
     return self.embedding[ids].astype(self.options.wide)
 
-  def attend(self, x_D: jax.Array) -> jax.Array:
-    """Inner products with every vector, at least float32."""
-    dtype = DTYPES[self.options.dtype]
-    return jnp.einsum('...D,VD->...V', x_D.astype(dtype), self.embedding.astype(dtype), preferred_element_type=self.options.wide)
+
+class Output(nn.Module):
+  """The kernel [D, V] of a projection on the vocabulary that is not tied to the token table."""
+
+  size: int
+  options: Options
+
+  def setup(self):
+    self.kernel = parameter(self, 'kernel', 'DV', (self.options.dim, self.size), self.options)
 
 
 class Embedder(nn.Module):
@@ -237,18 +245,14 @@ class Embedder(nn.Module):
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None, train: bool) -> jax.Array:
     """The embedded row, [B, T, D] in the compute type."""
-    x_BTD = self.token(tokens_BT)
+    x_BTD = lookup(self.token.embedding, tokens_BT, DTYPES[self.options.dtype]).astype(self.options.wide)
     if self.positions:
       x_BTD += self.position(positions_BT + self.position_offset)
     if self.token_types:
       types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else jnp.minimum(token_types_BT, self.token_types - 1)
       x_BTD += self.token_type(types_BT)
     x_BTD = self.embedding_norm(x_BTD) if self.norm else x_BTD.astype(DTYPES[self.options.dtype])
-    return self.drop(x_BTD, deterministic=not train)
-
-  def logits(self, x_D: jax.Array) -> jax.Array:
-    """Projection on the vocabulary with the token table, at least float32."""
-    return self.token.attend(x_D)
+    return between_layers(self.drop(x_BTD, deterministic=not train))
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] | None = None) -> np.ndarray:
@@ -300,16 +304,20 @@ class Attention(nn.Module):
     options = self.options
     D, N, H = options.dim, options.heads, options.head_dim
     K = options.kv_heads or N
+    x_BTD = constrain(x_BTD, 'batch', 'length', None)
     q_BTNH = Linear('...D,DNH->...NH', (D, N, H), options, options.bias, name='query')(x_BTD)
     k_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, options.bias, name='key')(x_BTD)
     v_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, options.bias, name='value')(x_BTD)
     if turn is not None:
       q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
+    q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
+    k_BTKH, v_BTKH = (constrain(x, 'batch', 'length', 'kv_heads', None) for x in (k_BTKH, v_BTKH))
     drops = train and options.attention_dropout > 0.0
     x_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, causal=options.causal, window=self.window,
                        dropout_rate=options.attention_dropout, dropout_rng=self.make_rng('dropout') if drops else None,
                        implementation=options.attention)
-    return Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')(x_BTNH)
+    x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
+    return between_layers(Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')(x_BTNH))
 
 
 class MLP(nn.Module):
@@ -322,12 +330,14 @@ class MLP(nn.Module):
     options = self.options
     D, F = options.dim, options.mlp_dim
     act = ACTIVATIONS[options.activation]
+    x_BTD = constrain(x_BTD, 'batch', 'length', None)
     h_BTF = Linear('...D,DF->...F', (D, F), options, options.bias, name='up')(x_BTD)
     if options.gated:
       h_BTF *= act(Linear('...D,DF->...F', (D, F), options, options.bias, name='gate')(x_BTD))
     else:
       h_BTF = act(h_BTF)
-    return Linear('...F,FD->...D', (F, D), options, options.bias, options.residual_std, name='down')(h_BTF)
+    h_BTF = constrain(h_BTF, 'batch', 'length', 'mlp')
+    return between_layers(Linear('...F,FD->...D', (F, D), options, options.bias, options.residual_std, name='down')(h_BTF))
 
 
 class Block(nn.Module):
@@ -428,6 +438,11 @@ class Stack(nn.Module):
     return nn.remat(module, policy=REMAT[self.remat], prevent_cse=not looped, static_argnums=(4,))
 
 
+def between_layers(x_BTD: jax.Array) -> jax.Array:
+  """The residual stream, laid out as norms and dropout work on it: places cut over `sequence` and `tensor` alike."""
+  return constrain(x_BTD, 'batch', 'norm_length', None)
+
+
 def lift(x: jax.Array, ndim: int) -> jax.Array:
   """`x` with leading axes of size 1 up to `ndim`: broadcasting that is said, not implied."""
   return x.reshape((1,) * (ndim - x.ndim) + x.shape)
@@ -440,7 +455,7 @@ def parameter(module: nn.Module, name: str, letters: str, shape: tuple[int, ...]
     init = INITIALIZERS[options.init_distribution](options.init_std if std is None else std)
   else:
     init = {'bias': jax.nn.initializers.zeros, 'scale': jax.nn.initializers.ones}[name]
-  axes = tuple(AXES[letter] for letter in letters)
+  axes = ('norm',) if letters == 'D' else tuple(AXES[letter] for letter in letters)  # vectors are whole on each device
   return module.param(name, nn.with_logical_partitioning(init, axes), shape, DTYPES[options.param_dtype])
 
 

@@ -14,6 +14,7 @@ import optax
 
 from llm_jax import metrics
 from llm_jax.contracts import Batch, Objective, Pairs
+from llm_jax.sharding import constrain
 from llm_jax.state import TrainState
 
 
@@ -34,12 +35,15 @@ class Network(nn.Module):
 
   def hidden(self, batch: Batch, train: bool = False) -> jax.Array:
     """The model's last hidden states, B T D."""
-    return self.model(batch['tokens'], segments_BT=batch['segments'], positions_BT=batch['positions'],
-                      token_types_BT=batch.get('token_types'), train=train)
+    tokens, segments, positions, types = (
+        None if key not in batch else constrain(batch[key], 'batch', 'length')
+        for key in ('tokens', 'segments', 'positions', 'token_types'))
+    return self.model(tokens, segments_BT=segments, positions_BT=positions, token_types_BT=types, train=train)
 
 
 def train_step(state: TrainState, batch: Batch, *, network: Network, tx: optax.GradientTransformation,
-               learning_rate: Callable[[jax.Array], jax.Array], micro_batches: int = 1) -> tuple[TrainState, Pairs]:
+               learning_rate: Callable[[jax.Array], jax.Array], micro_batches: int = 1,
+               shardings: Any = None) -> tuple[TrainState, Pairs]:
   """One optimizer step on one global batch.
 
   Args:
@@ -49,12 +53,13 @@ def train_step(state: TrainState, batch: Batch, *, network: Network, tx: optax.G
     tx: the optimizer.
     learning_rate: step to rate, for the log only.
     micro_batches: in how many parts the batch is run, one after the other, to save memory.
+    shardings: where the gradients lie: as what the optimizer keeps for each parameter. None: wherever.
 
   Returns:
     The state after, and pairs: the objective's, and `loss`, `gradient_norm`, `learning_rate`, `tokens` (counted, not mean).
   """
   rng = jax.random.fold_in(state.rng, state.step)
-  grads, pairs = gradient(state.params, batch, rng, network=network, micro_batches=micro_batches)
+  grads, pairs = gradient(state.params, batch, rng, network=network, micro_batches=micro_batches, shardings=shardings)
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   pairs |= {'gradient_norm': (optax.global_norm(grads), 1.0), 'learning_rate': (learning_rate(state.step), 1.0),
@@ -62,7 +67,8 @@ def train_step(state: TrainState, batch: Batch, *, network: Network, tx: optax.G
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), pairs
 
 
-def gradient(params: Any, batch: Batch, rng: jax.Array, *, network: Network, micro_batches: int = 1) -> tuple[Any, Pairs]:
+def gradient(params: Any, batch: Batch, rng: jax.Array, *, network: Network, micro_batches: int = 1,
+             shardings: Any = None) -> tuple[Any, Pairs]:
   """The gradient of the total loss over one global batch, and the pairs with the total as `loss`.
 
   Total = sum over terms of coefficient * sum / (weight of the whole batch); dropout only where `rng` is not None.
@@ -74,18 +80,22 @@ def gradient(params: Any, batch: Batch, rng: jax.Array, *, network: Network, mic
     shares = pairs if weights is None else {name: (pairs[name][0], weight) for name, weight in weights.items()}
     return metrics.total(shares, network.objective.terms), pairs
 
+  def differentiate(*args):
+    grads, pairs = jax.grad(weighted, has_aux=True)(*args)
+    return (grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)), pairs
+
   if micro_batches == 1:
-    grads, pairs = jax.grad(weighted, has_aux=True)(params, batch, rng, None)
+    grads, pairs = differentiate(params, batch, rng, None)
   else:
     # Weights depend on the batch alone, so that of this forward pass the compiler keeps nothing but them.
     weights = {name: weight for name, (_, weight) in network.apply({'params': params}, batch).items()}
     parts = jax.tree.map(lambda x: _micro(x, micro_batches), dict(batch))
-    shapes = jax.eval_shape(jax.grad(weighted, has_aux=True), params, jax.tree.map(lambda x: x[0], parts), rng, weights)
+    shapes = jax.eval_shape(differentiate, params, jax.tree.map(lambda x: x[0], parts), rng, weights)
 
     def body(carry, part):
       index, micro = part
       key = None if rng is None else jax.random.fold_in(rng, index)
-      return jax.tree.map(jnp.add, carry, jax.grad(weighted, has_aux=True)(params, micro, key, weights)), None
+      return jax.tree.map(jnp.add, carry, differentiate(params, micro, key, weights)), None
 
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     (grads, pairs), _ = jax.lax.scan(body, zeros, (jnp.arange(micro_batches), parts))

@@ -2,6 +2,7 @@
 
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,8 +56,9 @@ def network(dim=6, vocab_size=50, seed=0, **outputs):
   w_DV = rng.normal(size=(dim, vocab_size)).astype(np.float32)
   matrices = {name: rng.normal(size=(dim, size)).astype(np.float32) for name, size in outputs.items()}
   heads = {name: (lambda x, w=w: x @ w) for name, w in matrices.items()}
-  heads |= {'mlm': lambda x, logits_fn: logits_fn(2 * x), 'pooler': lambda x: x[:, 0]}
-  return types.SimpleNamespace(model=types.SimpleNamespace(logits=lambda x: x @ w_DV), heads=heads, w_DV=w_DV, matrices=matrices)
+  heads |= {'mlm': lambda x: (2 * x, None), 'pooler': lambda x: x[:, 0]}
+  model = types.SimpleNamespace(table=lambda: jnp.asarray(w_DV.T))
+  return types.SimpleNamespace(model=model, heads=heads, w_DV=w_DV, matrices=matrices)
 
 
 def cross_entropy(logits, targets):

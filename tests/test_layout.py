@@ -6,7 +6,7 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
-    **dict.fromkeys(('layers', 'attention', 'sharding', 'metrics', 'state', 'chips'), 1),
+    **dict.fromkeys(('layers', 'attention', 'sharding', 'vocabulary', 'metrics', 'state', 'chips'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
     **dict.fromkeys(('models', 'objectives', 'evaluators'), 3),
     'step': 4,

@@ -54,7 +54,7 @@ class Model(nn.Module):
   depth_scaled_init: bool = True
   dtype: str = 'float32'
   param_dtype: str = 'float32'
-  attention: str = 'xla'
+  attention: str = 'auto'
   remat: str = 'none'
   unroll: int = 1
 
@@ -80,7 +80,7 @@ class Model(nn.Module):
     if self.norm_order == 'pre':
       self.final_norm = L.Norm(self.options)
     if not self.tied:
-      self.output = L.Linear('...D,DV->...V', (self.dim, self.vocab_size), self.options, bias=False, wide=True)
+      self.output = L.Output(self.vocab_size, self.options)
 
   def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, positions_BT: jax.Array | None = None,
                token_types_BT: jax.Array | None = None, train: bool = False) -> jax.Array:
@@ -108,9 +108,13 @@ class Model(nn.Module):
     x_BTD = self.stack(x_BTD, segments_BT, turns, train)
     return self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
 
+  def table(self) -> jax.Array:
+    """The projection on the vocabulary, [V, D]: logits are inner products with its rows (`vocabulary.cross_entropy`)."""
+    return self.embedder.token.embedding if self.tied else self.output.kernel.T
+
   def logits(self, x_BMD: jax.Array) -> jax.Array:
-    """Projection on the vocabulary, [B, M, V], at least float32."""
-    return self.embedder.logits(x_BMD) if self.tied else self.output(x_BMD)
+    """Projection on the vocabulary, [B, M, V], at least float32, all at once; the losses go through it in chunks."""
+    return jnp.einsum('...D,VD->...V', x_BMD, self.table().astype(x_BMD.dtype), preferred_element_type=self.options.wide)
 
 
 _LLAMA = dict(positions='rope', norm='rmsnorm', norm_bias=False, norm_eps=1e-5, bias=False, activation='silu', gated=True,

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from llm_jax import vocabulary
 from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pack
 
@@ -47,12 +47,8 @@ class Objective:
 
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the targets spell."""
-    logits_BTV = net.model.logits(hidden_BTD)
-    logits_BTV = logits_BTV.astype(jnp.promote_types(logits_BTV.dtype, jnp.float32))
-    targets_BT, weights_BT = batch['targets'], batch['weights']
-    nll = jnp.sum(optax.softmax_cross_entropy_with_integer_labels(logits_BTV, targets_BT) * weights_BT)
-    right = jnp.sum((jnp.argmax(logits_BTV, -1) == targets_BT) * weights_BT)
-    weight = jnp.sum(weights_BT)
+    nll, right = vocabulary.cross_entropy(hidden_BTD, net.model.table(), batch['targets'], batch['weights'])
+    weight = jnp.sum(batch['weights'])
     return {'clm': (nll, weight), 'clm_accuracy': (right, weight), 'bits_per_byte': (nll / np.log(2), jnp.sum(batch['bytes']))}
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:

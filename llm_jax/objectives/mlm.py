@@ -11,9 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from llm_jax import heads
+from llm_jax import heads, vocabulary
 from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pack
 
@@ -113,13 +112,11 @@ class Objective:
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy at the masked places."""
     x_BMD = jnp.take_along_axis(hidden_BTD, batch['mask_positions'][..., None], axis=1)
-    logits_BMV = net.heads['mlm'](x_BMD, net.model.logits)
-    logits_BMV = logits_BMV.astype(jnp.promote_types(logits_BMV.dtype, jnp.float32))
-    targets_BM, weights_BM = batch['mask_targets'], batch['mask_weights']
-    nll_BM = optax.softmax_cross_entropy_with_integer_labels(logits_BMV, targets_BM)
-    right_BM = jnp.argmax(logits_BMV, -1) == targets_BM
+    x_BMD, bias_V = net.heads['mlm'](x_BMD)
+    weights_BM = batch['mask_weights']
+    nll, right = vocabulary.cross_entropy(x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V)
     weight = jnp.sum(weights_BM)
-    return {'mlm': (jnp.sum(nll_BM * weights_BM), weight), 'mlm_accuracy': (jnp.sum(right_BM * weights_BM), weight)}
+    return {'mlm': (nll, weight), 'mlm_accuracy': (right, weight)}
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a masked token."""

@@ -30,7 +30,8 @@ class MLM(nn.Module):
   head: nn.Module
 
   def __call__(self, tokens_BT, **kwargs):
-    return self.head(self.model(tokens_BT, **kwargs), self.model.logits)
+    x_BTD, bias_V = self.head(self.model(tokens_BT, **kwargs))
+    return self.model.logits(x_BTD) + bias_V[None, None]
 
 
 class LM(nn.Module):

@@ -1,0 +1,218 @@
+"""The two ends of a language model, where one dimension is the vocabulary: looking tokens up, and the loss over all tokens.
+
+Both know how the table lies on the mesh (vocabulary over `tensor`, model dimension over `fsdp`) and say themselves what is sent:
+the lookup sends the tokens' vectors, never the table; the loss gathers the table once, goes through the tokens in chunks, so that
+logits are never whole, and takes the gradient on the way, so that nothing is computed twice. A vocabulary that `tensor` does not
+divide is padded here, in the computation; parameters keep their size.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from llm_jax import sharding
+
+CHUNK_BYTES = 1 << 28  # of logits at once on a device
+
+Sums = tuple[jax.Array, jax.Array]
+
+
+class _Axes(NamedTuple):
+  """Mesh axes that cut the tokens, the vocabulary, and the model dimension of the table; the two latter None where whole."""
+
+  tokens: tuple[str, ...] = ()
+  vocab: str | None = None
+  embed: str | None = None
+
+
+def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+  """Vectors of `ids_BT` in `dtype`, [B, T, D]; their gradients are added up in the table's own type."""
+  return _lookup(sharding.current(), dtype, *_padded(table_VD), ids_BT)
+
+
+def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
+                  bias_V: jax.Array | None = None) -> Sums:
+  """Weighted sums of the cross-entropy in nats, and of how often the target has the highest logit.
+
+  Logits are x W^T + b, at least float32. Differentiable by x, table and bias, not by the weights.
+
+  Args:
+    x_BTD: hidden states, in the type that products are computed in.
+    table_VD: the tied token table, or the transposed kernel of an output layer.
+    targets_BT: true ids.
+    weights_BT: 0 where a place does not count.
+    bias_V: added to the logits; None for none.
+
+  Returns:
+    Two scalars, at least float32.
+  """
+  table, vocab = _padded(table_VD)
+  bias = jnp.zeros((vocab,), table.dtype) if bias_V is None else bias_V
+  bias = jnp.pad(bias, (0, table.shape[0] - vocab))
+  layout = sharding.current()
+  cut = 1 if layout is None else layout.mesh.shape['sequence']
+  pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % cut), *((0, 0),) * (x.ndim - 2)))
+  return _cross_entropy(layout, vocab, pad(x_BTD), table, bias, pad(targets_BT), pad(weights_BT))
+
+
+def _padded(table_VD: jax.Array) -> tuple[jax.Array, int]:
+  """The table with rows of zeros up to a multiple of `tensor`, and V."""
+  layout = sharding.current()
+  vocab = table_VD.shape[0]
+  parts = 1 if layout is None else layout.mesh.shape['tensor']
+  return (jnp.pad(table_VD, ((0, -vocab % parts), (0, 0))) if vocab % parts else table_VD), vocab
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 3))
+def _lookup(layout: sharding.Layout | None, dtype: Any, table_VD: jax.Array, vocab: int, ids_BT: jax.Array) -> jax.Array:
+  del vocab
+  run = lambda axes: functools.partial(_gather, axes=axes, dtype=dtype)
+  return _on_mesh(layout, run, ids_BT.shape, table_VD.shape, ('table', 'ids'), ('vectors',))(table_VD, ids_BT)
+
+
+def _lookup_forward(layout, dtype, table_VD, vocab, ids_BT):
+  return _lookup(layout, dtype, table_VD, vocab, ids_BT), (ids_BT, jnp.zeros((0,), table_VD.dtype))
+
+
+def _lookup_backward(layout, dtype, vocab, residuals, g_BTD):
+  ids_BT, like = residuals
+  parts = 1 if layout is None else layout.mesh.shape['tensor']
+  shape = (vocab + -vocab % parts, g_BTD.shape[-1])
+  run = lambda axes: functools.partial(_scatter, axes=axes, shape=shape, dtype=like.dtype, mesh=layout and layout.mesh)
+  return _on_mesh(layout, run, ids_BT.shape, shape, ('vectors', 'ids'), ('table',))(g_BTD, ids_BT), None
+
+
+_lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def _gather(table_VD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, dtype: Any) -> jax.Array:
+  """On each device: its columns of the vectors of all devices' tokens, sent to whose tokens they are."""
+  if axes.embed:
+    ids_BT = jax.lax.all_gather(ids_BT, axes.embed, axis=0, tiled=True)
+  x_BTD = table_VD.astype(dtype)
+  if axes.vocab:
+    local_BT = ids_BT - jax.lax.axis_index(axes.vocab) * table_VD.shape[0]
+    inside_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
+    x_BTD = jax.lax.psum(jnp.where(inside_BT[..., None], x_BTD[jnp.where(inside_BT, local_BT, 0)], 0), axes.vocab)
+  else:
+    x_BTD = x_BTD[ids_BT]
+  return jax.lax.all_to_all(x_BTD, axes.embed, split_axis=0, concat_axis=2, tiled=True) if axes.embed else x_BTD
+
+
+def _scatter(g_BTD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, shape: tuple[int, int], dtype: Any, mesh: Any) -> jax.Array:
+  """The transpose of `_gather`, in the table's type."""
+  size = lambda axis: mesh.shape[axis] if axis else 1
+  if axes.embed:
+    ids_BT = jax.lax.all_gather(ids_BT, axes.embed, axis=0, tiled=True)
+    g_BTD = jax.lax.all_to_all(g_BTD, axes.embed, split_axis=2, concat_axis=0, tiled=True)
+  rows = shape[0] // size(axes.vocab)
+  if axes.vocab:
+    ids_BT = ids_BT - jax.lax.axis_index(axes.vocab) * rows
+    ids_BT = jnp.where(ids_BT < 0, rows, ids_BT)  # what lies outside is dropped
+  grad_VD = jnp.zeros((rows, shape[1] // size(axes.embed)), dtype).at[ids_BT].add(g_BTD.astype(dtype), mode='drop')
+  return _sum(grad_VD, [axis for axis in axes.tokens if axis != axes.embed])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _cross_entropy(layout, vocab, x_BTD, table_VD, bias_V, targets_BT, weights_BT) -> Sums:
+  return _losses(layout, vocab, False, x_BTD, table_VD, bias_V, targets_BT, weights_BT)
+
+
+def _cross_entropy_forward(layout, vocab, *arrays):
+  nll, right, *gradients = _losses(layout, vocab, True, *arrays)
+  return (nll, right), tuple(gradients)
+
+
+def _cross_entropy_backward(layout, vocab, gradients, cotangents):
+  return *((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+
+
+_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _losses(layout, vocab, gradient, x_BTD, table_VD, *rest):
+  run = lambda axes: functools.partial(_local_losses, axes=axes, vocab=vocab, gradient=gradient)
+  out = ('scalar', 'scalar', 'vectors', 'table', 'bias') if gradient else ('scalar', 'scalar')
+  arrays = ('vectors', 'table', 'bias', 'ids', 'ids')
+  return _on_mesh(layout, run, x_BTD.shape[:2], table_VD.shape, arrays, out)(x_BTD, table_VD, *rest)
+
+
+def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axes, vocab: int, gradient: bool):
+  """On each device: its tokens, its part of the vocabulary. With `gradient` also those by x, table and bias."""
+  dtype, wide = x_BTD.dtype, jnp.promote_types(x_BTD.dtype, jnp.float32)
+  W_VD = table_VD.astype(dtype)
+  if axes.embed:
+    W_VD = jax.lax.all_gather(W_VD, axes.embed, axis=1, tiled=True)
+  first = jax.lax.axis_index(axes.vocab) * len(W_VD) if axes.vocab else 0
+  ids_V = first + jnp.arange(len(W_VD))
+  bias_V = jnp.where(ids_V < vocab, bias_V.astype(wide), jnp.finfo(wide).min / 2)
+
+  def chunk(carry, part):
+    x_TD, targets_T, weights_T = part
+    logits_TV = jnp.einsum('TD,VD->TV', x_TD, W_VD, preferred_element_type=wide) + bias_V[None]
+    top_T = _max(jnp.max(logits_TV, axis=-1), axes.vocab)
+    total_T = _sum(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), axes.vocab)
+    hit_TV = ids_V[None] == targets_T[:, None]
+    target_T = _sum(jnp.sum(jnp.where(hit_TV, logits_TV, 0), axis=-1), axes.vocab)
+    lse_T = top_T + jnp.log(total_T)
+    sums = jnp.sum((lse_T - target_T) * weights_T), jnp.sum((target_T == top_T) * weights_T)
+    if not gradient:
+      return jax.tree.map(jnp.add, carry, sums), ()
+    d_TV = (jnp.exp(logits_TV - lse_T[:, None]) - hit_TV) * weights_T[:, None]
+    dbias_V = jnp.sum(d_TV, axis=0)
+    d_TV = d_TV.astype(dtype)
+    dW_VD = jnp.einsum('TV,TD->VD', d_TV, x_TD, preferred_element_type=wide)
+    return jax.tree.map(jnp.add, carry, (*sums, dW_VD, dbias_V)), jnp.einsum('TV,VD->TD', d_TV, W_VD)
+
+  parts = tuple(_chunked(x, x_BTD.shape[:2], len(W_VD) * wide.itemsize) for x in (x_BTD, targets_BT, weights_BT.astype(wide)))
+  zeros = (jnp.zeros((), wide),) * 2 + ((jnp.zeros(W_VD.shape, wide), jnp.zeros(bias_V.shape, wide)) if gradient else ())
+  if len(parts[0]) == 1:
+    carry, dx_TD = chunk(zeros, tuple(part[0] for part in parts))
+  else:
+    carry, dx_TD = jax.lax.scan(chunk, zeros, parts)
+  nll, right = _sum(carry[0], axes.tokens), _sum(carry[1], axes.tokens)
+  if not gradient:
+    return nll, right
+  dx_BTD = dx_TD.reshape(-1, x_BTD.shape[-1])[:math.prod(x_BTD.shape[:2])].reshape(x_BTD.shape)
+  dW_VD, others = carry[2], [axis for axis in axes.tokens if axis != axes.embed]
+  if axes.embed:
+    dW_VD = jax.lax.psum_scatter(dW_VD, axes.embed, scatter_dimension=1, tiled=True)
+  return (nll, right, _sum(dx_BTD, axes.vocab), _sum(dW_VD, others).astype(table_VD.dtype),
+          _sum(carry[3], axes.tokens).astype(table_VD.dtype))
+
+
+def _chunked(x, rows_and_places: tuple[int, int], bytes_a_token: int) -> jax.Array:
+  """Tokens in equal chunks, [chunks, tokens of a chunk, ...], the last filled up by zeros."""
+  tokens = math.prod(rows_and_places)
+  count = max(1, math.ceil(tokens * bytes_a_token / CHUNK_BYTES))
+  size = -(-tokens // count)
+  size = size if count == 1 else -(-size // 128) * 128  # whole tiles of a matrix unit
+  count = -(-tokens // size)
+  x = x.reshape(tokens, *x.shape[2:])
+  return jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1))).reshape(count, size, *x.shape[1:])
+
+
+def _on_mesh(layout, run, tokens_shape, table_shape, arrays, out):
+  """`run(axes)` in shard_map over the layout's mesh, or as it is where there is none."""
+  if layout is None:
+    return run(_Axes())
+  tokens = layout.spec(('batch', 'length'), tokens_shape)
+  table = layout.parameter_spec(('vocab', 'embed'), table_shape)
+  specs = {'ids': tokens, 'vectors': P(*tokens, None), 'table': table, 'bias': P(table[0]), 'scalar': P()}
+  cut = tuple(axis for entry in tokens for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+  if table[1] is not None and table[1] not in cut:
+    raise ValueError(f'{tokens_shape[0]} rows do not divide over the mesh {dict(layout.mesh.shape)}.')
+  return jax.shard_map(run(_Axes(cut, *table)), mesh=layout.mesh, in_specs=tuple(specs[name] for name in arrays),
+                       out_specs=tuple(specs[name] for name in out) if len(out) > 1 else specs[out[0]], check_vma=False)
+
+
+def _sum(x, axes):
+  return jax.lax.psum(x, axes) if axes else x
+
+
+def _max(x, axes):
+  return jax.lax.pmax(x, axes) if axes else x
