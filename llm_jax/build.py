@@ -39,6 +39,8 @@ class Program:
     eval_step: (params, batch) -> pairs.
     predict_step: (params, batch) -> what the objective's predictor says of each row, if there is one.
     flops: model FLOPs of one train step, forward and backward (PaLM, arXiv:2204.02311, appendix B), nothing recomputed.
+    micro_batches: in how many parts a batch is run.
+    gradient_shardings: where the gradient of each parameter lies.
   """
 
   config: Config
@@ -51,6 +53,8 @@ class Program:
   eval_step: Callable[[Any, Batch], Any]
   predict_step: Callable[[Any, Batch], Any]
   flops: float
+  micro_batches: int
+  gradient_shardings: Any
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -68,10 +72,11 @@ class Program:
     return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
 
 
-def check(config: Config) -> None:
+def check(config: Config, devices: Sequence[Any] | None = None) -> None:
   """Raises for a name that is not known, an option that its constructor does not take, or a value that it refuses.
 
-  Reads no data: what only the data can tell (size of the vocabulary, class names) has stand-ins.
+  Reads no data: what only the data can tell (size of the vocabulary, class names) has stand-ins. The mesh is that of `devices`,
+  all by default.
   """
   for section, options in data_parts(config):
     plugins.check(section, plugins.load('source', options['source']).Source, _without(options, *DATA_OPTIONS, 'weight'))
@@ -86,7 +91,7 @@ def check(config: Config) -> None:
     module = plugins.load(kind, options['name'])
     plugins.check(section, getattr(module, factory), _without(options, 'name', 'variant', 'parts'), given)
   optim.parse(config.optimizer)
-  _micro_batches(config, _layout(config, None).mesh)
+  _micro_batches(config, _layout(config, devices).mesh)
   config = resolve(config, 1, class_names(config) or ('0', '1'))
   model = create_model(config)
   if config.seq_len > model.max_len:
@@ -230,7 +235,48 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
                         out_shardings=everywhere),
       predict_step=jax.jit(on(functools.partial(step.predict_step, network=network)), in_shardings=(shardings.params, by_row),
                            out_shardings=everywhere),
-      flops=model_flops(params, batch, causal='targets' in batch))
+      flops=model_flops(params, batch, causal='targets' in batch), micro_batches=micro_batches, gradient_shardings=kept)
+
+
+def outline(config: Config, devices: Sequence[Any]) -> Program:
+  """The Program of a config whose data is not there: made-up documents give the shapes of a batch.
+
+  The vocabulary has `config.model.vocab_size` or `config.tokenizer.vocab_size` ids; classes without names are two.
+
+  Args:
+    config: as it is read from a file.
+    devices: to build for, described ones included.
+
+  Raises:
+    ValueError, TypeError: whatever in the config cannot be.
+  """
+  tokenizer = plugins.load('tokenizer', 'byte').create()
+  classes = class_names(config) or ('0', '1')
+  config = resolve(config, config.model.get('vocab_size') or config.tokenizer.get('vocab_size') or tokenizer.vocab_size, classes)
+  objective = create_objective(config, tokenizer)
+  labels = {'regression': 0.0, 'multilabel': [classes[0]]}
+  documents = _Outlines(4, 4 * config.seq_len, labels.get(getattr(objective.predictor, 'task', None), classes[0]),
+                        paired=config.data.get('pair') is not None)
+  rng = np.random.default_rng(0)
+  example = objective.transform(objective.rows(documents, config.seq_len).example(0, rng), rng)
+  return build(config, tokenizer, example, devices)
+
+
+class _Outlines:
+  """Documents of one length that say nothing."""
+
+  def __init__(self, count: int, length: int, label: Any, paired: bool):
+    self.ids, self.lengths, self.labels = np.arange(count), np.full(count, length), [label] * count
+    self.pair_lengths = self.lengths if paired else None
+
+  def __len__(self) -> int:
+    return len(self.ids)
+
+  def text(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    return np.full(self.lengths[index], 255, np.int32)[start:stop]
+
+  def pair(self, index: int) -> np.ndarray:
+    return self.text(index)
 
 
 def model_options(config: Config, vocab_size: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: `python -m llm_jax.main --config=FILE --workdir=DIR [--mode=train|eval|predict] [--config.a.b=value ...]`.
+"""The command line: `python -m llm_jax.main --config=FILE --workdir=DIR [--mode=...] [--config.a.b=value ...]`.
 
 Reads the flags, checks the config, and hands over to the mode. Heavy imports come after the first checks, so that a slip of
 the pen is answered at once.
@@ -10,17 +10,19 @@ import pathlib
 import re
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with its argument if it takes one: configs/gpt2.py:medium')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: config, tokenizer, checkpoints, metrics.')
-MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict'], 'What to do.')
+MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict', 'plan'], 'What to do.')
 INPUT = flags.DEFINE_string('input', None, 'predict: a .jsonl file with the fields that the run was trained on, `text` mostly.')
 OUTPUT = flags.DEFINE_string('output', None, 'predict: the jsonl file to write.')
+TOPOLOGY = flags.DEFINE_string('topology', None, 'plan: the machine to plan for, v5e:4x4 say; several, with commas, to compare.')
 
-USAGE = 'python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR [--mode=train|eval|predict] [--config.a.b=value ...]'
+USAGE = 'python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR [--mode=train|eval|predict|plan] [--config.a=x ...]'
 
 
 class UsageError(Exception):
@@ -31,14 +33,16 @@ def main(argv: Sequence[str]) -> None:
   """Runs the mode of the flags."""
   if len(argv) > 1:
     raise UsageError(f'{" ".join(argv[1:])}: not a flag. Usage: {USAGE}')
-  if not WORKDIR.value or (MODE.value == 'train' and CONFIG.value is None):
-    raise UsageError(f'--workdir is needed, and for training --config. Usage: {USAGE}')
+  if CONFIG.value is None and MODE.value in ('train', 'plan'):
+    raise UsageError(f'--config is needed. Usage: {USAGE}')
+  if not WORKDIR.value and MODE.value != 'plan':
+    raise UsageError(f'--workdir is needed. Usage: {USAGE}')
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   handler = logging.get_absl_handler()
   handler.setFormatter(levels.Formatter('%(levelname).1s %(asctime)s %(message)s', '%H:%M:%S'))
   handler.addFilter(lambda record: record.levelno >= levels.WARNING or 'orbax' not in record.pathname)
-  workdir = pathlib.Path(WORKDIR.value).expanduser().absolute()
-  {'train': _train, 'eval': _eval, 'predict': _predict}[MODE.value](workdir)
+  workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()
+  {'train': _train, 'eval': _eval, 'predict': _predict, 'plan': _plan}[MODE.value](workdir)
 
 
 def _train(workdir: pathlib.Path) -> None:
@@ -65,10 +69,21 @@ def _predict(workdir: pathlib.Path) -> None:
     use.predict(workdir, pathlib.Path(INPUT.value), pathlib.Path(OUTPUT.value))
 
 
-def _checked_config():
+def _plan(workdir: pathlib.Path) -> None:
+  with _told():
+    if not TOPOLOGY.value:
+      raise ValueError('--mode=plan needs --topology=v5e:4x4, or another machine.')
+    import jax
+    jax.config.update('jax_platforms', 'cpu')  # chips of this machine, if it has any, are left alone
+    from llm_jax import plan, topology
+    topology.prepare(TOPOLOGY.value.split(','))
+    plan.run(_checked_config(topology.devices(TOPOLOGY.value.split(',')[0])), TOPOLOGY.value, workdir)
+
+
+def _checked_config(devices: Sequence[Any] | None = None):
   from llm_jax import build, config
   parsed = config.parse(CONFIG.value.to_dict())
-  build.check(parsed)
+  build.check(parsed, devices)
   return parsed
 
 

@@ -6,14 +6,14 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
-    **dict.fromkeys(('layers', 'attention', 'sharding', 'vocabulary', 'metrics', 'state', 'chips'), 1),
+    **dict.fromkeys(('layers', 'attention', 'sharding', 'vocabulary', 'metrics', 'state', 'chips', 'hlo', 'topology'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
     **dict.fromkeys(('models', 'objectives', 'evaluators'), 3),
     'step': 4,
     'build': 5,
-    **dict.fromkeys(('prepare', 'evaluate', 'train', 'use', 'main'), 6),
+    **dict.fromkeys(('prepare', 'evaluate', 'train', 'use', 'plan', 'main'), 6),
 }
-TOP = ('prepare', 'evaluate', 'train', 'use', 'main')  # of one rank, in the order in which they may use each other
+TOP = ('prepare', 'evaluate', 'train', 'use', 'plan', 'main')  # of one rank, in the order in which they may use each other
 
 
 def imports(path):
