@@ -1,20 +1,29 @@
 """Scaled dot-product attention (arXiv:1706.03762, eq. 1) with grouped heads (arXiv:2305.13245), as one pure function.
 
-Letters are those of `llm_jax.layers`; G is the number of query heads that share a key head, N = K G.
+Letters are those of `llm_jax.layers`; G is the number of query heads that share a key head, N = K G. Implementations:
+
+    xla      the equation as it stands; all scores of a row in memory
+    splash   for TPUs: a kernel that keeps tiles of the scores in the chip's own memory (`llm_jax.splash_attention`)
+    ring     for rows that are cut over the mesh axis `sequence` (`llm_jax.ring_attention`)
+    auto     ring where rows are cut; else splash on a TPU, where it can do what is asked; else xla
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 
-IMPLEMENTATIONS = ('auto', 'xla')
+from llm_jax import ring_attention, sharding, splash_attention
+from llm_jax.scores import visible
+
+IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'ring')
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
               causal: bool = False, window: int | None = None, dropout_rate: float = 0.0,
-              dropout_rng: jax.Array | None = None, implementation: str = 'xla') -> jax.Array:
-  """Mixes values by the softmax of scaled scores; query head n reads key head n // G, and nothing is repeated in memory.
+              dropout_rng: jax.Array | None = None, implementation: str = 'auto') -> jax.Array:
+  """Mixes values by the softmax of scaled scores; query head n reads key head n // G.
 
   Scores and softmax are at least float32, whatever the inputs are. A token always sees itself, so no softmax is over nothing:
   padding (segment 0) sees padding, and comes out meaningless and finite.
@@ -27,7 +36,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     causal: a token sees no later place of the row.
     window: None for no limit. Causal: the last `window` places, its own among them (Mistral, arXiv:2310.06825). Otherwise
       `window // 2` places to either side (ModernBERT, arXiv:2412.13663).
-    dropout_rate: share of the probabilities that is dropped.
+    dropout_rate: share of the probabilities that is dropped. Which ones is drawn anew by each implementation.
     dropout_rng: key for the dropout; None for no dropout.
     implementation: one of `IMPLEMENTATIONS`.
 
@@ -35,9 +44,10 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     [B, T, N, H] in the type of `q_BTNH`.
 
   Raises:
-    ValueError: key heads that do not divide the query heads, another implementation, queries and keys of unequal length.
+    ValueError: key heads that do not divide the query heads, queries and keys of unequal length, an implementation that is not
+      known or cannot do what is asked.
   """
-  B, T, N, H = q_BTNH.shape
+  T, N, H = q_BTNH.shape[1:]
   S, K = k_BSKH.shape[1:3]
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(f'attention={implementation!r} is not known; known: {", ".join(IMPLEMENTATIONS)}.')
@@ -45,28 +55,52 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     raise ValueError(f'heads={N} must be a multiple of kv_heads={K}.')
   if S != T:
     raise ValueError(f'{T} queries and {S} keys: both must be the places of one row.')
+  drops = dropout_rng is not None and dropout_rate > 0.0
+  masks = dict(segments_BT=segments_BT, causal=causal, window=window)
+  dropout = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if drops else {}
+  chosen = _chosen(implementation, q_BTNH, drops)
+  if chosen == 'splash':
+    return splash_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
+  run = ring_attention.attention if chosen == 'ring' else _xla
+  return run(q_BTNH, k_BSKH, v_BSKH, **masks, **dropout)
+
+
+def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
+  """The name of the implementation to use."""
+  layout = sharding.current()
+  sequence = 1 if layout is None else layout.mesh.shape['sequence']
+  refusals = {'ring': ring_attention.refusal(q_BTNH), 'splash': splash_attention.refusal(q_BTNH, drops), 'xla': None}
+  if implementation == 'auto':
+    on_tpu = (jax.default_backend() if layout is None else layout.platform) == 'tpu'
+    wanted = 'ring' if sequence > 1 else 'splash' if on_tpu else 'xla'
+    chosen = 'xla' if refusals[wanted] else wanted
+    if layout is not None:
+      _report(f'attention: {chosen}' + (f', as {wanted} cannot do this: {refusals[wanted]}' if refusals[wanted] else ''))
+    return chosen
+  if refusals[implementation]:
+    able = ', '.join(repr(name) for name, refusal in refusals.items() if not refusal)
+    raise ValueError(f'attention={implementation!r} cannot do this: {refusals[implementation]}. What can: {able}.')
+  return implementation
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, causal, window, dropout_rate=0.0, dropout_rng=None):
+  """The equation as it stands; query heads of one key head side by side, so that nothing is repeated in memory."""
+  (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
   wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   scores_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
-  mask = visible(T, segments_BT=segments_BT, causal=causal, window=window)
+  places, segments = jnp.arange(T), None if segments_BT is None else (segments_BT, segments_BT)
+  mask = visible(places, places, segments, causal, window)
   if mask is not None:
     # Finite, so that no gradient is NaN; low enough for an exact zero after the softmax.
     scores_BKGTS = jnp.where(mask, scores_BKGTS, jnp.finfo(wide).min / 2)
   weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-  if dropout_rng is not None and dropout_rate > 0.0:
+  if dropout_rng is not None:
     keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, weights_BKGTS.shape)
     weights_BKGTS = jnp.where(keep, weights_BKGTS / (1.0 - dropout_rate), 0).astype(v_BSKH.dtype)
   return jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 
-def visible(length: int, *, segments_BT: jax.Array | None, causal: bool, window: int | None) -> jax.Array | None:
-  """Which key each query may see: bool, [B or 1, 1, 1, T, S]; None where every query sees every key."""
-  masks = []
-  distance = (jnp.arange(length)[:, None] - jnp.arange(length)[None, :])[None, None, None]
-  if causal:
-    masks.append(distance >= 0)
-  if window is not None:
-    masks.append(distance < window if causal else jnp.abs(distance) <= window // 2)
-  if segments_BT is not None:
-    masks.append((segments_BT[:, :, None] == segments_BT[:, None, :])[:, None, None])
-  return functools.reduce(jnp.logical_and, masks) if masks else None
+@functools.cache
+def _report(line: str) -> None:
+  logging.info('%s.', line)

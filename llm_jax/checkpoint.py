@@ -19,12 +19,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from jax.experimental import multihost_utils
 
-from llm_jax import tree
+from llm_jax import hosts, tree
 
 SEAL = 'seal.json'
 DAMAGED, UNFINISHED = 'damaged', 'unfinished'  # folders for checkpoints that are not used: cut short; without a seal
@@ -71,12 +69,7 @@ class Checkpoints:
     self._orbax = _orbax()
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
     self._pending: concurrent.futures.Future | None = None
-    if jax.process_index() == 0:
-      self._directory.mkdir(parents=True, exist_ok=True)
-      for leftover in self._directory.iterdir():
-        if '.orbax-checkpoint-tmp' in leftover.name or leftover.name.endswith('.deleting'):
-          shutil.rmtree(leftover)
-    _barrier('checkpoints_opened')
+    hosts.agree(self._clear)
 
   def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any],
            metrics: Mapping[str, float] | None = None) -> bool:
@@ -97,7 +90,7 @@ class Checkpoints:
     """
     self.wait()
     path = self._directory / str(step)
-    if path.exists():
+    if hosts.agree(path.exists):
       return False
     record = {'position': int(position), 'meta': dict(meta)}
     try:
@@ -142,7 +135,7 @@ class Checkpoints:
       ValueError: no checkpoint is left whole; or the newest does not fit, listing '-' parameters that it lacks, '+' those that
         it has beyond, '!' those of another shape or type.
     """
-    step = _agree(self._newest_whole)
+    step = hosts.agree(self._newest_whole)
     if step == _NONE:
       return None
     if step == _NONE_LEFT:
@@ -156,6 +149,12 @@ class Checkpoints:
     leaves = _read(self._orbax, path, wanted)
     record = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     return Restored(tree.replace(abstract_state, leaves), record['position'], record['meta'], step)
+
+  def _clear(self) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    for leftover in self._directory.iterdir():
+      if '.orbax-checkpoint-tmp' in leftover.name or leftover.name.endswith('.deleting'):
+        shutil.rmtree(leftover)
 
   def _newest_whole(self) -> int:
     for step in reversed(_folders(self._directory)):
@@ -180,7 +179,7 @@ class Checkpoints:
   def _finish(self, step: int, metrics: dict[str, float] | None) -> None:
     try:
       self._orbax.wait_until_finished()
-      if jax.process_index() == 0:
+      if hosts.primary():
         _seal(self._directory / str(step), metrics)
         self._delete_old()
     except Exception as error:
@@ -259,7 +258,7 @@ def _read(orbax: ocp.AsyncCheckpointer, path: pathlib.Path, wanted: Mapping[str,
 def _choose(directory: pathlib.Path, which: str) -> pathlib.Path:
   if which not in ('best', 'latest'):
     raise ValueError(f"which={which!r} must be 'best' or 'latest'.")
-  step = _agree(lambda: _whole(directory, which))
+  step = hosts.agree(lambda: _whole(directory, which))
   if step == _NONE:
     raise ValueError(f'{directory} holds no whole checkpoint; train there first, or name the workdir of another run.')
   return directory / str(step)
@@ -340,14 +339,3 @@ def _loss(seal: Mapping[str, Any]) -> float:
 def _best(seals: Mapping[int, Mapping[str, Any]]) -> int | None:
   measured = [step for step, seal in seals.items() if math.isfinite(_loss(seal))]
   return min(measured, key=lambda step: (_loss(seals[step]), step), default=None)
-
-
-def _agree(decide) -> int:
-  """The step that process 0 decides on, in all processes."""
-  step = decide() if jax.process_index() == 0 else _NONE
-  return int(multihost_utils.broadcast_one_to_all(np.int32(step))) if jax.process_count() > 1 else step
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)

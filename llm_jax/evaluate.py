@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from llm_jax import hosts, sharding
 from llm_jax.build import Program
 from llm_jax.contracts import Batch, Objective, Tokenizer
 from llm_jax.data import pipeline
@@ -14,7 +15,7 @@ from llm_jax.evaluators import classification, loss
 
 
 def scores(program: Program, params: Any, examples: Any, report: pathlib.Path) -> dict[str, float]:
-  """Loss and metrics over a validation set; a classifier's report for people is written to `report`.
+  """Loss and metrics over a validation set, the same on all processes; a classifier's report for people is written to `report`.
 
   Args:
     program: what to evaluate.
@@ -22,33 +23,52 @@ def scores(program: Program, params: Any, examples: Any, report: pathlib.Path) -
     examples: the validation set, as `pipeline.validation_examples` gives it.
     report: a file.
   """
-  objective = program.objective
-  values = loss.evaluate(lambda batch: program.eval_step(params, program.put(batch)), batches(program, examples), objective)
+  objective, eval_step = program.objective, hosts.compiled(program.eval_step)
+  values = loss.evaluate(lambda batch: eval_step(params, program.put(batch)), batches(program, examples), objective)
   if objective.predictor is not None:
-    predict = lambda batch: program.predict_step(params, program.put(batch))
+    predict = predictions(program, params, ('label', 'label_weight'))
     more, text = classification.evaluate(predict, batches(program, examples), objective.predictor)
     values |= more
-    if jax.process_index() == 0:
+    if hosts.primary():
       report.write_text(text + '\n')
-  return values
+  return hosts.agree(lambda: values)  # what depends on them is then decided alike, to the last bit
+
+
+def predictions(program: Program, params: Any, keys: tuple[str, ...]) -> Callable[[Batch], dict[str, jax.Array]]:
+  """A function from this host's rows of a batch to what is predicted for all hosts' rows, beside the batch's arrays `keys`."""
+  predict_step = hosts.compiled(program.predict_step)
+  gather = jax.jit(lambda arrays: arrays, out_shardings=sharding.replicated(program.mesh))
+
+  def predict(batch: Batch) -> dict[str, jax.Array]:
+    placed = program.put(batch)
+    return dict(predict_step(params, placed)) | gather({key: placed[key] for key in keys})
+
+  return predict
 
 
 def batches(program: Program, examples: Any) -> Iterator[dict[str, np.ndarray]]:
-  """This host's part of the validation set, once."""
-  return pipeline.padded_batches(examples, program.config.batch_size, jax.process_index(), jax.process_count())
+  """This host's rows of the validation set, once."""
+  return pipeline.padded_batches(examples, program.config.batch_size, hosts.rows(program.mesh, program.config.batch_size))
 
 
-def baselines(objective: Objective, tokenizer: Tokenizer, validation: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+def baselines(program: Program, tokenizer: Tokenizer, examples: Any) -> dict[str, float]:
   """What the best guess without reading, and `xz -9`, reach on the targets of a validation set, where tokens are predicted.
 
+  Process 0 reads the whole set; the others take its word.
+
   Args:
-    objective: names the targets.
+    program: names the targets.
     tokenizer: spells the text of causal targets, for xz.
-    validation: gives the batches, anew at each call.
+    examples: the validation set.
 
   Returns:
     unigram_loss in nats a target; xz_bits_per_byte for causal objectives; nothing for those that predict no tokens.
   """
+  whole = lambda: pipeline.padded_batches(examples, program.config.batch_size)
+  return hosts.agree(lambda: _baselines(program.objective, tokenizer, whole))
+
+
+def _baselines(objective: Objective, tokenizer: Tokenizer, validation: Callable[[], Iterable[Batch]]) -> dict[str, float]:
   unigram = loss.unigram_loss(validation(), objective)
   found = {} if unigram is None else {'unigram_loss': unigram}
   texts = [tokenizer.decode(batch['targets'][row][batch['weights'][row] > 0])

@@ -24,6 +24,7 @@ import numpy as np
 
 from llm_jax.attention import IMPLEMENTATIONS, attention
 from llm_jax.plugins import nearest
+from llm_jax.scores import RESIDUALS
 from llm_jax.sharding import constrain
 from llm_jax.vocabulary import lookup
 
@@ -42,7 +43,9 @@ POSITIONS = ('learned', 'rope')
 REMAT = {
     'none': None,
     'full': jax.checkpoint_policies.nothing_saveable,
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Attention too, where its kernel says what its backward pass reads: computing that again is computing it all.
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(RESIDUALS)),
 }
 
 Rope = tuple[jax.Array, jax.Array]  # sine and cosine, [B, T, 1, H / 2]

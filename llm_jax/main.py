@@ -9,6 +9,7 @@ import logging as levels
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,9 @@ MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict', 'plan'], 
 INPUT = flags.DEFINE_string('input', None, 'predict: a .jsonl file with the fields that the run was trained on, `text` mostly.')
 OUTPUT = flags.DEFINE_string('output', None, 'predict: the jsonl file to write.')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'plan: the machine to plan for, v5e:4x4 say; several, with commas, to compare.')
+COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where several processes are started by hand.')
+PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes; found out under Slurm, Open MPI, on TPU pods.')
+PROCESS = flags.DEFINE_integer('process_id', None, 'Which of the processes this is, from 0.')
 
 USAGE = 'python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR [--mode=train|eval|predict|plan] [--config.a=x ...]'
 
@@ -42,7 +46,14 @@ def main(argv: Sequence[str]) -> None:
   handler.setFormatter(levels.Formatter('%(levelname).1s %(asctime)s %(message)s', '%H:%M:%S'))
   handler.addFilter(lambda record: record.levelno >= levels.WARNING or 'orbax' not in record.pathname)
   workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()
-  {'train': _train, 'eval': _eval, 'predict': _predict, 'plan': _plan}[MODE.value](workdir)
+  if MODE.value == 'plan':
+    _plan(workdir)
+    return
+  from llm_jax import hosts
+  with _told():
+    hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, saves=MODE.value == 'train')
+  {'train': _train, 'eval': _eval, 'predict': _predict}[MODE.value](workdir)
+  hosts.finish()
 
 
 def _train(workdir: pathlib.Path) -> None:
@@ -124,14 +135,29 @@ def _unknown_key(argv: Sequence[str], message: str) -> str:
 
 
 def cli() -> None:
-  """Entry point: errors of use are one message and exit status 2; `--verbosity=1` shows where they came from."""
+  """Entry point: errors of use are one message and exit status 2; `--verbosity=1` shows where they came from.
+
+  Whatever ends one of several processes ends all of them.
+  """
   try:
     app.run(main, flags_parser=_parse_flags)
   except UsageError as error:
     if flags.FLAGS.is_parsed() and logging.get_verbosity() > logging.INFO:
-      raise
+      traceback.print_exc()
     print(f'llm_jax: {error}', file=sys.stderr)
+    _abort(str(error), 2)
     sys.exit(2)
+  except (Exception, KeyboardInterrupt) as error:
+    if 'llm_jax.hosts' in sys.modules and sys.modules['llm_jax.hosts'].several():
+      traceback.print_exc()
+      _abort(f'{type(error).__name__}: {error}', 1)
+    raise
+
+
+def _abort(reason: str, status: int) -> None:
+  if 'llm_jax.hosts' in sys.modules:  # before it is there, there are no others; and its import takes seconds
+    from llm_jax import hosts
+    hosts.abort(reason, status)
 
 
 if __name__ == '__main__':

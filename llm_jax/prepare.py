@@ -7,12 +7,14 @@ import itertools
 import os
 import pathlib
 import shutil
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from absl import logging
 
-from llm_jax import build, checkpoint
+from llm_jax import build, checkpoint, hosts
 from llm_jax import config as config_lib
 from llm_jax.config import Config
 from llm_jax.contracts import Documents, Source, Tokenizer
@@ -45,13 +47,15 @@ class Splits:
 
 
 def load(config: Config, workdir: pathlib.Path) -> Data:
-  """Tokenizes what is not in the cache yet, and gives the splits.
+  """Tokenizes what is not in the cache yet, and gives the splits; of several processes, process 0 goes first.
 
   Raises:
-    ValueError: an unusable source, an empty corpus, a label that is not one, a config that the workdir's run cannot go on with.
+    ValueError: an unusable source, an empty corpus, a label that is not one, a config that the workdir's run cannot go on with,
+      processes that were given different configs or read different documents.
   """
-  saved = read_config(workdir) if has_checkpoints(workdir) else None
+  saved = read_config(workdir) if hosts.agree(lambda: has_checkpoints(workdir)) else None
   config = _absolute(config)
+  hosts.check_same('a config', config_lib.to_json(config))
   if config.init_from:  # the tokenizer comes along with the weights
     config = dataclasses.replace(config, tokenizer=(saved or read_config(pathlib.Path(config.init_from))).tokenizer)
   if saved:
@@ -66,27 +70,40 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
 
 
 def documents(config: Config, tokenizer: Tokenizer) -> Splits:
-  """The documents of the config's data, tokenized."""
+  """The documents of the config's data, tokenized; by process 0 first, for the cache may be on a disk that all share."""
   sources, weights = build.sources(config)
   folder = str(cache_directory(config) / 'tokens')
-  corpora = [cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources]
+  corpora = hosts.first(
+      lambda: [cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources])
   train, validation = zip(*(corpus.split(config.data['validation']) for corpus in corpora), strict=True)
-  return Splits(train, validation, weights, ' '.join(corpus.content for corpus in corpora))
+  fingerprint = ' '.join(corpus.content for corpus in corpora)
+  hosts.check_same('documents of config.data', fingerprint)
+  return Splits(train, validation, weights, fingerprint)
 
 
 def open_workdir(workdir: pathlib.Path) -> None:
-  """Makes the folder where it is not there, and checks that it can be written to.
+  """Makes the folder where it is not there, and checks that it can be written to, and that all processes see the same one.
 
   Raises:
-    ValueError: it cannot.
+    ValueError: it cannot, or they do not.
   """
+  probe = workdir / hosts.agree(lambda: _probe(workdir))
+  if not probe.exists():
+    raise ValueError(f'--workdir={workdir}: process {jax.process_index()} does not see what process 0 wrote there; give a folder '
+                     'on a file system that all hosts share.')
+  hosts.barrier()
+  if hosts.primary():
+    probe.unlink()
+
+
+def _probe(workdir: pathlib.Path) -> str:
+  name = f'.probe-{uuid.uuid4().hex}'
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    probe = workdir / '.writable'
-    probe.touch()
-    probe.unlink()
+    (workdir / name).touch()
   except OSError as error:
     raise ValueError(f'--workdir={workdir} cannot be written to ({error.strerror}); give a folder of your own.') from error
+  return name
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
@@ -102,9 +119,10 @@ def read_config(workdir: pathlib.Path) -> Config:
     ValueError: there is none.
   """
   path = workdir / 'config.json'
-  if not path.exists() and has_checkpoints(workdir):
+  lost = hosts.agree(lambda: not path.exists())
+  if lost and hosts.agree(lambda: has_checkpoints(workdir)):
     return config_lib.parse(checkpoint.read_meta(workdir / 'checkpoints')[0]['config'])
-  if not path.exists():
+  if lost:
     raise ValueError(f'{workdir} holds no run: there is no config.json. Train one there first, or name the workdir of one.')
   try:
     return config_lib.from_json(path.read_text())
@@ -122,8 +140,9 @@ def write_config(workdir: pathlib.Path, config: Config) -> None:
 
 def load_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
   """The tokenizer of a run; from its newest checkpoint where the folder is lost."""
-  if not (workdir / 'tokenizer').is_dir():
-    unpack_tokenizer(checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer'], workdir)
+  if hosts.agree(lambda: not (workdir / 'tokenizer').is_dir()):
+    packed = checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer']
+    hosts.agree(lambda: unpack_tokenizer(packed, workdir))
   return build.load_tokenizer(config, str(workdir / 'tokenizer'))
 
 
@@ -174,19 +193,26 @@ def _check_same(config: Config, saved: Config, workdir: pathlib.Path) -> None:
 def _tokenizer(config: Config, workdir: pathlib.Path, resuming: bool) -> Tokenizer:
   if resuming:
     return load_tokenizer(config, workdir)
+  hosts.agree(lambda: _save_tokenizer(_new_tokenizer(config), workdir))
+  return build.load_tokenizer(config, str(workdir / 'tokenizer'))
+
+
+def _new_tokenizer(config: Config) -> Tokenizer:
   if config.init_from:
     tokenizer = build.load_tokenizer(config, str(pathlib.Path(config.init_from) / 'tokenizer'))
     logging.info('Tokenizer: that of %s, %s ids.', config.init_from, f'{tokenizer.vocab_size:,}')
-  else:
-    sources, _ = build.sources(config)
-    texts = functools.partial(_training_texts, sources, config.data['validation'])
-    fingerprint = ' '.join([*(source.fingerprint for source in sources), str(config.data['validation'])])
-    tokenizer = build.create_tokenizer(config, texts, fingerprint, str(cache_directory(config) / 'tokenizers'))
+    return tokenizer
+  sources, _ = build.sources(config)
+  texts = functools.partial(_training_texts, sources, config.data['validation'])
+  fingerprint = ' '.join([*(source.fingerprint for source in sources), str(config.data['validation'])])
+  return build.create_tokenizer(config, texts, fingerprint, str(cache_directory(config) / 'tokenizers'))
+
+
+def _save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
   partial = _fresh(workdir / 'tokenizer.partial')
   tokenizer.save(str(partial))
   shutil.rmtree(workdir / 'tokenizer', ignore_errors=True)
   partial.rename(workdir / 'tokenizer')
-  return tokenizer
 
 
 def _fresh(folder: pathlib.Path) -> pathlib.Path:

@@ -20,6 +20,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import mesh_utils
@@ -123,6 +124,11 @@ class Layout:
   mesh: Mesh
   rules: Rules
 
+  @property
+  def platform(self) -> str:
+    """Of the mesh's devices, which may be descriptions of devices that are elsewhere: 'cpu', 'gpu', 'tpu'."""
+    return self.mesh.devices.flat[0].platform
+
   def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """Where an activation lies, by the logical names of its dimensions."""
     return PartitionSpec(*(self._cut(ACTIVATIONS.get(name, ()), name, size) for name, size in zip(names, shape, strict=True)))
@@ -176,6 +182,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   if layout is None:
     return x
   return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(names, x.shape)))
+
+
+def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
+  """Key or value heads, repeated so far that the axes which cut `heads` query heads cut them too; unchanged where they do.
+
+  Query head n reads head n // G before and after.
+  """
+  layout, K = current(), x_BSKH.shape[2]
+  parts = 1 if layout is None else layout.mesh.shape['tensor']
+  if heads % parts or K % parts == 0:
+    return x_BSKH
+  return jnp.repeat(x_BSKH, math.lcm(K, parts) // K, axis=2)
 
 
 def parameter_shardings(layout: Layout, boxed_params: Any, optimizer: bool = False) -> Any:

@@ -5,14 +5,14 @@ import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 
-from llm_jax import build, chips, evaluate, logs, metrics, prepare, tree
+from llm_jax import build, chips, evaluate, hosts, logs, metrics, prepare, tree
 from llm_jax.build import Program
 from llm_jax.checkpoint import Checkpoints, restore_params
 from llm_jax.config import Config
@@ -98,22 +98,24 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
 
 
 def train(run: Run) -> None:
-  """Trains to the last step of the config, or until no evaluation gets better."""
+  """Trains to the last step of the config, until no evaluation gets better, or until SIGTERM."""
   program, config = run.program, run.program.config
   step = int(run.state.step)
-  log = logs.Log(run.workdir, primary=jax.process_index() == 0, steps=config.steps, resume_step=step,
+  log = logs.Log(run.workdir, primary=hosts.primary(), steps=config.steps, resume_step=step,
                  tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, config=dataclasses.asdict(config))
   with contextlib.closing(log), contextlib.closing(run.checkpoints):
     if step >= config.steps or run.patience.over:
       log.say('This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.', step, config.steps)
       return
-    if jax.process_index() == 0:
+    if hosts.primary():
       prepare.write_config(run.workdir, config)
-    baselines = evaluate.baselines(program.objective, run.data.tokenizer, lambda: evaluate.batches(program, run.validation))
+    baselines = evaluate.baselines(program, run.data.tokenizer, run.validation)
     _announce(run, log)
-    batches = pipeline.batches(run.train, config.batch_size, run.position, jax.process_index(), jax.process_count())
-    with contextlib.closing(batches):
-      _loop(run, log, batches, step, baselines)
+    batches = pipeline.batches(run.train, config.batch_size, run.position, hosts.rows(program.mesh, config.batch_size))
+    with contextlib.closing(batches), hosts.preemption() as preempted:
+      _loop(run, log, batches, step, baselines, preempted)
+    if int(run.state.step) < config.steps and not run.patience.over:
+      log.say('Stopped by SIGTERM after step %d, which is saved; the same command goes on from there.', int(run.state.step))
     if run.patience.over:
       log.say('Stopped early: no better validation loss than %.4f for %d evaluations.', run.patience.best, run.patience.waited)
     run.checkpoints.wait()
@@ -122,16 +124,19 @@ def train(run: Run) -> None:
             run.workdir / logs.PLOT)
 
 
-def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], step: int, baselines: dict[str, float]) -> None:
+def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], step: int, baselines: dict[str, float],
+          preempted: Callable[[], bool]) -> None:
   program, config = run.program, run.program.config
-  meter = Meter(program, log, step)
-  while step < config.steps and not run.patience.over:
-    run.state, pairs = program.train_step(run.state, program.put(next(batches)))
+  train_step, meter = hosts.compiled(program.train_step), Meter(program, log, step)
+  stopping = False
+  while step < config.steps and not run.patience.over and not stopping:
+    run.state, pairs = train_step(run.state, program.put(next(batches)))
     run.position += config.batch_size
     step += 1
     meter.dispatched(step, pairs)
     evaluated = step % config.eval_every == 0 or step == config.steps
-    saving = step % config.checkpoint.every == 0 or step == config.steps
+    stopping = preempted()
+    saving = step % config.checkpoint.every == 0 or step == config.steps or stopping
     if evaluated or saving:
       meter.flush()  # what is said about a step stands in the log before the step is saved
     values = None

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llm_jax import build, prepare, tree
+from llm_jax import build, hosts, prepare, tree
 from llm_jax import config as config_lib
 from llm_jax import evaluate as scores
 from llm_jax.build import Program
@@ -55,10 +55,11 @@ def evaluate(workdir: pathlib.Path, given: Config | None = None) -> dict[str, fl
   program = build.build(dataclasses.replace(config, micro_batches=1), tokenizer, examples[0])
   params, step = load_params(program, workdir)
   values = scores.scores(program, params, examples, workdir / 'eval_report.txt')
-  values |= scores.baselines(objective, tokenizer, lambda: scores.batches(program, examples))
-  for name, value in values.items():
-    print(f'{name:>24} {value:.6g}')
-  (workdir / 'eval.json').write_text(json.dumps({'step': step, 'data': config.data} | values, indent=2))
+  values |= scores.baselines(program, tokenizer, examples)
+  if hosts.primary():
+    for name, value in values.items():
+      print(f'{name:>24} {value:.6g}')
+    (workdir / 'eval.json').write_text(json.dumps({'step': step, 'data': config.data} | values, indent=2))
   return values
 
 
@@ -98,27 +99,31 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -
   texts = _Texts(lines, tokenizer, objective, config.seq_len)
   program = build.build(config, tokenizer, texts[0])
   params, _ = load_params(program, workdir)
-  rows = _rows(jax.device_get(program.predict_step(params, program.put(batch)))
-               for batch in pipeline.padded_batches(texts, config.batch_size, threads=1))
-  partial = target.with_name(f'{target.name}.partial')
+  predict = scores.predictions(program, params, ('cut',))
+  answers = _rows(jax.device_get(predict(batch)) for batch in scores.batches(program, texts))
+  if not hosts.primary():
+    for _ in answers:  # the devices of all processes are needed for each
+      pass
+    return
+  partial, cut = target.with_name(f'{target.name}.partial'), 0
   with open(source, encoding='utf-8-sig', newline='\n') as lines, open(partial, 'w', encoding='utf-8') as file:
-    for line, row in zip(filter(str.strip, lines), rows, strict=False):  # the last batch is filled up
+    for line, row in zip(filter(str.strip, lines), answers, strict=False):  # the last batch is filled up
+      cut += int(row.pop('cut'))
       given, answer = json.loads(line), objective.describe(row)
       kept = {f'input_{key}' if key in answer else key: value for key, value in given.items()}
       file.write(json.dumps(kept | answer, ensure_ascii=False) + '\n')
   partial.rename(target)
-  if texts.cut:
-    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', texts.cut, len(texts),
+  if cut:
+    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', cut, len(texts),
                     config.seq_len)
   logging.info('%d predictions in %s.', len(texts), target)
 
 
 class _Texts:
-  """The texts of a source as rows without labels; counts those that had to be cut."""
+  """The texts of a source as rows without labels; `cut` is 1 where a text is longer than a row."""
 
   def __init__(self, source: Source, tokenizer: Tokenizer, objective: Any, seq_len: int):
     self._source, self._tokenizer, self._objective, self._seq_len = source, tokenizer, objective, seq_len
-    self._cut = set()
 
   def __len__(self) -> int:
     return len(self._source)
@@ -128,14 +133,7 @@ class _Texts:
     first = self._tokenizer.encode(document['text'])
     second = self._tokenizer.encode(document['pair']) if 'pair' in document else None
     example, cut = self._objective.encode(first, second, self._seq_len)
-    if cut:
-      self._cut.add(index)
-    return example
-
-  @property
-  def cut(self) -> int:
-    """How many of the texts read so far were longer than a row."""
-    return len(self._cut)
+    return example | {'cut': np.int32(cut > 0)}
 
 
 def _rows(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:

@@ -85,45 +85,43 @@ def validation_examples(splits: Sequence[Documents], objective: Objective, seq_l
   return grain.MapDataset.source(chosen.tolist()).map(examples.__getitem__)
 
 
-def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, host: int = 0, hosts: int = 1, threads: int = 1
+def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: Sequence[int] | None = None, threads: int = 1
             ) -> Iterator[Example]:
-  """This host's part of each global batch, from example `start` on, forever; made ahead of need by threads.
+  """This host's rows of each global batch, from example `start` on, forever; made ahead of need by threads.
 
-  Global batch s holds examples `start + s * batch_size` and following; host h of H takes the h-th H-th of it. Close the
-  iterator (`.close()`) to stop the threads; an exception in a transform is raised by the `next` that wants its batch.
+  Global batch s holds examples `start + s * batch_size` and following. Close the iterator (`.close()`) to stop the threads; an
+  exception in a transform is raised by the `next` that wants its batch.
 
   Args:
     examples: an endless stream.
     batch_size: rows of the global batch.
     start: examples consumed before, any number.
-    host: index of this host, from 0.
-    hosts: how many there are.
+    rows: which rows of the global batch to make, in this order (`hosts.rows`); None for all.
     threads: that make batches; they share Python's lock, so more than one only helps where reading waits for a disk.
 
   Yields:
-    Arrays with a leading axis of batch_size / hosts.
+    Arrays with a leading axis as long as `rows`.
 
   Raises:
-    ValueError: batch_size does not divide by hosts, or host, start or threads is out of range.
+    ValueError: batch_size, rows, start or threads is out of range.
   """
-  each = _rows_of_host(batch_size, host, hosts)
+  rows = _checked_rows(batch_size, rows)
   if start < 0:
     raise ValueError(f'start={start} must be the number of examples consumed before, 0 or more.')
-  firsts = itertools.count(start + host * each, batch_size)
-  return _ahead(lambda first: _stack([examples[first + i] for i in range(each)]), firsts, threads)
+  return _ahead(lambda first: _stack([examples[first + row] for row in rows]), itertools.count(start, batch_size), threads)
 
 
-def padded_batches(examples: grain.MapDataset, batch_size: int, host: int = 0, hosts: int = 1, threads: int = 1
+def padded_batches(examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None, threads: int = 1
                    ) -> Iterator[Example]:
-  """This host's part of each global batch of a finite set, once; rows of zeros fill up the last.
+  """This host's rows of each global batch of a finite set, once; rows of zeros fill up the last.
 
   Arguments, shapes and errors as for `batches`; every host yields the same number of batches.
   """
-  each = _rows_of_host(batch_size, host, hosts)
+  rows = _checked_rows(batch_size, rows)
   total = len(examples)
   empty = {key: np.zeros_like(value) for key, value in examples[0].items()}
-  firsts = range(host * each, math.ceil(total / batch_size) * batch_size, batch_size)
-  return _ahead(lambda first: _stack([examples[i] if i < total else empty for i in range(first, first + each)]), firsts, threads)
+  load = lambda first: _stack([examples[first + row] if first + row < total else empty for row in rows])
+  return _ahead(load, range(0, total, batch_size), threads)
 
 
 class _Interleaved(grain.transforms.DatasetSelectionMap):
@@ -187,13 +185,13 @@ def _example(rows: Sequence[Rows], objective: Objective, place: tuple[int, int],
   return objective.transform(rows[corpus].example(row, rng), rng)
 
 
-def _rows_of_host(batch_size: int, host: int, hosts: int) -> int:
-  if not 0 <= host < hosts:
-    raise ValueError(f'host={host} must be from 0 to {hosts - 1}, the number of hosts less one.')
-  if batch_size <= 0 or batch_size % hosts:
-    raise ValueError(f'batch_size={batch_size} must divide by the number of hosts, {hosts}; '
-                     f'try {max(batch_size // hosts, 1) * hosts}.')
-  return batch_size // hosts
+def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
+  if batch_size <= 0:
+    raise ValueError(f'batch_size={batch_size} must be at least 1.')
+  rows = list(range(batch_size) if rows is None else map(int, rows))
+  if not rows or min(rows) < 0 or max(rows) >= batch_size:
+    raise ValueError(f'rows={rows} must be some of the rows 0 to {batch_size - 1} of a batch.')
+  return rows
 
 
 def _stack(rows: Sequence[Example]) -> Example:

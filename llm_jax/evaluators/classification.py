@@ -15,8 +15,9 @@ def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterab
   """Scores predictions against labels; rows of label_weight 0 are left out.
 
   Args:
-    predict_step: batch -> what `objective.predict` gives for each row.
-    batches: the validation set.
+    predict_step: this host's rows of a batch -> what `objective.predict` gives for each row of all hosts, with the rows' `label`
+      and `label_weight`.
+    batches: this host's rows of the validation set.
     objective: a `classify` objective (of a mix, that part).
 
   Returns:
@@ -36,8 +37,8 @@ def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterab
 
 
 def _gather(predict_step: Callable, batches: Iterable[Batch], key: str) -> tuple[np.ndarray, np.ndarray]:
-  dispatched = [(predict_step(batch)[key], batch['label'], batch['label_weight']) for batch in batches]
-  fetched = jax.device_get(dispatched)
+  found = map(predict_step, batches)
+  fetched = jax.device_get([(rows[key], rows['label'], rows['label_weight']) for rows in found])
   kept = [(np.asarray(p)[np.asarray(w) > 0], np.asarray(label)[np.asarray(w) > 0]) for p, label, w in fetched]
   if not sum(len(label) for _, label in kept):
     raise ValueError('no row of the validation set has a label; give labels, or raise config.data.validation or '

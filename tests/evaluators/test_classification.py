@@ -13,7 +13,8 @@ def run(task, classes, predictions, labels, weights, each=4):
   key = 'values' if task == 'regression' else 'probabilities'
   batches = [{'label': labels[i:i + each], 'label_weight': weights[i:i + each], 'x': predictions[i:i + each]}
              for i in range(0, len(labels), each)]
-  return classification.evaluate(lambda b: {key: jnp.asarray(b['x'])}, batches, types.SimpleNamespace(task=task, classes=classes))
+  predict = lambda b: {key: jnp.asarray(b['x']), 'label': b['label'], 'label_weight': b['label_weight']}
+  return classification.evaluate(predict, batches, types.SimpleNamespace(task=task, classes=classes))
 
 
 def f1(truth, guess):
