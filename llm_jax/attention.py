@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from absl import logging
 
 from llm_jax import ring_attention, sharding, splash_attention
+from llm_jax.dropout import dropout
 from llm_jax.scores import visible
 
 IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'ring')
@@ -57,12 +58,12 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     raise ValueError(f'{T} queries and {S} keys: both must be the places of one row.')
   drops = dropout_rng is not None and dropout_rate > 0.0
   masks = dict(segments_BT=segments_BT, causal=causal, window=window)
-  dropout = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if drops else {}
+  drop = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if drops else {}
   chosen = _chosen(implementation, q_BTNH, drops)
   if chosen == 'splash':
     return splash_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
   run = ring_attention.attention if chosen == 'ring' else _xla
-  return run(q_BTNH, k_BSKH, v_BSKH, **masks, **dropout)
+  return run(q_BTNH, k_BSKH, v_BSKH, **masks, **drop)
 
 
 def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
@@ -96,8 +97,7 @@ def _xla(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, causal, window, dropout_rate=0.
     scores_BKGTS = jnp.where(mask, scores_BKGTS, jnp.finfo(wide).min / 2)
   weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
   if dropout_rng is not None:
-    keep = jax.random.bernoulli(dropout_rng, 1.0 - dropout_rate, weights_BKGTS.shape)
-    weights_BKGTS = jnp.where(keep, weights_BKGTS / (1.0 - dropout_rate), 0).astype(v_BSKH.dtype)
+    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_rng)
   return jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
 
 

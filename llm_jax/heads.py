@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.layers import ACTIVATIONS, Linear, Norm, Options, parameter
+from llm_jax.layers import ACTIVATIONS, Linear, Norm, Options, drop, parameter
 
 
 class MLMHead(nn.Module):
@@ -44,7 +44,7 @@ class ClassifierHead(nn.Module):
   @nn.compact
   def __call__(self, x_BD: jax.Array) -> jax.Array:
     """Logits [B, C], at least float32."""
-    x_BD = nn.Dropout(self.dropout)(x_BD, deterministic=not self.has_rng('dropout'))
+    x_BD = drop(self, x_BD, self.dropout, train=self.has_rng('dropout'))
     return Linear('...D,DC->...C', (self.options.dim, self.classes), self.options, True, wide=True, name='dense')(x_BD)
 
 

@@ -20,6 +20,7 @@ COLLECTIVES = ('all-gather', 'all-reduce', 'reduce-scatter', 'all-to-all', 'coll
 _BITS = {'pred': 8, 'bf16': 16, 'f8e4m3fn': 8, 'f8e5m2': 8, 'token': 0, 'opaque': 0}
 _ARRAY = re.compile(r'([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?')
 _HEADER = re.compile(r'^(ENTRY\s+)?%?([\w.\-]+)\s+\(.*\)\s*->.*\{\s*$')
+_END = re.compile(r'^\}(, execution_thread="[^"]*")?\s*$')
 _INSTRUCTION = re.compile(r'^\s*(ROOT\s+)?%?([\w.\-]+)\s*=\s*(.*)$')
 _CALLED = re.compile(r'\b(?:calls|to_apply|body|condition|called_computations|branch_computations|true_computation|'
                      r'false_computation)=(\{[^}]*\}|%?[\w.\-]+)')
@@ -129,9 +130,11 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     if header and '=' not in line.split('(')[0]:
       name, lines = header[2], []
       entry = name if header[1] else entry
-    elif line.startswith('}') and name is not None:
+    elif _END.match(line) and name is not None:
       computations[name] = _computation(name, lines)
       name = None
+    elif lines and not _INSTRUCTION.match(line):  # what a kernel says of itself may hold line breaks
+      lines[-1] += line
     elif name is not None:
       lines.append(line)
   if entry is None:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.attention import IMPLEMENTATIONS, attention
+from llm_jax.dropout import dropout
 from llm_jax.plugins import nearest
 from llm_jax.scores import RESIDUALS
 from llm_jax.sharding import constrain
@@ -244,7 +245,6 @@ class Embedder(nn.Module):
       self.token_type = Embedding(self.token_types, 'token_types', self.options)
     if self.norm:
       self.embedding_norm = Norm(self.options)
-    self.drop = nn.Dropout(self.options.dropout)
 
   def __call__(self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None, train: bool) -> jax.Array:
     """The embedded row, [B, T, D] in the compute type."""
@@ -255,7 +255,7 @@ class Embedder(nn.Module):
       types_BT = jnp.zeros_like(tokens_BT) if token_types_BT is None else jnp.minimum(token_types_BT, self.token_types - 1)
       x_BTD += self.token_type(types_BT)
     x_BTD = self.embedding_norm(x_BTD) if self.norm else x_BTD.astype(DTYPES[self.options.dtype])
-    return between_layers(self.drop(x_BTD, deterministic=not train))
+    return between_layers(drop(self, x_BTD, self.options.dropout, train))
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] | None = None) -> np.ndarray:
@@ -362,12 +362,12 @@ class Block(nn.Module):
     mlp = MLP(self.options, name='mlp')
     norm_1 = Norm(self.options, name='attention_norm') if self.attention_norm else lambda x: x
     norm_2 = Norm(self.options, name='mlp_norm')
-    drop = nn.Dropout(self.options.dropout, deterministic=not train)
+    dropped = functools.partial(drop, self, rate=self.options.dropout, train=train)
     if self.options.norm_order == 'post':
-      x_BTD = norm_1(x_BTD + drop(attend(x_BTD, segments_BT, turn, train)))
-      return norm_2(x_BTD + drop(mlp(x_BTD)))
-    x_BTD += drop(attend(norm_1(x_BTD), segments_BT, turn, train))
-    return x_BTD + drop(mlp(norm_2(x_BTD)))
+      x_BTD = norm_1(x_BTD + dropped(attend(x_BTD, segments_BT, turn, train)))
+      return norm_2(x_BTD + dropped(mlp(x_BTD)))
+    x_BTD += dropped(attend(norm_1(x_BTD), segments_BT, turn, train))
+    return x_BTD + dropped(mlp(norm_2(x_BTD)))
 
 
 class Group(nn.Module):
@@ -444,6 +444,11 @@ class Stack(nn.Module):
 def between_layers(x_BTD: jax.Array) -> jax.Array:
   """The residual stream, laid out as norms and dropout work on it: places cut over `sequence` and `tensor` alike."""
   return constrain(x_BTD, 'batch', 'norm_length', None)
+
+
+def drop(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
+  """Dropout by the module's stream `dropout`, when training; otherwise `x`."""
+  return dropout(x, rate, module.make_rng('dropout')) if train and rate else x
 
 
 def lift(x: jax.Array, ndim: int) -> jax.Array:

@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from llm_jax import sharding
+from llm_jax.dropout import dropout
 from llm_jax.scores import RESIDUALS, visible
 
 AXIS = 'sequence'
@@ -206,8 +207,7 @@ def _dropped(ring, key, x_BKGtS, number, block):
     return x_BKGtS
   for index in (_index(ring.rows), _index(ring.heads), _index(AXIS if ring.size > 1 else None), number, block):
     key = jax.random.fold_in(key, index)
-  keep = jax.random.bernoulli(key, 1.0 - ring.dropout_rate, x_BKGtS.shape)
-  return jnp.where(keep, x_BKGtS / (1.0 - ring.dropout_rate), 0)
+  return dropout(x_BKGtS, ring.dropout_rate, key)
 
 
 def _index(axes) -> jax.Array | int:
