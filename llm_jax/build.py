@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from llm_jax import optim, plugins, sharding, step, tree
+from llm_jax import fsdp, optim, plugins, sharding, step, tree
 from llm_jax.config import Config
 from llm_jax.contracts import Batch, Objective, Source, Tokenizer
 from llm_jax.state import TrainState
@@ -230,7 +230,8 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
   return Program(
       config=config, network=network, layout=layout, state=state, batch=batch,
       init=jax.jit(init, out_shardings=shardings),
-      train_step=jax.jit(on(train), in_shardings=(shardings, by_row), out_shardings=(shardings, everywhere), donate_argnums=0),
+      train_step=jax.jit(on(train), in_shardings=(shardings, by_row), out_shardings=(shardings, everywhere), donate_argnums=0,
+                         compiler_options=fsdp.compiler_options(layout.mesh)),
       eval_step=jax.jit(on(functools.partial(step.eval_step, network=network)), in_shardings=(shardings.params, by_row),
                         out_shardings=everywhere),
       predict_step=jax.jit(on(functools.partial(step.predict_step, network=network)), in_shardings=(shardings.params, by_row),

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import fsdp
 from llm_jax.attention import IMPLEMENTATIONS, attention
 from llm_jax.dropout import dropout
 from llm_jax.plugins import nearest
@@ -163,7 +164,7 @@ class Linear(nn.Module):
     dtype = DTYPES[self.options.dtype]
     result = self.options.wide if self.wide else dtype
     kernel = parameter(self, 'kernel', letters, self.shape, self.options, self.std)
-    y = jnp.einsum(self.spec, x.astype(dtype), kernel.astype(dtype), preferred_element_type=result)
+    y = fsdp.product(self.spec, x, kernel, [AXES[letter] for letter in letters], dtype, result)
     if self.bias:
       y += lift(parameter(self, 'bias', out, tuple(sizes[letter] for letter in out), self.options).astype(result), y.ndim)
     return y

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import sharding
+from llm_jax import fsdp, sharding
 
 CHUNK_BYTES = 1 << 28  # of logits at once on a device
 
@@ -22,11 +22,15 @@ Sums = tuple[jax.Array, jax.Array]
 
 
 class _Axes(NamedTuple):
-  """Mesh axes that cut the tokens, the vocabulary, and the model dimension of the table; the two latter None where whole."""
+  """Mesh axes that cut the tokens, the vocabulary, and the model dimension of the table; the two latter None where whole.
+
+  `line` is that of `llm_jax.fsdp`.
+  """
 
   tokens: tuple[str, ...] = ()
   vocab: str | None = None
   embed: str | None = None
+  line: int | None = None
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -180,7 +184,7 @@ def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axe
   dx_BTD = dx_TD.reshape(-1, x_BTD.shape[-1])[:math.prod(x_BTD.shape[:2])].reshape(x_BTD.shape)
   dW_VD, others = carry[2], [axis for axis in axes.tokens if axis != axes.embed]
   if axes.embed:
-    dW_VD = jax.lax.psum_scatter(dW_VD, axes.embed, scatter_dimension=1, tiled=True)
+    dW_VD = fsdp.scatter_sum(dW_VD.T, jax.lax.axis_size(axes.embed), axes.line).T
   return (nll, right, _sum(dx_BTD, axes.vocab), _sum(dW_VD, others).astype(table_VD.dtype),
           _sum(carry[3], axes.tokens).astype(table_VD.dtype))
 
@@ -206,7 +210,8 @@ def _on_mesh(layout, run, tokens_shape, table_shape, arrays, out):
   cut = tuple(axis for entry in tokens for axis in ((entry,) if isinstance(entry, str) else entry or ()))
   if table[1] is not None and table[1] not in cut:
     raise ValueError(f'{tokens_shape[0]} rows do not divide over the mesh {dict(layout.mesh.shape)}.')
-  return jax.shard_map(run(_Axes(cut, *table)), mesh=layout.mesh, in_specs=tuple(specs[name] for name in arrays),
+  axes = _Axes(cut, *table, fsdp.line(layout.mesh))
+  return jax.shard_map(run(axes), mesh=layout.mesh, in_specs=tuple(specs[name] for name in arrays),
                        out_specs=tuple(specs[name] for name in out) if len(out) > 1 else specs[out[0]], check_vma=False)
 
 
