@@ -26,6 +26,7 @@ _CALLED = re.compile(r'\b(?:calls|to_apply|body|condition|called_computations|br
                      r'false_computation)=(\{[^}]*\}|%?[\w.\-]+)')
 _NO_TRAFFIC = ('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'while', 'conditional', 'call', 'after-all',
                'partition-id', 'replica-id', 'iota', 'opt-barrier', 'domain')
+_SCOPE = 'kernel_flops'
 
 # What these call is run on each element, and takes no product and sends nothing.
 _PER_ELEMENT = ('all-reduce', 'reduce', 'reduce-scatter', 'scatter', 'sort', 'map', 'reduce-window', 'select-and-scatter')
@@ -140,6 +141,14 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
   if entry is None:
     raise ValueError('the text has no ENTRY computation; give that of Compiled.as_text().')
   return computations, entry
+
+
+def kernel_flops(**passes: int) -> str:
+  """A name for `jax.named_scope` around a kernel that does not say its FLOPs itself: those of each of its passes.
+
+  A pass is known by `_pass_` in the kernel's name: `kernel_flops(fwd=2, dkv=5)` for `splash_mha_fwd_residuals` and so on.
+  """
+  return '.'.join([_SCOPE, *(f'{name}_{flops}' for name, flops in passes.items())])
 
 
 def array_bytes(array: Array) -> int:
@@ -271,11 +280,20 @@ def _operand_bytes(computation: Computation, name: str) -> int:
 
 
 def _add_kernel(instruction: Instruction, times: float, total: Costs) -> None:
-  estimate = re.search(r'"?cost_estimate"?\s*:\s*\{[^}]*?"?flops"?\s*:\s*"?(\d+)', instruction.attributes)
-  total.unknown_kernels += estimate is None
-  flops = times * int(estimate[1]) if estimate else 0.0
-  total.flops += flops
-  total.kernel_flops += flops
+  flops = _said(instruction.attributes)
+  total.unknown_kernels += flops is None
+  total.flops += times * (flops or 0)
+  total.kernel_flops += times * (flops or 0)
+
+
+def _said(attributes: str) -> int | None:
+  """FLOPs of a kernel as its own estimate or its scope says them."""
+  estimate = re.search(r'"?cost_estimate"?\s*:\s*\{[^}]*?"?flops"?\s*:\s*"?(\d+)', attributes)
+  if estimate:
+    return int(estimate[1])
+  scope = re.search(rf'op_name="[^"]*{_SCOPE}\.([\w.]+)([^"]*)"', attributes)
+  passes = dict(part.split('_') for part in scope[1].split('.')) if scope else {}
+  return next((int(flops) for name, flops in passes.items() if f'_{name}_' in scope[2]), None)
 
 
 def _add_collective(computation: Computation, instruction: Instruction, times: float, overlaps: bool, total: Costs) -> None:

@@ -7,11 +7,12 @@ Letters are those of `llm_jax.layers`.
 import functools
 
 import jax
+import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
-from llm_jax import sharding
+from llm_jax import hlo, sharding
 from llm_jax.scores import RESIDUALS
 
 LANES = 128  # tiles are whole multiples of this many places
@@ -56,12 +57,38 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
 def _local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, causal, window, interpret):
   """One device's rows and heads."""
   T, N, H = q_BTNH.shape[1:]
+  sizes = blocks(T, H, causal or window is not None)
   kernel = kernels.make_splash_mha(
-      masks.MultiHeadMask([_mask(T, causal, window)] * N), block_sizes=blocks(T, H, causal or window is not None),
-      head_shards=1, q_seq_shards=1, residual_checkpoint_name=RESIDUALS, interpret=interpret)
+      masks.MultiHeadMask([_mask(T, causal, window)] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+      residual_checkpoint_name=RESIDUALS, interpret=interpret)
   q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
   segments = None if segments_BT is None else kernels.SegmentIds(segments_BT, segments_BT)
-  return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2)
+  with jax.named_scope(hlo.kernel_flops(**_flops(q_BTNH.shape, sizes, causal, window))):
+    return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2)
+
+
+def _flops(shape: tuple[int, ...], sizes: kernels.BlockSizes, causal: bool, window: int | None) -> dict[str, int]:
+  """FLOPs of each of the kernel's passes over queries [B, T, N, H]: so many products of scores or their like, for what it visits.
+
+  Forward: scores, and the mix. Backward for keys and values: scores again, and the gradients of probabilities, values and keys;
+  fused, also of the queries. Backward for queries alone: scores, and the gradients of probabilities and queries.
+  """
+  B, T, N, H = shape
+  visited = functools.partial(_visited, T, causal, window)
+  passes = {'fwd': (2, sizes.block_q, sizes.block_kv),
+            'dkv': (5 if sizes.use_fused_bwd_kernel else 4, sizes.block_q_dkv, sizes.block_kv_dkv)}
+  if not sizes.use_fused_bwd_kernel:
+    passes['dq'] = 3, sizes.block_q_dq, sizes.block_kv_dq
+  return {name: products * 2 * B * N * H * visited(*tile) for name, (products, *tile) in passes.items()}
+
+
+def _visited(length: int, causal: bool, window: int | None, queries: int, keys: int) -> int:
+  """Scores in those tiles of `queries` x `keys` of which the mask leaves something."""
+  before = length if window is None else window - 1 if causal else window // 2
+  after = 0 if causal else length if window is None else window // 2
+  q_Q1, k_1K = np.arange(0, length, queries)[:, None], np.arange(0, length, keys)[None, :]
+  seen_QK = (k_1K <= q_Q1 + queries - 1 + after) & (k_1K + keys - 1 >= q_Q1 - before)
+  return int(seen_QK.sum()) * queries * keys
 
 
 def _mask(length: int, causal: bool, window: int | None) -> masks.Mask:

@@ -35,6 +35,9 @@ class _Kind:
 
 # Google's pages on each generation (docs.cloud.google.com/tpu/docs/v5p and so on).
 KINDS = {'v4': _Kind('v4', 3, True), 'v5e': _Kind('v5e', 2, False), 'v5p': _Kind('v5', 3, True), 'v6e': _Kind('v6e', 2, False)}
+# libtpu asks about the TPU that it is on, complains where there is none, and keeps others from it; here it only compiles.
+_NO_TPU = {'TPU_SKIP_MDS_QUERY': '1', 'TPU_ACCELERATOR_TYPE': 'v5litepod-4', 'TPU_WORKER_HOSTNAMES': 'localhost',
+           'TPU_WORKER_ID': '0', 'ALLOW_MULTIPLE_LIBTPU_LOAD': '1'}
 EXAMPLES = 'v5e:4x4, v5p:4x4x4, v5e:4x4*2 (two slices), cpu:8'
 
 
@@ -77,7 +80,8 @@ def devices(topology: str) -> list[Any]:
     return _cpu_devices(topology, shape[0])
   check_compiler()
   chip = KINDS[kind]
-  os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')  # nothing of the machine is taken, so others may plan beside
+  for name, value in _NO_TPU.items():
+    os.environ.setdefault(name, value)
   options = dict(chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1)) if chip.megacore else {}
   try:
     described = topologies.get_topology_desc(platform='tpu', topology_name=f'{chip.name}:{"x".join(map(str, shape))}',
