@@ -32,7 +32,11 @@ setup(
         'tqdm>=4.66',
     ],
     extras_require={
-        'test': ['hypothesis>=6.100', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9'],
+        'test': [
+            'hypothesis>=6.100', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
+            'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',  # the notebooks
+            'jax[tpu]; sys_platform == "linux"',  # the TPU compiler, for plans; there is none for other systems
+        ],
         'parity': ['transformers>=5.0', 'torch>=2.6'],
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],

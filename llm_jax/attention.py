@@ -2,7 +2,7 @@
 
 Letters are those of `llm_jax.layers`; G is the number of query heads that share a key head, N = K G. Implementations:
 
-    xla      the equation as it stands; all scores of a row in memory
+    xla      the equation as it stands; all scores of a row in memory, and but on a CPU computed again for the backward pass
     splash   for TPUs: a kernel that keeps tiles of the scores in the chip's own memory (`llm_jax.splash_attention`)
     ring     for rows that are cut over the mesh axis `sequence` (`llm_jax.ring_attention`)
     auto     ring where rows are cut; else splash on a TPU, where it can do what is asked; else xla
@@ -62,8 +62,12 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
   chosen = _chosen(implementation, q_BTNH, drops)
   if chosen == 'splash':
     return splash_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
-  run = ring_attention.attention if chosen == 'ring' else _xla
-  return run(q_BTNH, k_BSKH, v_BSKH, **masks, **drop)
+  if chosen == 'ring':
+    return ring_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop)
+  run = functools.partial(_xla, causal=causal, window=window, dropout_rate=dropout_rate if drops else 0.0)
+  if _platform() != 'cpu':
+    run = jax.checkpoint(run)  # T x T scores of every layer would not fit in an accelerator's memory
+  return run(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, dropout_rng=dropout_rng if drops else None)
 
 
 def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
@@ -72,8 +76,7 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
   sequence = 1 if layout is None else layout.mesh.shape['sequence']
   refusals = {'ring': ring_attention.refusal(q_BTNH), 'splash': splash_attention.refusal(q_BTNH, drops), 'xla': None}
   if implementation == 'auto':
-    on_tpu = (jax.default_backend() if layout is None else layout.platform) == 'tpu'
-    wanted = 'ring' if sequence > 1 else 'splash' if on_tpu else 'xla'
+    wanted = 'ring' if sequence > 1 else 'splash' if _platform() == 'tpu' else 'xla'
     chosen = 'xla' if refusals[wanted] else wanted
     if layout is not None:
       _report(f'attention: {chosen}' + (f', as {wanted} cannot do this: {refusals[wanted]}' if refusals[wanted] else ''))
@@ -84,7 +87,13 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
   return implementation
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, causal, window, dropout_rate=0.0, dropout_rng=None):
+def _platform() -> str:
+  """Of the devices that the program is for: 'cpu', 'gpu', 'tpu'."""
+  layout = sharding.current()
+  return jax.default_backend() if layout is None else layout.platform
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, causal, window, dropout_rate, dropout_rng):
   """The equation as it stands; query heads of one key head side by side, so that nothing is repeated in memory."""
   (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
   wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)

@@ -51,6 +51,7 @@ METADATA_SECONDS = 2
 POLL_SECONDS = 1.0  # how often a process looks whether another has failed
 _FOREVER = 30 * 86400 * 1000  # in ms: how long to wait for a process that is alive
 _STOPPED = 'llm_jax/stopped'
+_LOST = ('Gloo', 'NCCL', 'UNAVAILABLE', 'heartbeat')  # in what collectives and the coordination service say of a lost connection
 
 _calls = itertools.count()
 _watch: tuple[threading.Thread, threading.Event] | None = None
@@ -224,6 +225,14 @@ def finish() -> None:
   jax.distributed.shutdown()
 
 
+def lost(error: BaseException) -> str | None:
+  """What to say of an error that only means that another process is gone; None of any other error."""
+  if not isinstance(error, jax.errors.JaxRuntimeError) or not any(sign in str(error) for sign in _LOST):
+    return None
+  return ('stopping, because another process died, or cannot be reached; its own log may say why, and the same command goes on '
+          f'from the last checkpoint. ({str(error).splitlines()[0]})')
+
+
 def abort(reason: str, status: int) -> None:
   """Ends this process, and with it all the others, which repeat the reason; returns where there is only one process.
 
@@ -254,7 +263,9 @@ def _given(coordinator: str | None, num_processes: int | None, process_id: int |
   if not (host and colon and port.isdigit() and 0 < int(port) < 65536):
     raise ValueError(f'--coordinator={coordinator} must be HOST:PORT, the same on all processes: the host of process 0, and a '
                      'port that is free there.')
-  if num_processes < 1 or not 0 <= process_id < num_processes:
+  if num_processes < 1:
+    raise ValueError(f'--num_processes={num_processes} must be at least 1.')
+  if not 0 <= process_id < num_processes:
     raise ValueError(f'--process_id={process_id} must be from 0 to {num_processes - 1}, for --num_processes={num_processes}.')
   if num_processes == 1:
     return None

@@ -27,7 +27,7 @@ from llm_jax.attention import IMPLEMENTATIONS, attention
 from llm_jax.dropout import dropout
 from llm_jax.plugins import nearest
 from llm_jax.scores import RESIDUALS
-from llm_jax.sharding import constrain
+from llm_jax.sharding import constrain, current
 from llm_jax.vocabulary import lookup
 
 AXES = {'D': 'embed', 'N': 'heads', 'K': 'kv_heads', 'H': 'head_dim', 'F': 'mlp', 'V': 'vocab', 'C': 'classes'}
@@ -444,6 +444,10 @@ class Stack(nn.Module):
 
 def between_layers(x_BTD: jax.Array) -> jax.Array:
   """The residual stream, laid out as norms and dropout work on it: places cut over `sequence` and `tensor` alike."""
+  layout = current()
+  if layout is not None and layout.mesh.shape['sequence'] > 1:
+    # In two steps: where `sequence` and `tensor` both cut the places, XLA otherwise gathers operands of the product before.
+    x_BTD = constrain(x_BTD, 'batch', 'length', None)
   return constrain(x_BTD, 'batch', 'norm_length', None)
 
 

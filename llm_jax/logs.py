@@ -7,6 +7,7 @@ checkpoint is.
 """
 
 import json
+import logging as levels
 import math
 import pathlib
 import sys
@@ -110,6 +111,15 @@ class Log:
     plot(self._workdir)
 
 
+def show() -> None:
+  """Makes the log's lines visible, on standard error or under the cell of a notebook; those of Orbax only from warnings on."""
+  logging.use_absl_handler()
+  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+  handler = logging.get_absl_handler()
+  handler.setFormatter(levels.Formatter('%(levelname).1s %(asctime)s %(message)s', '%H:%M:%S'))
+  handler.addFilter(_of_the_run)
+
+
 def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
   """The lines of a run's metrics.jsonl."""
   return [json.loads(line) for line in (pathlib.Path(workdir) / METRICS).read_text().splitlines()]
@@ -177,6 +187,10 @@ def estimate(seconds_per_step: float, steps_left: int, tiny: str) -> str:
   if seconds > DAY:
     message += f' THAT IS DAYS: for a run of minutes use --config={tiny}, or set fewer --config.steps.'
   return message
+
+
+def _of_the_run(record: levels.LogRecord) -> bool:
+  return record.levelno >= levels.WARNING or 'orbax' not in record.pathname
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:

@@ -5,7 +5,6 @@ the pen is answered at once.
 """
 
 import contextlib
-import logging as levels
 import pathlib
 import re
 import sys
@@ -37,14 +36,12 @@ def main(argv: Sequence[str]) -> None:
   """Runs the mode of the flags."""
   if len(argv) > 1:
     raise UsageError(f'{" ".join(argv[1:])}: not a flag. Usage: {USAGE}')
-  if CONFIG.value is None and MODE.value in ('train', 'plan'):
-    raise UsageError(f'--config is needed. Usage: {USAGE}')
   if not WORKDIR.value and MODE.value != 'plan':
     raise UsageError(f'--workdir is needed. Usage: {USAGE}')
-  logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
-  handler = logging.get_absl_handler()
-  handler.setFormatter(levels.Formatter('%(levelname).1s %(asctime)s %(message)s', '%H:%M:%S'))
-  handler.addFilter(lambda record: record.levelno >= levels.WARNING or 'orbax' not in record.pathname)
+  if CONFIG.value is None and MODE.value in ('train', 'plan'):
+    raise UsageError(f'--config is needed. Usage: {USAGE}')
+  from llm_jax import logs
+  logs.show()
   workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()
   if MODE.value == 'plan':
     _plan(workdir)
@@ -148,16 +145,23 @@ def cli() -> None:
     _abort(str(error), 2)
     sys.exit(2)
   except (Exception, KeyboardInterrupt) as error:
-    if 'llm_jax.hosts' in sys.modules and sys.modules['llm_jax.hosts'].several():
-      traceback.print_exc()
-      _abort(f'{type(error).__name__}: {error}', 1)
+    if _several():
+      lost = sys.modules['llm_jax.hosts'].lost(error)
+      if lost is None or logging.get_verbosity() > logging.INFO:
+        traceback.print_exc()
+      if lost:
+        print(f'llm_jax: {lost}', file=sys.stderr, flush=True)
+      _abort(lost or f'{type(error).__name__}: {error}', 1)
     raise
 
 
 def _abort(reason: str, status: int) -> None:
-  if 'llm_jax.hosts' in sys.modules:  # before it is there, there are no others; and its import takes seconds
-    from llm_jax import hosts
-    hosts.abort(reason, status)
+  if _several():
+    sys.modules['llm_jax.hosts'].abort(reason, status)
+
+
+def _several() -> bool:
+  return 'llm_jax.hosts' in sys.modules and sys.modules['llm_jax.hosts'].several()  # its import takes seconds
 
 
 if __name__ == '__main__':

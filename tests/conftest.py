@@ -1,6 +1,11 @@
 """A tokenizer, documents and a network that are small enough to see through."""
 
+import os
 import types
+
+# With the TPU compiler installed (for plans), JAX would look for a TPU in every process. Set before JAX is imported, here and in
+# the processes that tests start; another value, to test on other devices, stays.
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax.numpy as jnp
 import numpy as np

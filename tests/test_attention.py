@@ -1,4 +1,14 @@
-"""Attention against a brute-force float64 loop, for every option."""
+"""Attention against brute force in float64, for every implementation and option.
+
+The ring of several devices runs in a process of its own (this file as a script), for which the number of devices is set.
+"""
+
+import functools
+import os
+import pathlib
+import subprocess
+import sys
+from unittest import mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -7,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax import attention as module
+from llm_jax import ring_attention, sharding, splash_attention
 from llm_jax.attention import attention
 
 B, T, N, H = 2, 7, 4, 6
@@ -31,6 +43,118 @@ def brute_force(q, k, v, segments, causal, window):
     weights = np.exp(scores - scores.max())
     out[b, i, n] = (weights / weights.sum()) @ v[b, seen, group]
   return out
+
+
+def exact(q, k, v, g, segments, causal, window):
+  """The output in float64, and the gradients of its sum weighted by `g`, as the equation and the chain rule say."""
+  q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
+  groups, places = q.shape[2] // k.shape[2], np.arange(q.shape[1])
+  distance = places[:, None] - places[None]
+  seen = np.ones((len(q), *distance.shape), bool) if segments is None else segments[:, :, None] == segments[:, None]
+  if causal:
+    seen &= distance >= 0
+  if window is not None:
+    seen &= distance < window if causal else 2 * abs(distance) <= window
+  k_, v_ = (np.repeat(x, groups, axis=2) for x in (k, v))
+  scores = np.where(seen[:, None], np.einsum('btnh,bsnh->bnts', q, k_) / np.sqrt(q.shape[-1]), -np.inf)
+  p = np.exp(scores - scores.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  dp = np.einsum('btnh,bsnh->bnts', g, v_)
+  ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+  dk, dv = np.einsum('bnts,btnh->bsnh', ds, q), np.einsum('bnts,btnh->bsnh', p, g)
+  per_key = lambda x: x.reshape(*k.shape[:3], groups, -1).sum(3)
+  return np.einsum('bnts,bsnh->btnh', p, v_), (np.einsum('bnts,bsnh->btnh', ds, k_), per_key(dk), per_key(dv))
+
+
+def check(run, arrays, segments=None, causal=False, window=None, atol=5e-6):
+  """Compares `run(q, k, v)` and its gradients with `exact`."""
+  g = np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
+  out, gradients = exact(*arrays, g, segments, causal, window)
+  found, back = jax.vjp(run, *map(jnp.asarray, arrays))
+  np.testing.assert_allclose(found, out, atol=atol)
+  for ours, theirs in zip(back(jnp.asarray(g)), gradients, strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=4 * atol)
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'ring'])
+@hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
+@hypothesis.given(kv_heads=st.sampled_from([1, 2, 4]), segmented=st.booleans(), causal=st.booleans(),
+                  window=st.sampled_from([None, 1, 2, 4, 6]), seed=st.integers(0, 1000))
+def test_gradients_match_the_chain_rule(implementation, kv_heads, segmented, causal, window, seed):
+  segments = np.random.default_rng(seed).integers(0, 3, (B, T)).astype(np.int32) if segmented else None
+  masks = dict(causal=causal, window=window)
+  with mock.patch.object(ring_attention, 'TILE', 3):  # several tiles of queries
+    check(functools.partial(attention, segments_BT=segments, implementation=implementation, **masks), inputs(kv_heads, seed),
+          segments, **masks)
+
+
+@pytest.mark.parametrize(('causal', 'window', 'segmented'), [(True, None, True), (False, 64, True), (True, 100, False)])
+def test_splash_matches_the_chain_rule(causal, window, segmented):
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=(1, 256, heads, 8)).astype(np.float32) for heads in (2, 1, 1)]
+  segments = np.sort(rng.integers(1, 4, (1, 256))).astype(np.int32) if segmented else None
+  run = functools.partial(splash_attention.attention, segments_BT=segments, causal=causal, window=window, interpret=True)
+  check(run, arrays, segments, causal, window, atol=2e-5)
+  with pytest.raises(AssertionError):
+    check(run, arrays, segments, not causal, window, atol=2e-5)
+
+
+def ring_of_devices():
+  """What the script checks."""
+  rng = np.random.default_rng(0)
+  segments = np.sort(rng.integers(1, 4, (2, 16))).astype(np.int32)
+  for sizes in (dict(sequence=8), dict(data=2, sequence=2, tensor=2), dict(sequence=2, tensor=4)):
+    layout = sharding.create_layout(**sizes)
+    for kv_heads, causal, window in ((4, True, None), (2, False, None), (1, True, 3), (2, False, 4)):
+      arrays = [rng.normal(size=(2, 16, heads, 8)).astype(np.float32) for heads in (4, kv_heads, kv_heads)]
+      with sharding.use(layout):
+        run = functools.partial(attention, segments_BT=segments, causal=causal, window=window)
+        check(jax.jit(run), arrays, segments, causal, window)
+    with sharding.use(layout):
+      ring_dropout()
+
+
+def ring_dropout():
+  """One key, one mask; right on average; and the backward pass drops what the forward pass did."""
+  rng = np.random.default_rng(0)
+  q, k, v = (jnp.asarray(rng.normal(size=(2, 16, 4, 8)).astype(np.float32)) for _ in range(3))
+  run = jax.jit(lambda v, key: attention(q, k, v, dropout_rate=0.25, dropout_rng=key, implementation='ring'))
+  once = run(v, jax.random.key(0))
+  np.testing.assert_array_equal(once, run(v, jax.random.key(0)))
+  assert np.abs(once - run(v, jax.random.key(1))).max() > 0.1
+  mean = np.mean([run(v, key) for key in jax.random.split(jax.random.key(2), 400)], axis=0)
+  plain = attention(q, k, v, implementation='xla')
+  assert np.abs(mean - plain).max() < 0.25 < np.abs(once - plain).max()
+  assert np.abs(mean - plain).mean() < 0.03
+  # Linear in the values: their gradient is the transpose of the map forward only under the same mask.
+  g = jnp.asarray(rng.normal(size=once.shape).astype(np.float32))
+  gradient = jax.vjp(lambda v: run(v, jax.random.key(0)), v)[1](g)[0]
+  np.testing.assert_allclose(jnp.vdot(once, g), jnp.vdot(v, gradient), rtol=1e-4, atol=1e-3)
+
+
+def test_a_ring_of_one_device_drops():
+  ring_dropout()
+
+
+def test_a_ring_of_devices():
+  root = pathlib.Path(__file__).parents[1]
+  env = os.environ | {'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, cwd=root, env=env)
+  assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.3])
+def test_an_accelerator_keeps_no_scores(rate):
+  run = functools.partial(attention, segments_BT=SEGMENTS, causal=True, dropout_rate=rate, dropout_rng=jax.random.key(0),
+                          implementation='xla')
+  square = lambda back: any(leaf.shape[-2:] == (T, T) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(back))
+  out, back = jax.vjp(run, *inputs())
+  with mock.patch.object(module, '_platform', lambda: 'gpu'):
+    again, lean = jax.vjp(run, *inputs())
+  assert square(back) and not square(lean)
+  np.testing.assert_allclose(out, again, atol=1e-6)
+  for ours, theirs in zip(back(out), lean(out), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
 @hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
@@ -112,9 +236,25 @@ def test_dropout_drops_and_rescales():
 
 def test_wrong_arguments():
   q, k, v = inputs()
-  with pytest.raises(ValueError, match="attention='flash' is not known; known: xla"):
+  with pytest.raises(ValueError, match="attention='flash' is not known; known: auto, xla, splash, ring"):
     attention(q, k, v, implementation='flash')
   with pytest.raises(ValueError, match='heads=4 must be a multiple of kv_heads=3'):
     attention(q, k[:, :, :3], v[:, :, :3])
   with pytest.raises(ValueError, match='7 queries and 5 keys'):
     attention(q, k[:, :5], v[:, :5])
+  with pytest.raises(ValueError, match="attention='splash' cannot do this: rows of 7 places .*What can: 'ring', 'xla'"):
+    attention(q, k, v, implementation='splash')
+  with pytest.raises(ValueError, match='splash.*drops no probabilities'):
+    attention(q, k, v, implementation='splash', dropout_rate=0.1, dropout_rng=jax.random.key(0))
+
+
+def test_auto_takes_what_can():
+  chosen = lambda q, drops=False: module._chosen('auto', q, drops)
+  long, odd = jnp.zeros((1, 256, 2, 64)), jnp.zeros((1, 100, 2, 64))
+  assert chosen(long) == 'xla'
+  with mock.patch.object(module, '_platform', lambda: 'tpu'):
+    assert chosen(long) == 'splash' and chosen(odd) == chosen(long, True) == 'xla'
+
+
+if __name__ == '__main__':
+  ring_of_devices()
