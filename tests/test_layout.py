@@ -6,8 +6,8 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
-    **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'scores', 'dropout', 'sharding', 'fsdp', 'vocabulary',
-                     'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology'), 1),
+    **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'scores', 'dropout', 'sharding', 'fsdp',
+                     'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
     **dict.fromkeys(('models', 'objectives', 'evaluators'), 3),
     'step': 4,
