@@ -136,6 +136,20 @@ def test_a_batched_product_and_a_strided_convolution_as_xla_counts_them():
   assert hlo.costs(compiled.as_text()).flops == pytest.approx(compiled.cost_analysis()['flops'], rel=1e-3)
 
 
+def test_a_kernel_says_its_flops_by_its_scope():
+  scope = hlo.kernel_flops(fwd=10, dkv=25)
+  text = '''ENTRY %main (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %k = f32[2]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/transpose(jvp(SCOPE))/splash_mha_NAME_residuals/pallas_call"}
+  ROOT %n = f32[2]{0} negate(%k)
+}'''
+  costs = lambda name: hlo.costs(text.replace('SCOPE', scope).replace('NAME', name))
+  assert [costs(name).kernel_flops for name in ('fwd', 'dkv', 'dq')] == [10, 25, 0]
+  assert costs('dq').unknown_kernels == 1 and not costs('fwd').unknown_kernels
+
+
 def test_a_text_that_is_no_program():
   with pytest.raises(ValueError, match='no ENTRY computation'):
     hlo.costs('nothing')
