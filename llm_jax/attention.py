@@ -66,7 +66,8 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     return ring_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop)
   run = functools.partial(_xla, causal=causal, window=window, dropout_rate=dropout_rate if drops else 0.0)
   if _platform() != 'cpu':
-    run = jax.checkpoint(run)  # T x T scores of every layer would not fit in an accelerator's memory
+    # T x T scores of every layer would not fit. Where a layer is computed again as a whole, the compiler may merge the two.
+    run = jax.checkpoint(run, prevent_cse=False)
   return run(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, dropout_rng=dropout_rng if drops else None)
 
 
