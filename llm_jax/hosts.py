@@ -358,5 +358,5 @@ def _line(error: BaseException) -> str:
 def _difference(mine: str, theirs: str) -> str:
   for a, b in itertools.zip_longest(mine.splitlines(), theirs.splitlines(), fillvalue='nothing'):
     if a != b:
-      return f'{a.strip()}, on process 0 {b.strip()}'
+      return f'{a.strip(" ,")}, on process 0 {b.strip(" ,")}'
   return f'{mine!r}, on process 0 {theirs!r}'
