@@ -60,8 +60,9 @@ class Options:
   Attributes:
     dim: D.
     layers: L.
-    heads: N; divides `dim`, H = D / N.
+    heads: N.
     kv_heads: K; divides `heads`. None: as many as `heads`.
+    head_dim: H. None: D / N, and N must divide D.
     mlp_dim: F.
     causal: a token sees no later one.
     norm: 'layernorm' (arXiv:1607.06450) or 'rmsnorm' (arXiv:1910.07467).
@@ -69,6 +70,8 @@ class Options:
     norm_bias: a bias in every norm ('layernorm' only).
     norm_eps: added to the variance.
     bias: a bias in every linear layer.
+    qkv_bias: a bias in the projections to queries, keys and values (Qwen2). None: as `bias` says.
+    qk_norm: queries and keys are normalised, each head by itself, before they are turned (Qwen3; arXiv:2302.05442, section 2).
     activation: one of `ACTIVATIONS`.
     gated: the mlp is activation(x W_gate) * (x W_up) (GeGLU, SwiGLU; arXiv:2002.05202).
     dropout: rate on the embeddings and on what each sublayer adds.
@@ -85,6 +88,7 @@ class Options:
   layers: int
   heads: int
   kv_heads: int | None
+  head_dim: int | None
   mlp_dim: int
   causal: bool
   norm: str
@@ -92,6 +96,8 @@ class Options:
   norm_bias: bool
   norm_eps: float
   bias: bool
+  qkv_bias: bool | None
+  qk_norm: bool
   activation: str
   gated: bool
   dropout: float
@@ -112,8 +118,12 @@ class Options:
     for name in ('dropout', 'attention_dropout'):
       if not 0.0 <= getattr(self, name) < 1.0:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 0 and below 1.')
-    if self.dim % self.heads:
-      raise ValueError(f'heads={self.heads} must divide dim={self.dim}; try heads={_divisor(self.dim, self.heads)}.')
+    if self.head_dim is None:
+      if self.dim % self.heads:
+        raise ValueError(f'heads={self.heads} must divide dim={self.dim}; try heads={_divisor(self.dim, self.heads)}, or give '
+                         'head_dim.')
+      object.__setattr__(self, 'head_dim', self.dim // self.heads)
+    check_positive('head_dim', self.head_dim)
     if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
       raise ValueError(f'kv_heads={self.kv_heads} must divide heads={self.heads}; '
                        f'try kv_heads={_divisor(self.heads, self.kv_heads)}.')
@@ -121,11 +131,6 @@ class Options:
       raise ValueError("norm_bias=True needs norm='layernorm'; 'rmsnorm' has no bias.")
     if 'float64' in (self.dtype, self.param_dtype) and not jax.config.jax_enable_x64:
       raise ValueError("dtype='float64' needs jax.config.update('jax_enable_x64', True), or it would quietly be float32.")
-
-  @property
-  def head_dim(self) -> int:
-    """H."""
-    return self.dim // self.heads
 
   @property
   def wide(self) -> jnp.dtype:
@@ -265,19 +270,22 @@ def rope_frequencies(head_dim: int, theta: float, scaling: tuple[float, ...] | N
   Args:
     head_dim: H, even.
     theta: the base.
-    scaling: None, or LLaMA 3's (arXiv:2407.21783; code of release 3.1): (factor, low, high, length). Waves shorter than
-      length / high are kept, those longer than length / low are stretched `factor` times, those between partly.
+    scaling: None; or (factor,), all waves stretched alike (arXiv:2306.15595); or LLaMA 3's (arXiv:2407.21783; code of release
+      3.1): (factor, low, high, length). Waves shorter than length / high are kept, those longer than length / low are stretched
+      `factor` times, those between partly.
 
   Raises:
-    ValueError: an odd head dimension, or a scaling that is not four numbers with low < high.
+    ValueError: an odd head dimension, or a scaling that is not one number, or four with low < high.
   """
   if head_dim % 2:
-    raise ValueError(f'positions="rope" turns pairs of dimensions; head dimension {head_dim} (dim / heads) must be even.')
+    raise ValueError(f'positions="rope" turns pairs of dimensions; head_dim={head_dim} must be even.')
   frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
   if scaling is None:
     return frequencies
+  if len(scaling) == 1:
+    return frequencies / scaling[0]
   if len(scaling) != 4 or not scaling[1] < scaling[2]:
-    raise ValueError(f'rope_scaling={scaling} must be (factor, low, high, original length) with low < high.')
+    raise ValueError(f'rope_scaling={scaling} must be (factor,), or (factor, low, high, original length) with low < high.')
   factor, low, high, length = scaling
   waves = length * frequencies / (2 * np.pi)  # how often each pair turns within the original length
   kept = np.clip((waves - low) / (high - low), 0.0, 1.0)
@@ -309,9 +317,12 @@ class Attention(nn.Module):
     D, N, H = options.dim, options.heads, options.head_dim
     K = options.kv_heads or N
     x_BTD = constrain(x_BTD, 'batch', 'length', None)
-    q_BTNH = Linear('...D,DNH->...NH', (D, N, H), options, options.bias, name='query')(x_BTD)
-    k_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, options.bias, name='key')(x_BTD)
-    v_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, options.bias, name='value')(x_BTD)
+    bias = options.bias if options.qkv_bias is None else options.qkv_bias
+    q_BTNH = Linear('...D,DNH->...NH', (D, N, H), options, bias, name='query')(x_BTD)
+    k_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, bias, name='key')(x_BTD)
+    v_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, bias, name='value')(x_BTD)
+    if options.qk_norm:
+      q_BTNH, k_BTKH = Norm(options, name='query_norm')(q_BTNH), Norm(options, name='key_norm')(k_BTKH)
     if turn is not None:
       q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
@@ -390,13 +401,13 @@ class Stack(nn.Module):
   """All layers: one scan over the periods of the layer pattern, parameters stacked under `layers`.
 
   Layer i sees everywhere when i is a multiple of `global_every`, and `window` otherwise. Layer g P + j of a pattern of period
-  P is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands apart as `first`, and the
+  P (1 where all layers are alike) is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands apart as `first`, and the
   pattern starts at layer 1.
 
   Attributes:
     options: shared options.
     window: window of the local layers; None where there are none.
-    global_every: how often a layer is global; 1 where all are.
+    global_every: how often a layer is global; 1 where all are, 0 where none is.
     first_bare: layer 0 has no norm before its attention.
     remat: what backpropagation keeps, one of `REMAT`; all else is computed again.
     unroll: layer groups that one turn of the compiled loop runs; 0 for all (no loop). Changes no parameter and no value.
@@ -413,14 +424,15 @@ class Stack(nn.Module):
     windows = self.layer_windows()
     if self.first_bare:
       self.first = self._rematted(Block, looped=False)(self.options, windows[0], attention_norm=False)
-    groups = len(windows[self.first_bare:]) // self.global_every
+    period = max(self.global_every, 1)
+    groups = len(windows[self.first_bare:]) // period
     if groups:
       unroll = groups if self.unroll == 0 else min(self.unroll, groups)
       scanned = nn.scan(
           self._rematted(Group, looped=unroll == 1), length=groups, unroll=unroll, in_axes=(nn.broadcast,) * 3,
           variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      self.layers = scanned(self.options, tuple(windows[self.first_bare:][:self.global_every]))
+      self.layers = scanned(self.options, tuple(windows[self.first_bare:][:period]))
 
   def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None],
                train: bool) -> jax.Array:
@@ -433,7 +445,7 @@ class Stack(nn.Module):
 
   def layer_windows(self) -> list[int | None]:
     """The window of each layer."""
-    return [self.window if i % self.global_every else None for i in range(self.options.layers)]
+    return [None if self.global_every and i % self.global_every == 0 else self.window for i in range(self.options.layers)]
 
   def _rematted(self, module: Callable, looped: bool) -> Callable:
     if self.remat == 'none':

@@ -16,7 +16,7 @@ BASE = encoder.Model(vocab_size=11, dim=12, layers=2, heads=2, mlp_dim=8, dropou
 
 
 def options(**changes) -> L.Options:
-  return dataclasses.replace(BASE, **changes)
+  return dataclasses.replace(BASE, **{'head_dim': None} | changes)
 
 
 def random_params(module, *args, seed=0, **kwargs):
@@ -129,7 +129,7 @@ def test_rope_scaling_of_llama_3():
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(heads=5), 'heads=5 must divide dim=12; try heads=4'),
+    (dict(heads=5), 'heads=5 must divide dim=12; try heads=4, or give head_dim'),
     (dict(kv_heads=3), 'kv_heads=3 must divide heads=2; try kv_heads=2'),
     (dict(dim=0), 'dim=0 must be at least 1'),
     (dict(norm='layer_norm'), "norm='layer_norm' is not known .did you mean 'layernorm'"),
@@ -240,3 +240,18 @@ def test_initialisation_is_the_papers():
   assert np.std(gpt['down']['kernel']) == pytest.approx(0.02 / 4, rel=0.02)  # sqrt(2 * 8 layers)
   assert np.std(bert['down']['kernel']) == pytest.approx(0.02 * 0.8796, rel=0.02)
   assert not np.any(bert['up']['bias'])
+
+
+def test_linear_rope_scaling_stretches_all_waves():
+  np.testing.assert_allclose(L.rope_frequencies(8, 100.0, (4.0,)), L.rope_frequencies(8, 100.0) / 4, rtol=1e-15)
+
+
+def test_a_head_dimension_of_its_own_and_normalised_queries():
+  attention = L.Attention(options(head_dim=10, qk_norm=True, qkv_bias=False, bias=True), None)
+  x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 12)), jnp.float32)
+  params = random_params(attention, x, None, None, False)['params']
+  assert params['query']['kernel'].shape == (12, 2, 10) and params['query_norm']['scale'].shape == (10,)
+  assert 'bias' not in params['key'] and 'bias' in params['out']
+  grown = params | {name: {'kernel': 7 * params[name]['kernel']} for name in ('query', 'key')}
+  before, after = (attention.apply({'params': tree}, x, None, None, False) for tree in (params, grown))
+  np.testing.assert_allclose(before, after, atol=1e-5)  # a normalised query does not tell how long it was

@@ -22,7 +22,8 @@ class Model(nn.Module):
     positions: 'learned' or 'rope'.
     position_std: standard deviation of the position table at initialisation (0.01 in GPT-2's code).
     rope_theta: base of the rotations.
-    rope_scaling: None, or LLaMA 3's (factor, low, high, original length), as in `layers.rope_frequencies`.
+    rope_scaling: None, (factor,), or LLaMA 3's (factor, low, high, original length), as in `layers.rope_frequencies`.
+    window: how many places each layer sees, its own among them (Mistral, arXiv:2310.06825); None for all.
     tied: logits use the token table; otherwise a matrix of their own.
     remat: 'none', 'full' or 'dots'.
     unroll: layers a turn of the compiled loop; 0 for all.
@@ -33,17 +34,21 @@ class Model(nn.Module):
   layers: int = 12
   heads: int = 12
   kv_heads: int | None = None
+  head_dim: int | None = None
   mlp_dim: int = 3072
   max_len: int = 1024
   positions: str = 'learned'
   position_std: float = 0.01
   rope_theta: float = 10000.0
   rope_scaling: tuple[float, ...] | None = None
+  window: int | None = None
   norm: str = 'layernorm'
   norm_order: str = 'pre'
   norm_bias: bool = True
   norm_eps: float = 1e-5
   bias: bool = True
+  qkv_bias: bool | None = None
+  qk_norm: bool = False
   activation: str = 'gelu_tanh'
   gated: bool = False
   tied: bool = True
@@ -63,6 +68,8 @@ class Model(nn.Module):
   def __post_init__(self):
     super().__post_init__()
     L.check_model(self)
+    if self.window is not None:
+      L.check_positive('window', self.window)
     if self.rope_scaling is not None:
       if self.positions != 'rope':
         raise ValueError(f"rope_scaling needs positions='rope'; it is {self.positions!r}.")
@@ -76,7 +83,8 @@ class Model(nn.Module):
   def setup(self):
     self.embedder = L.Embedder(self.vocab_size, self.options, positions=self.max_len if self.positions == 'learned' else 0,
                                position_std=self.position_std)
-    self.stack = L.Stack(self.options, remat=self.remat, unroll=self.unroll)
+    self.stack = L.Stack(self.options, window=self.window, global_every=1 if self.window is None else 0, remat=self.remat,
+                         unroll=self.unroll)
     if self.norm_order == 'pre':
       self.final_norm = L.Norm(self.options)
     if not self.tied:
@@ -100,12 +108,12 @@ class Model(nn.Module):
     L.check_length(tokens_BT.shape[1], self.max_len)
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    turns = (None, None)
+    turn = None
     if self.positions == 'rope':
       frequencies = L.rope_frequencies(self.options.head_dim, self.rope_theta, self.rope_scaling)
-      turns = (L.rope(positions_BT, frequencies, self.options.wide), None)
+      turn = L.rope(positions_BT, frequencies, self.options.wide)
     x_BTD = self.embedder(tokens_BT, positions_BT, None, train)
-    x_BTD = self.stack(x_BTD, segments_BT, turns, train)
+    x_BTD = self.stack(x_BTD, segments_BT, (turn, turn), train)
     return self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
 
   def table(self) -> jax.Array:

@@ -37,6 +37,7 @@ class Model(nn.Module):
   layers: int = 12
   heads: int = 12
   kv_heads: int | None = None
+  head_dim: int | None = None
   mlp_dim: int = 3072
   max_len: int = 512
   positions: str = 'learned'
@@ -50,6 +51,8 @@ class Model(nn.Module):
   norm_bias: bool = True
   norm_eps: float = 1e-12
   bias: bool = True
+  qkv_bias: bool | None = None
+  qk_norm: bool = False
   activation: str = 'gelu'
   gated: bool = False
   window: int | None = None

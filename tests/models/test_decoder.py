@@ -117,7 +117,7 @@ def test_initial_positions_are_smaller_in_gpt2():
 
 @pytest.mark.parametrize('section, message', [
     (dict(kv_heads=5), 'kv_heads=5 must divide heads=12'),
-    (dict(positions='rope', rope_scaling=[8.0]), 'rope_scaling='),
+    (dict(positions='rope', rope_scaling=[8.0, 1.0]), 'rope_scaling='),
     (dict(rope_scaling=[8.0, 1.0, 4.0, 64.0]), "rope_scaling needs positions='rope'"),
     (dict(vocab_size=0), 'vocab_size=0 must be at least 1'),
     (dict(token_types=2), 'token_types is not an option'),

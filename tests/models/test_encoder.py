@@ -136,7 +136,7 @@ def test_loss_at_the_start_is_that_of_a_uniform_guess():
     (dict(window=64), 'window=64 with global_every=1'),
     (dict(remat='dot'), "remat='dot' is not known .did you mean 'dots'"),
     (dict(positions='rotary'), "positions='rotary' is not known"),
-    (dict(positions='rope', dim=36, heads=12), 'head dimension 3'),
+    (dict(positions='rope', dim=36, heads=12), 'head_dim=3 must be even'),
     (dict(unroll=-1), 'unroll=-1'),
     (dict(position_offset=-1), 'position_offset=-1'),
     (dict(droput=0.1), "droput is not an option .did you mean 'dropout'"),
