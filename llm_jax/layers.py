@@ -401,8 +401,8 @@ class Stack(nn.Module):
   """All layers: one scan over the periods of the layer pattern, parameters stacked under `layers`.
 
   Layer i sees everywhere when i is a multiple of `global_every`, and `window` otherwise. Layer g P + j of a pattern of period
-  P (1 where all layers are alike) is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands apart as `first`, and the
-  pattern starts at layer 1.
+  P (1 where all layers are alike) is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands
+  apart as `first`, and the pattern starts at layer 1.
 
   Attributes:
     options: shared options.
