@@ -35,17 +35,26 @@ class Pooler(nn.Module):
 
 
 class ClassifierHead(nn.Module):
-  """Dropout and a linear map to `classes` logits; the dropout acts where the stream `dropout` is given."""
+  """Dropout and a linear map to `classes` logits; the dropout acts where the stream `dropout` is given.
+
+  Attributes:
+    options: shared options.
+    classes: C.
+    dropout: rate.
+    bias: whether the map has one; GPT's has none (Radford et al. 2018, eq. 3).
+  """
 
   options: Options
   classes: int
   dropout: float = 0.1
+  bias: bool = True
 
   @nn.compact
   def __call__(self, x_BD: jax.Array) -> jax.Array:
     """Logits [B, C], at least float32."""
     x_BD = drop(self, x_BD, self.dropout, train=self.has_rng('dropout'))
-    return Linear('...D,DC->...C', (self.options.dim, self.classes), self.options, True, wide=True, name='dense')(x_BD)
+    return Linear('...D,DC->...C', (self.options.dim, self.classes), self.options, self.bias, wide=True,
+                  name='dense')(x_BD)
 
 
 class PairHead(nn.Module):

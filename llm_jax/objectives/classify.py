@@ -101,7 +101,7 @@ class Objective:
                        "use 'last' or 'mean'.")
     outputs = len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
     pooler = {'pooler': heads.Pooler(model.options)} if self.pool == 'cls' else {}
-    return pooler | {'classifier': heads.ClassifierHead(model.options, outputs, self.dropout)}
+    return pooler | {'classifier': heads.ClassifierHead(model.options, outputs, self.dropout, bias=self.pool != 'last')}
 
   def logits(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
     """B C logits (C = 1 for binary and regression), at least float32."""
