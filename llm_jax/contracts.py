@@ -29,20 +29,37 @@ class Tokenizer(Protocol):
   """Text to ids and back.
 
   Ids of special tokens are attributes: pad_id (0 where the tokenizer was trained here), unk_id, cls_id, sep_id, mask_id, bos_id,
-  eos_id.
+  eos_id. Our own tokenizers have all seven. A Hugging Face folder may lack some: then cls is bos, else eos; sep is eos; bos is
+  cls, else eos; eos is sep; pad is eos, else 0 (padding is known by segment 0, not by its id); unk is pad; mask_id alone is
+  None, and masked language modelling refuses such a tokenizer.
   """
 
-  vocab_size: int
+  vocab_size: int  # 1 + the highest id
+  pad_id: int
+  unk_id: int
+  cls_id: int
+  sep_id: int
+  mask_id: int | None
+  bos_id: int
+  eos_id: int
+  template: tuple[tuple[int, ...], tuple[int, ...]] | None
+  # ids that a Hugging Face folder puts before and after one text; None for our own: [CLS] ... [SEP] (encoder), BOS ... (decoder)
   fingerprint: str  # changes whenever any id of any text could change
   token_bytes: np.ndarray  # [vocab_size] int32: UTF-8 bytes that each id spells, 0 for special tokens
   word_start: np.ndarray  # [vocab_size] bool: the id begins a word (whole-word masking)
   special: np.ndarray  # [vocab_size] bool: the id is a special token
 
-  def encode(self, text: str) -> np.ndarray: ...  # [n] int32, no special tokens
+  def encode(self, text: str, special: bool = False) -> np.ndarray: ...
+  # [n] int32, none around it; '[MASK]' in the text is text like any other, with special=True its special token
+
+  def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]: ...
+  # what encode gives, and [n, 2] int64: where the characters of each id begin and end in the text
 
   def decode(self, ids: Sequence[int]) -> str: ...  # special tokens left out
 
   def save(self, directory: str) -> None: ...
+
+  def export(self, directory: str, *, causal: bool, max_len: int) -> None: ...  # for transformers.AutoTokenizer
 
 
 class Source(Protocol):

@@ -50,6 +50,9 @@ class Objective:
                        'none below 0, together at most 1; BERT has 0.8 and 0.1.')
     if packing not in pack.PACKINGS:
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
+    if tokenizer.mask_id is None:
+      raise ValueError("objective.name='mlm' needs a mask token, which this tokenizer lacks; take the folder of an encoder, or "
+                       "objective.name='clm'.")
     self.tokenizer, self.mask_rate, self.masking, self.packing = tokenizer, mask_rate, masking, packing
     self.mask_token_rate, self.random_token_rate = mask_token_rate, random_token_rate
     self.ordinary = np.flatnonzero(~np.asarray(tokenizer.special)).astype(np.int32)

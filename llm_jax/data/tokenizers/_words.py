@@ -1,7 +1,8 @@
 """What the tokenizers ask of text: its bytes, and where words begin (in scripts with spaces at the space, else at each sign)."""
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -35,3 +36,33 @@ def begins_word(character: str) -> bool:
 def byte_begins_word(byte: int) -> bool:
   """The same for a single byte: an ASCII one by its character, else the first of a character of three bytes or more."""
   return begins_word(chr(byte)) if byte < 0x80 else byte >= 0xE0
+
+
+def bytes_begin_word(spelled: bytes) -> bool:
+  """The same for what a token spells: nothing begins no word; half a character counts as its first byte."""
+  if not spelled:
+    return False
+  if len(spelled) == 1:
+    return byte_begins_word(spelled[0])
+  character = spelled[:4].decode('utf-8', 'ignore')[:1]
+  return begins_word(character) if character else byte_begins_word(spelled[0])
+
+
+def parts(text: str, known: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, str, Sequence[int] | None]]:
+  """Cuts a text at the strings that have ids of their own, the longest at each place: place, string, ids (None between them)."""
+  names = sorted(filter(None, known), key=len, reverse=True)
+  place = 0
+  for match in re.finditer('|'.join(map(re.escape, names)), text) if names else ():
+    if match.start() > place:
+      yield place, text[place:match.start()], None
+    yield match.start(), match[0], known[match[0]]
+    place = match.end()
+  if place < len(text):
+    yield place, text[place:], None
+
+
+def joined(pieces: Iterable[tuple[Sequence[int], Sequence]]) -> tuple[np.ndarray, np.ndarray]:
+  """Ids [n] int32 and begins and ends [n, 2] of the parts of a text, one after the other."""
+  pieces = list(pieces)
+  ids = np.array([number for part, _ in pieces for number in part], np.int32)
+  return ids, np.array([span for _, part in pieces for span in part], np.int64).reshape(-1, 2)

@@ -7,15 +7,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm_jax.data.tokenizers import _words
+from llm_jax.data.tokenizers import _export, _words
 
-SPECIALS = ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos')
+SPECIALS = tuple(_export.NAMES)
+_TEXTS = {usual[0]: [number] for number, usual in enumerate(_export.NAMES.values())}
 
 
 class Tokenizer:
   """Byte b of a text's UTF-8 is id b + 7; any text comes back exactly. No text holds `unk`: the contract wants its id."""
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(len(SPECIALS))
+  template = None
   vocab_size = len(SPECIALS) + 256
   fingerprint = hashlib.sha256(b'byte, seven special tokens first').hexdigest()
 
@@ -25,9 +27,21 @@ class Tokenizer:
     self.token_bytes = np.where(self.special, 0, 1).astype(np.int32)
     self.word_start = np.array([False] * first + [_words.byte_begins_word(byte) for byte in range(256)])
 
-  def encode(self, text: str) -> np.ndarray:
-    """Returns the ids [n] int32 of the n bytes; ValueError for half of a surrogate pair, which UTF-8 cannot hold."""
+  def encode(self, text: str, special: bool = False) -> np.ndarray:
+    """Returns the ids [n] int32 of the n bytes; ValueError for half of a surrogate pair, which UTF-8 cannot hold.
+
+    Args:
+      text: any text.
+      special: '[MASK]' and the like in the text become special tokens; otherwise they are text like any other.
+    """
+    if special:
+      return self.offsets(text, special)[0]
     return np.frombuffer(_words.utf8(text), np.uint8).astype(np.int32) + len(SPECIALS)
+
+  def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [n] int32 and, [n, 2], where each one's character begins and ends in the text."""
+    _words.utf8(text)
+    return _words.joined(_ids_and_spans(place, part, ids) for place, part, ids in _words.parts(text, _TEXTS if special else {}))
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for an id out of range."""
@@ -40,6 +54,29 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
       json.dump({'name': 'byte', 'specials': {name: number for number, name in enumerate(SPECIALS)}}, file, indent=2)
 
+  def export(self, directory: str, *, causal: bool, max_len: int) -> None:
+    """Writes what `transformers.AutoTokenizer` opens, with the same ids: a BPE without merges, whose characters become bytes.
+
+    Args:
+      directory: is made if needed.
+      causal: [BOS] before each text, else [CLS] before and [SEP] after.
+      max_len: the longest row that the model takes.
+    """
+    vocab = {text: number for text, [number] in _TEXTS.items()} | {f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)}
+    model = {'type': 'BPE', 'dropout': None, 'unk_token': '[UNK]', 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
+             'fuse_unk': False, 'byte_fallback': True, 'ignore_merges': False, 'vocab': vocab, 'merges': []}
+    description = _export.description(model, [_export.added_token(number, text) for text, [number] in _TEXTS.items()],
+                                      decoder=[{'type': 'ByteFallback'}, {'type': 'Fuse'}])
+    specials = {name: (number, text) for name, (text, [number]) in zip(SPECIALS, _TEXTS.items(), strict=True)}
+    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len))
+
+
+def _ids_and_spans(place: int, text: str, ids: Sequence[int] | None) -> tuple[Sequence[int], Sequence]:
+  if ids is not None:
+    return ids, [(place, place + len(text))]
+  sizes = [len(character.encode()) for character in text]
+  return [byte + len(SPECIALS) for byte in text.encode()], np.repeat(place + np.arange(len(text)), sizes)[:, None] + [0, 1]
+
 
 def create() -> Tokenizer:
   """Returns the tokenizer; there is nothing to train."""
@@ -49,7 +86,7 @@ def create() -> Tokenizer:
 def load(directory: str) -> Tokenizer:
   """Returns the tokenizer that `save` wrote; ValueError if `directory` holds none or another one."""
   with open(os.path.join(directory, 'tokenizer.json'), encoding='utf-8') as file:
-    name = json.load(file)['name']
+    name = json.load(file).get('name', 'hf')
   if name != 'byte':
     raise ValueError(f'{directory} holds a tokenizer {name!r}, not byte; load it with that module.')
   return Tokenizer()

@@ -13,14 +13,11 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
-from llm_jax.data.tokenizers import _words
+from llm_jax.data.tokenizers import _convert, _export, _words
 
 KINDS = ('unigram', 'bpe')
 NORMALIZATIONS = ('nfkc', 'identity')
-PIECES = {  # special token -> what it may be called in a model; the first name is the one that training gives it
-    'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>'), 'sep': ('[SEP]', '<sep>'),
-    'mask': ('[MASK]', '<mask>'), 'bos': ('[BOS]', '<s>', '<bos>'), 'eos': ('[EOS]', '</s>', '<eos>'),
-}
+PIECES = _export.NAMES
 _LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint and cache key
 _SPACE = '\u2581'  # SentencePiece writes a space as this sign
 _LINE_CHARACTERS = 1000  # at most 4000 bytes: the trainer drops a sentence of more than 4192
@@ -45,6 +42,8 @@ class Tokenizer:
     ValueError: `model` is not a SentencePiece model.
   """
 
+  template = None
+
   def __init__(self, model: bytes, specials: Mapping[str, int] | None = None):
     self._model = model
     self._processor = processor = _processor(model)
@@ -60,20 +59,58 @@ class Tokenizer:
     self.special[[i for i in range(pieces) if processor.is_control(i) or processor.is_unknown(i)]] = True
     self._spelled = [b'' if self.special[i] else _spelling(processor, i) for i in range(self.vocab_size)]
     self.token_bytes = np.array([len(spelled) for spelled in self._spelled], np.int32)
-    self.word_start = np.array([_begins_word(spelled) for spelled in self._spelled])
+    self.word_start = np.array([_words.bytes_begin_word(spelled) for spelled in self._spelled])
     self._dummy_prefix = processor.normalize('a') != 'a'
     self._space_sign = _space_sign_ids(processor) if not self._dummy_prefix else None
+    texts = {i: processor.id_to_piece(i) for i in range(pieces) if self.special[i]}
+    self._texts = texts | {number: PIECES[name][0] for name, number in self.specials.items() if name in self.added}
     self.fingerprint = hashlib.sha256(model + repr((_LAYOUT, sorted(self.specials.items()))).encode()).hexdigest()
 
-  def encode(self, text: str) -> np.ndarray:
-    """Returns the ids [n] int32, without special tokens; ValueError for half of a surrogate pair, which is no text."""
+  def encode(self, text: str, special: bool = False) -> np.ndarray:
+    """Returns the ids [n] int32, without special tokens; ValueError for half of a surrogate pair, which is no text.
+
+    Args:
+      text: any text.
+      special: '[MASK]' and the other special tokens, by the names that the model has for them, become their ids; otherwise
+        they are text like any other.
+    """
     _words.utf8(text)
-    if self._space_sign is None or _SPACE not in text:
+    known = self._known(special)
+    if not known:
       return np.array(self._processor.encode(text), np.int32)
-    ids: list[int] = []  # SentencePiece would read the sign itself as a space, so its bytes are put in by hand
-    for number, part in enumerate(text.split(_SPACE)):
-      ids += (self._space_sign if number else []) + self._processor.encode(part)
-    return np.array(ids, np.int32)
+    parts = _words.parts(text, known)
+    return np.array([number for _, part, ids in parts for number in (ids or self._processor.encode(part))], np.int32)
+
+  def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """The ids [n] int32 and, [n, 2], where each one's characters begin and end in the text.
+
+    A character that several tokens spell is given to each; the space that a model puts before a text has no characters.
+    """
+    _words.utf8(text)
+    return _words.joined((ids, [(place, place + len(part))] * len(ids)) if ids is not None else self._spans(place, part)
+                         for place, part, ids in _words.parts(text, self._known(special)))
+
+  def _known(self, special: bool) -> dict[str, list[int]]:
+    """Strings that have ids of their own: special tokens, and the sign that SentencePiece would read as a space."""
+    known = {text: [number] for number, text in self._texts.items()} if special else {}
+    return known | ({_SPACE: self._space_sign} if self._space_sign else {})
+
+  def _spans(self, place: int, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text that begins at `place`, and begins and ends: tokens spell the normalised text, whose places are known."""
+    ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
+    normalised, places = self._processor.normalize(text, with_offsets=True)
+    character = np.repeat(np.arange(len(normalised)), [len(c.encode()) for c in normalised]).tolist() + [len(normalised)]
+    spans, byte = [], 0
+    for number, piece in zip(ids, pieces, strict=True):
+      size = 1 if self._processor.is_byte(number) else len(piece.encode())
+      first, last = character[byte], character[byte + size - 1] + 1
+      prefix = self._dummy_prefix and last == 1
+      begin, end = places[first], places[last]
+      if begin == end and not prefix:  # part of what one character was normalised to
+        end = next((after for after in places[last:] if after > begin), len(text))
+      spans.append((place + begin, place + end))
+      byte += size
+    return ids, spans
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for an id out of range."""
@@ -88,6 +125,21 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
       json.dump({'name': 'sentencepiece', 'specials': self.specials}, file, indent=2)
 
+  def export(self, directory: str, *, causal: bool, max_len: int) -> None:
+    """Writes what `transformers.AutoTokenizer` opens, with the same ids; `_convert` says in which texts they may differ.
+
+    Args:
+      directory: is made if needed.
+      causal: BOS before each text, else CLS before and SEP after.
+      max_len: the longest row that the model takes.
+
+    Raises:
+      ValueError: a model that is neither unigram nor BPE.
+    """
+    description = _convert.convert(self._model, self.specials, sign_is_space=self._space_sign is None)
+    specials = {name: (number, self._texts[number]) for name, number in self.specials.items()}
+    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len))
+
   def __reduce__(self):
     return Tokenizer, (self._model, self.specials)
 
@@ -96,8 +148,9 @@ def load(directory: str) -> Tokenizer:
   """Returns the tokenizer that `save` wrote; ValueError if `directory` holds another one."""
   with open(os.path.join(directory, 'tokenizer.json'), encoding='utf-8') as file:
     description = json.load(file)
-  if description['name'] != 'sentencepiece':
-    raise ValueError(f'{directory} holds a tokenizer {description["name"]!r}, not sentencepiece; load it with that module.')
+  name = description.get('name', 'hf')
+  if name != 'sentencepiece':
+    raise ValueError(f'{directory} holds a tokenizer {name!r}, not sentencepiece; load it with that module.')
   with open(os.path.join(directory, 'tokenizer.model'), 'rb') as file:
     return Tokenizer(file.read(), description['specials'])
 
@@ -281,12 +334,6 @@ def _spelling(processor: sentencepiece.SentencePieceProcessor, number: int) -> b
   if processor.is_byte(number):
     return bytes([int(piece[3:-1], 16)])
   return b'' if processor.is_unused(number) else piece.replace(_SPACE, ' ').encode('utf-8')
-
-
-def _begins_word(spelled: bytes) -> bool:
-  if not spelled:
-    return False
-  return _words.byte_begins_word(spelled[0]) if len(spelled) == 1 else _words.begins_word(spelled.decode('utf-8')[0])
 
 
 def _space_sign_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int] | None:

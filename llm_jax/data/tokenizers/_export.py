@@ -1,0 +1,86 @@
+"""The files that `transformers.AutoTokenizer` opens: the format of the `tokenizers` library, written as plain JSON."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+NAMES = {  # special token -> what it may be called; the first name is the one that our own tokenizers give it
+    'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>'), 'sep': ('[SEP]', '<sep>'),
+    'mask': ('[MASK]', '<mask>'), 'bos': ('[BOS]', '<s>', '<bos>'), 'eos': ('[EOS]', '</s>', '<eos>'),
+}
+FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
+
+
+def write(directory: str, files: Mapping[str, str]) -> None:
+  """Writes texts by file name into `directory`, which is made if needed."""
+  os.makedirs(directory, exist_ok=True)
+  for name, text in files.items():
+    with open(os.path.join(directory, name), 'w', encoding='utf-8') as file:
+      file.write(text)
+
+
+def folder(description: Mapping[str, Any], specials: Mapping[str, tuple[int, str]], *, causal: bool,
+           max_len: int) -> dict[str, str]:
+  """The three files of a tokenizer, by name.
+
+  Args:
+    description: tokenizer.json without its post-processor.
+    specials: id and text of each special token, by name ('pad', 'cls', ...).
+    causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has type 1.
+    max_len: the longest row that the model takes.
+  """
+  around = {'before': specials['bos']} if causal else {'before': specials['cls'], 'after': specials['sep']}
+  names = {f'{name}_token': text for name, (_, text) in specials.items()}
+  inputs = ['input_ids', 'attention_mask'] if causal else ['input_ids', 'token_type_ids', 'attention_mask']
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': max_len, 'clean_up_tokenization_spaces': False,
+            'model_input_names': inputs} | names
+  whole = dict(description) | {'post_processor': template(**around)}
+  return {name: json.dumps(content, ensure_ascii=False, indent=None if name == FILES[0] else 2)
+          for name, content in zip(FILES, (whole, config, names), strict=True)}
+
+
+def description(model: Mapping[str, Any], added: Sequence[Mapping[str, Any]], *, normalizer: Any = None,
+                pre_tokenizer: Any = None, decoder: Any = None, post_processor: Any = None) -> dict[str, Any]:
+  """A tokenizer.json; lists of normalizers, pre-tokenizers or decoders become sequences, empty ones nothing."""
+  return {
+      'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': list(added),
+      'normalizer': _sequence(normalizer, 'normalizers'), 'pre_tokenizer': _sequence(pre_tokenizer, 'pretokenizers'),
+      'post_processor': post_processor, 'decoder': _sequence(decoder, 'decoders'), 'model': dict(model),
+  }
+
+
+def added_token(number: int, text: str, *, special: bool = True) -> dict[str, Any]:
+  """A token that is found in a text before anything else; the ids of those that the model lacks must follow its own."""
+  return {'id': number, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': not special,
+          'special': special}
+
+
+def template(before: tuple[int, str] | None = None, after: tuple[int, str] | None = None) -> dict[str, Any]:
+  """The post-processor that puts special tokens, each (id, text), around a text; around the second of a pair with type 1."""
+  def item(token: tuple[int, str] | None, type_id: int) -> list[dict[str, Any]]:
+    return [{'SpecialToken': {'id': token[1], 'type_id': type_id}}] if token else []
+
+  def text(name: str, type_id: int) -> list[dict[str, Any]]:
+    return [{'Sequence': {'id': name, 'type_id': type_id}}]
+
+  first = item(before, 0) + text('A', 0) + item(after, 0)
+  second = (item(before, 1) if not after else []) + text('B', 1) + item(after, 1)  # BERT's pairs have one [CLS]
+  tokens = {text: {'id': text, 'ids': [number], 'tokens': [text]} for number, text in filter(None, (before, after))}
+  return {'type': 'TemplateProcessing', 'single': first, 'pair': first + second, 'special_tokens': tokens}
+
+
+def replace(old: str, new: str) -> dict[str, Any]:
+  """A normalizer or decoder that replaces a string."""
+  return {'type': 'Replace', 'pattern': {'String': old}, 'content': new}
+
+
+def replace_regex(pattern: str, new: str) -> dict[str, Any]:
+  """A normalizer that replaces what a regular expression (Oniguruma's) matches."""
+  return {'type': 'Replace', 'pattern': {'Regex': pattern}, 'content': new}
+
+
+def _sequence(parts: Any, key: str) -> Any:
+  if not isinstance(parts, list):
+    return parts
+  return {'type': 'Sequence', key: parts} if len(parts) > 1 else parts[0] if parts else None
