@@ -6,9 +6,13 @@ Letters are those of `llm_jax.layers`; G is the number of query heads that share
     splash   for TPUs: a kernel that keeps tiles of the scores in the chip's own memory (`llm_jax.splash_attention`)
     ring     for rows that are cut over the mesh axis `sequence` (`llm_jax.ring_attention`)
     auto     ring where rows are cut; else splash on a TPU, where it can do what is asked; else xla
+
+A row that grows token by token (`llm_jax.generate`) keeps its `KeyValues`; `extended` writes to them, and `recall` is attention of
+the newest token over them.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +73,61 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     # T x T scores of every layer would not fit. Where a layer is computed again as a whole, the compiler may merge the two.
     run = jax.checkpoint(run, prevent_cse=False)
   return run(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, dropout_rng=dropout_rng if drops else None)
+
+
+class KeyValues(NamedTuple):
+  """Keys and values of the tokens so far, [B, K, S, H] each; the token at position p stands in slot p mod S."""
+
+  keys: jax.Array
+  values: jax.Array
+
+
+def extended(cache: KeyValues, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B: jax.Array) -> KeyValues:
+  """A cache with new tokens in it.
+
+  Args:
+    cache: of one layer.
+    k_BTKH: keys: of the newest token where T = 1; otherwise of the first tokens, in place of all that the cache held.
+    v_BTKH: their values.
+    lengths_B: tokens of each row so far, these included; places from there on are padding, and stay out.
+  """
+  S = cache.keys.shape[2]
+  if k_BTKH.shape[1] == 1:
+    write = jax.vmap(lambda old_KSH, new_1KH, slot: jax.lax.dynamic_update_slice_in_dim(old_KSH, new_1KH.swapaxes(0, 1), slot, 1))
+    slots_B = (lengths_B - 1) % S
+    new = KeyValues(*(write(old, x.astype(old.dtype), slots_B) for old, x in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+  else:
+    places_BS = jnp.clip(_places(lengths_B, S), 0, k_BTKH.shape[1] - 1)
+    new = KeyValues(*(jnp.take_along_axis(x, places_BS[..., None, None], axis=1).swapaxes(1, 2).astype(old.dtype)
+                  for old, x in zip(cache, (k_BTKH, v_BTKH), strict=True)))
+  return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in new))
+
+
+def recall(q_B1NH: jax.Array, cache: KeyValues, lengths_B: jax.Array) -> jax.Array:
+  """Mixes the values of a cache by the softmax of scaled scores, at least float32, for the newest token of each row.
+
+  Args:
+    q_B1NH: its queries.
+    cache: has the newest token in it. All that is in it is seen: a layer with a window has no more slots than its window.
+    lengths_B: tokens of each row so far, at least 1.
+
+  Returns:
+    [B, 1, N, H] in the type of `q_B1NH`.
+  """
+  (B, _, N, H), (K, S) = q_B1NH.shape, cache.keys.shape[1:3]
+  wide = jnp.promote_types(q_B1NH.dtype, jnp.float32)
+  q_BKGH = q_B1NH.reshape(B, K, N // K, H)
+  scores_BKGS = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, cache.keys, preferred_element_type=wide) * H**-0.5
+  full_BS = _places(lengths_B, S) >= 0
+  scores_BKGS = jnp.where(full_BS[:, None, None], scores_BKGS, jnp.finfo(wide).min / 2)
+  weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(cache.values.dtype)
+  return jnp.einsum('BKGS,BKSH->BKGH', weights_BKGS, cache.values).reshape(B, 1, N, H)
+
+
+def _places(lengths_B: jax.Array, slots: int) -> jax.Array:
+  """The position of the token in each slot, [B, S]; negative where there is none yet."""
+  last_B1 = lengths_B[:, None] - 1
+  return last_B1 - (last_B1 - jnp.arange(slots)[None]) % slots
 
 
 def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:

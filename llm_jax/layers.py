@@ -15,7 +15,8 @@ component is `kernel`, `embedding`, `bias` or `scale`. Everything under a compon
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import fsdp
-from llm_jax.attention import IMPLEMENTATIONS, attention
+from llm_jax.attention import IMPLEMENTATIONS, KeyValues, attention, extended, recall
 from llm_jax.dropout import dropout
 from llm_jax.plugins import nearest
 from llm_jax.scores import RESIDUALS
@@ -312,7 +313,9 @@ class Attention(nn.Module):
   window: int | None
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool,
+               cache: KeyValues | None = None, lengths_B: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
+    """What is added to `x_BTD`, and the cache with these tokens in it, if there is one (`Stack`)."""
     options = self.options
     D, N, H = options.dim, options.heads, options.head_dim
     K = options.kv_heads or N
@@ -327,12 +330,18 @@ class Attention(nn.Module):
       q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
     k_BTKH, v_BTKH = (constrain(x, 'batch', 'length', 'kv_heads', None) for x in (k_BTKH, v_BTKH))
-    drops = train and options.attention_dropout > 0.0
-    x_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, causal=options.causal, window=self.window,
-                       dropout_rate=options.attention_dropout, dropout_rng=self.make_rng('dropout') if drops else None,
-                       implementation=options.attention)
+    if cache is not None:
+      cache = extended(cache, k_BTKH, v_BTKH, lengths_B)
+    if cache is not None and x_BTD.shape[1] == 1:
+      x_BTNH = recall(q_BTNH, cache, lengths_B)
+    else:
+      drops = train and options.attention_dropout > 0.0
+      x_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, causal=options.causal, window=self.window,
+                         dropout_rate=options.attention_dropout, dropout_rng=self.make_rng('dropout') if drops else None,
+                         implementation=options.attention)
     x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
-    return between_layers(Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')(x_BTNH))
+    out = Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')
+    return between_layers(out(x_BTNH)), cache
 
 
 class MLP(nn.Module):
@@ -369,32 +378,43 @@ class Block(nn.Module):
   attention_norm: bool = True
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool) -> jax.Array:
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool,
+               cache: KeyValues | None = None, lengths_B: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
+    """The layer's output, and its cache with these tokens in it, if there is one (`Stack`)."""
     attend = Attention(self.options, self.window, name='attention')
     mlp = MLP(self.options, name='mlp')
     norm_1 = Norm(self.options, name='attention_norm') if self.attention_norm else lambda x: x
     norm_2 = Norm(self.options, name='mlp_norm')
     dropped = functools.partial(drop, self, rate=self.options.dropout, train=train)
     if self.options.norm_order == 'post':
-      x_BTD = norm_1(x_BTD + dropped(attend(x_BTD, segments_BT, turn, train)))
-      return norm_2(x_BTD + dropped(mlp(x_BTD)))
-    x_BTD += dropped(attend(norm_1(x_BTD), segments_BT, turn, train))
-    return x_BTD + dropped(mlp(norm_2(x_BTD)))
+      added_BTD, cache = attend(x_BTD, segments_BT, turn, train, cache, lengths_B)
+      x_BTD = norm_1(x_BTD + dropped(added_BTD))
+      return norm_2(x_BTD + dropped(mlp(x_BTD))), cache
+    added_BTD, cache = attend(norm_1(x_BTD), segments_BT, turn, train, cache, lengths_B)
+    x_BTD += dropped(added_BTD)
+    return x_BTD + dropped(mlp(norm_2(x_BTD))), cache
 
 
 class Group(nn.Module):
-  """The blocks of one period of a layer pattern, each with its own static window: the body that `Stack` scans."""
+  """The blocks of one period of a layer pattern, each with its own static window: the body that `Stack` scans.
+
+  Caches are a tuple, one a block.
+  """
 
   options: Options
   windows: tuple[int | None, ...]
 
   @nn.compact
-  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None],
-               train: bool) -> tuple[jax.Array, None]:
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None], train: bool,
+               caches: tuple[KeyValues, ...] | None = None,
+               lengths_B: jax.Array | None = None) -> tuple[jax.Array, tuple[KeyValues, ...] | None]:
+    written = []
     for i, window in enumerate(self.windows):
       name = f'block_{i}' if len(self.windows) > 1 else 'block'
-      x_BTD = Block(self.options, window, name=name)(x_BTD, segments_BT, turns[window is not None], train)
-    return x_BTD, None
+      x_BTD, cache = Block(self.options, window, name=name)(
+          x_BTD, segments_BT, turns[window is not None], train, caches and caches[i], lengths_B)
+      written.append(cache)
+    return x_BTD, None if caches is None else tuple(written)
 
 
 class Stack(nn.Module):
@@ -402,7 +422,7 @@ class Stack(nn.Module):
 
   Layer i sees everywhere when i is a multiple of `global_every`, and `window` otherwise. Layer g P + j of a pattern of period
   P (1 where all layers are alike) is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands
-  apart as `first`, and the pattern starts at layer 1.
+  apart as `first`, and the pattern starts at layer 1. Parameters that `apart` has taken out of the stack are run one by one.
 
   Attributes:
     options: shared options.
@@ -429,19 +449,42 @@ class Stack(nn.Module):
     if groups:
       unroll = groups if self.unroll == 0 else min(self.unroll, groups)
       scanned = nn.scan(
-          self._rematted(Group, looped=unroll == 1), length=groups, unroll=unroll, in_axes=(nn.broadcast,) * 3,
+          self._rematted(Group, looped=unroll == 1), length=groups, unroll=unroll,
+          in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, nn.broadcast),
           variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True},
           metadata_params={nn.PARTITION_NAME: 'layers'})
-      self.layers = scanned(self.options, tuple(windows[self.first_bare:][:period]))
+      pattern = tuple(windows[self.first_bare:][:period])
+      self.layers = scanned(self.options, pattern)
+      self.group = [Group(self.options, pattern) for _ in range(groups)]
 
-  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None],
-               train: bool) -> jax.Array:
-    """Runs all layers; `turns` are the rotations of global and of local layers."""
+  def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None], train: bool,
+               caches: Mapping[str, Any] | None = None, lengths_B: jax.Array | None = None) -> Any:
+    """Runs all layers.
+
+    Args:
+      x_BTD: the embedded rows.
+      segments_BT: document of each token.
+      turns: the rotations of global and of local layers.
+      train: dropout is on.
+      caches: what the layers keep of rows that grow (`attention.KeyValues`), stacked or `apart` as the parameters are. None for
+        rows that are whole.
+      lengths_B: with caches, the tokens of each row so far, these included.
+
+    Returns:
+      The rows; with caches the pair of them and the caches with these tokens in them.
+    """
     if self.first_bare:
-      x_BTD = self.first(x_BTD, segments_BT, turns[self.layer_windows()[0] is not None], train)
-    if self.options.layers > self.first_bare:
-      x_BTD, _ = self.layers(x_BTD, segments_BT, turns, train)
-    return x_BTD
+      x_BTD, _ = self.first(x_BTD, segments_BT, turns[self.layer_windows()[0] is not None], train)
+    if self.options.layers == self.first_bare:
+      return x_BTD
+    written = {}
+    if self.has_variable('params', 'group_0'):
+      for i, group in enumerate(self.group):
+        name = f'group_{i}'
+        x_BTD, written[name] = group(x_BTD, segments_BT, turns, train, caches and caches[name], lengths_B)
+    else:
+      x_BTD, written['layers'] = self.layers(x_BTD, segments_BT, turns, train, caches and caches['layers'], lengths_B)
+    return x_BTD if caches is None else (x_BTD, written)
 
   def layer_windows(self) -> list[int | None]:
     """The window of each layer."""
@@ -452,6 +495,17 @@ class Stack(nn.Module):
       return module
     # In a loop nothing can be merged with the forward pass; outside of one the compiler must be kept from undoing the remat.
     return nn.remat(module, policy=REMAT[self.remat], prevent_cse=not looped, static_argnums=(4,))
+
+
+def apart(stack: Mapping[str, Any]) -> dict[str, Any]:
+  """A stack's parameters, or caches, with each group of layers by itself: `group_g` for index g of `layers`.
+
+  A loop over layers copies the weights of each out of the stack at every turn. Where a turn computes little (one token a row),
+  that is most of its time.
+  """
+  groups = len(jax.tree.leaves(stack['layers'])[0])
+  rest = {name: value for name, value in stack.items() if name != 'layers'}
+  return rest | {f'group_{i}': jax.tree.map(lambda x, i=i: x[i], stack['layers']) for i in range(groups)}
 
 
 def between_layers(x_BTD: jax.Array) -> jax.Array:

@@ -166,7 +166,7 @@ class Unstacked(nn.Module):
   def __call__(self, x, segments):
     for i, window in enumerate(self.stack.layer_windows()):
       norm = not (i == 0 and self.stack.first_bare)
-      x = L.Block(self.stack.options, window, norm, name=f'layer_{i}')(x, segments, None, False)
+      x, _ = L.Block(self.stack.options, window, norm, name=f'layer_{i}')(x, segments, None, False)
     return x
 
 
@@ -253,5 +253,5 @@ def test_a_head_dimension_of_its_own_and_normalised_queries():
   assert params['query']['kernel'].shape == (12, 2, 10) and params['query_norm']['scale'].shape == (10,)
   assert 'bias' not in params['key'] and 'bias' in params['out']
   grown = params | {name: {'kernel': 7 * params[name]['kernel']} for name in ('query', 'key')}
-  before, after = (attention.apply({'params': tree}, x, None, None, False) for tree in (params, grown))
+  before, after = (attention.apply({'params': tree}, x, None, None, False)[0] for tree in (params, grown))
   np.testing.assert_allclose(before, after, atol=1e-5)  # a normalised query does not tell how long it was

@@ -5,6 +5,7 @@ projection is not tied.
 """
 
 import dataclasses
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -12,6 +13,14 @@ import jax.numpy as jnp
 
 from llm_jax import family as F
 from llm_jax import layers as L
+from llm_jax.attention import KeyValues
+
+
+class Cache(NamedTuple):
+  """What is kept of rows that grow: the tokens of each so far, [B], and the keys and values that each layer has of them."""
+
+  lengths_B: jax.Array
+  layers: Any
 
 
 class Model(nn.Module):
@@ -92,8 +101,8 @@ class Model(nn.Module):
       self.output = L.Output(self.vocab_size, self.options)
 
   def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, positions_BT: jax.Array | None = None,
-               token_types_BT: jax.Array | None = None, train: bool = False) -> jax.Array:
-    """Hidden states [B, T, D] in the compute type, last norm included.
+               token_types_BT: jax.Array | None = None, train: bool = False, cache: Cache | None = None) -> Any:
+    """Hidden states [B, T, D] in the compute type, last norm included; with a cache the pair of them and the cache after them.
 
     Args:
       tokens_BT: ids.
@@ -101,12 +110,20 @@ class Model(nn.Module):
       positions_BT: place of each token in its document; None: its place in the row.
       token_types_BT: which text of a pair; decoders have no embedding for it, the separators tell.
       train: dropout is on, from the stream `dropout`.
+      cache: of `empty_cache`, or as it was returned. One token a row (T = 1) follows those in it. More are the first of their
+        rows, whatever the cache held: where segments are 0 they are padding, after all others, and stay out of it.
 
     Raises:
       ValueError: a row longer than `max_len`.
     """
     del token_types_BT
     L.check_length(tokens_BT.shape[1], self.max_len)
+    lengths_B = None
+    if cache is not None and tokens_BT.shape[1] == 1:
+      lengths_B, positions_BT, segments_BT = cache.lengths_B + 1, cache.lengths_B[:, None], None
+    elif cache is not None:
+      real_BT = jnp.ones_like(tokens_BT) if segments_BT is None else jnp.int32(segments_BT > 0)
+      lengths_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
     if positions_BT is None:
       positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     turn = None
@@ -114,8 +131,17 @@ class Model(nn.Module):
       frequencies = L.rope_frequencies(self.options.head_dim, self.rope_theta, self.rope_scaling)
       turn = L.rope(positions_BT, frequencies, self.options.wide)
     x_BTD = self.embedder(tokens_BT, positions_BT, None, train)
-    x_BTD = self.stack(x_BTD, segments_BT, (turn, turn), train)
-    return self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
+    x_BTD = self.stack(x_BTD, segments_BT, (turn, turn), train, None if cache is None else cache.layers, lengths_B)
+    x_BTD, layers = (x_BTD, None) if cache is None else x_BTD
+    x_BTD = self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
+    return x_BTD if cache is None else (x_BTD, Cache(lengths_B, layers))
+
+  def empty_cache(self, rows: int, slots: int) -> Cache:
+    """A cache for `rows` rows of at most `slots` tokens, in the compute type; layers with a window keep no more than that."""
+    options, S = self.options, min(slots, self.window or slots)
+    shape = (self.layers, rows, options.kv_heads or options.heads, S, options.head_dim)
+    zeros = lambda: jnp.zeros(shape, L.DTYPES[self.dtype])
+    return Cache(jnp.zeros(rows, jnp.int32), {'layers': (KeyValues(zeros(), zeros()),)})
 
   def table(self) -> jax.Array:
     """The projection on the vocabulary, [V, D]: logits are inner products with its rows (`vocabulary.cross_entropy`)."""
