@@ -19,6 +19,7 @@ KINDS = ('unigram', 'bpe')
 NORMALIZATIONS = ('nfkc', 'identity')
 PIECES = _export.NAMES
 _LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint and cache key
+_TRAINING = 2  # to be raised with any change to the models that training makes; part of every cache key
 _SPACE = '\u2581'  # SentencePiece writes a space as this sign
 _LINE_CHARACTERS = 1000  # at most 4000 bytes: the trainer drops a sentence of more than 4192
 
@@ -188,7 +189,7 @@ def create(
   _check_options(vocab_size, kind, normalization, character_coverage, sample_bytes)
   options = dict(vocab_size=vocab_size, model_type=kind, normalization_rule_name=normalization,
                  character_coverage=character_coverage)
-  key = repr((_LAYOUT, sentencepiece.__version__, texts_fingerprint, sample_bytes, sorted(options.items())))
+  key = repr((_LAYOUT, _TRAINING, sentencepiece.__version__, texts_fingerprint, sample_bytes, sorted(options.items())))
   directory = os.path.join(cache, f'sentencepiece-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
   if os.path.exists(directory):
     logging.info('Tokenizer: %s', directory)
@@ -263,7 +264,7 @@ def _train(lines: list[str], options: Mapping[str, object]) -> bytes:
         pad_piece=names['pad'], unk_piece=names['unk'], bos_piece=names['bos'], eos_piece=names['eos'], **options)
   except RuntimeError as error:
     raise ValueError(_training_error(str(error), options)) from error
-  return writer.getvalue()
+  return _convert.rounded(writer.getvalue())
 
 
 def _training_error(message: str, options: Mapping[str, object]) -> str:
