@@ -6,6 +6,7 @@ The only module that looks plugins up by name.
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -136,6 +137,11 @@ def load_tokenizer(config: Config, directory: str) -> Tokenizer:
   return plugins.load('tokenizer', config.tokenizer['name']).load(directory)
 
 
+def model_modules() -> dict[str, types.ModuleType]:
+  """The modules of the models that ship with the package, by name."""
+  return {name: plugins.load('model', name) for name in plugins.names('model')}
+
+
 def create_model(config: Config) -> nn.Module:
   """The model of a resolved config."""
   return plugins.construct('model', plugins.load('model', config.model['name']).Model, _without(config.model, 'name', 'variant'))
@@ -239,24 +245,27 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
       flops=model_flops(params, batch, causal='targets' in batch), micro_batches=micro_batches, gradient_shardings=kept)
 
 
-def outline(config: Config, devices: Sequence[Any]) -> Program:
+def outline(config: Config, devices: Sequence[Any], tokenizer: Tokenizer | None = None) -> Program:
   """The Program of a config whose data is not there: made-up documents give the shapes of a batch.
 
-  The vocabulary has `config.model.vocab_size` or `config.tokenizer.vocab_size` ids; classes without names are two.
+  Without a tokenizer the vocabulary has `config.model.vocab_size` or `config.tokenizer.vocab_size` ids; nameless classes are two.
 
   Args:
     config: as it is read from a file.
     devices: to build for, described ones included.
+    tokenizer: the model's own; None where it is not there either.
 
   Raises:
     ValueError, TypeError: whatever in the config cannot be.
   """
-  tokenizer = plugins.load('tokenizer', 'byte').create()
+  size = tokenizer.vocab_size if tokenizer else config.model.get('vocab_size') or config.tokenizer.get('vocab_size')
+  tokenizer = tokenizer or plugins.load('tokenizer', 'byte').create()
   classes = class_names(config) or ('0', '1')
-  config = resolve(config, config.model.get('vocab_size') or config.tokenizer.get('vocab_size') or tokenizer.vocab_size, classes)
+  config = resolve(config, size or tokenizer.vocab_size, classes)
   objective = create_objective(config, tokenizer)
   labels = {'regression': 0.0, 'multilabel': [classes[0]]}
-  documents = _Outlines(4, 4 * config.seq_len, labels.get(getattr(objective.predictor, 'task', None), classes[0]),
+  token = int(np.flatnonzero(~np.asarray(tokenizer.special))[-1])
+  documents = _Outlines(4, 4 * config.seq_len, token, labels.get(getattr(objective.predictor, 'task', None), classes[0]),
                         paired=config.data.get('pair') is not None)
   rng = np.random.default_rng(0)
   example = objective.transform(objective.rows(documents, config.seq_len).example(0, rng), rng)
@@ -266,15 +275,16 @@ def outline(config: Config, devices: Sequence[Any]) -> Program:
 class _Outlines:
   """Documents of one length that say nothing."""
 
-  def __init__(self, count: int, length: int, label: Any, paired: bool):
+  def __init__(self, count: int, length: int, token: int, label: Any, paired: bool):
     self.ids, self.lengths, self.labels = np.arange(count), np.full(count, length), [label] * count
+    self.token = token
     self.pair_lengths = self.lengths if paired else None
 
   def __len__(self) -> int:
     return len(self.ids)
 
   def text(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-    return np.full(self.lengths[index], 255, np.int32)[start:stop]
+    return np.full(self.lengths[index], self.token, np.int32)[start:stop]
 
   def pair(self, index: int) -> np.ndarray:
     return self.text(index)

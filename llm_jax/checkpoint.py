@@ -45,13 +45,13 @@ class Loaded(NamedTuple):
     params: those that both runs have, by path.
     new: paths that only the wanted parameters have.
     unused: paths that only the other run has.
-    step: the other run's step.
+    step: the other run's step; None where the parameters are of no run.
   """
 
   params: dict[str, jax.Array]
   new: list[str]
   unused: list[str]
-  step: int
+  step: int | None
 
 
 class Checkpoints:

@@ -13,6 +13,7 @@ from llm_jax import plugins
 
 # What a resumed run must share with the run that it continues. The rest (steps, intervals, rates, mesh) may change.
 IDENTITY = ('model', 'data', 'tokenizer', 'objective', 'seq_len', 'seed', 'optimizer.name')
+INIT_FROM = ', or --config.init_from=FOLDER, the folder of a run or of a Hugging Face model'  # which says it all
 NOT_IDENTITY = ('data.cache', 'data.workers', 'model.dtype', 'model.remat', 'model.unroll', 'model.attention')
 
 
@@ -42,11 +43,14 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The top level of a config file. `batch_size` is global: sequences an optimizer step, over all hosts and micro-batches."""
+  """The top level of a config file. `batch_size` is global: sequences an optimizer step, over all hosts and micro-batches.
+
+  Where `init_from` is given, `pretrained.complete` fills in `seq_len` and the sections without a name.
+  """
 
   steps: int
   batch_size: int
-  seq_len: int
+  seq_len: int | None
   data: dict
   tokenizer: dict
   model: dict
@@ -68,10 +72,12 @@ class Config:
         raise ValueError(f'config.{name}={getattr(self, name)} must be at least 1.')
     if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
       raise ValueError(f'config.checkpoint needs every and keep of at least 1, not {self.checkpoint}.')
-    for section in ('data', 'tokenizer', 'model', 'objective', 'optimizer'):
+    for section in ('data', 'optimizer', *(() if self.init_from else ('tokenizer', 'model', 'objective'))):
       need = 'source' if section == 'data' else 'name'
       if not getattr(self, section).get(need):
-        raise ValueError(f'config.{section} needs a {need!r}.')
+        raise ValueError(f'config.{section} needs a {need!r}' + INIT_FROM * (section not in ('data', 'optimizer')) + '.')
+    if self.seq_len is None and not self.init_from:
+      raise ValueError(f'config.seq_len must be given, the tokens of a row{INIT_FROM}.')
     if self.micro_batches and self.batch_size % self.micro_batches:
       raise ValueError(f'config.batch_size={self.batch_size} must divide by micro_batches={self.micro_batches}; '
                        f'try {-(-self.batch_size // self.micro_batches) * self.micro_batches}.')

@@ -14,14 +14,14 @@ from llm_jax.data import pipeline
 from llm_jax.evaluators import classification, loss
 
 
-def scores(program: Program, params: Any, examples: Any, report: pathlib.Path) -> dict[str, float]:
-  """Loss and metrics over a validation set, the same on all processes; a classifier's report for people is written to `report`.
+def scores(program: Program, params: Any, examples: Any, report: pathlib.Path | None) -> dict[str, float]:
+  """Loss and metrics over a validation set, the same on all processes; a classifier's report for people goes to `report`.
 
   Args:
     program: what to evaluate.
     params: its parameters, on its mesh.
     examples: the validation set, as `pipeline.validation_examples` gives it.
-    report: a file.
+    report: a file; None for no report.
   """
   objective, eval_step = program.objective, hosts.compiled(program.eval_step)
   values = loss.evaluate(lambda batch: eval_step(params, program.put(batch)), batches(program, examples), objective)
@@ -29,7 +29,7 @@ def scores(program: Program, params: Any, examples: Any, report: pathlib.Path) -
     predict = predictions(program, params, ('label', 'label_weight'))
     more, text = classification.evaluate(predict, batches(program, examples), objective.predictor)
     values |= more
-    if hosts.primary():
+    if report and hosts.primary():
       report.write_text(text + '\n')
   return hosts.agree(lambda: values)  # what depends on them is then decided alike, to the last bit
 

@@ -17,15 +17,22 @@ from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with its argument if it takes one: configs/gpt2.py:medium')
 WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: config, tokenizer, checkpoints, metrics.')
-MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict', 'plan'], 'What to do.')
-INPUT = flags.DEFINE_string('input', None, 'predict: a .jsonl file with the fields that the run was trained on, `text` mostly.')
-OUTPUT = flags.DEFINE_string('output', None, 'predict: the jsonl file to write.')
+MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'predict', 'embed', 'generate', 'export', 'plan'], 'What to do.')
+INPUT = flags.DEFINE_string('input', None, 'predict, embed: a .jsonl file, its texts in the field `text` if not told otherwise; '
+                            'embed, generate: also a .txt file, a text a line.')
+OUTPUT = flags.DEFINE_string('output', None, 'predict: a .jsonl file; embed: .npy or .jsonl; generate: .jsonl; export: a folder.')
+POOL = flags.DEFINE_enum('pool', 'mean', ['mean', 'cls', 'last'], 'embed: what of a text its vector is.')
+NORMALIZE = flags.DEFINE_bool('normalize', True, 'embed: vectors of length 1.')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'plan: the machine to plan for, v5e:4x4 say; several, with commas, to compare.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where several processes are started by hand.')
 PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes; found out under Slurm, Open MPI, on TPU pods.')
 PROCESS = flags.DEFINE_integer('process_id', None, 'Which of the processes this is, from 0.')
 
-USAGE = 'python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR [--mode=train|eval|predict|plan] [--config.a=x ...]'
+USAGE = ('python -m llm_jax.main --config=configs/bert_tiny.py --workdir=DIR '
+         '[--mode=train|eval|predict|embed|generate|export|plan] [--config.a=x ...]')
+
+
+NEEDS = {'predict': ('input=x.jsonl', 'output=y.jsonl'), 'embed': ('input=x.jsonl', 'output=y.npy'), 'export': ('output=FOLDER',)}
 
 
 class UsageError(Exception):
@@ -36,45 +43,54 @@ def main(argv: Sequence[str]) -> None:
   """Runs the mode of the flags."""
   if len(argv) > 1:
     raise UsageError(f'{" ".join(argv[1:])}: not a flag. Usage: {USAGE}')
-  if not WORKDIR.value and MODE.value != 'plan':
-    raise UsageError(f'--workdir is needed. Usage: {USAGE}')
+  if not WORKDIR.value and MODE.value != 'plan' and (MODE.value == 'train' or CONFIG.value is None or not CONFIG.value.init_from):
+    raise UsageError('--workdir is needed' + ', or --config=configs/hf.py --config.init_from=FOLDER' * (MODE.value != 'train') +
+                     f'. Usage: {USAGE}')
   if CONFIG.value is None and MODE.value in ('train', 'plan'):
     raise UsageError(f'--config is needed. Usage: {USAGE}')
   from llm_jax import logs
   logs.show()
-  workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()
+  workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()  # '.': of a plan
   if MODE.value == 'plan':
     _plan(workdir)
     return
   from llm_jax import hosts
   with _told():
     hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, saves=MODE.value == 'train')
-  {'train': _train, 'eval': _eval, 'predict': _predict}[MODE.value](workdir)
+  if MODE.value == 'train':
+    _train(workdir)
+  else:
+    with _told():
+      _use(workdir if WORKDIR.value else None)
   hosts.finish()
 
 
 def _train(workdir: pathlib.Path) -> None:
   with _told():
     config = _checked_config()
-    from llm_jax import prepare, train
-    prepare.open_workdir(workdir)
+    from llm_jax import prepare, runs, train
+    runs.open_workdir(workdir)
     run = train.start(prepare.load(config, workdir), workdir)
   with _told((FloatingPointError, OSError)):  # a loss that is no number, a disk that is full
     train.train(run)
 
 
-def _eval(workdir: pathlib.Path) -> None:
-  with _told():
-    from llm_jax import use
-    use.evaluate(workdir, _checked_config() if CONFIG.value is not None else None)
-
-
-def _predict(workdir: pathlib.Path) -> None:
-  with _told():
-    if not INPUT.value or not OUTPUT.value:
-      raise ValueError('--mode=predict needs --input=x.jsonl and --output=y.jsonl.')
-    from llm_jax import use
-    use.predict(workdir, pathlib.Path(INPUT.value), pathlib.Path(OUTPUT.value))
+def _use(workdir: pathlib.Path | None) -> None:
+  """The modes that use a model: the run in the workdir, or the folder that config.init_from names."""
+  if any(flags.FLAGS[example.partition('=')[0]].value is None for example in NEEDS.get(MODE.value, ())):
+    raise ValueError(f'--mode={MODE.value} needs {" and ".join(f"--{example}" for example in NEEDS[MODE.value])}.')
+  from llm_jax import use
+  opened = use.open_model(workdir, _checked_config() if CONFIG.value is not None else None)
+  source, target = (pathlib.Path(flag.value).expanduser() if flag.value else None for flag in (INPUT, OUTPUT))
+  if MODE.value == 'eval':
+    use.evaluate(opened, workdir)
+  elif MODE.value == 'predict':
+    use.predict(opened, source, target)
+  elif MODE.value == 'export':
+    use.export(opened, target)
+  elif MODE.value == 'embed':
+    from llm_jax import embed
+    embed.run(opened, source, target, POOL.value, NORMALIZE.value)
 
 
 def _plan(workdir: pathlib.Path) -> None:
@@ -89,8 +105,8 @@ def _plan(workdir: pathlib.Path) -> None:
 
 
 def _checked_config(devices: Sequence[Any] | None = None):
-  from llm_jax import build, config
-  parsed = config.parse(CONFIG.value.to_dict())
+  from llm_jax import build, config, pretrained
+  parsed = pretrained.complete(config.parse(CONFIG.value.to_dict()))
   build.check(parsed, devices)
   return parsed
 

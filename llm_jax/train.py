@@ -12,9 +12,9 @@ import jax
 import numpy as np
 from absl import logging
 
-from llm_jax import build, chips, evaluate, hosts, logs, metrics, prepare, tree
+from llm_jax import build, chips, evaluate, hosts, logs, metrics, prepare, pretrained, runs, tree
 from llm_jax.build import Program
-from llm_jax.checkpoint import Checkpoints, restore_params
+from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config
 from llm_jax.contracts import Pairs
 from llm_jax.data import pipeline
@@ -108,7 +108,7 @@ def train(run: Run) -> None:
       log.say('This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.', step, config.steps)
       return
     if hosts.primary():
-      prepare.write_config(run.workdir, config)
+      runs.write_config(run.workdir, config)
     baselines = evaluate.baselines(program, run.data.tokenizer, run.validation)
     _announce(run, log)
     batches = pipeline.batches(run.train, config.batch_size, run.position, hosts.rows(program.mesh, config.batch_size))
@@ -147,7 +147,7 @@ def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], ste
       saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
       meta = {'config': dataclasses.asdict(config), 'corpus': run.data.splits.fingerprint,
-              'tokenizer': prepare.pack_tokenizer(run.workdir),
+              'tokenizer': runs.pack_tokenizer(run.workdir),
               'patience': {'best': run.patience.best, 'waited': run.patience.waited}}
       run.checkpoints.save(step, run.state, run.position, meta, values)
     if evaluated or saving:
@@ -215,11 +215,11 @@ def _first_state(program: Program) -> TrainState:
   state = program.init(config.seed)
   if config.init_from is None:
     return state
-  loaded = restore_params(pathlib.Path(config.init_from) / 'checkpoints', program.state.params)
+  loaded = pretrained.load_params(program, pathlib.Path(config.init_from))
   if not loaded.params:
     raise ValueError(f'config.init_from={config.init_from} has no parameter in common with this model.')
-  logging.info('From %s, step %d: took %d parameters.\nNew, from scratch:\n%s\nNot used:\n%s', config.init_from, loaded.step,
-               len(loaded.params), _listed(loaded.new), _listed(loaded.unused))
+  logging.info('From %s: took %d parameters.\nNew, from scratch:\n%s\nNot used:\n%s', config.init_from, len(loaded.params),
+               _listed(loaded.new), _listed(loaded.unused))
   return state.replace(params=tree.replace(state.params, loaded.params))
 
 

@@ -1,4 +1,4 @@
-"""What a trained run is for besides going on: its numbers on a validation set, and its answers to new texts."""
+"""What a trained model is for besides going on: its numbers on a validation set, its answers to new texts, its export."""
 
 import dataclasses
 import json
@@ -10,56 +10,98 @@ import jax
 import numpy as np
 from absl import logging
 
-from llm_jax import build, hosts, prepare, tree
+from llm_jax import build, hf, hosts, prepare, pretrained, runs, tree
 from llm_jax import config as config_lib
 from llm_jax import evaluate as scores
 from llm_jax.build import Program
-from llm_jax.checkpoint import restore_params
 from llm_jax.config import Config
 from llm_jax.contracts import Source, Tokenizer
 from llm_jax.data import pipeline
 from llm_jax.data.sources import jsonl
 
 
-def load_params(program: Program, workdir: pathlib.Path) -> tuple[Any, int]:
-  """The parameters of the run's best checkpoint, as the program wants them, and its step.
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model to be used: the folder that holds its weights, its config and its tokenizer."""
 
-  Raises:
-    ValueError: there is no checkpoint, or it lacks parameters.
-  """
-  loaded = restore_params(workdir / 'checkpoints', program.state.params)
-  if loaded.new:
-    raise ValueError(f'the checkpoint of step {loaded.step} in {workdir} lacks:\n  ' + '\n  '.join(loaded.new))
-  logging.info('Parameters of step %d of %s.', loaded.step, workdir)
-  return tree.replace(program.state.params, loaded.params), loaded.step
+  origin: pathlib.Path
+  config: Config
+  tokenizer: Tokenizer
 
 
-def evaluate(workdir: pathlib.Path, given: Config | None = None) -> dict[str, float]:
-  """Prints, and writes to `eval.json` in the workdir, the numbers of its best checkpoint on a validation set.
+def open_model(workdir: pathlib.Path | None, given: Config | None = None) -> Opened:
+  """Opens what `config.init_from` names, or else the run in the workdir.
 
   Args:
-    workdir: of the run.
-    given: a config whose data, evaluation and batch size go before the run's own; data.validation=0 evaluates all documents.
+    workdir: of a run; None where the config names a folder.
+    given: a config. Where it names no folder, its data, evaluation and batch size go before the run's own.
 
   Raises:
-    ValueError: no such run, an unusable source, an empty corpus.
+    ValueError: no such run or folder, or a tokenizer that does not belong to it.
   """
-  config = prepare.read_config(workdir)
+  if given is not None and given.init_from:
+    tokenizer = pretrained.load_tokenizer(given)
+    return Opened(pathlib.Path(given.init_from), build.resolve(given, tokenizer.vocab_size, build.class_names(given)), tokenizer)
+  config = runs.read_config(workdir)
   if given is not None:
     config = _with_data_of(given, config)
-  tokenizer = prepare.load_tokenizer(config, workdir)
+  return Opened(workdir, config, runs.load_tokenizer(config, workdir))
+
+
+def load_params(program: Program, origin: pathlib.Path, heads: bool = True) -> Any:
+  """The parameters in a folder, of a run those of its best checkpoint, as the program wants them.
+
+  Args:
+    program: wants them.
+    origin: the folder.
+    heads: all heads must be there; otherwise those that are not are left out.
+
+  Raises:
+    ValueError: there are none, or some are missing.
+  """
+  loaded = pretrained.load_params(program, origin)
+  missing = {path.split('/')[0] for path in loaded.new}
+  if loaded.new and not heads and not any(path.split('/')[0] in missing for path in loaded.params):
+    logging.info('%s has no %s.', origin, ', '.join(sorted(missing)))
+  elif loaded.new:
+    raise ValueError(f'{origin} lacks parameters that this needs:\n  ' + '\n  '.join(loaded.new))
+  logging.info('Parameters of %s%s.', origin, '' if loaded.step is None else f', step {loaded.step}')
+  if loaded.unused:
+    logging.info('Not used: %s.', ', '.join(loaded.unused))
+  return tree.nest(loaded.params)
+
+
+def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The ids that stand before and after one text, as the model was trained."""
+  if tokenizer.template is not None:
+    return tokenizer.template
+  return ((tokenizer.bos_id,), ()) if causal else ((tokenizer.cls_id,), (tokenizer.sep_id,))
+
+
+def evaluate(opened: Opened, workdir: pathlib.Path | None = None) -> dict[str, float]:
+  """Prints, and writes to `eval.json` in the workdir, a model's numbers on a validation set; data.validation=0: on all documents.
+
+  Args:
+    opened: the model, and in its config the data.
+    workdir: where to write; None to print only.
+
+  Raises:
+    ValueError: an unusable source, an empty corpus, parameters that are missing.
+  """
+  config, tokenizer = opened.config, opened.tokenizer
   documents = prepare.documents(config, tokenizer)
   chosen = documents.validation if config.data['validation'] else documents.train
   objective = build.create_objective(config, tokenizer)
   examples = pipeline.validation_examples(chosen, objective, config.seq_len, config.seed, config.evaluation.rows)
   program = build.build(dataclasses.replace(config, micro_batches=1), tokenizer, examples[0])
-  params, step = load_params(program, workdir)
-  values = scores.scores(program, params, examples, workdir / 'eval_report.txt')
+  params = load_params(program, opened.origin)
+  values = scores.scores(program, params, examples, workdir and workdir / 'eval_report.txt')
   values |= scores.baselines(program, tokenizer, examples)
   if hosts.primary():
     for name, value in values.items():
       print(f'{name:>24} {value:.6g}')
-    (workdir / 'eval.json').write_text(json.dumps({'step': step, 'data': config.data} | values, indent=2))
+    if workdir:
+      (workdir / 'eval.json').write_text(json.dumps({'model': str(opened.origin), 'data': config.data} | values, indent=2))
   return values
 
 
@@ -73,14 +115,33 @@ def _with_data_of(given: Config, config: Config) -> Config:
   return chosen
 
 
-def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -> None:
+def export(opened: Opened, target: pathlib.Path) -> None:
+  """Writes a model, its heads and its tokenizer as a folder that Hugging Face's transformers opens.
+
+  Args:
+    opened: a run or a Hugging Face folder.
+    target: a folder that is empty or not there yet.
+
+  Raises:
+    ValueError: a model that none of their architectures holds, parameters that are missing, a folder that holds something.
+  """
+  config = dataclasses.replace(opened.config, micro_batches=1)
+  program = build.outline(config, jax.devices(), opened.tokenizer)
+  params, model = load_params(program, opened.origin, heads=False), program.network.model
+  hf.save(target, pretrained.families(), config.model['name'], model, params, classes=build.class_names(config))
+  if hosts.primary():
+    opened.tokenizer.export(str(target), causal=model.causal, max_len=model.max_len)
+  logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
+
+
+def predict(opened: Opened, source: pathlib.Path, target: pathlib.Path) -> None:
   """Labels the texts of a jsonl file: each line again, with the prediction in it.
 
   The text stands in the field that the run was trained on (`text` by default), the second of a pair likewise. A field that the
   prediction brings too (`label`, say) is kept as `input_label`.
 
   Args:
-    workdir: of a run whose objective is, or contains, `classify`.
+    opened: a model whose objective is, or contains, `classify`.
     source: the lines.
     target: written whole or not at all.
 
@@ -91,14 +152,13 @@ def predict(workdir: pathlib.Path, source: pathlib.Path, target: pathlib.Path) -
     raise ValueError(f'--input={source} must be one .jsonl file that exists.')
   if target.is_dir() or not target.absolute().parent.is_dir():
     raise ValueError(f'--output={target} must be a file in a folder that exists.')
-  config = prepare.read_config(workdir)
-  config = dataclasses.replace(config, objective=build.predictor_section(config), micro_batches=1)
-  tokenizer = prepare.load_tokenizer(config, workdir)
+  tokenizer = opened.tokenizer
+  config = dataclasses.replace(opened.config, objective=build.predictor_section(opened.config), micro_batches=1)
   objective = build.create_objective(config, tokenizer)
   lines = jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair'))
   texts = _Texts(lines, tokenizer, objective, config.seq_len)
   program = build.build(config, tokenizer, texts[0])
-  params, _ = load_params(program, workdir)
+  params = load_params(program, opened.origin)
   predict = scores.predictions(program, params, ('cut',))
   answers = _rows(jax.device_get(predict(batch)) for batch in scores.batches(program, texts))
   if not hosts.primary():

@@ -16,8 +16,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 SIZES = {
     ('bert_base', None): 110_106_428,
     ('bert_large', None): 336_226_108,
-    ('bert_tiny', None): 1_338_752,
-    ('classify', None): 1_318_146,  # two classes, where the data names none
+    ('bert_tiny', None): 1_338_496,
+    ('classify', None): 1_317_890,  # two classes, where the data names none
     ('gpt_tiny', None): 1_317_632,
     ('gpt2', None): 124_439_808,
     ('gpt2', 'small'): 124_439_808,
@@ -44,7 +44,7 @@ def parameters(settings):
 
 
 def test_every_config_is_here():
-  files = {path.stem for path in (ROOT / 'configs').glob('*.py')} - {'__init__', 'base'}
+  files = {path.stem for path in (ROOT / 'configs').glob('*.py')} - {'__init__', 'base', 'hf'}  # hf has no size: it takes that of a folder
   assert files == {name for name, _ in SIZES}
 
 

@@ -7,14 +7,15 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
     **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'scores', 'dropout', 'sharding', 'fsdp',
-                     'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology'), 1),
+                     'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors', 'family'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
-    **dict.fromkeys(('models', 'objectives', 'evaluators'), 3),
+    **dict.fromkeys(('models', 'objectives', 'evaluators', 'hf'), 3),
     'step': 4,
     'build': 5,
-    **dict.fromkeys(('prepare', 'evaluate', 'train', 'use', 'plan', 'main'), 6),
+    **dict.fromkeys(('runs', 'pretrained', 'prepare', 'evaluate', 'train', 'use', 'embed', 'plan', 'main'), 6),
 }
-TOP = ('prepare', 'evaluate', 'train', 'use', 'plan', 'main')  # of one rank, in the order in which they may use each other
+# Of one rank, in the order in which they may use each other.
+TOP = ('runs', 'pretrained', 'prepare', 'evaluate', 'train', 'use', 'embed', 'plan', 'main')
 
 
 def imports(path):

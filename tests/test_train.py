@@ -16,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
-from llm_jax import chips, logs, prepare, train, use
+from llm_jax import chips, logs, prepare, runs, train, use
 from llm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -65,7 +65,7 @@ def settings(corpus, objective='mlm', **changes):
 
 
 def run(tree, workdir):
-  prepare.open_workdir(workdir)
+  runs.open_workdir(workdir)
   started = train.start(prepare.load(config_lib.parse(tree), workdir), workdir)
   train.train(started)
   return started
@@ -88,9 +88,9 @@ def assert_same_run(a, b, step):
 
 CHILD = """
 import json, pathlib, sys
-from llm_jax import config, prepare, train
+from llm_jax import config, prepare, runs, train
 workdir = pathlib.Path(sys.argv[2])
-prepare.open_workdir(workdir)
+runs.open_workdir(workdir)
 train.train(train.start(prepare.load(config.parse(json.loads(sys.argv[1])), workdir), workdir))
 """
 
@@ -130,8 +130,8 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
   assert last['loss'] < first['loss'] < np.log(263) and last['unigram_loss'] == first['unigram_loss'] < np.log(263)
   assert lines[0]['tokens_per_second'] > 0 and 0 < lines[0]['model_flops_utilization'] < 1
   assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl', 'loss.png'}
-  assert prepare.read_config(tmp_path) == config_lib.from_json(config_lib.to_json(started.program.config))
-  values = use.evaluate(tmp_path)
+  assert runs.read_config(tmp_path) == config_lib.from_json(config_lib.to_json(started.program.config))
+  values = use.evaluate(use.open_model(tmp_path), tmp_path)
   assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
   assert json.loads((tmp_path / 'eval.json').read_text()).items() >= values.items()
   assert float(started.state.step) == 60 and started.position == 60 * 8
@@ -194,7 +194,7 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path):
   lines = [{'text': '5 6 7 8 9 10', 'id': 1}, {'text': 'abcdefg', 'label': 'mine', 'id': 2}, {'text': 'x' * 500, 'id': 3}] * 4
   spaced = [json.dumps(line).replace(', ', ',\r') for line in lines]  # a carriage return is space in JSON, and ends no line
   (tmp_path / 'x.jsonl').write_bytes('\n'.join(spaced).encode())
-  use.predict(tmp_path / 'w', tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
+  use.predict(use.open_model(tmp_path / 'w'), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
   answers = [json.loads(line) for line in (tmp_path / 'y.jsonl').read_text().splitlines()]
   assert [a['id'] for a in answers] == [1, 2, 3] * 4 and [a['label'] for a in answers[:2]] == ['count', 'letter']
   assert answers[1]['input_label'] == 'mine' and answers[0]['probabilities']['count'] == answers[0]['probability'] > 0.5
@@ -213,7 +213,7 @@ def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):
   last = logs.read(tmp_path)[-1]
   assert last['loss'] == pytest.approx(last['mlm'] + 0.5 * last['classify'], rel=1e-5) and 0 <= last['accuracy'] <= 1
   (tmp_path / 'x.jsonl').write_text('{"text": "1 2 3"}')
-  use.predict(tmp_path, tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
+  use.predict(use.open_model(tmp_path), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
   assert set(json.loads((tmp_path / 'y.jsonl').read_text())) == {'text', 'label', 'probability', 'probabilities'}
 
 
@@ -262,7 +262,7 @@ def test_labels_that_cannot_be_are_named(corpus, tmp_path):
 def test_a_workdir_that_cannot_be_written_to(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match=r'--workdir=.*/file/w cannot be written to'):
-    prepare.open_workdir(tmp_path / 'file' / 'w')
+    runs.open_workdir(tmp_path / 'file' / 'w')
 
 
 def test_patience_counts_evaluations_without_a_better_loss():

@@ -1,0 +1,83 @@
+"""Texts as vectors: the hidden states of each text, pooled. Nothing is learned: this is what `--mode=embed` asks of a model.
+
+Reimers and Gurevych 2019, "Sentence-BERT", arXiv:1908.10084, section 3: the mean over the places of a text, or its first place.
+Several texts share a row, each a segment of its own.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.data import pack
+
+POOLS = ('mean', 'cls', 'last')
+
+
+class Objective:
+  """Pooled hidden states of each text.
+
+  Args:
+    tokenizer: not used; every objective gets one.
+    pool: 'mean' of all places of a text, its special tokens among them; 'cls', its first place; 'last', its last.
+    normalize: vectors have length 1, so that inner products are cosines.
+  """
+
+  terms: dict[str, float] = {}
+
+  def __init__(self, tokenizer: Tokenizer, pool: str = 'mean', normalize: bool = True):
+    del tokenizer
+    if pool not in POOLS:
+      raise ValueError(f'pool={pool!r} must be one of {", ".join(POOLS)}.')
+    self.pool, self.normalize, self.predictor = pool, normalize, self
+
+  def rows(self, documents: Documents, seq_len: int) -> Rows:
+    """Always an error: there is nothing to learn."""
+    raise ValueError("objective embed has no loss and trains nothing; it is what --mode=embed uses. To train, choose another.")
+
+  transform = rows
+
+  def lay_out(self, texts: Sequence[np.ndarray], seq_len: int, slots: int) -> dict[str, np.ndarray]:
+    """The row that holds some texts (ids with their special tokens), at most `slots`."""
+    ends = np.cumsum([len(ids) for ids in texts])
+    firsts = ends - [len(ids) for ids in texts]
+    fill = (0, slots - len(texts))
+    return pack.assemble(list(texts), seq_len) | {'text_firsts': np.pad(firsts, fill).astype(np.int32),
+                                                  'text_lasts': np.pad(ends - 1, fill).astype(np.int32)}
+
+  def heads(self, model: Any) -> dict[str, Any]:
+    """None; ValueError where the first place of a causal model, which has seen nothing, is asked for."""
+    if model.causal and self.pool == 'cls':
+      raise ValueError("pool='cls' reads the first place, which in a causal model has seen nothing; use 'last' or 'mean'.")
+    return {}
+
+  def loss(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> Pairs:
+    """No terms."""
+    return {}
+
+  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+    """Nothing."""
+    return {}
+
+  def targets(self, batch: Batch) -> None:
+    """None: no tokens are predicted."""
+    return None
+
+  def predict(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """`vectors`, [B, G, D] at least float32: that of text g of a row, anything where the row has fewer."""
+    del net
+    x_BTD = hidden_BTD.astype(jnp.promote_types(hidden_BTD.dtype, jnp.float32))
+    if self.pool == 'mean':
+      slots = 1 + jnp.arange(batch['text_firsts'].shape[1])
+      inside_BTG = (batch['segments'][..., None] == slots[None, None]).astype(x_BTD.dtype)
+      x_BGD = jnp.einsum('BTG,BTD->BGD', inside_BTG, x_BTD, precision='highest')
+      x_BGD /= jnp.maximum(jnp.sum(inside_BTG, axis=1), 1)[..., None]
+    else:
+      places_BG = batch['text_firsts' if self.pool == 'cls' else 'text_lasts']
+      x_BGD = jnp.take_along_axis(x_BTD, places_BG[..., None], axis=1)
+    if self.normalize:
+      x_BGD /= jnp.maximum(jnp.linalg.norm(x_BGD, axis=-1, keepdims=True), 1e-12)
+    return {'vectors': x_BGD}

@@ -1,0 +1,107 @@
+"""What a run starts from, `config.init_from`: another run's folder, or a Hugging Face folder.
+
+Such a folder says what its model is, so a config need not: `complete` fills in what the config leaves open.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from absl import logging
+
+from llm_jax import build, checkpoint, hf, runs
+from llm_jax.build import Program
+from llm_jax.checkpoint import Loaded
+from llm_jax.config import Config
+from llm_jax.contracts import Tokenizer
+from llm_jax.family import NUMBERS
+
+SEQ_LEN = 512  # where neither the config nor the model's own limit says less
+OBJECTIVES = {'encoder': 'mlm', 'decoder': 'clm'}
+
+
+def complete(config: Config) -> Config:
+  """The config with what `init_from` decides filled in.
+
+  A Hugging Face folder decides the model's shape: a variant that the config names gives way to it, an option that the config
+  sets to something else is an error. A run's folder fills a model section without a name. Both bring their tokenizer, fill an
+  objective without a name, and a row length that is not set.
+
+  Raises:
+    ValueError: a folder that is neither; an option that contradicts it.
+  """
+  if config.init_from:
+    folder = pathlib.Path(config.init_from).expanduser().absolute()
+    config = dataclasses.replace(config, init_from=str(folder))
+    config = _from_hf(config, folder) if hf.is_folder(folder) else _from_run(config, folder)
+  if config.seq_len is None:
+    config = dataclasses.replace(config, seq_len=min(SEQ_LEN, config.model.get('max_len') or SEQ_LEN))
+  return config
+
+
+def load_tokenizer(config: Config) -> Tokenizer:
+  """The tokenizer that belongs to the weights of `init_from`.
+
+  Raises:
+    ValueError: none there, or one with more ids than the model has rows.
+  """
+  folder = pathlib.Path(config.init_from)
+  if not hf.is_folder(folder):
+    tokenizer = build.load_tokenizer(config, str(folder / 'tokenizer'))
+  else:
+    tokenizer = build.create_tokenizer(config, lambda: iter(()), '', '')
+    if tokenizer.vocab_size > config.model['vocab_size']:
+      raise ValueError(f'the tokenizer of {folder} has {tokenizer.vocab_size:,} ids, and the model only '
+                       f'{config.model["vocab_size"]:,} (vocab_size of its config.json): they do not belong together.')
+  logging.info('Tokenizer: that of %s, %s ids.', folder, f'{tokenizer.vocab_size:,}')
+  return tokenizer
+
+
+def load_params(program: Program, folder: pathlib.Path) -> Loaded:
+  """The parameters in a folder that the program wants too, on its mesh; of a run, those of its best checkpoint.
+
+  Raises:
+    ValueError: nothing to load there, a parameter of another shape.
+  """
+  if hf.is_folder(folder):
+    found = hf.load(folder, families(), program.state.params)
+    return Loaded(params=found.params, new=found.new, unused=found.unused, step=None)
+  return checkpoint.restore_params(folder / 'checkpoints', program.state.params)
+
+
+def families() -> dict[str, tuple[str, Any]]:
+  """Hugging Face's model types: the name of the model of ours that holds each, and how."""
+  return {kind: (name, family) for name, module in build.model_modules().items()
+          for kind, family in getattr(module, 'HF', {}).items()}
+
+
+def _from_hf(config: Config, folder: pathlib.Path) -> Config:
+  found = hf.model_options(folder, families())
+  given = {key: value for key, value in config.model.items() if value is not None}
+  for key in NUMBERS:
+    if key in given and key in found and given[key] != found[key] and 'variant' not in given:
+      raise ValueError(f'config.model.{key}={given[key]!r} is not what {folder} has, {found[key]!r}; leave it unset.')
+  kept = {key: value for key, value in given.items() if key not in NUMBERS and key not in ('name', 'variant')}
+  objective = config.objective if config.objective.get('name') else _objective(folder, found['name']) | _set(config.objective)
+  return dataclasses.replace(config, model=found | kept, objective=objective, tokenizer={'name': 'hf', 'path': str(folder)})
+
+
+def _from_run(config: Config, folder: pathlib.Path) -> Config:
+  saved = runs.read_config(folder)
+  return dataclasses.replace(
+      config, tokenizer=saved.tokenizer, seq_len=config.seq_len or saved.seq_len,
+      model=config.model if config.model.get('name') else saved.model | _set(config.model),
+      objective=config.objective if config.objective.get('name') else saved.objective | _set(config.objective))
+
+
+def _objective(folder: pathlib.Path, model: str) -> dict[str, Any]:
+  """The objective that the class of a Hugging Face checkpoint was trained for; by the model where it has no head."""
+  labels = hf.labels(folder)
+  if labels is None:
+    return {'name': OBJECTIVES[model]}
+  return {'name': 'classify', 'classes': labels, 'pool': 'cls' if model == 'encoder' else 'last'}
+
+
+def _set(section: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in section.items() if value is not None}
