@@ -7,7 +7,7 @@ Letters are those of `llm_jax.layers`; G is the number of query heads that share
     ring     for rows that are cut over the mesh axis `sequence` (`llm_jax.ring_attention`)
     auto     ring where rows are cut; else splash on a TPU, where it can do what is asked; else xla
 
-A row that grows token by token (`llm_jax.generate`) keeps its `KeyValues`; `extended` writes to them, and `recall` is attention of
+A row that grows token by token (`llm_jax.generate`) keeps its `KeyValues`: `extended` writes to them, `recall` is attention of
 the newest token over them.
 """
 
