@@ -27,6 +27,10 @@ class Tokenizer:
   Other added tokens (runs of spaces, say) are part of the vocabulary and recognised always. Truncation and padding that the
   folder asks for are switched off.
 
+  The rules are those of tokenizer.json, or of the SentencePiece model, which the model was trained with. For the class
+  LlamaTokenizer transformers 5 makes rules of its own from the vocabulary: there a text that begins with a space gets no
+  further one in front, and so one token less or another one.
+
   `token_bytes` counts the UTF-8 bytes of what a token spells: a byte-level token its bytes, a piece with a sign for a space
   the space too, a byte piece 1, a WordPiece its letters without the ## in front. A WordPiece vocabulary does not spell
   spaces, and one without capitals or accents counts the text as it normalises it: sums are those of the normalised words.
@@ -130,11 +134,11 @@ def create(*, path: str) -> Tokenizer:
 
 def load(directory: str) -> Tokenizer:
   """Returns the tokenizer of a folder; ValueError naming the file that is missing or broken."""
-  files = _read(directory)
+  files, path = _read(directory), os.path.join(directory, 'tokenizer.json')
   try:
     return Tokenizer(files)
   except ValueError as error:
-    raise ValueError(f'{os.path.join(directory, "tokenizer.json")}: {error}') from error
+    raise ValueError(f'{path if os.path.exists(path) else directory}: {error}') from error
 
 
 def _read(directory: str) -> dict[str, str]:

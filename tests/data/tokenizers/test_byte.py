@@ -31,6 +31,25 @@ def test_tables_and_special_ids():
   assert list(starts) == [False, False, True, False, True, False, True, True, False, False, False, False]
 
 
+def test_special_tokens_in_a_text():
+  tokenizer = byte.create()
+  assert list(tokenizer.encode('a[MASK][SEP]', special=True)) == [ord('a') + 7, 4, 3]
+  assert not tokenizer.special[tokenizer.encode('a[MASK][SEP]')].any()
+
+
+@given(st.text())
+def test_places(text):
+  tokenizer = byte.create()
+  ids, spans = tokenizer.offsets(text)
+  assert list(ids) == list(tokenizer.encode(text)) and spans.shape == (len(ids), 2)
+  assert [text[begin:end] for begin, end in spans] == [c for c in text for _ in c.encode()]
+
+
+def test_places_of_special_tokens():
+  ids, spans = byte.create().offsets('é[MASK]a', special=True)
+  assert list(ids[2:]) == [4, ord('a') + 7] and spans.tolist() == [[0, 1], [0, 1], [1, 7], [7, 8]]
+
+
 def test_errors(tmp_path):
   tokenizer = byte.create()
   with pytest.raises(ValueError, match='surrogate pair at character 1'):

@@ -97,6 +97,43 @@ def test_special_tokens(trained):
   assert not tokenizer.special[tokenizer.encode('[PAD][UNK][CLS][SEP][MASK][BOS][EOS]')].any()
 
 
+def test_special_tokens_in_a_text(trained):
+  tokenizer = trained[0]
+  text = 'one[MASK] two[SEP]'
+  want = [*tokenizer.encode('one'), tokenizer.mask_id, *tokenizer.encode(' two'), tokenizer.sep_id]
+  assert list(tokenizer.encode(text, special=True)) == want
+  ids, spans = tokenizer.offsets(text, special=True)
+  assert list(ids) == want and spans[list(ids).index(tokenizer.mask_id)].tolist() == [3, 9]
+
+
+@settings(deadline=None, max_examples=150)
+@given(text=st.text(max_size=40) | st.text(alphabet=st.sampled_from('the的。 b\n\u2581\u3000é\u0301ﬁ㌔'), max_size=30))
+@example('ﬁ ㌔ e\u0301\u2581x')
+def test_places(trained, text):
+  tokenizer, _, normalization = trained
+  ids, spans = tokenizer.offsets(text)
+  assert list(ids) == list(tokenizer.encode(text)) and spans.shape == (len(ids), 2)
+  assert np.all((spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(text))) and np.all(np.diff(spans[:, 0]) >= 0)
+  if normalization == 'identity':
+    for number, (begin, end) in zip(ids, spans, strict=True):
+      spelled = tokenizer.decode([number])
+      assert text[begin:end] == spelled if '\ufffd' not in spelled else end - begin == 1
+
+
+def test_places_in_a_model_that_puts_a_space_first():
+  tokenizer = sentencepiece.Tokenizer(bare())
+  ids, spans = tokenizer.offsets('  the  cat 好')
+  pieces = [tokenizer.decode([i]) for i in ids]
+  assert ids[-1] == tokenizer.unk_id and spans[-1].tolist() == [11, 12]
+  assert ''.join('  the  cat 好'[begin:end] for begin, end in spans).split() == ['the', 'cat', '好'], pieces
+
+
+def test_scores_are_rounded_so_that_sums_are_exact(trained):
+  _, model, _ = trained
+  scores = np.array([model.get_score(i) for i in range(model.vocab_size()) if not model.is_byte(i)])
+  assert len(set(scores)) > 50 and np.array_equal(scores * 64, np.round(scores * 64))
+
+
 def test_indentation_is_short(trained):
   tokenizer = trained[0]
   assert len(tokenizer.encode('\n        return')) <= 4
@@ -225,6 +262,14 @@ def test_a_foreign_model_with_its_own_special_tokens():
   assert tokenizer.specials == want and tokenizer.added == [] and tokenizer.vocab_size == model.vocab_size()
   assert list(np.flatnonzero(tokenizer.special)) == sorted(want.values())
   assert tokenizer.decode(tokenizer.encode('the 好 cat')) == 'the 好 cat'
+
+
+@pytest.mark.parametrize('kind', ['word', 'char'])
+def test_models_that_cannot_be_exported(tmp_path, kind):
+  tokenizer = sentencepiece.Tokenizer(bare(model_type=kind))
+  with pytest.raises(ValueError, match='unigram and BPE'):
+    tokenizer.export(str(tmp_path), causal=False, max_len=8)
+  assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize('content', [b'', b'not a model at all', b'\x00' * 100, b'{"version": "1.0"}' * 9])
