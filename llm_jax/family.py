@@ -175,7 +175,11 @@ class Family:
                      for tensor in tensors.get(inner, ())]
     return found
 
-  def canonical(self, names: Iterable[str]) -> dict[str, str]:
+  def tied(self, config: Mapping[str, Any]) -> bool:
+    """Whether a config.json says that the projection on the vocabulary is the token table."""
+    return bool(config.get('tie_word_embeddings', self.fields['tie_word_embeddings'][2]))
+
+  def canonical(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """The names of a folder's tensors by what they are called here: without prefix, norms' old `gamma` and `beta` as today.
 
     Raises:
@@ -190,7 +194,8 @@ class Family:
         raise ValueError(f'{there[short]!r} and {name!r} are two names of the same tensor.')
       there[short] = name
     for copy, name in self.copies.items():
-      if copy in there and name not in there:
+      # Where the projection is not tied, neither is its bias, and that of the projection is the one that counts.
+      if copy in there and (name not in there or (copy.endswith('.bias') and not self.tied(config))):
         there[name] = there.pop(copy)
     return there
 

@@ -124,7 +124,7 @@ def load(path: str, families: Families, abstract_params: Any) -> Loaded:
   wanted = tree.flatten(abstract_params)
   tensors = safetensors.read_folder(path)
   try:
-    there = family.canonical(tensors)
+    there = family.canonical(config, tensors)
     chosen = _choose(family, wanted, there)
     _check_shapes(chosen, wanted, tensors, there)
     unused, pairs = _left_over(family, config, chosen, there)
@@ -240,7 +240,7 @@ def _left_over(family: Family, config: Mapping[str, Any], chosen: Mapping[str, P
   """The tensors without a place, and those that must be equal to others; ValueError where a layer would lack a part of it."""
   used = {name for place in chosen.values() for name in place.names}
   copies = dict(family.copies)
-  if config.get('tie_word_embeddings', family.fields['tie_word_embeddings'][2]):
+  if family.tied(config):
     copies[family.called(OUTPUT)] = family.called(TOKEN)
   unused, pairs = [], []
   for name, actual in there.items():

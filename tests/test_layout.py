@@ -10,7 +10,7 @@ RANKS = {
                      'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors', 'family'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
     **dict.fromkeys(('models', 'objectives', 'evaluators', 'hf'), 3),
-    'step': 4,
+    **dict.fromkeys(('step', 'generate'), 4),
     'build': 5,
     **dict.fromkeys(('runs', 'pretrained', 'prepare', 'evaluate', 'train', 'use', 'embed', 'plan', 'main'), 6),
 }
