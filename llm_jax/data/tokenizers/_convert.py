@@ -14,9 +14,13 @@ spelled out:
   loses marks where a cluster begins with a mapped character. Clusters are therefore split by a marker that is taken out
   again, and sequences composed by NFC afterwards.
 
-What still differs: letters with two or more marks that are not in the order of Unicode's normal forms, or whose composition
-skips a mark (SentencePiece leaves them); equally good segmentations in a unigram model that was not trained here (SentencePiece
-adds up scores in float32, `tokenizers` in float64; `rounded` makes both exact); a text that holds one of the private characters.
+What still differs:
+
+* Letters with two or more marks that are not in the order of Unicode's normal forms or whose composition skips a mark, and a
+  mark behind a ligature: NFC composes or reorders them, SentencePiece leaves them.
+* Equally good segmentations (the run of spaces as 4 and 2 or as 2 and 4) in a unigram model that was not trained here:
+  SentencePiece adds up scores in float32, `tokenizers` in float64. `rounded` makes the sums exact in both.
+* A text that holds one of the private characters or the marker.
 """
 
 import base64

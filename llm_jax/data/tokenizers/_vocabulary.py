@@ -80,7 +80,7 @@ def _byte_level(directory: str, options: Mapping[str, Any]) -> tuple[dict[str, A
     usual = dict(bos='<s>', eos='</s>', cls='<s>', sep='</s>', unk='<unk>', pad='<pad>', mask='<mask>')
   names = _names(options, usual, vocab)
   space = options.get('add_prefix_space', False)
-  level = {'type': 'ByteLevel', 'add_prefix_space': space, 'trim_offsets': True, 'use_regex': True}
+  level = {'type': 'ByteLevel', 'add_prefix_space': space, 'trim_offsets': roberta, 'use_regex': True}
   around = {'type': 'RobertaProcessing', 'trim_offsets': True, 'add_prefix_space': space} | {
       key: [names[f'{key}_token'], vocab[names[f'{key}_token']]] for key in ('sep', 'cls') if f'{key}_token' in names}
   model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
