@@ -117,8 +117,14 @@ def special_names(proto: Any, specials: Mapping[str, int]) -> dict[int, str]:
 
 
 def _parse(model: bytes) -> Any:
-  from sentencepiece import sentencepiece_model_pb2  # here: it loads protobuf, which only an export needs
-  proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+  from google.protobuf.message import DecodeError  # here, both: only training and export need protobuf
+  from sentencepiece import sentencepiece_model_pb2
+  try:
+    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+  except DecodeError as error:
+    raise ValueError(f'not a SentencePiece model ({len(model)} bytes); copy it again.') from error
+  if not any(piece.type == _UNKNOWN for piece in proto.pieces):
+    raise ValueError(f'a SentencePiece model without an unknown piece ({len(model)} bytes); copy it again.')
   kind = proto.trainer_spec.model_type
   if kind not in (_UNIGRAM, _BPE):
     raise ValueError(f'a SentencePiece model of type {kind} cannot be converted: the tokenizers library has unigram and BPE.')

@@ -25,6 +25,9 @@ def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   there = {name for name in known if os.path.isfile(os.path.join(directory, name))}
   options = {key: value for name in ('special_tokens_map.json', 'tokenizer_config.json')
              for key, value in json.loads(files.get(name, '{}')).items()}
+  if os.path.isfile(os.path.join(directory, 'added_tokens.json')):
+    with open(os.path.join(directory, 'added_tokens.json'), encoding='utf-8') as file:
+      options['added_tokens'] = json.load(file)
   models = [name for name in SENTENCEPIECE if name in there]
   if 'vocab.txt' in there:
     description, names = _wordpiece(os.path.join(directory, 'vocab.txt'), options)
@@ -97,6 +100,9 @@ def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
     description, specials = _convert.foreign(model, xlm_roberta=os.path.basename(path) == SENTENCEPIECE[-1])
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
+  size, added = len(description['model']['vocab']), {token['id']: token for token in description['added_tokens']}
+  added |= {token['id']: token | {'normalized': False} for token in _added(options, {}, {}) if token['id'] >= size}
+  description['added_tokens'] = [added[number] for number in sorted(added)]
   texts = {token['content']: token['id'] for token in description['added_tokens']}
   names = _names(options, specials, texts)
   token = {key: (texts[text], text) for key, text in names.items()}
@@ -121,8 +127,10 @@ def _names(options: Mapping[str, Any], usual: Mapping[str, str], vocab: Mapping[
 
 
 def _added(options: Mapping[str, Any], names: Mapping[str, str], vocab: Mapping[str, int]) -> list[dict[str, Any]]:
-  """Special tokens, and others that tokenizer_config.json adds."""
+  """Special tokens, and others that tokenizer_config.json or added_tokens.json adds."""
   added = {vocab[text]: _export.added_token(vocab[text], text) for text in names.values()}
+  for text, number in (options.get('added_tokens') or {}).items():
+    added.setdefault(number, _export.added_token(number, text, special=False))
   for number, token in (options.get('added_tokens_decoder') or {}).items():
     added[int(number)] = _export.added_token(int(number), token['content'], special=token.get('special', False)) | {
         key: token[key] for key in ('single_word', 'lstrip', 'rstrip', 'normalized') if key in token}

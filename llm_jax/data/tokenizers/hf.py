@@ -53,17 +53,17 @@ class Tokenizer:
     self._files = {name: files[name] for name in _KEPT if name in files}
     self._description = description = _described(self._files)
     self._plain = plain = _open(description)
-    named = _named_specials(self._files, plain)
+    self._marked = None  # opened when a text with special tokens comes
+    self._named = named = _named_specials(self._files, plain)
     _mark_special(plain, named)
-    self._marked = type(plain).from_str(plain.to_str())
     self.specials = _find_specials(self._files, plain, named)
     self._set_ids()
+    self.template = _template(self._files, plain, self.specials)
     _hide_specials(plain, description, np.flatnonzero(self.special))
     plain.encode_special_tokens = True
     spelled = _spellings(description, plain, self.vocab_size)
     self.token_bytes = np.where(self.special, 0, [len(text) for text in spelled]).astype(np.int32)
     self.word_start = _word_starts(description, plain, spelled) & ~self.special
-    self.template = _template(self._files, self._marked, self.specials)
     key = (_LAYOUT, sorted(self.specials.items()))
     self.fingerprint = hashlib.sha256((json.dumps(description, sort_keys=True) + repr(key)).encode()).hexdigest()
 
@@ -89,6 +89,10 @@ class Tokenizer:
   def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids [n] int32 and, [n, 2], where each one's characters begin and end in the text, as the library has them."""
     _words.utf8(text)
+    if special and self._marked is None:
+      marked = _open(self._description)
+      _mark_special(marked, self._named)
+      self._marked = marked
     encoding = (self._marked if special else self._plain).encode(text, add_special_tokens=False)
     return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
 

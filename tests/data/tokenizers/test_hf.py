@@ -1,11 +1,13 @@
 """Tokenizers of Hugging Face folders: special tokens, bytes, words, offsets, fallbacks, broken files, other processes."""
 
+import io
 import json
 import pickle
 import sys
 
 import numpy as np
 import pytest
+import sentencepiece as spm
 import tokenizers as library
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -243,6 +245,50 @@ def test_other_byte_level_vocabularies_want_their_tokenizer_json(tmp_path):
   assert hf.create(path=str(tmp_path)).vocab_size == byte_level().get_vocab_size()
   (tmp_path / 'tokenizer_config.json').write_text('{"tokenizer_class": "Qwen2Tokenizer"}')
   with pytest.raises(ValueError, match='Qwen2Tokenizer without a tokenizer.json'):
+    hf.create(path=str(tmp_path))
+
+
+def model_file(path, name='tokenizer.model', **options):
+  """A SentencePiece model as its trainer makes it by default: a space in front, unk 0, bos 1, eos 2."""
+  path.mkdir(exist_ok=True)
+  writer = io.BytesIO()
+  spm.SentencePieceTrainer.Train(sentence_iterator=iter(TEXTS), model_writer=writer, hard_vocab_limit=False, minloglevel=2,
+                                 **(dict(vocab_size=60) | options))
+  (path / name).write_bytes(writer.getvalue())
+  return spm.SentencePieceProcessor(model_proto=writer.getvalue())
+
+
+@pytest.mark.parametrize('options', [{}, dict(model_type='bpe'), dict(model_type='bpe', byte_fallback=True, vocab_size=330)])
+def test_a_sentencepiece_model_in_a_folder(tmp_path, options):
+  model = model_file(tmp_path, **options)
+  size = model.vocab_size()
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': 'LlamaTokenizer', 'added_tokens_decoder': {
+      str(size): {'content': '<|user|>', 'special': True}, str(size + 1): {'content': '<tool>', 'special': False}}}))
+  tokenizer = hf.create(path=str(tmp_path))
+  for text in [*TEXTS[:4], ' the  cat', '  ', LITERALS.replace('<unk>', '').replace('<s>', '').replace('</s>', '')]:
+    assert list(tokenizer.encode(text)) == model.encode(text)
+  assert list(tokenizer.encode('the cat<tool>')) == [*model.encode('the cat'), size + 1]
+  assert list(tokenizer.encode('<s><|user|>', special=True)) == [1, size]
+  assert not tokenizer.special[tokenizer.encode('the<|user|>')[1:]].all() and tokenizer.vocab_size == size + 2
+  assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.template) == (0, 1, 2, ((1,), ()))
+
+
+def test_the_order_of_xlm_roberta(tmp_path):
+  model = model_file(tmp_path, 'sentencepiece.bpe.model')
+  tokenizer = hf.create(path=str(tmp_path))
+  want = [i + 1 if i else 3 for i in model.encode(TEXTS[0] + ' ÿ')]
+  assert list(tokenizer.encode(TEXTS[0] + ' ÿ')) == want
+  assert (tokenizer.cls_id, tokenizer.pad_id, tokenizer.sep_id, tokenizer.unk_id) == (0, 1, 2, 3)
+  assert tokenizer.mask_id == model.vocab_size() + 1 == tokenizer.vocab_size - 1
+  model_file(tmp_path, 'sentencepiece.bpe.model', bos_id=-1)
+  with pytest.raises(ValueError, match='begins with <unk>, <s>, </s>, this one with'):
+    hf.create(path=str(tmp_path))
+
+
+@pytest.mark.parametrize('content', [b'', b'not a model', b'\x00' * 50])
+def test_a_broken_sentencepiece_model_is_named(tmp_path, content):
+  (tmp_path / 'spiece.model').write_bytes(content)
+  with pytest.raises(ValueError, match=r'spiece\.model: (not )?a SentencePiece model'):
     hf.create(path=str(tmp_path))
 
 
