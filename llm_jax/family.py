@@ -24,6 +24,8 @@ HEADS_OUT = ('(NH)D->DNH', '(NH)->NH')
 HEADS_IN = ('D(NH)->NHD', 'D->D')
 _ALWAYS = {'quantization_config': None, 'is_encoder_decoder': False, 'is_decoder': False, 'add_cross_attention': False,
            'pruned_heads': {}}
+_MOST_LAYERS = 10_000  # so that a damaged number is an error and not a list of that length
+TOKEN, OUTPUT = 'model/embedder/token/embedding', 'model/output/kernel'
 _FIRST, _STACKED = 'model/stack/first/', 'model/stack/layers/'
 
 
@@ -144,6 +146,8 @@ class Family:
       value = field(config, key, kind, *default)
       if options.setdefault(option, value) != value and option in NUMBERS:
         raise ValueError(f'{key}={value!r} cannot be done here together with {option}={options[option]!r}.')
+    if options['layers'] > _MOST_LAYERS:
+      raise ValueError(f'{options["layers"]} layers cannot be; at most {_MOST_LAYERS}.')
     for rule in self.rules:
       options |= rule.read(config)
     return options
@@ -193,15 +197,17 @@ class Family:
       if short in there:
         raise ValueError(f'{there[short]!r} and {name!r} are two names of the same tensor.')
       there[short] = name
-    for copy, name in self.copies.items():
+    for copy, name in self.equal(config).items():
       # Where the projection is not tied, neither is its bias, and that of the projection is the one that counts.
       if copy in there and (name not in there or (copy.endswith('.bias') and not self.tied(config))):
         there[name] = there.pop(copy)
     return there
 
-  def called(self, path: str) -> str:
-    """The first name, without prefix, of a parameter that is in no layer."""
-    return next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
+  def equal(self, config: Mapping[str, Any]) -> dict[str, str]:
+    """Names of tensors that are others under a second name, and the others'; a tied projection among them."""
+    table, projection = (next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
+                         for path in (TOKEN, OUTPUT))
+    return {**self.copies} | ({projection: table} if self.tied(config) else {})
 
   def within_layers(self, name: str) -> bool:
     """Whether a name, without prefix, is one of a layer's tensors, known or not."""
@@ -268,7 +274,7 @@ def bias(name: str, path: str) -> tuple[Tensor, ...]:
 
 def vocabulary(name: str) -> tuple[Tensor, ...]:
   """Their projection on the vocabulary, where it is not tied."""
-  return (Tensor(name, 'VD->DV', ('model/output/kernel',)),)
+  return (Tensor(name, 'VD->DV', (OUTPUT,)),)
 
 
 def rope(config: Mapping[str, Any], theta: Any) -> tuple[float, tuple[float, ...] | None]:

@@ -1,8 +1,9 @@
 """Folders of Hugging Face's: `config.json` and safetensors, read into our parameters and written from them.
 
 What a family is stands with the models (`family.Family`, and `HF` in each model's module). Reading goes parameter by parameter
-and device by device, from the memory-mapped file straight into each device's part: beyond the arrays themselves, the host never
-holds more than one part. Writing goes tensor by tensor. Names and shapes are all checked before the first weight is read.
+and device by device, from the memory-mapped file straight into each device's part: beyond the arrays themselves, the host holds
+the part that is being filled, and the one before it until JAX lets go of it. Writing goes tensor by tensor. Names and shapes are
+all checked before the first weight is read.
 """
 
 import json
@@ -17,15 +18,14 @@ import numpy as np
 from absl import logging
 
 from llm_jax import hosts, safetensors, tree
-from llm_jax.family import Family, Place, differences, values
+from llm_jax.family import OUTPUT, TOKEN, Family, Place, differences, values
 from llm_jax.plugins import nearest
 
 CONFIG = 'config.json'
 PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack')
 _DTYPES = {safetensors.DTYPES[code].name: safetensors.DTYPES[code] for code in ('F32', 'BF16', 'F16', 'F64')}
 DTYPES = tuple(_DTYPES)
-TOKEN, POSITION = 'model/embedder/token/embedding', 'model/embedder/position/embedding'
-OUTPUT, CLASSIFIER = 'model/output/kernel', 'heads_classifier/dense/kernel'
+POSITION, CLASSIFIER = 'model/embedder/position/embedding', 'heads_classifier/dense/kernel'
 _IDS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))  # not known here; left out, they would be a default's
 _COMPARED = 1 << 22  # elements of two tensors that are compared at once
 
@@ -239,9 +239,7 @@ def _left_over(family: Family, config: Mapping[str, Any], chosen: Mapping[str, P
                there: Mapping[str, str]) -> tuple[tuple[str, ...], list[tuple[str, str]]]:
   """The tensors without a place, and those that must be equal to others; ValueError where a layer would lack a part of it."""
   used = {name for place in chosen.values() for name in place.names}
-  copies = dict(family.copies)
-  if family.tied(config):
-    copies[family.called(OUTPUT)] = family.called(TOKEN)
+  copies = family.equal(config)
   unused, pairs = [], []
   for name, actual in there.items():
     if name in used or any(re.fullmatch(pattern, name) for pattern in family.ignored):
