@@ -42,7 +42,8 @@ class Tokenizer:
   else eos; sep is eos; bos is cls, else eos; eos is sep; pad is eos, else 0; unk is pad; mask_id is None.
 
   Args:
-    files: texts by name: tokenizer.json, and as far as the folder has them the others of `read`.
+    files: texts by name: tokenizer.json, and as far as the folder has them tokenizer_config.json, special_tokens_map.json,
+      config.json (the ids of special tokens) and chat_template.jinja.
 
   Raises:
     ValueError: tokenizer.json is broken.
@@ -56,7 +57,7 @@ class Tokenizer:
     self._marked = None  # opened when a text with special tokens comes
     self._named = named = _named_specials(self._files, plain)
     _mark_special(plain, named)
-    self.specials = _find_specials(self._files, plain, named)
+    self.specials = _find_specials(self._files, description, plain, named)
     self._set_ids()
     self.template = _template(self._files, plain, self.specials)
     _hide_specials(plain, description, np.flatnonzero(self.special))
@@ -84,17 +85,20 @@ class Tokenizer:
       text: any text.
       special: special tokens in the text ('[MASK]') become their ids; otherwise they are text like any other.
     """
-    return self.offsets(text, special)[0]
+    return np.array(self._encoding(text, special).ids, np.int32)
 
   def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids [n] int32 and, [n, 2], where each one's characters begin and end in the text, as the library has them."""
+    encoding = self._encoding(text, special)
+    return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+
+  def _encoding(self, text: str, special: bool) -> Any:
     _words.utf8(text)
     if special and self._marked is None:
       marked = _open(self._description)
       _mark_special(marked, self._named)
       self._marked = marked
-    encoding = (self._marked if special else self._plain).encode(text, add_special_tokens=False)
-    return np.array(encoding.ids, np.int32), np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    return (self._marked if special else self._plain).encode(text, add_special_tokens=False)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for an id out of range."""
@@ -189,7 +193,7 @@ def _described(files: Mapping[str, str]) -> dict[str, Any]:
   description, config = _json(files, 'tokenizer.json'), _json(files, 'tokenizer_config.json')
   normalizer = description.get('normalizer')
   if isinstance(normalizer, dict) and normalizer.get('type') == 'BertNormalizer':
-    if str(config.get('tokenizer_class')).startswith('BertTokenizer'):
+    if config.get('tokenizer_class') not in ('PreTrainedTokenizerFast', 'TokenizersBackend'):  # these take it as it is
       options = {'lowercase': 'do_lower_case', 'strip_accents': 'strip_accents', 'handle_chinese_chars': 'tokenize_chinese_chars'}
       description['normalizer'] = normalizer | {key: config[name] for key, name in options.items() if name in config}
   return description
@@ -251,19 +255,26 @@ def _mark_special(tokenizer: Any, named: Mapping[str, int]) -> None:
   tokenizer.add_special_tokens([_library().AddedToken(text, special=True, normalized=False) for text in texts])
 
 
-def _find_specials(files: Mapping[str, str], tokenizer: Any, named: Mapping[str, int]) -> dict[str, int]:
+def _find_specials(files: Mapping[str, str], description: Mapping[str, Any], tokenizer: Any,
+                   named: Mapping[str, int]) -> dict[str, int]:
   found, flagged, config = dict(named), _flagged(tokenizer), _json(files, 'config.json')
-  unknown = getattr(tokenizer.model, 'unk_token', None)
   for name, usual in _export.NAMES.items():
-    texts = [unknown] if name == 'unk' and unknown else []
-    texts += [*usual, '<|endoftext|>'] if name == 'eos' else usual
+    texts = (*usual, '<|endoftext|>') if name == 'eos' else usual
     ids = [flagged[text] for text in texts if text in flagged]
+    own = _unknown(description, tokenizer) if name == 'unk' else None
+    ids = [own, *ids] if own is not None else ids
     number = config.get(f'{name}_token_id')
     number = number[0] if isinstance(number, list) and number else number
     ids += [number] if isinstance(number, int) and number in flagged.values() else []
     if name not in found and ids:
       found[name] = ids[0]
   return found
+
+
+def _unknown(description: Mapping[str, Any], tokenizer: Any) -> int | None:
+  """The id that the model itself gives to what its vocabulary cannot spell."""
+  model = description['model']
+  return tokenizer.token_to_id(model['unk_token']) if model.get('unk_token') else model.get('unk_id')
 
 
 def _filled(specials: Mapping[str, int]) -> dict[str, int]:
