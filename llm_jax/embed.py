@@ -16,6 +16,7 @@ from llm_jax.data import pack
 from llm_jax.data.sources import jsonl, text
 
 OUTPUTS = ('.npy', '.jsonl')
+TILE = 64  # rows are as long as the longest text, rounded up to this: attention costs their square
 
 
 def run(opened: use.Opened, source: pathlib.Path, target: pathlib.Path, pool: str = 'mean', normalize: bool = True) -> None:
@@ -34,7 +35,10 @@ def run(opened: use.Opened, source: pathlib.Path, target: pathlib.Path, pool: st
   documents = _documents(source, target, opened.config.data.get('text') or 'text')
   config = dataclasses.replace(opened.config, objective={'name': 'embed', 'pool': pool, 'normalize': normalize}, micro_batches=1)
   ids = _ids(documents, opened.tokenizer, build.create_model(config).causal, config.seq_len)
-  plan = pack.best_fit([len(text) for text in ids], config.seq_len)
+  length = min(config.seq_len, -(-max(map(len, ids)) // TILE) * TILE)
+  plan = pack.best_fit([len(text) for text in ids], length)
+  full, least = config.batch_size * (config.seq_len // length), jax.device_count()
+  config = dataclasses.replace(config, seq_len=length, batch_size=min(full, -(-len(plan) // least) * least))
   rows = _Rows(ids, plan, build.create_objective(config, opened.tokenizer), config.seq_len)
   logging.info('%d texts in %d rows of %d tokens: %.0f%% of the places are used.', len(ids), len(plan), config.seq_len,
                100 * sum(map(len, ids)) / (len(plan) * config.seq_len))

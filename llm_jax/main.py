@@ -112,7 +112,7 @@ def _checked_config(devices: Sequence[Any] | None = None):
 
 
 @contextlib.contextmanager
-def _told(errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError)):
+def _told(errors: tuple[type[Exception], ...] = (ValueError, TypeError, OSError, ImportError)):
   """Makes errors whose message is enough into one message; before the first step, a ValueError speaks of what the user gave."""
   try:
     yield

@@ -130,7 +130,8 @@ def export(opened: Opened, target: pathlib.Path) -> None:
   params, model = load_params(program, opened.origin, heads=False), program.network.model
   hf.save(target, pretrained.families(), config.model['name'], model, params, classes=build.class_names(config))
   if hosts.primary():
-    opened.tokenizer.export(str(target), causal=model.causal, max_len=model.max_len)
+    opened.tokenizer.export(str(target), causal=model.causal, max_len=model.max_len,
+                            token_types=getattr(model, 'token_types', 0) > 1)
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
 
 

@@ -44,7 +44,7 @@ def parameters(settings):
 
 
 def test_every_config_is_here():
-  files = {path.stem for path in (ROOT / 'configs').glob('*.py')} - {'__init__', 'base', 'hf'}  # hf has no size: it takes that of a folder
+  files = {path.stem for path in (ROOT / 'configs').glob('*.py')} - {'__init__', 'base', 'hf'}  # hf takes a folder's size
   assert files == {name for name, _ in SIZES}
 
 

@@ -42,7 +42,7 @@ def test_what_the_program_gives_is_no_option():
 
 
 def test_known_names_are_the_modules():
-  assert plugins.names('objective') == ['classify', 'clm', 'mix', 'mlm', 'nsp', 'sop']
+  assert plugins.names('objective') == ['classify', 'clm', 'embed', 'mix', 'mlm', 'nsp', 'sop']
   assert plugins.names('source') == ['csv', 'docstrings', 'jsonl', 'parquet', 'stdlib', 'text', 'tfds']
   with pytest.raises(ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: classify, "):
     plugins.load('objective', 'mln')

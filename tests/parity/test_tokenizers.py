@@ -138,7 +138,7 @@ def test_folders_give_the_same_places_specials_and_template(pair):
 
 def test_folders_go_through_an_export(pair, tmp_path):
   ours, _ = pair
-  ours.export(str(tmp_path), causal=False, max_len=99)
+  ours.export(str(tmp_path), causal=False, max_len=99, token_types=True)
   reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
   again = hf.create(path=str(tmp_path))
   for text in NASTY:
@@ -190,7 +190,7 @@ def exported(request, tmp_path_factory):
   path = tmp_path_factory.mktemp('exported')
   make, options = OURS[request.param]
   tokenizer = make(**options)
-  tokenizer.export(str(path), causal=False, max_len=99)
+  tokenizer.export(str(path), causal=False, max_len=99, token_types=True)
   opened = [transformers.AutoTokenizer.from_pretrained(path, split_special_tokens=split) for split in (False, True)]
   return tokenizer, *opened, hf.create(path=str(path))
 
@@ -240,7 +240,7 @@ def test_exports_have_the_same_special_tokens_and_tables(exported):
 @pytest.mark.parametrize('kind', ['bert', 'roberta', 'modernbert', 'gpt2', 'llama', 'mistral', 'qwen3'])
 def test_exports_stand_beside_any_config(tmp_path, kind):
   causal = kind in ('gpt2', 'llama', 'mistral', 'qwen3')
-  byte.create().export(str(tmp_path), causal=causal, max_len=99)
+  byte.create().export(str(tmp_path), causal=causal, max_len=99, token_types=not causal)
   (tmp_path / 'config.json').write_text(json.dumps({'model_type': kind, 'vocab_size': 263}))
   row = transformers.AutoTokenizer.from_pretrained(tmp_path)('a')
   assert row['input_ids'] == ([5, 104] if causal else [2, 104, 3])
@@ -277,7 +277,7 @@ def test_scores_that_are_not_rounded_would_differ_in_runs(monkeypatch):
 
 def test_marks_out_of_order_are_the_known_difference(tmp_path):
   tokenizer = own(kind='bpe', normalization='nfkc')
-  tokenizer.export(str(tmp_path), causal=False, max_len=99)
+  tokenizer.export(str(tmp_path), causal=False, max_len=99, token_types=True)
   opened = hf.create(path=str(tmp_path))
   for text in ('a\u0301\u0323', 'a\u0344'):
     assert list(opened.encode(text)) != list(tokenizer.encode(text))

@@ -21,7 +21,7 @@ def write(directory: str, files: Mapping[str, str]) -> None:
 
 
 def folder(description: Mapping[str, Any], specials: Mapping[str, tuple[int, str]], *, causal: bool,
-           max_len: int) -> dict[str, str]:
+           max_len: int, token_types: bool) -> dict[str, str]:
   """The three files of a tokenizer, by name.
 
   Args:
@@ -29,10 +29,11 @@ def folder(description: Mapping[str, Any], specials: Mapping[str, tuple[int, str
     specials: id and text of each special token, by name ('pad', 'cls', ...).
     causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has type 1.
     max_len: the longest row that the model takes.
+    token_types: whether the model wants to be told the types.
   """
   around = {'before': specials['bos']} if causal else {'before': specials['cls'], 'after': specials['sep']}
   names = {f'{name}_token': text for name, (_, text) in specials.items()}
-  inputs = ['input_ids', 'attention_mask'] if causal else ['input_ids', 'token_type_ids', 'attention_mask']
+  inputs = ['input_ids', *['token_type_ids'] * token_types, 'attention_mask']
   config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': max_len, 'clean_up_tokenization_spaces': False,
             'model_input_names': inputs} | names
   whole = dict(description) | {'post_processor': template(**around)}

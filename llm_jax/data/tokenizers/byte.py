@@ -54,13 +54,14 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
       json.dump({'name': 'byte', 'specials': {name: number for number, name in enumerate(SPECIALS)}}, file, indent=2)
 
-  def export(self, directory: str, *, causal: bool, max_len: int) -> None:
+  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
     """Writes what `transformers.AutoTokenizer` opens, with the same ids: a BPE without merges, whose characters become bytes.
 
     Args:
       directory: is made if needed.
       causal: [BOS] before each text, else [CLS] before and [SEP] after.
       max_len: the longest row that the model takes.
+      token_types: whether the model tells the texts of a pair apart by an embedding.
     """
     vocab = {text: number for text, [number] in _TEXTS.items()} | {f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)}
     model = {'type': 'BPE', 'dropout': None, 'unk_token': '[UNK]', 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
@@ -68,7 +69,7 @@ class Tokenizer:
     description = _export.description(model, [_export.added_token(number, text) for text, [number] in _TEXTS.items()],
                                       decoder=[{'type': 'ByteFallback'}, {'type': 'Fuse'}])
     specials = {name: (number, text) for name, (text, [number]) in zip(SPECIALS, _TEXTS.items(), strict=True)}
-    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len))
+    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len, token_types=token_types))
 
 
 def _ids_and_spans(place: int, text: str, ids: Sequence[int] | None) -> tuple[Sequence[int], Sequence]:

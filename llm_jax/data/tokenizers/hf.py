@@ -109,13 +109,14 @@ class Tokenizer:
     """Writes the folder's own files into `directory`, which is made if needed; of config.json the special ids only."""
     _export.write(directory, self._files)
 
-  def export(self, directory: str, *, causal: bool, max_len: int) -> None:
+  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
     """Writes what `transformers.AutoTokenizer` opens: the folder's own files, which say themselves what stands around a text.
 
     Args:
       directory: is made if needed.
       causal: said by the folder already, not used.
       max_len: the longest row that the model takes; written where the folder does not say it.
+      token_types: said by the folder already, not used.
     """
     files = {name: text for name, text in self._files.items() if name != 'config.json'}
     config = _json(files, 'tokenizer_config.json')

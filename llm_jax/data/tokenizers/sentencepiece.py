@@ -126,20 +126,21 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
       json.dump({'name': 'sentencepiece', 'specials': self.specials}, file, indent=2)
 
-  def export(self, directory: str, *, causal: bool, max_len: int) -> None:
+  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
     """Writes what `transformers.AutoTokenizer` opens, with the same ids; `_convert` says in which texts they may differ.
 
     Args:
       directory: is made if needed.
       causal: BOS before each text, else CLS before and SEP after.
       max_len: the longest row that the model takes.
+      token_types: whether the model tells the texts of a pair apart by an embedding.
 
     Raises:
       ValueError: a model that is neither unigram nor BPE.
     """
     description = _convert.convert(self._model, self.specials, sign_is_space=self._space_sign is None)
     specials = {name: (number, self._texts[number]) for name, number in self.specials.items()}
-    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len))
+    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len, token_types=token_types))
 
   def __reduce__(self):
     return Tokenizer, (self._model, self.specials)

@@ -268,7 +268,7 @@ def test_a_foreign_model_with_its_own_special_tokens():
 def test_models_that_cannot_be_exported(tmp_path, kind):
   tokenizer = sentencepiece.Tokenizer(bare(model_type=kind))
   with pytest.raises(ValueError, match='unigram and BPE'):
-    tokenizer.export(str(tmp_path), causal=False, max_len=8)
+    tokenizer.export(str(tmp_path), causal=False, max_len=8, token_types=True)
   assert not list(tmp_path.iterdir())
 
 
