@@ -62,6 +62,14 @@ def test_classifier_drops_only_with_the_stream():
   assert np.abs(dropped - quiet).max() > 0.1
 
 
+def test_a_classifier_without_bias():
+  x = np.random.default_rng(2).normal(size=(4, 8)).astype(np.float32)
+  head = heads.ClassifierHead(EXACT, classes=3, bias=False)
+  params = random_params(head, x)
+  assert set(params['params']['dense']) == {'kernel'}
+  np.testing.assert_allclose(head.apply(params, x), x @ np.asarray(params['params']['dense']['kernel']), atol=1e-5)
+
+
 def test_pair_head_has_two_float32_logits():
   x = jnp.ones((4, 8), jnp.bfloat16)
   head = heads.PairHead(MODEL.options)

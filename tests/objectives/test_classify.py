@@ -191,7 +191,9 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
   objective = classify.Objective(small.Tokenizer(), LETTERS, dropout=0.5)
   heads = objective.heads(model)
   assert set(heads) == {'pooler', 'classifier'}
-  assert set(classify.Objective(small.Tokenizer(), LETTERS, pool='last').heads(model)) == {'classifier'}
+  assert heads['classifier'].bias
+  last = classify.Objective(small.Tokenizer(), LETTERS, pool='last').heads(model)
+  assert set(last) == {'classifier'} and not last['classifier'].bias
   with pytest.raises(ValueError, match="pool='cls' reads the first place, which in a causal model"):
     objective.heads(types.SimpleNamespace(causal=True))
 
