@@ -100,7 +100,11 @@ def _objective(folder: pathlib.Path, model: str) -> dict[str, Any]:
   labels = hf.labels(folder)
   if labels is None:
     return {'name': OBJECTIVES[model]}
-  return {'name': 'classify', 'classes': labels, 'pool': 'cls' if model == 'encoder' else 'last'}
+  pool = 'cls' if model == 'encoder' else 'last'
+  if len(labels) == 1:
+    return {'name': 'classify', 'task': 'regression', 'pool': pool}
+  several = hf.read_config(folder).get('problem_type') == 'multi_label_classification'
+  return {'name': 'classify', 'task': 'multilabel' if several else 'multiclass', 'classes': labels, 'pool': pool}
 
 
 def _set(section: Mapping[str, Any]) -> dict[str, Any]:
