@@ -6,6 +6,7 @@ the part that is being filled, and the one before it until JAX lets go of it. Wr
 all checked before the first weight is read.
 """
 
+import functools
 import json
 import os
 import re
@@ -286,9 +287,13 @@ def _fetch(x: Any, layer: int | None) -> np.ndarray:
   if layer is not None:
     x = x[layer] if isinstance(x, np.ndarray) else jax.lax.dynamic_index_in_dim(x, layer, keepdims=False)
   if isinstance(x, jax.Array) and not x.is_fully_addressable:
-    everywhere = jax.sharding.NamedSharding(x.sharding.mesh, jax.sharding.PartitionSpec())
-    x = jax.jit(lambda x: x, out_shardings=everywhere)(x).addressable_data(0)
+    x = _gather(x.sharding.mesh)(x).addressable_data(0)
   return np.asarray(x)
+
+
+@functools.cache
+def _gather(mesh: jax.sharding.Mesh) -> Callable[[jax.Array], jax.Array]:
+  return jax.jit(lambda x: x, out_shardings=jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
 
 
 def _without_free_rows(model: Any, params: dict[str, Any], pad_token_id: int | None) -> tuple[Any, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Folders of Hugging Face's: what a config.json may say, what is refused and how, meshes, memory, and damaged files.
 
-That the numbers are those of transformers is shown in `parity/test_hf.py`. The mesh of eight devices needs a process of its own
+That the numbers are those of transformers is shown in `parity/test_hf.py`. The mesh of eight devices needs processes of its own
 (this file as a script).
 """
 
@@ -8,9 +8,9 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
-import tempfile
 import tracemalloc
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax import family, hf, safetensors, sharding, tree
+from llm_jax import family, hf, hosts, safetensors, sharding, tree
 from llm_jax.models import decoder, encoder
 
 FAMILIES = {kind: (name, held) for name, module in (('encoder', encoder), ('decoder', decoder))
@@ -403,36 +403,44 @@ def fuzzed(tmp_path_factory):
   return path, params, (path / 'config.json').read_bytes()
 
 
-def test_a_mesh_of_eight_devices():
-  """Every parameter, read onto a mesh and written from it, is what it is on one device."""
-  script = [sys.executable, __file__]
-  environment = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_mesh_of_eight_devices(processes, tmp_path):
+  """Every parameter, read onto a mesh and written from it, is what it is on one device; one process has all, or half."""
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  environment = os.environ | {'XLA_FLAGS': f'--xla_force_host_platform_device_count={8 // processes}', 'JAX_PLATFORMS': 'cpu',
                               'PYTHONPATH': str(pathlib.Path(__file__).parent.parent)}
-  done = subprocess.run(script, env=environment, capture_output=True, text=True, timeout=300)
-  assert done.returncode == 0, done.stderr
-  assert json.loads(done.stdout)['cut'] > 10
+  running = [subprocess.Popen([sys.executable, __file__, str(tmp_path), address, str(processes), str(i)], env=environment,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(processes)]
+  for process in running:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    assert json.loads(out.splitlines()[-1])['cut'] > 8
+  assert 'partial' not in ' '.join(os.listdir(tmp_path))
 
 
-def main():
-  layout = sharding.create_layout(data=2, fsdp=2, tensor=2)
-  cut = 0
-  with tempfile.TemporaryDirectory() as parent:
-    parent = pathlib.Path(parent)
-    for i, model in enumerate((LLAMA.clone(tied=False), MODERN)):
-      params = saved(parent / f'{i}', model)
-      boxed = {'model': boxed_shapes(model)}
-      where = sharding.parameter_shardings(layout, boxed)
-      wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where)
-      loaded = hf.load(parent / f'{i}', FAMILIES, wanted).params
-      for path, sharding_ in tree.flatten(where).items():
-        assert loaded[path].sharding == sharding_
-        np.testing.assert_array_equal(loaded[path], params[path])
-        cut += not sharding_.is_fully_replicated
-      saved(parent / f'{i}_again', model, loaded)
-      files = [(parent / name / 'model.safetensors').read_bytes() for name in (f'{i}', f'{i}_again')]
-      assert files[0] == files[1]
+def main(parent, address, processes, index):
+  if processes > 1:
+    hosts.start(address, processes, index)
+  layout, cut = sharding.create_layout(data=2, fsdp=2, tensor=2), 0
+  for i, model in enumerate((LLAMA.clone(tied=False), MODERN)[:3 - processes]):
+    params = saved(parent / f'{i}', model)
+    boxed = {'model': boxed_shapes(model)}
+    where = sharding.parameter_shardings(layout, boxed)
+    wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where)
+    loaded = hf.load(parent / f'{i}', FAMILIES, wanted).params
+    for path, place in tree.flatten(where).items():
+      assert loaded[path].sharding == place and len(loaded[path].addressable_shards) == 8 // processes
+      for shard in loaded[path].addressable_shards:
+        np.testing.assert_array_equal(shard.data, params[path][shard.index])
+      cut += not place.is_fully_replicated
+    saved(parent / f'{i}_again', model, loaded)
+    files = [(parent / name / 'model.safetensors').read_bytes() for name in (f'{i}', f'{i}_again')]
+    assert files[0] == files[1]
   print(json.dumps({'cut': cut}))
+  hosts.finish()
 
 
 if __name__ == '__main__':
-  main()
+  main(pathlib.Path(sys.argv[1]), sys.argv[2], *map(int, sys.argv[3:]))
