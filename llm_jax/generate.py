@@ -376,8 +376,8 @@ def _pick_rows(x: jax.Array, beams_BW: jax.Array) -> jax.Array:
 
 
 def _rounded(length: int) -> int:
-  """At least `length`, and at most an eighth more: of all lengths few are compiled for."""
-  step = max(SHORTEST, 1 << max((length - 1).bit_length() - 3, 0))
+  """At least `length`, and at most an eighth more, or to the next multiple of `SHORTEST`: few lengths are compiled for."""
+  step = max(SHORTEST, 1 << max((length - 1).bit_length() - 4, 0))
   return -(-length // step) * step
 
 

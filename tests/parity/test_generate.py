@@ -1,15 +1,17 @@
 """Generation beside transformers': token for token where nothing is drawn, beam search too, in batches of unequal prompts.
 
-Both run in float32 on the CPU, from the same folder of random weights, which are large enough for the logits to tell tokens apart.
+Both run in float32 on the CPU, from the same folder of random weights, so large that no two tokens are equally likely.
 """
 
 import types
 
 import flax.linen as nn
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from llm_jax import generate, hf, tree
 from llm_jax.models import decoder
@@ -30,7 +32,14 @@ CONFIGS = {
     'llama': transformers.LlamaConfig(**THEIRS, rope_parameters=LLAMA3),
     'mistral': transformers.MistralConfig(**THEIRS, sliding_window=12, head_dim=8),
 }
-PROMPTS = [np.random.default_rng(i).integers(3, V, n) for i, n in enumerate((5, 17, 1, 9))]
+PROMPTS = [np.random.default_rng(i).integers(3, V, n) for i, n in enumerate((5, 12, 1, 9))]
+
+
+@pytest.fixture(scope='module', autouse=True)
+def little_care_in_compiling():
+  jax.config.update('jax_disable_most_optimizations', True)
+  yield
+  jax.config.update('jax_disable_most_optimizations', False)
 
 
 def randomised(reference):
@@ -43,7 +52,7 @@ def randomised(reference):
 
 
 @pytest.fixture(scope='module', params=CONFIGS)
-def pair(request, tmp_path_factory):
+def pair(request, little_care_in_compiling, tmp_path_factory):
   """Their model, our generator, and its weights."""
   reference = randomised(transformers.AutoModelForCausalLM.from_config(CONFIGS[request.param], attn_implementation='eager'))
   folder = tmp_path_factory.mktemp(request.param)
@@ -83,3 +92,54 @@ def test_greedy_is_transformers_token_for_token(pair):
   found = ours(pair, PROMPTS, max_new_tokens=NEW, temperature=0.0)
   assert found == expected
   assert len(set(map(tuple, expected))) == len(PROMPTS) and len(set(sum(expected, []))) > 20
+
+
+def test_unequal_prompts_get_what_each_gets_alone(pair):
+  together = ours(pair, PROMPTS, max_new_tokens=20, temperature=0.0)
+  assert together == [ours(pair, [prompt], max_new_tokens=20, temperature=0.0)[0] for prompt in PROMPTS]
+
+
+BEAMS = [('gpt2', 1.0), ('llama', 0.5), ('mistral', -0.5)]
+
+
+@pytest.mark.parametrize('pair, length_penalty', BEAMS, ids=[f'{name}, {penalty}' for name, penalty in BEAMS], indirect=['pair'])
+def test_beam_search_is_transformers(pair, length_penalty):
+  eos = sorted({row[4 + 5 * i] for i, row in enumerate(theirs(pair.reference, PROMPTS, max_new_tokens=20, num_beams=4))})
+  options = dict(max_new_tokens=20, length_penalty=length_penalty)
+  expected = theirs(pair.reference, PROMPTS, num_beams=4, eos_token_id=eos, early_stopping=False, **options)
+  options |= dict(beams=4, temperature=0.0)
+  assert ours(pair, PROMPTS, eos, **options) == expected
+  assert len(set(map(len, expected))) > 1  # some have ended by themselves
+  assert ours(pair, PROMPTS[1:2], eos, **options) == expected[1:2]
+  assert ours(pair, PROMPTS, eos, max_new_tokens=20, temperature=0.0) != expected
+
+
+@pytest.mark.parametrize('pair', ['gpt2'], indirect=True)
+def test_beam_search_without_an_end_and_with_a_penalty(pair):
+  options = dict(max_new_tokens=30, repetition_penalty=1.3)
+  prompts = [prompt[:5] for prompt in PROMPTS if len(prompt) > 4]  # of one length: padding would be punished too
+  expected = theirs(pair.reference, prompts, num_beams=4, **options)
+  assert ours(pair, prompts, beams=4, temperature=0.0, **options) == expected
+  assert theirs(pair.reference, prompts, num_beams=4, max_new_tokens=30) != expected
+
+
+@hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+@hypothesis.given(st.integers(0, 2**32 - 1), st.sampled_from([0.3, 1.0, 4.0]), st.sampled_from([0.5, 1.0, 1.7]),
+                  st.sampled_from([0, 1, 5, 200]), st.sampled_from([0.05, 0.6, 0.95, 1.0]),
+                  st.sampled_from([0.0, 0.02, 0.4, 1.0]), st.sampled_from([0.7, 1.0, 1.5]))
+def test_processors_are_transformers(seed, spread, temperature, top_k, top_p, min_p, penalty):
+  rng = np.random.default_rng(seed)
+  logits, ids = (spread * rng.normal(size=(3, V))).astype(np.float32), rng.integers(0, V, (3, 6))
+  t = transformers.generation.logits_process
+  steps = [(penalty != 1, t.RepetitionPenaltyLogitsProcessor, penalty),
+           (temperature != 1, t.TemperatureLogitsWarper, temperature), (top_k > 0, t.TopKLogitsWarper, top_k),
+           (top_p < 1, t.TopPLogitsWarper, top_p), (min_p > 0, t.MinPLogitsWarper, min_p)]
+  expected = torch.tensor(logits)
+  for used, processor, strength in steps:
+    expected = processor(strength)(torch.tensor(ids), expected) if used else expected
+  seen = np.zeros((3, V), bool)
+  np.put_along_axis(seen, ids, True, axis=1)
+  sampling = generate.Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty)
+  found = np.asarray(generate.processed(jnp.asarray(logits), jnp.asarray(seen), sampling))
+  np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+  assert np.isfinite(found).any(axis=1).all()
