@@ -1,6 +1,7 @@
 """What a trained model is for besides going on: its numbers on a validation set, its answers to new texts, its export."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -18,6 +19,9 @@ from llm_jax.config import Config
 from llm_jax.contracts import Source, Tokenizer
 from llm_jax.data import pipeline
 from llm_jax.data.sources import jsonl
+
+# Our task -> what Hugging Face calls it in config.json.
+PROBLEMS = {'regression': 'regression', 'multilabel': 'multi_label_classification', 'multiclass': 'single_label_classification'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,10 +132,12 @@ def export(opened: Opened, target: pathlib.Path) -> None:
   config = dataclasses.replace(opened.config, micro_batches=1)
   program = build.outline(config, jax.devices(), opened.tokenizer)
   params, model = load_params(program, opened.origin, heads=False), program.network.model
-  hf.save(target, pretrained.families(), config.model['name'], model, params, classes=build.class_names(config))
-  if hosts.primary():
-    opened.tokenizer.export(str(target), causal=model.causal, max_len=model.max_len,
-                            token_types=getattr(model, 'token_types', 0) > 1)
+  tokenizer = functools.partial(opened.tokenizer.export, causal=model.causal, max_len=model.max_len,
+                                token_types=getattr(model, 'token_types', 0) > 1)
+  ids = {f'{name}_token_id': getattr(opened.tokenizer, f'{name}_id') for name in ('pad', 'bos', 'eos')[:3 if model.causal else 1]}
+  task = PROBLEMS.get(getattr(program.objective.predictor, 'task', None))
+  hf.save(str(target), pretrained.families(), config.model['name'], model, params, classes=build.class_names(config),
+          extra=ids | {'problem_type': task}, also=tokenizer)
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
 
 
