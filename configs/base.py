@@ -54,6 +54,6 @@ def get_config() -> config_dict.ConfigDict:
       ),
       mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),  # `llm_jax/sharding.py`
       checkpoint=dict(every=1000, keep=2),
-      evaluation=dict(rows=512, patience=0),
+      evaluation=dict(rows=512, patience=0, samples=2),
       logging=dict(tensorboard=True, wandb=unset(str)),
   ))

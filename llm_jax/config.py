@@ -27,10 +27,17 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-  """How many rows of the validation set to use (0: all); after how many evaluations without a better loss to stop (0: never)."""
+  """What happens at an evaluation.
+
+  Attributes:
+    rows: how many rows of the validation set to use; 0 for all.
+    patience: after how many evaluations without a better loss to stop; 0 for never.
+    samples: how many texts a decoder shows, in the log and in samples.txt; 0 for none.
+  """
 
   rows: int = 512
   patience: int = 0
+  samples: int = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +93,7 @@ class Config:
     share = self.data.get('validation')
     if not isinstance(share, int | float) or not 0 <= share < 1:
       raise ValueError(f'config.data.validation={share} must be the share of the documents to hold out, at least 0 and below 1.')
-    if self.seed < 0 or self.evaluation.rows < 0 or self.evaluation.patience < 0:
+    if self.seed < 0 or min(self.evaluation.rows, self.evaluation.patience, self.evaluation.samples) < 0:
       raise ValueError(f'config.seed={self.seed} and {self.evaluation} must not be negative.')
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llm_jax import build, chips, evaluate, hosts, logs, metrics, prepare, pretrained, runs, tree
+from llm_jax import build, chips, complete, evaluate, hosts, logs, metrics, prepare, pretrained, runs, tree
 from llm_jax.build import Program
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config
@@ -20,6 +20,7 @@ from llm_jax.contracts import Pairs
 from llm_jax.data import pipeline
 from llm_jax.state import TrainState
 
+SAMPLES = 'samples.txt'
 STEPS_TO_ESTIMATE = 3  # after the first, which compiles
 TINY = {'encoder': 'configs/bert_tiny.py', 'decoder': 'configs/gpt_tiny.py'}  # what to try where a run would take days
 
@@ -128,7 +129,7 @@ def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], ste
           preempted: Callable[[], bool]) -> None:
   program, config = run.program, run.program.config
   train_step, meter = hosts.compiled(program.train_step), Meter(program, log, step)
-  stopping = False
+  stopping, samples = False, _samples(run)
   while step < config.steps and not run.patience.over and not stopping:
     run.state, pairs = train_step(run.state, program.put(next(batches)))
     run.position += config.batch_size
@@ -150,8 +151,28 @@ def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], ste
               'tokenizer': runs.pack_tokenizer(run.workdir),
               'patience': {'best': run.patience.best, 'waited': run.patience.waited}}
       run.checkpoints.save(step, run.state, run.position, meta, values)
+    if evaluated and samples and not stopping:
+      _show(run, log, step, samples(run.state.params))
     if evaluated or saving:
       meter.restart(step)
+
+
+def _samples(run: Run) -> complete.Samples | None:
+  """What shows samples at evaluations: nothing but for language models that go on from a prompt."""
+  count = run.program.config.evaluation.samples
+  if not count or not run.program.network.model.causal or 'clm' not in run.program.objective.terms:
+    return None
+  return complete.Samples(run.program, run.data.tokenizer, run.data.splits.validation, count)
+
+
+def _show(run: Run, log: logs.Log, step: int, samples: list[tuple[str, str]]) -> None:
+  """Samples in the log and, after those of earlier evaluations, in a file of the workdir."""
+  lines = [f'{beginning!r} -> {text!r}' for beginning, text in samples]
+  for line in lines:
+    log.say('step %d  sample: %s', step, line)
+  if hosts.primary():
+    with open(run.workdir / SAMPLES, 'a', encoding='utf-8') as file:
+      file.write(f'step {step}\n' + ''.join(f'  {line}\n' for line in lines))
 
 
 class Meter:

@@ -12,10 +12,10 @@ RANKS = {
     **dict.fromkeys(('models', 'objectives', 'evaluators', 'hf'), 3),
     **dict.fromkeys(('step', 'generate'), 4),
     'build': 5,
-    **dict.fromkeys(('runs', 'pretrained', 'prepare', 'evaluate', 'train', 'use', 'embed', 'plan', 'main'), 6),
+    **dict.fromkeys(('runs', 'pretrained', 'prepare', 'evaluate', 'use', 'complete', 'train', 'embed', 'plan', 'main'), 6),
 }
 # Of one rank, in the order in which they may use each other.
-TOP = ('runs', 'pretrained', 'prepare', 'evaluate', 'train', 'use', 'embed', 'plan', 'main')
+TOP = ('runs', 'pretrained', 'prepare', 'evaluate', 'use', 'complete', 'train', 'embed', 'plan', 'main')
 
 
 def imports(path):

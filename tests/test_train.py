@@ -58,7 +58,7 @@ def settings(corpus, objective='mlm', **changes):
     tree['data'] = dict(source='jsonl', path=str(corpus / 'labelled.jsonl'), label='kind', validation=0.2,
                         cache=str(corpus / 'cache'))
     tree['objective'] = dict(name='classify')
-  tree['evaluation'] = dict(rows=32)
+  tree['evaluation'] = dict(rows=32, samples=0)
   tree['checkpoint'] = dict(every=3, keep=2)
   tree['logging'] = dict(tensorboard=False)
   return tree | changes
@@ -174,6 +174,17 @@ def test_stops_early_and_keeps_the_best(corpus, tmp_path):
   assert run(tree, tmp_path).state.step == started.state.step  # over is over
   best = min((line for line in logs.read(tmp_path) if line['split'] == 'validation'), key=lambda line: line['loss'])
   assert started.checkpoints.best_step() == best['step']
+
+
+def test_a_decoder_shows_what_it_writes_and_learns_no_less(corpus, tmp_path):
+  for name, samples in (('shown', 2), ('quiet', 0)):
+    run(settings(corpus, 'clm', steps=4, eval_every=2, evaluation=dict(rows=8, samples=samples)), tmp_path / name)
+  assert_same_run(tmp_path / 'shown', tmp_path / 'quiet', 4)
+  lines = (tmp_path / 'shown' / 'samples.txt').read_text().splitlines()
+  assert lines[0] == 'step 2' and lines[3] == 'step 4' and len(lines) == 6
+  assert lines[1].startswith("  '' -> ") and lines[2].split(' -> ')[0] == lines[5].split(' -> ')[0] != "  ''"
+  assert lines[1] != lines[4]
+  assert not (tmp_path / 'quiet' / 'samples.txt').exists()
 
 
 def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path):
