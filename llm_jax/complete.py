@@ -6,6 +6,8 @@ Text comes in whole characters: where a character's bytes are spread over severa
 import dataclasses
 import functools
 import itertools
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import sharding, use
+from llm_jax import build, hosts, sharding, use
 from llm_jax.build import Program
 from llm_jax.contracts import Documents, Tokenizer
 from llm_jax.generate import Generator, Sampling
@@ -148,6 +150,40 @@ class _Text:
     return piece
 
 
+def run(opened: use.Opened, prompts: Sequence[str] | None, source: pathlib.Path | None, target: pathlib.Path | None,
+        sampling: Sampling, stop: Sequence[str] = ()) -> None:
+  """`--mode=generate`: prints what a model makes of each prompt, as it comes where there is but one, or writes it to a file.
+
+  Args:
+    opened: a run or a Hugging Face folder.
+    prompts: the texts to go on from, or, for an encoder, to fill in; None: they stand in `source`.
+    source: .txt, a prompt a line; or .jsonl, in the field `config.data.text` ('text').
+    target: .jsonl, {"prompt": ..., "text": ...} a line, for an encoder also "masks"; None to print.
+    sampling: how tokens are chosen.
+    stop: strings before which a text ends.
+
+  Raises:
+    ValueError: prompts in both places or in none, files that cannot be, whatever `complete` or `fill` raises.
+  """
+  prompts = _prompts(opened, prompts, source, target)
+  devices = jax.device_count()
+  config = dataclasses.replace(opened.config, micro_batches=1,
+                               batch_size=min(opened.config.batch_size, -(-len(prompts) // devices) * devices))
+  program = build.outline(config, jax.devices(), opened.tokenizer)
+  params = use.load_params(program, opened.origin)
+  if not program.network.model.causal:
+    answers = [{'text': filled.text, 'masks': filled.masks} for filled in fill(program, params, opened.tokenizer, prompts)]
+  else:
+    live = target is None and len(prompts) == 1 and hosts.primary()
+    stream = _terminal(prompts[0]) if live else None
+    answers = [{'text': text} for text in complete(program, params, opened.tokenizer, prompts, sampling, stop, stream)]
+    if live:
+      print('' if answers[0]['text'] else prompts[0])
+      return
+  if hosts.primary():
+    _give(prompts, answers, target)
+
+
 def complete(program: Program, params: Any, tokenizer: Tokenizer, texts: Sequence[str], sampling: Sampling,
              stop: Sequence[str] = (), stream: Stream | None = None) -> list[str]:
   """What a program's decoder writes after each text (`Completer`); `config.batch_size` texts are run at once.
@@ -273,3 +309,40 @@ def _told(row: np.ndarray, tokenizer: Tokenizer, p_MC: np.ndarray, ids_MC: np.nd
   masks = tuple(tuple((tokenizer.decode([token]).strip(), float(p)) for token, p in zip(ids, ps, strict=True))
                 for ids, ps in zip(ids_MC[:len(places)], p_MC[:len(places)], strict=True))
   return Filled(tokenizer.decode(whole), masks)
+
+
+def _terminal(prompt: str) -> Stream:
+  """Prints what comes, after the prompt."""
+  begun = []
+
+  def show(_: int, piece: str) -> None:
+    print(piece if begun else prompt + piece, end='', flush=True)
+    begun.append(True)
+
+  return show
+
+
+def _prompts(opened: use.Opened, prompts: Sequence[str] | None, source: pathlib.Path | None,
+             target: pathlib.Path | None) -> list[str]:
+  if (prompts is None) == (source is None):
+    raise ValueError("--mode=generate needs either --prompt='...' or --input=prompts.txt.")
+  if target is not None and (target.suffix != '.jsonl' or target.is_dir() or not target.absolute().parent.is_dir()):
+    raise ValueError(f'--output={target} must be a .jsonl file in a folder that exists.')
+  if prompts is not None:
+    return list(prompts)
+  documents = use.texts(source, opened.config.data.get('text') or 'text')
+  return [documents[i]['text'] for i in range(len(documents))]
+
+
+def _give(prompts: Sequence[str], answers: Sequence[dict[str, Any]], target: pathlib.Path | None) -> None:
+  """Prints prompts and answers, or writes them, whole or not at all."""
+  if target is not None:
+    partial = target.with_name(f'{target.name}.partial')
+    lines = (json.dumps({'prompt': prompt} | answer, ensure_ascii=False) for prompt, answer in zip(prompts, answers, strict=True))
+    partial.write_text(''.join(f'{line}\n' for line in lines), encoding='utf-8')
+    partial.rename(target)
+    return
+  for prompt, answer in zip(prompts, answers, strict=True):
+    print(answer['text'] if 'masks' in answer else prompt + answer['text'])
+    for candidates in answer.get('masks', ()):
+      print('  ' + '  '.join(f'{token} {p:.3f}' for token, p in candidates))

@@ -13,7 +13,6 @@ from absl import logging
 from llm_jax import build, evaluate, hosts, use
 from llm_jax.contracts import Source, Tokenizer
 from llm_jax.data import pack
-from llm_jax.data.sources import jsonl, text
 
 OUTPUTS = ('.npy', '.jsonl')
 TILE = 64  # rows are as long as the longest text, rounded up to this: attention costs their square
@@ -25,14 +24,16 @@ def run(opened: use.Opened, source: pathlib.Path, target: pathlib.Path, pool: st
   Args:
     opened: a run or a Hugging Face folder.
     source: .jsonl, an object a line, the text in the field `config.data.text` ('text'); or .txt, a text a line.
-    target: .npy, [texts, D] float32; or .jsonl, the lines of `source` (of .txt: {"text": ...}) with the vector as `embedding`.
+    target: .npy, [texts, D] float32; or .jsonl, {"text": ..., "embedding": [...]} a line.
     pool: one of `objectives.embed.POOLS`.
     normalize: whether the vectors have length 1.
 
   Raises:
     ValueError: files that cannot be, a text without tokens, a model that cannot pool so.
   """
-  documents = _documents(source, target, opened.config.data.get('text') or 'text')
+  if target.suffix not in OUTPUTS or target.is_dir() or not target.absolute().parent.is_dir():
+    raise ValueError(f'--output={target} must be a {" or ".join(OUTPUTS)} file in a folder that exists.')
+  documents = use.texts(source, opened.config.data.get('text') or 'text')
   config = dataclasses.replace(opened.config, objective={'name': 'embed', 'pool': pool, 'normalize': normalize}, micro_batches=1)
   ids = _ids(documents, opened.tokenizer, build.create_model(config).causal, config.seq_len)
   length = min(config.seq_len, -(-max(map(len, ids)) // TILE) * TILE)
@@ -65,14 +66,6 @@ class _Rows:
   def texts(self, index: int) -> list[int]:
     """Which texts a row holds."""
     return [number for number, _, _ in self.plan[index]]
-
-
-def _documents(source: pathlib.Path, target: pathlib.Path, field: str) -> Source:
-  if source.suffix not in ('.jsonl', '.txt') or not source.is_file():
-    raise ValueError(f'--input={source} must be a .jsonl or .txt file that exists.')
-  if target.suffix not in OUTPUTS or target.is_dir() or not target.absolute().parent.is_dir():
-    raise ValueError(f'--output={target} must be a {" or ".join(OUTPUTS)} file in a folder that exists.')
-  return jsonl.Source(str(source), field) if source.suffix == '.jsonl' else text.Source(str(source), unit='line')
 
 
 def _ids(documents: Source, tokenizer: Tokenizer, causal: bool, seq_len: int) -> list[np.ndarray]:

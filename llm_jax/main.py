@@ -5,6 +5,7 @@ the pen is answered at once.
 """
 
 import contextlib
+import dataclasses
 import pathlib
 import re
 import sys
@@ -23,6 +24,17 @@ INPUT = flags.DEFINE_string('input', None, 'predict, embed: a .jsonl file, its t
 OUTPUT = flags.DEFINE_string('output', None, 'predict: a .jsonl file; embed: .npy or .jsonl; generate: .jsonl; export: a folder.')
 POOL = flags.DEFINE_enum('pool', 'mean', ['mean', 'cls', 'last'], 'embed: what of a text its vector is.')
 NORMALIZE = flags.DEFINE_bool('normalize', True, 'embed: vectors of length 1.')
+PROMPT = flags.DEFINE_multi_string('prompt', None, 'generate: a text to go on from, or to fill in at [MASK]; may be repeated.')
+STOP = flags.DEFINE_multi_string('stop', [], 'generate: a string before which a text ends; may be repeated.')
+flags.DEFINE_integer('max_new_tokens', 128, 'generate: the most tokens that come after a prompt.')
+flags.DEFINE_float('temperature', 1.0, 'generate: how freely is drawn; 0 takes the most likely token.')
+flags.DEFINE_integer('top_k', 0, 'generate: only the most likely K tokens are drawn; 0 for all.')
+flags.DEFINE_float('top_p', 1.0, 'generate: only the most likely tokens of this probability together are drawn.')
+flags.DEFINE_float('min_p', 0.0, 'generate: only tokens at least this many times as likely as the most likely are drawn.')
+flags.DEFINE_float('repetition_penalty', 1.0, 'generate: above 1, tokens that stand in the text already become less likely.')
+flags.DEFINE_integer('beams', 1, 'generate: beam search with so many beams; needs --temperature=0.')
+flags.DEFINE_float('length_penalty', 1.0, 'generate: of beam search; above 1 favours long texts.')
+flags.DEFINE_integer('seed', 0, 'generate: the same seed draws the same text.')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'plan: the machine to plan for, v5e:4x4 say; several, with commas, to compare.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where several processes are started by hand.')
 PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes; found out under Slurm, Open MPI, on TPU pods.')
@@ -91,6 +103,11 @@ def _use(workdir: pathlib.Path | None) -> None:
   elif MODE.value == 'embed':
     from llm_jax import embed
     embed.run(opened, source, target, POOL.value, NORMALIZE.value)
+  else:
+    from llm_jax import complete
+    from llm_jax.generate import Sampling
+    sampling = Sampling(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)})
+    complete.run(opened, PROMPT.value, source, target, sampling, STOP.value)
 
 
 def _plan(workdir: pathlib.Path) -> None:

@@ -88,6 +88,8 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
 
 
 def _from_run(config: Config, folder: pathlib.Path) -> Config:
+  if not (folder / 'config.json').exists() and not runs.has_checkpoints(folder):
+    raise ValueError(f'config.init_from={folder} is the folder neither of a run nor of a Hugging Face model: no config.json.')
   saved = runs.read_config(folder)
   return dataclasses.replace(
       config, tokenizer=saved.tokenizer, seq_len=config.seq_len or saved.seq_len,

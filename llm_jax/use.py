@@ -18,7 +18,7 @@ from llm_jax.build import Program
 from llm_jax.config import Config
 from llm_jax.contracts import Source, Tokenizer
 from llm_jax.data import pipeline
-from llm_jax.data.sources import jsonl
+from llm_jax.data.sources import jsonl, text
 
 # Our task -> what Hugging Face calls it in config.json.
 PROBLEMS = {'regression': 'regression', 'multilabel': 'multi_label_classification', 'multiclass': 'single_label_classification'}
@@ -80,6 +80,17 @@ def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple
   if tokenizer.template is not None:
     return tokenizer.template
   return ((tokenizer.bos_id,), ()) if causal else ((tokenizer.cls_id,), (tokenizer.sep_id,))
+
+
+def texts(source: pathlib.Path, field: str) -> Source:
+  """The texts of one file: .jsonl, in the field of that name; or .txt, a text a line, lines of white space left out.
+
+  Raises:
+    ValueError: no such file.
+  """
+  if source.suffix not in ('.jsonl', '.txt') or not source.is_file():
+    raise ValueError(f'--input={source} must be a .jsonl or .txt file that exists.')
+  return jsonl.Source(str(source), field) if source.suffix == '.jsonl' else text.Source(str(source), unit='line')
 
 
 def evaluate(opened: Opened, workdir: pathlib.Path | None = None) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs import base, hf
-from llm_jax import build, embed, logs, prepare, pretrained, runs, train, tree, use
+from llm_jax import build, complete, embed, generate, logs, prepare, pretrained, runs, train, tree, use
 from llm_jax import config as config_lib
 from llm_jax.data.tokenizers import byte
 
@@ -117,7 +117,7 @@ def test_what_the_config_says_goes_first_or_is_refused(folder):
 
 @pytest.mark.parametrize('path', ['nowhere', 'letters.txt', ''])
 def test_a_folder_that_is_none(folder, path):
-  with pytest.raises(ValueError, match='holds no run'):
+  with pytest.raises(ValueError, match='is the folder neither of a run nor of a Hugging Face model'):
     of_folder(folder / path)
 
 
@@ -173,3 +173,39 @@ def test_what_cannot_be_embedded(folder, tmp_path, source, target, pool, message
 def test_nothing_can_be_trained_to_embed(folder, tmp_path):
   with pytest.raises(ValueError, match='objective embed has no loss'):
     run(settings(folder, 'mlm') | dict(objective=dict(name='embed')), tmp_path)
+
+
+def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
+  opened = use.open_model(None, of_folder(folder / 'hf-clm'))
+  (tmp_path / 'x.txt').write_text('12 ab\n7\n')
+  sampling = generate.Sampling(max_new_tokens=6, temperature=0.0)
+  complete.run(opened, None, tmp_path / 'x.txt', tmp_path / 'y.jsonl', sampling)
+  first, second = (json.loads(line) for line in open(tmp_path / 'y.jsonl'))
+  assert first['prompt'] == '12 ab' and len(first['text']) > 1 and second['prompt'] == '7'
+  complete.run(opened, ['12 ab'], None, None, sampling)
+  complete.run(opened, ['12 ab', '7'], None, None, sampling)
+  assert capsys.readouterr().out == f'12 ab{first["text"]}\n' + f'12 ab{first["text"]}\n7{second["text"]}\n'
+  stop = first['text'][-2:]
+  complete.run(opened, ['12 ab'], None, tmp_path / 'z.jsonl', sampling, stop=[stop])
+  assert json.loads((tmp_path / 'z.jsonl').read_text())['text'] == first['text'].partition(stop)[0] != first['text']
+
+
+def test_masks_are_filled_in(folder, tmp_path, capsys):
+  opened = use.open_model(None, of_folder(folder / 'hf-mlm'))
+  complete.run(opened, ['1 ab[MASK]d'], None, tmp_path / 'y.jsonl', generate.Sampling())
+  answer = json.loads((tmp_path / 'y.jsonl').read_text())
+  complete.run(opened, ['1 ab[MASK]d'], None, None, generate.Sampling())
+  said = capsys.readouterr().out.splitlines()
+  assert said[0] == answer['text'] and len(answer['masks']) == 1 and len(answer['masks'][0]) == 5
+  best, p = answer['masks'][0][0]
+  assert said[1].startswith(f'  {best} {p:.3f}  ') and 0 < p < 1
+
+
+@pytest.mark.parametrize(('prompts', 'source', 'target', 'message'), [
+    (None, None, None, "needs either --prompt='...' or --input=prompts.txt"), (['a'], 'x.txt', None, 'needs either'),
+    (None, 'x.csv', None, 'must be a .jsonl or .txt file'), (['a'], None, 'y.txt', 'must be a .jsonl file in a folder'),
+    (['a' * 60], None, None, 'max_new_tokens=128 are 189 places')])
+def test_what_cannot_be_gone_on_from(folder, tmp_path, prompts, source, target, message):
+  opened = use.open_model(None, of_folder(folder / 'hf-clm'))
+  with pytest.raises(ValueError, match=message):
+    complete.run(opened, prompts, source and tmp_path / source, target and tmp_path / target, generate.Sampling())
