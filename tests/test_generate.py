@@ -102,8 +102,8 @@ def test_bfloat16_keeps_half_the_cache():
   assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype('bfloat16')}
   made = generate.Generator(model)
   weights = made.weights(random_params(model))
-  assert weights['stack']['group_0']['block']['mlp']['up']['kernel'].dtype == jnp.bfloat16
-  assert weights['stack']['group_0']['block']['mlp_norm']['scale'].dtype == jnp.float32
+  block = weights.params['stack']['group_0']['block']
+  assert block['mlp']['up']['flipped'].dtype == jnp.bfloat16 and block['mlp_norm']['scale'].dtype == jnp.float32
   first = next(made.tokens(weights, PROMPTS, GREEDY))
   logits = model.apply({'params': random_params(model)}, np.array([PROMPTS[2]]), method=predict)
   assert first[2] == np.argmax(logits[0, -1])

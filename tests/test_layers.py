@@ -255,3 +255,17 @@ def test_a_head_dimension_of_its_own_and_normalised_queries():
   grown = params | {name: {'kernel': 7 * params[name]['kernel']} for name in ('query', 'key')}
   before, after = (attention.apply({'params': tree}, x, None, None, False)[0] for tree in (params, grown))
   np.testing.assert_allclose(before, after, atol=1e-5)  # a normalised query does not tell how long it was
+
+
+def test_layers_apart_and_flipped_are_the_stack():
+  stack = L.Stack(options(layers=4, norm_order='pre', head_dim=5), window=3, global_every=2)
+  x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 12)), jnp.float32)
+  params = random_params(stack, x, None, (None, None), False)['params']
+  apart = L.apart(params)
+  run = lambda params: stack.apply({'params': params}, x, None, (None, None), False)
+  expected = run(params)
+  assert sorted(apart) == ['group_0', 'group_1'] and L.flipped(apart)['group_0']['block_0']['attention']['out'].keys() == {
+      'flipped', 'bias'}
+  np.testing.assert_allclose(run(apart), expected, atol=1e-5)
+  np.testing.assert_allclose(run(L.flipped(apart)), expected, atol=1e-5)
+  assert np.abs(run(apart | {'group_0': apart['group_1']}) - expected).max() > 1e-2
