@@ -56,4 +56,5 @@ def get_config() -> config_dict.ConfigDict:
       checkpoint=dict(every=1000, keep=2),
       evaluation=dict(rows=512, patience=0, samples=2),
       logging=dict(tensorboard=True, wandb=unset(str)),
+      profile=dict(start=0, steps=0),  # traces `steps` steps after the first `start`, into WORKDIR/profile
   ))

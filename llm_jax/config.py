@@ -49,6 +49,14 @@ class Logging:
 
 
 @dataclasses.dataclass(frozen=True)
+class Profile:
+  """What is traced: `steps` steps (0 for none), after the first `start` of the whole run."""
+
+  start: int = 0
+  steps: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
   """The top level of a config file. `batch_size` is global: sequences an optimizer step, over all hosts and micro-batches.
 
@@ -72,6 +80,7 @@ class Config:
   checkpoint: Checkpoint = Checkpoint()
   evaluation: Evaluation = Evaluation()
   logging: Logging = Logging()
+  profile: Profile = Profile()
 
   def __post_init__(self):
     for name in ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'eval_every'):
@@ -95,12 +104,15 @@ class Config:
       raise ValueError(f'config.data.validation={share} must be the share of the documents to hold out, at least 0 and below 1.')
     if self.seed < 0 or min(self.evaluation.rows, self.evaluation.patience, self.evaluation.samples) < 0:
       raise ValueError(f'config.seed={self.seed} and {self.evaluation} must not be negative.')
+    if min(self.profile.start, self.profile.steps) < 0:
+      raise ValueError(f'config.profile needs start and steps of at least 0, not {self.profile}; steps=0 is for no profile.')
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
   """Makes a Config of nested dictionaries (an ml_collections ConfigDict's `to_dict()`, or `config.json`), checked."""
   tree = dict(tree)
-  for name, section in (('checkpoint', Checkpoint), ('evaluation', Evaluation), ('logging', Logging)):
+  for name, section in (('checkpoint', Checkpoint), ('evaluation', Evaluation), ('logging', Logging),
+                        ('profile', Profile)):
     if name in tree:
       tree[name] = plugins.construct(name, section, tree[name])
   return plugins.construct('', Config, tree)

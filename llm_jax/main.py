@@ -36,6 +36,8 @@ flags.DEFINE_integer('beams', 1, 'generate: beam search with so many beams; need
 flags.DEFINE_float('length_penalty', 1.0, 'generate: of beam search; above 1 favours long texts.')
 flags.DEFINE_integer('seed', 0, 'generate: the same seed draws the same text.')
 TOPOLOGY = flags.DEFINE_string('topology', None, 'plan: the machine to plan for, v5e:4x4 say; several, with commas, to compare.')
+COMPILATION_CACHE = flags.DEFINE_bool('compilation_cache', True, 'Keep compiled programs for the next start: in the workdir, or '
+                                      'without one in the cache folder of the data.')
 COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0, where several processes are started by hand.')
 PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many processes; found out under Slurm, Open MPI, on TPU pods.')
 PROCESS = flags.DEFINE_integer('process_id', None, 'Which of the processes this is, from 0.')
@@ -82,6 +84,7 @@ def _train(workdir: pathlib.Path) -> None:
     config = _checked_config()
     from llm_jax import prepare, runs, train
     runs.open_workdir(workdir)
+    _keep_compiled(workdir)
     run = train.start(prepare.load(config, workdir), workdir)
   with _told((FloatingPointError, OSError)):  # a loss that is no number, a disk that is full
     train.train(run)
@@ -91,8 +94,10 @@ def _use(workdir: pathlib.Path | None) -> None:
   """The modes that use a model: the run in the workdir, or the folder that config.init_from names."""
   if any(flags.FLAGS[example.partition('=')[0]].value is None for example in NEEDS.get(MODE.value, ())):
     raise ValueError(f'--mode={MODE.value} needs {" and ".join(f"--{example}" for example in NEEDS[MODE.value])}.')
-  from llm_jax import use
-  opened = use.open_model(workdir, _checked_config() if CONFIG.value is not None else None)
+  from llm_jax import prepare, use
+  config = _checked_config() if CONFIG.value is not None else None
+  _keep_compiled(workdir or prepare.cache_directory(config))
+  opened = use.open_model(workdir, config)
   source, target = (pathlib.Path(flag.value).expanduser() if flag.value else None for flag in (INPUT, OUTPUT))
   if MODE.value == 'eval':
     use.evaluate(opened, workdir)
@@ -108,6 +113,12 @@ def _use(workdir: pathlib.Path | None) -> None:
     from llm_jax.generate import Sampling
     sampling = Sampling(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)})
     complete.run(opened, PROMPT.value, source, target, sampling, STOP.value)
+
+
+def _keep_compiled(directory: pathlib.Path) -> None:
+  if COMPILATION_CACHE.value:
+    from llm_jax import compilation
+    compilation.keep(directory)
 
 
 def _plan(workdir: pathlib.Path) -> None:

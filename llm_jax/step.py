@@ -27,7 +27,9 @@ class Network(nn.Module):
 
   def __call__(self, batch: Batch, train: bool = False) -> Pairs:
     """The objective's (sum, weight) pairs for a batch; dropout draws from the stream `dropout` when `train`."""
-    return self.objective.loss(self, self.hidden(batch, train), batch)
+    hidden_BTD = self.hidden(batch, train)
+    with jax.named_scope('objective'):
+      return self.objective.loss(self, hidden_BTD, batch)
 
   def predict(self, batch: Batch) -> dict[str, jax.Array]:
     """What the objective's predictor says of each row."""
@@ -60,8 +62,9 @@ def train_step(state: TrainState, batch: Batch, *, network: Network, tx: optax.G
   """
   rng = jax.random.fold_in(state.rng, state.step)
   grads, pairs = gradient(state.params, batch, rng, network=network, micro_batches=micro_batches, shardings=shardings)
-  updates, opt_state = tx.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  with jax.named_scope('optimizer'):
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
   pairs |= {'gradient_norm': (optax.global_norm(grads), 1.0), 'learning_rate': (learning_rate(state.step), 1.0),
             'tokens': (jnp.sum(batch['segments'] > 0), 1.0)}
   return state.replace(step=state.step + 1, params=params, opt_state=opt_state), pairs

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 
 from llm_jax import build, chips, complete, evaluate, hosts, logs, metrics, prepare, pretrained, runs, tree
@@ -21,6 +20,7 @@ from llm_jax.data import pipeline
 from llm_jax.state import TrainState
 
 SAMPLES = 'samples.txt'
+PROFILE = 'profile'
 STEPS_TO_ESTIMATE = 3  # after the first, which compiles
 TINY = {'encoder': 'configs/bert_tiny.py', 'decoder': 'configs/gpt_tiny.py'}  # what to try where a run would take days
 
@@ -112,9 +112,10 @@ def train(run: Run) -> None:
       runs.write_config(run.workdir, config)
     baselines = evaluate.baselines(program, run.data.tokenizer, run.validation)
     _announce(run, log)
-    batches = pipeline.batches(run.train, config.batch_size, run.position, hosts.rows(program.mesh, config.batch_size))
-    with contextlib.closing(batches), hosts.preemption() as preempted:
-      _loop(run, log, batches, step, baselines, preempted)
+    batches = pipeline.batches(run.train, config.batch_size, run.position, hosts.rows(program.mesh, config.batch_size),
+                               put=program.put)
+    with contextlib.closing(batches), hosts.preemption() as preempted, contextlib.closing(Profiler(run, log, step)) as profiler:
+      _loop(run, log, batches, step, baselines, preempted, profiler)
     if int(run.state.step) < config.steps and not run.patience.over:
       log.say('Stopped by SIGTERM after step %d, which is saved; the same command goes on from there.', int(run.state.step))
     if run.patience.over:
@@ -125,16 +126,19 @@ def train(run: Run) -> None:
             run.workdir / logs.PLOT)
 
 
-def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, np.ndarray]], step: int, baselines: dict[str, float],
-          preempted: Callable[[], bool]) -> None:
+def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, jax.Array]], step: int, baselines: dict[str, float],
+          preempted: Callable[[], bool], profiler: 'Profiler') -> None:
   program, config = run.program, run.program.config
   train_step, meter = hosts.compiled(program.train_step), Meter(program, log, step)
   stopping, samples = False, _samples(run)
   while step < config.steps and not run.patience.over and not stopping:
-    run.state, pairs = train_step(run.state, program.put(next(batches)))
+    profiler.before(step, meter)
+    with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
+      run.state, pairs = train_step(run.state, next(batches))
     run.position += config.batch_size
     step += 1
     meter.dispatched(step, pairs)
+    profiler.after(step, meter)
     evaluated = step % config.eval_every == 0 or step == config.steps
     stopping = preempted()
     saving = step % config.checkpoint.every == 0 or step == config.steps or stopping
@@ -229,6 +233,42 @@ class Meter:
       if steps:
         self._log.progress(step, values['loss'], speed['tokens_per_second'], speed['seconds_per_step'])
       self.restart(step)
+
+
+class Profiler:
+  """Traces the steps that config.profile asks for, whole, into `workdir/profile`: process 0 does, whose devices stand for all."""
+
+  def __init__(self, run: Run, log: logs.Log, step: int):
+    """Says if the steps that are wanted are none of those that come after `step`."""
+    config = run.program.config
+    self._folder, self._log, self._active = run.workdir / PROFILE, log, False
+    self._start, self._stop = config.profile.start, config.profile.start + config.profile.steps
+    if config.profile.steps and not step <= self._start < config.steps:
+      log.say('Nothing is profiled: config.profile.start=%d is not one of the steps from %d to %d that this run takes.',
+              self._start, step, config.steps - 1)
+
+  def before(self, step: int, meter: Meter) -> None:
+    """Begins if the next step is the first that is wanted; `step` of them have been dispatched."""
+    if step == self._start < self._stop and hosts.primary():
+      meter.flush()
+      options = jax.profiler.ProfileOptions()
+      options.python_tracer_level = 0  # calls of Python are many, and slow down what is measured
+      jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
+      self._active = True
+
+  def after(self, step: int, meter: Meter) -> None:
+    """Ends if that was the last step that is wanted."""
+    if self._active and step == self._stop:
+      meter.flush()
+      self.close()
+      meter.restart(step)
+
+  def close(self) -> None:
+    """Writes what was traced, if that has not been done."""
+    if self._active:
+      self._active = False
+      jax.profiler.stop_trace()
+      self._log.say('Profile written to %s; XProf (xprof --logdir=...) and ui.perfetto.dev open it.', self._folder)
 
 
 def _first_state(program: Program) -> TrainState:

@@ -7,7 +7,8 @@ PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
     **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'scores', 'dropout', 'sharding', 'fsdp',
-                     'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors', 'family'), 1),
+                     'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors', 'family',
+                     'compilation'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
     **dict.fromkeys(('models', 'objectives', 'evaluators', 'hf'), 3),
     **dict.fromkeys(('step', 'generate'), 4),

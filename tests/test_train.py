@@ -1,13 +1,16 @@
 """Whole runs of tiny models through the command line's own path: learning, resuming, refusing, early stopping, fine-tuning."""
 
 import dataclasses
+import gzip
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -16,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from configs import base
-from llm_jax import chips, logs, prepare, runs, train, use
+from llm_jax import build, chips, logs, prepare, runs, train, use
 from llm_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -174,6 +177,51 @@ def test_stops_early_and_keeps_the_best(corpus, tmp_path):
   assert run(tree, tmp_path).state.step == started.state.step  # over is over
   best = min((line for line in logs.read(tmp_path) if line['split'] == 'validation'), key=lambda line: line['loss'])
   assert started.checkpoints.best_step() == best['step']
+
+
+def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(corpus, tmp_path, monkeypatch):
+  running = lambda: [thread.name for thread in threading.enumerate() if thread.name.startswith('batches')]
+  tree, seen = settings(corpus, 'clm', steps=4, eval_every=100), []
+  monkeypatch.setattr(train.Meter, 'dispatched', lambda *_: seen.extend(running()))
+  saved = run(tree, tmp_path / 'a')
+  assert seen and not running()
+  assert saved.position == saved.checkpoints.restore(saved.program.state).position == 4 * 8  # not what was made ahead
+  puts, put = [], build.Program.put
+
+  def failing(program, batch):
+    puts.append(threading.current_thread().name)
+    if len(puts) == 4:
+      raise OSError('the disk is gone')
+    return put(program, batch)
+
+  monkeypatch.setattr(build.Program, 'put', failing)
+  with pytest.raises(OSError, match='the disk is gone'):
+    run(tree, tmp_path / 'b')
+  assert not running() and all(name.startswith('batches') for name in puts)
+
+
+def test_a_profile_is_whole_names_the_parts_of_the_model_and_changes_no_number(corpus, tmp_path):
+  tree = settings(corpus, steps=6, eval_every=6)
+  run(tree, tmp_path / 'plain')
+  run(tree | dict(profile=dict(start=2, steps=3)), tmp_path / 'traced')
+  assert_same_run(tmp_path / 'plain', tmp_path / 'traced', 6)
+  assert not (tmp_path / 'plain' / 'profile').exists()
+  (folder,) = (tmp_path / 'traced' / 'profile' / 'plugins' / 'profile').iterdir()
+  with gzip.open(folder / 'perfetto_trace.json.gz') as file:
+    events = json.load(file)['traceEvents']
+  steps = {event['args']['step_num'] for event in events if event.get('name') == 'train'}
+  assert {int(step) for step in steps} == {3, 4, 5} and all(e['dur'] >= 0 for e in events if e.get('ph') == 'X')
+  (path,) = folder.glob('*.xplane.pb')
+  planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes}
+  assert any(event.name.startswith('dot') for line in planes['/host:CPU'].lines for event in line.events)
+  scopes = ('embedder', 'attention', 'mlp', 'objective', 'optimizer')
+  for text in (path.read_bytes(), compiled_text(tree, tmp_path / 'plain').encode()):
+    assert [scope for scope in scopes if not re.search(rb'wrapped[^"]*/%s/' % scope.encode(), text)] == []
+
+
+def compiled_text(tree, workdir):
+  program = train.start(prepare.load(config_lib.parse(tree), workdir), workdir).program
+  return program.train_step.lower(program.state, program.batch).compile().as_text()
 
 
 def test_a_decoder_shows_what_it_writes_and_learns_no_less(corpus, tmp_path):

@@ -85,12 +85,12 @@ def validation_examples(splits: Sequence[Documents], objective: Objective, seq_l
   return grain.MapDataset.source(chosen.tolist()).map(examples.__getitem__)
 
 
-def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: Sequence[int] | None = None, threads: int = 1
-            ) -> Iterator[Example]:
+def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: Sequence[int] | None = None, threads: int = 1,
+            put: Callable[[Example], Any] | None = None) -> Iterator[Any]:
   """This host's rows of each global batch, from example `start` on, forever; made ahead of need by threads.
 
   Global batch s holds examples `start + s * batch_size` and following. Close the iterator (`.close()`) to stop the threads; an
-  exception in a transform is raised by the `next` that wants its batch.
+  exception in a transform, or in `put`, is raised by the `next` that wants its batch.
 
   Args:
     examples: an endless stream.
@@ -98,9 +98,10 @@ def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: S
     start: examples consumed before, any number.
     rows: which rows of the global batch to make, in this order (`hosts.rows`); None for all.
     threads: that make batches; they share Python's lock, so more than one only helps where reading waits for a disk.
+    put: what the threads do with a batch last (`Program.put`: it is on the devices before it is asked for); None for nothing.
 
   Yields:
-    Arrays with a leading axis as long as `rows`.
+    Arrays with a leading axis as long as `rows`, or what `put` made of them.
 
   Raises:
     ValueError: batch_size, rows, start or threads is out of range.
@@ -108,7 +109,9 @@ def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: S
   rows = _checked_rows(batch_size, rows)
   if start < 0:
     raise ValueError(f'start={start} must be the number of examples consumed before, 0 or more.')
-  return _ahead(lambda first: _stack([examples[first + row] for row in rows]), itertools.count(start, batch_size), threads)
+  put = put or (lambda batch: batch)
+  load = lambda first: put(_stack([examples[first + row] for row in rows]))
+  return _ahead(load, itertools.count(start, batch_size), threads)
 
 
 def padded_batches(examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None, threads: int = 1

@@ -179,6 +179,23 @@ def test_an_exception_in_a_transform_reaches_the_reader_in_its_turn():
   assert not [t for t in threading.enumerate() if t.name.startswith('batches')]
 
 
+def test_batches_are_put_by_the_thread_that_makes_them_and_its_errors_come_in_their_turn():
+  where = []
+
+  def put(batch):
+    where.append(threading.current_thread().name)
+    if len(where) == 3:
+      raise ZeroDivisionError('batch two')
+    return batch['tokens'][:, 0].sum()
+
+  stream, plain = pipeline.batches(_train(), 4, put=put), pipeline.batches(_train(), 4)
+  assert [next(stream) for _ in range(2)] == [batch['tokens'][:, 0].sum() for batch in _take(plain, 2)]
+  with pytest.raises(ZeroDivisionError, match='batch two'):
+    next(stream)
+  assert all(name.startswith('batches') for name in where)
+  assert not [t for t in threading.enumerate() if t.name.startswith('batches')]
+
+
 def test_rows_with_different_arrays_are_refused():
 
   class Uneven(Objective):
