@@ -74,15 +74,21 @@ class _Rows:
     pieces = [self.ids(*piece) for piece in self.plan[index]]
     example = pack.assemble([ids[:-1] for ids in pieces], self.seq_len)
     counted = np.concatenate([ids[1:] for ids in pieces])
-    fill = (0, self.seq_len - len(counted))
-    return example | {
-        'targets': np.pad(counted, fill).astype(np.int32),
-        'weights': np.pad(np.ones(len(counted), np.float32), fill),
-        'bytes': np.float32(np.sum(self.objective.tokenizer.token_bytes[counted])),
-    }
+    targets_T, weights_T = np.zeros(self.seq_len, np.int32), np.zeros(self.seq_len, np.float32)
+    targets_T[:len(counted)] = counted
+    weights_T[:len(counted)] = 1.0
+    return example | {'targets': targets_T, 'weights': weights_T,
+                      'bytes': np.float32(np.sum(self.objective.tokenizer.token_bytes[counted]))}
 
   def ids(self, document: int, start: int, stop: int) -> np.ndarray:
     """Ids start to stop, inclusive, of BOS document EOS: stop - start inputs, and the target of the last."""
     length, tokenizer = int(self.documents.lengths[document]), self.objective.tokenizer
     text = self.documents.text(document, max(start - 1, 0), min(stop, length))
-    return np.concatenate([[tokenizer.bos_id] * (start == 0), text, [tokenizer.eos_id] * (stop == length + 1)]).astype(np.int32)
+    ids = np.empty(stop - start + 1, np.int32)
+    first = int(start == 0)
+    ids[first:first + len(text)] = text
+    if start == 0:
+      ids[0] = tokenizer.bos_id
+    if stop == length + 1:
+      ids[-1] = tokenizer.eos_id
+    return ids

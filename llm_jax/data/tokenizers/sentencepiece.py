@@ -76,9 +76,9 @@ class Tokenizer:
         they are text like any other.
     """
     _words.utf8(text)
-    known = self._known(special)
-    if not known:
+    if not special and (self._space_sign is None or _SPACE not in text):
       return np.array(self._processor.encode(text), np.int32)
+    known = self._known(special)
     parts = _words.parts(text, known)
     return np.array([number for _, part, ids in parts for number in (ids or self._processor.encode(part))], np.int32)
 
