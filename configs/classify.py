@@ -20,7 +20,7 @@ def get_config():
   config.data.validation = 0.15
   config.tokenizer.vocab_size = 4096
   config.model = base.model('encoder', 'bert_tiny')
-  config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='mean', unlabelled='error')
+  config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='mean', unlabelled='error', packing='best_fit')
   config.optimizer.name = 'muon'
   config.optimizer.learning_rate = 1e-2
   config.checkpoint.every = 50

@@ -1,7 +1,8 @@
 """The few agreements that the parts of the program share: what a batch holds, what an objective, a tokenizer, a source must do.
 
 A batch is a dictionary of arrays whose leading axis is the row. Letters: B rows, T tokens of a row, M masked positions,
-C classes. Every array has one static shape for the whole run; rows that only fill up a batch are all zeros.
+C classes, G the most texts of a row, where what is learned belongs to texts. Every array has one static shape for the whole run;
+rows that only fill up a batch are all zeros.
 
 | key | shape, type | meaning |
 |---|---|---|
@@ -13,7 +14,8 @@ C classes. Every array has one static shape for the whole run; rows that only fi
 | targets, weights | B T int32, float32 | causal LM: the next id at each place, 1 where it counts |
 | bytes | B float32 | causal LM: UTF-8 bytes that the counted targets spell |
 | nsp_label, nsp_weight; sop_label, sop_weight | B int32, float32 | 1 when the pair is not what it should be |
-| label, label_weight | B int32, or B C float32, or B float32; B float32 | classification |
+| text_firsts, text_lasts | B G int32 | first and last place of text g, which is segment g + 1; 0 where the row has fewer texts |
+| label, label_weight | B G int32, or B G C float32, or B G float32; B G float32 | classification; weight 0: no text or no label |
 """
 
 from collections.abc import Mapping, Sequence
@@ -95,6 +97,14 @@ class Rows(Protocol):
   def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]: ...  # one row: batch keys without B
 
 
+class Texts(Rows, Protocol):
+  """Rows that hold several texts each, all of them whole or cut to a row, none twice."""
+
+  cut: int  # how many texts are longer than a row and lose their ends
+
+  def texts(self, index: int) -> list[int]: ...  # the documents in one row, in the order in which they stand
+
+
 class Objective(Protocol):
   """What is learned. Host half: rows and examples in NumPy. Device half: heads and loss in JAX, pure."""
 
@@ -131,14 +141,14 @@ class Objective(Protocol):
 class Predictor(Protocol):
   """An objective that gives labels to texts."""
 
-  def encode(self, first: np.ndarray, second: np.ndarray | None, seq_len: int) -> tuple[dict[str, np.ndarray], int]:
-    """A row without a label, from the ids of a text (and of the second of a pair), and how many ids had to be cut off."""
+  def encode(self, documents: Documents, seq_len: int) -> Texts:
+    """Rows of texts without labels; the shapes of an example depend on `seq_len` alone."""
     ...
 
   def predict(self, net: Any, hidden_BTD: Any, batch: Batch) -> dict[str, Any]:
-    """Arrays with a row for each row of the batch."""
+    """Arrays [B, G, ...]: what is said of text g of each row."""
     ...
 
-  def describe(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """One row of `predict` as JSON can hold it."""
+  def describe(self, text: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What `predict` says of one text, as JSON can hold it."""
     ...

@@ -25,7 +25,7 @@ def run(opened: use.Opened, source: pathlib.Path, target: pathlib.Path, pool: st
     opened: a run or a Hugging Face folder.
     source: .jsonl, an object a line, the text in the field `config.data.text` ('text'); or .txt, a text a line.
     target: .npy, [texts, D] float32; or .jsonl, {"text": ..., "embedding": [...]} a line.
-    pool: one of `objectives.embed.POOLS`.
+    pool: one of `heads.POOLS`.
     normalize: whether the vectors have length 1.
 
   Raises:

@@ -1,10 +1,12 @@
 """What a trained model is for besides going on: its numbers on a validation set, its answers to new texts, its export."""
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +24,8 @@ from llm_jax.data.sources import jsonl, text
 
 # Our task -> what Hugging Face calls it in config.json.
 PROBLEMS = {'regression': 'regression', 'multilabel': 'multi_label_classification', 'multiclass': 'single_label_classification'}
+# Texts that predict lays out together: at least so many, and of so many batches if each had a row of its own.
+LEAST_BLOCK, BLOCK_BATCHES = 4096, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,47 +178,76 @@ def predict(opened: Opened, source: pathlib.Path, target: pathlib.Path) -> None:
   config = dataclasses.replace(opened.config, objective=build.predictor_section(opened.config), micro_batches=1)
   objective = build.create_objective(config, tokenizer)
   lines = jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair'))
-  texts = _Texts(lines, tokenizer, objective, config.seq_len)
-  program = build.build(config, tokenizer, texts[0])
-  params = load_params(program, opened.origin)
-  predict = scores.predictions(program, params, ('cut',))
-  answers = _rows(jax.device_get(predict(batch)) for batch in scores.batches(program, texts))
+  blocks = _blocks(lines, tokenizer, objective, config.seq_len, max(LEAST_BLOCK, BLOCK_BATCHES * config.batch_size))
+  first = next(blocks)
+  program = build.build(config, tokenizer, first[0])
+  predict = scores.predictions(program, load_params(program, opened.origin), ())
+  answered = ((block, _answers(program, predict, block)) for block in itertools.chain([first], blocks))
   if not hosts.primary():
-    for _ in answers:  # the devices of all processes are needed for each
+    for _ in answered:  # the devices of all processes are needed for each
       pass
     return
   partial, cut = target.with_name(f'{target.name}.partial'), 0
-  with open(source, encoding='utf-8-sig', newline='\n') as lines, open(partial, 'w', encoding='utf-8') as file:
-    for line, row in zip(filter(str.strip, lines), answers, strict=False):  # the last batch is filled up
-      cut += int(row.pop('cut'))
-      given, answer = json.loads(line), objective.describe(row)
-      kept = {f'input_{key}' if key in answer else key: value for key, value in given.items()}
-      file.write(json.dumps(kept | answer, ensure_ascii=False) + '\n')
+  with open(source, encoding='utf-8-sig', newline='\n') as given, open(partial, 'w', encoding='utf-8') as file:
+    unread = filter(str.strip, given)
+    for block, answers in answered:
+      cut += block.rows.cut
+      for answer in answers:
+        file.write(json.dumps(_merged(json.loads(next(unread)), objective.describe(answer)), ensure_ascii=False) + '\n')
   partial.rename(target)
   if cut:
-    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', cut, len(texts),
+    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', cut, len(lines),
                     config.seq_len)
-  logging.info('%d predictions in %s.', len(texts), target)
+  logging.info('%d predictions in %s.', len(lines), target)
 
 
-class _Texts:
-  """The texts of a source as rows without labels; `cut` is 1 where a text is longer than a row."""
+def _merged(line: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
+  return {f'input_{key}' if key in answer else key: value for key, value in line.items()} | answer
 
-  def __init__(self, source: Source, tokenizer: Tokenizer, objective: Any, seq_len: int):
-    self._source, self._tokenizer, self._objective, self._seq_len = source, tokenizer, objective, seq_len
+
+class _Block:
+  """Some texts after one another in a source, tokenized: documents without labels; and as a sequence, their rows."""
+
+  labels = None
+
+  def __init__(self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, objective: Any, seq_len: int):
+    self._first = [tokenizer.encode(text['text']) for text in texts]
+    self._second = [tokenizer.encode(text['pair']) for text in texts] if 'pair' in texts[0] else None
+    self.ids, self.lengths = np.arange(len(texts)), np.array([len(ids) for ids in self._first])
+    self.pair_lengths = None if self._second is None else np.array([len(ids) for ids in self._second])
+    self.rows = objective.encode(self, seq_len)
+
+  def text(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    return self._first[index][start:stop]
+
+  def pair(self, index: int) -> np.ndarray:
+    return self._second[index]
 
   def __len__(self) -> int:
-    return len(self._source)
+    return len(self.rows)
 
   def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-    document = self._source[index]
-    first = self._tokenizer.encode(document['text'])
-    second = self._tokenizer.encode(document['pair']) if 'pair' in document else None
-    example, cut = self._objective.encode(first, second, self._seq_len)
-    return example | {'cut': np.int32(cut > 0)}
+    return self.rows.example(index, np.random.default_rng(0))
 
 
-def _rows(batches: Iterator[dict[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-  for batch in batches:
-    for index in range(len(next(iter(batch.values())))):
-      yield {key: values[index] for key, values in batch.items()}
+def _blocks(source: Source, tokenizer: Tokenizer, objective: Any, seq_len: int, size: int) -> Iterator[_Block]:
+  """The texts of a source, `size` at a time: few enough for any memory, many enough to fill rows; made ahead by a thread."""
+  load = lambda first: _Block([source[i] for i in range(first, min(first + size, len(source)))], tokenizer, objective, seq_len)
+  with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='texts') as pool:
+    waiting = pool.submit(load, 0)
+    for start in range(size, len(source), size):
+      done, waiting = waiting, pool.submit(load, start)
+      yield done.result()
+    yield waiting.result()
+
+
+def _answers(program: Program, predict: Any, block: _Block) -> list[dict[str, np.ndarray]]:
+  """What is predicted for each text of a block, in its order."""
+  answers: list[Any] = [None] * len(block.ids)
+  row = 0
+  for batch in map(jax.device_get, map(predict, scores.batches(program, block))):
+    for index in range(row, min(row + program.config.batch_size, len(block))):  # the last batch is filled up
+      for slot, number in enumerate(block.rows.texts(index)):
+        answers[number] = {key: values[index - row, slot] for key, values in batch.items()}
+    row += program.config.batch_size
+  return answers

@@ -56,12 +56,16 @@ def stack(examples):
 
 
 def network(dim=6, vocab_size=50, seed=0, **outputs):
-  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the pooler takes place 0."""
+  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the pooler only picks."""
   rng = np.random.default_rng(seed)
   w_DV = rng.normal(size=(dim, vocab_size)).astype(np.float32)
   matrices = {name: rng.normal(size=(dim, size)).astype(np.float32) for name, size in outputs.items()}
   heads = {name: (lambda x, w=w: x @ w) for name, w in matrices.items()}
-  heads |= {'mlm': lambda x: (2 * x, None), 'pooler': lambda x: x[:, 0]}
+
+  def pooled(x_BTD, places_BG=None):
+    return x_BTD[:, 0] if places_BG is None else jnp.take_along_axis(x_BTD, places_BG[..., None], axis=1)
+
+  heads |= {'mlm': lambda x: (2 * x, None), 'pooler': pooled}
   model = types.SimpleNamespace(table=lambda: jnp.asarray(w_DV.T))
   return types.SimpleNamespace(model=model, heads=heads, w_DV=w_DV, matrices=matrices)
 

@@ -46,7 +46,25 @@ def test_pooler_takes_the_place_asked_for():
     return np.tanh(rows @ np.asarray(dense['kernel']) + np.asarray(dense['bias']))
 
   np.testing.assert_allclose(head.apply(params, x), formula(x[:, 0]), atol=1e-5)
-  np.testing.assert_allclose(head.apply(params, x, jnp.array([2, 1])), formula(x[[0, 1], [2, 1]]), atol=1e-5)
+  places = np.array([[2, 0], [1, 1]])
+  np.testing.assert_allclose(head.apply(params, x, places), formula(x[[[0, 0], [1, 1]], places]), atol=1e-5)
+
+
+def test_pool_reads_each_text_and_nothing_else():
+  x = np.random.default_rng(2).normal(size=(2, 6, 8)).astype(np.float32)
+  batch = {'segments': np.array([[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]]), 'text_firsts': np.array([[0, 3, 0], [0, 0, 0]]),
+           'text_lasts': np.array([[2, 4, 0], [0, 0, 0]])}
+  wanted = {'cls': (x[0, 0], x[0, 3], x[1, 0]), 'last': (x[0, 2], x[0, 4], x[1, 0]),
+            'mean': (x[0, :3].mean(0), x[0, 3:5].mean(0), x[1, 0])}
+  for how in heads.POOLS:
+    y = np.asarray(heads.pool(x, batch, how))
+    assert y.shape == (2, 3, 8) and np.isfinite(y).all()
+    np.testing.assert_allclose(y[[0, 0, 1], [0, 1, 0]], wanted[how], atol=1e-6)
+    changed = np.asarray(heads.pool(np.where(batch['segments'][..., None] == 2, 1e6, x), batch, how))
+    np.testing.assert_array_equal(changed[[0, 1], [0, 0]], y[[0, 1], [0, 0]])  # to the last bit
+    assert np.abs(changed[0, 1] - y[0, 1]).max() > 1
+  wide = heads.pool(jnp.asarray(x, jnp.bfloat16), batch, 'mean')
+  assert wide.dtype == jnp.float32
 
 
 def test_classifier_drops_only_with_the_stream():

@@ -66,8 +66,8 @@ def uneven(small, kind):
   parts = {'mlm': mlm.Objective(tokenizer),
            'classify': classify.Objective(tokenizer, ('a', 'b'), unlabelled='ignore', dropout=0.0)}
   objective = mix.Objective(parts, 'classify', {'mlm': 1.0, 'classify': 2.0})
-  labels = ['a', None, None, 'b', 'b', None, None, None]
-  return encoder.Model(**SHAPE), objective, examples(small, objective, [1, 29, 3, 12, 25, 2, 7, 19], 32, 8, labels=labels)
+  labels = ['a', None, None, 'b', 'b', None, None, None] * 2  # of texts that share rows
+  return encoder.Model(**SHAPE), objective, examples(small, objective, [1, 29, 3, 12, 25, 2, 7, 19] * 2, 32, 8, labels=labels)
 
 
 @pytest.mark.parametrize('kind', ['clm', 'mlm', 'bert', 'partly labelled'])

@@ -5,6 +5,7 @@ cut to at most a row, as in Ding et al., 2024, "Fewer Truncations Improve Langua
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -63,10 +64,11 @@ def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
   return Plan(document, start, stop, np.append(np.flatnonzero(begins), len(document)))
 
 
-def best_fit(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
+def best_fit(lengths: np.ndarray, capacity: int, overhead: int = 0, most: int | None = None) -> Plan:
   """Cuts documents longer than a row into full rows, then puts each remaining piece, longest first, where least room is left.
 
-  Documents that fit in a row are never cut. Arguments and errors as for `windows`.
+  Documents that fit in a row are never cut. A row takes no more than `most` pieces, if that is given; the other arguments and
+  errors are those of `windows`.
   """
   plan = one_per_row(lengths, capacity, overhead)
   sizes = plan.stop - plan.start
@@ -74,7 +76,7 @@ def best_fit(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
   row = np.empty(len(sizes), dtype=np.int64)
   row[full] = np.arange(full.sum())
   rest = np.flatnonzero(~full)
-  row[rest] = full.sum() + _best_fit_decreasing(sizes[rest] + overhead, capacity)
+  row[rest] = full.sum() + _best_fit_decreasing(sizes[rest] + overhead, capacity, most)
   order = np.argsort(row, kind='stable')
   offsets = np.append(0, np.cumsum(np.bincount(row)))
   return Plan(plan.document[order], plan.start[order], plan.stop[order], offsets)
@@ -115,6 +117,20 @@ def assemble(pieces: list[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
   return row
 
 
+def text_places(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
+  """Where the texts of a row begin and end, that stand one after another from place 0.
+
+  Args:
+    lengths: places of each text, at most `slots` of them.
+    slots: G.
+
+  Returns:
+    `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0 where there is no text.
+  """
+  ends, fill = np.cumsum(lengths, dtype=np.int64), (0, slots - len(lengths))
+  return {'text_firsts': np.pad(ends - lengths, fill).astype(np.int32), 'text_lasts': np.pad(ends - 1, fill).astype(np.int32)}
+
+
 def _room(capacity: int, overhead: int) -> int:
   if capacity <= overhead:
     raise ValueError(f'a row of {capacity} places has no room for a token beside the {overhead} that each piece costs; '
@@ -132,9 +148,9 @@ def _cut(lengths: np.ndarray, kept: np.ndarray, first: np.ndarray, room: int) ->
   return document, start, np.minimum(first + number * room, lengths[document])
 
 
-def _best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
+def _best_fit_decreasing(costs: np.ndarray, capacity: int, most: int | None) -> np.ndarray:
   """[pieces] row of each piece. Rows stand in one list per free space; the bits of `spaces` say which lists hold any."""
-  rows = np.empty(len(costs), dtype=np.int64)
+  rows, pieces = np.empty(len(costs), dtype=np.int64), [0] * len(costs)
   waiting, spaces, opened = [[] for _ in range(capacity + 1)], 0, 0
   order = np.argsort(-costs, kind='stable')
   for piece, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
@@ -147,6 +163,9 @@ def _best_fit_decreasing(costs: np.ndarray, capacity: int) -> np.ndarray:
     else:
       row, left, opened = opened, capacity, opened + 1
     rows[piece] = row
+    pieces[row] += 1
+    if pieces[row] == most:
+      continue
     left -= cost
     waiting[left].append(row)
     spaces |= 1 << left

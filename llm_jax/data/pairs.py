@@ -3,9 +3,12 @@
 Devlin et al. 2019, "BERT", section 3.1 and appendix A.1: [CLS] A [SEP] B [SEP], token type 0 up to the first [SEP], 1 after it.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from llm_jax.contracts import Documents
+from llm_jax.data import pack
 
 
 class Chunks:
@@ -60,27 +63,33 @@ def split(tokens: np.ndarray, short_rate: float, rng: np.random.Generator) -> tu
 
 
 def row(first: np.ndarray, second: np.ndarray | None, seq_len: int, begin: int, between: int, end: int) -> dict[str, np.ndarray]:
-  """Lays out `begin first end`, or `begin first between second end`, as one segment in a row padded with zeros.
+  """The row of one text, or of one pair; arguments, result and errors as for `packed`."""
+  return packed([(first, second)], seq_len, begin, between, end)
+
+
+def packed(texts: Sequence[tuple[np.ndarray, np.ndarray | None]], seq_len: int, begin: int, between: int, end: int,
+           slots: int = 0) -> dict[str, np.ndarray]:
+  """Lays out texts one after another in a row padded with zeros, each a segment of its own with positions from 0.
 
   Args:
-    first: [n] ids.
-    second: [m] ids, or None for a row of one text.
-    seq_len: T, at least n + 2, or n + m + 3.
-    begin: id before the first text.
-    between: id between the two texts, of the first one's token type.
-    end: id after the last text.
+    texts: ids of a text and None, which becomes `begin first end`; or of a pair, `begin first between second end`.
+    seq_len: T, at least the sum over all texts of n + 2 for one of n ids, or n + m + 3 for a pair.
+    begin: id before a text.
+    between: id between the two texts of a pair, of the first one's token type.
+    end: id after a text or a pair.
+    slots: G, at least as many as there are texts; 0 where nobody asks where each of them stands.
 
   Returns:
-    tokens, segments, positions and token_types, each [T] int32.
+    tokens, segments, positions and token_types, each [T] int32; with slots also text_firsts and text_lasts, each [G] int32.
+
+  Raises:
+    ValueError: the texts are longer than the row.
   """
-  parts = [[begin], first, [end]] if second is None else [[begin], first, [between], second, [end]]
-  ids = np.concatenate(parts)
-  if len(ids) > seq_len:
-    raise ValueError(f'{len(ids)} tokens do not fit in a row of {seq_len}; cut the texts first.')
-  example = {key: np.zeros(seq_len, np.int32) for key in ('tokens', 'segments', 'positions', 'token_types')}
-  example['tokens'][:len(ids)] = ids
-  example['segments'][:len(ids)] = 1
-  example['positions'][:len(ids)] = np.arange(len(ids))
-  if second is not None:
-    example['token_types'][len(first) + 2:len(ids)] = 1
-  return example
+  pieces = [np.concatenate([[begin], first, [end]] if second is None else [[begin], first, [between], second, [end]])
+            for first, second in texts]
+  lengths = [len(piece) for piece in pieces]
+  example = pack.assemble(pieces, seq_len) | {'token_types': np.zeros(seq_len, np.int32)}
+  for stop, (_, second) in zip(np.cumsum(lengths), texts, strict=True):
+    if second is not None:
+      example['token_types'][stop - len(second) - 1:stop] = 1
+  return example | (pack.text_places(lengths, slots) if slots else {})

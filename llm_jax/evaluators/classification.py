@@ -12,21 +12,21 @@ from llm_jax.contracts import Objective as Classifier
 
 def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch],
              objective: Classifier) -> tuple[dict[str, float], str]:
-  """Scores predictions against labels; rows of label_weight 0 are left out.
+  """Scores predictions against labels, text by text; those of label_weight 0 are left out.
 
   Args:
-    predict_step: this host's rows of a batch -> what `objective.predict` gives for each row of all hosts, with the rows' `label`
-      and `label_weight`.
+    predict_step: this host's rows of a batch -> what `objective.predict` gives for all hosts' rows, [B, G, ...], with the rows'
+      `label` and `label_weight`.
     batches: this host's rows of the validation set.
     objective: a `classify` objective (of a mix, that part).
 
   Returns:
     Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the classes that occur), mcc.
-    Multilabel: accuracy (all classes of a row right), micro_f1, macro_f1. Regression: pearson, spearman, mse; a correlation
+    Multilabel: accuracy (all classes of a text right), micro_f1, macro_f1. Regression: pearson, spearman, mse; a correlation
     with constant values is NaN.
 
   Raises:
-    ValueError: no row has a label.
+    ValueError: no text has a label.
   """
   predicted, labels = _gather(predict_step, batches, 'values' if objective.task == 'regression' else 'probabilities')
   if objective.task == 'regression':
@@ -37,13 +37,24 @@ def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterab
 
 
 def _gather(predict_step: Callable, batches: Iterable[Batch], key: str) -> tuple[np.ndarray, np.ndarray]:
-  found = map(predict_step, batches)
-  fetched = jax.device_get([(rows[key], rows['label'], rows['label_weight']) for rows in found])
-  kept = [(np.asarray(p)[np.asarray(w) > 0], np.asarray(label)[np.asarray(w) > 0]) for p, label, w in fetched]
+  """Predictions and labels of the texts that count, [texts, ...]; slots are many, so that no batch's stay longer than needed."""
+  kept, waiting = [], None
+  for batch in batches:
+    rows = predict_step(batch)
+    kept += _labelled(waiting, key)  # one batch late, so that the device does not wait
+    waiting = rows
+  kept += _labelled(waiting, key)
   if not sum(len(label) for _, label in kept):
-    raise ValueError('no row of the validation set has a label; give labels, or raise config.data.validation or '
+    raise ValueError('no text of the validation set has a label; give labels, or raise config.data.validation or '
                      'config.evaluation.rows.')
   return np.concatenate([p for p, _ in kept]), np.concatenate([label for _, label in kept])
+
+
+def _labelled(rows: Mapping[str, Any] | None, key: str) -> list[tuple[np.ndarray, np.ndarray]]:
+  if rows is None:
+    return []
+  predicted, label, weight = jax.device_get((rows[key], rows['label'], rows['label_weight']))
+  return [(np.asarray(predicted)[weight > 0], np.asarray(label)[weight > 0])]
 
 
 def _classes(predicted_B: np.ndarray, labels_B: np.ndarray, classes: tuple[str, ...]) -> tuple[dict[str, float], str]:

@@ -2,8 +2,13 @@
 
 Devlin et al. 2019, "BERT", section 4.1: [CLS] text [SEP] (or [CLS] A [SEP] B [SEP]), a pooler on the first place, a linear
 layer. Radford et al. 2018, "GPT", section 3.2 for causal models: BOS text EOS, a linear layer on the last place.
+
+Short texts share a row (Krell et al. 2021, arXiv:2107.02027, pack BERT's pretraining so): each stands between special tokens of
+its own, with positions from 0, in a segment that no other text sees, and has a slot of the row for its label. Loss and gradient
+are those of the same texts a row each; only the number of rows is another.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -15,15 +20,22 @@ import optax
 from absl import logging
 
 from llm_jax import heads
-from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
-from llm_jax.data import pairs
+from llm_jax.contracts import Batch, Documents, Pairs, Rows, Texts, Tokenizer
+from llm_jax.data import pack, pairs
 
 TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
-POOLS = ('cls', 'mean', 'last')
+PACKINGS = ('best_fit', 'none')
+PLACES_A_TEXT = 4  # slots are enough for texts of so many places on average, special tokens included
+MOST_TEXTS = 128  # of a row, so that what is kept for each slot stays small beside what is kept for each place
 
 
 class Objective:
-  """Classification or regression, a document a row; too long texts lose their ends, the longer text of a pair first.
+  """Classification or regression of documents; only what is too long for a row loses its end, the longer text of a pair first.
+
+  A batch has `config.batch_size` rows, not texts. Where k texts share a row on average (the log says how many), an optimizer step
+  learns from k times as many texts as it would without packing, and an epoch has k times fewer steps: to keep the number of texts
+  a step, divide batch_size by k; or keep the rows, and take fewer steps. Which texts share a row, and so a step, is fixed for the
+  run by their lengths, among equal lengths by chance.
 
   Args:
     tokenizer: makes the ids.
@@ -34,24 +46,33 @@ class Objective:
     pool: 'cls' reads the first place through a pooler, as BERT does; 'mean' the mean of all places, for encoders that were
       trained by masked LM alone (arXiv:1908.10084, section 3); 'last' the last place, for decoders.
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
+    packing: 'best_fit' puts several texts in a row, the longest first, each where least room is left; at most a text for each
+      4 places, and 128. 'none': a text a row.
   """
 
   def __init__(self, tokenizer: Tokenizer, classes: tuple[str, ...] | None = None, task: str = 'multiclass', dropout: float = 0.1,
-               pool: str = 'cls', unlabelled: str = 'error'):
-    for name, value, allowed in (('task', task, TASKS), ('pool', pool, POOLS), ('unlabelled', unlabelled, ('error', 'ignore'))):
+               pool: str = 'cls', unlabelled: str = 'error', packing: str = 'best_fit'):
+    for name, value, allowed in (('task', task, TASKS), ('pool', pool, heads.POOLS), ('packing', packing, PACKINGS),
+                                 ('unlabelled', unlabelled, ('error', 'ignore'))):
       if value not in allowed:
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(allowed)}.')
     if not 0 <= dropout < 1:
       raise ValueError(f'objective.dropout={dropout} must be at least 0 and below 1.')
     _check_classes(classes, task)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
-    self.dropout, self.pool, self.unlabelled = dropout, pool, unlabelled
+    self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
     self.number = {name: i for i, name in enumerate(classes or ())}
     self.terms, self.predictor = {'classify': 1.0}, self
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
-    """One document a row; ValueError for a label that cannot be, naming the document; logs how much is cut off."""
-    return _Rows(self, documents, seq_len)
+    """The documents in as few rows as they need; ValueError for a label that cannot be, naming the document.
+
+    Logs how many texts a row holds, the share of places that are used, and how much is cut off.
+    """
+    self._check_labels(documents)
+    rows = _Rows(self, documents, seq_len)
+    rows.log()
+    return rows
 
   def transform(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Nothing to add: the label comes with the row."""
@@ -59,40 +80,45 @@ class Objective:
       raise ValueError("objective classify labels only rows that it lays out itself; in a mix, set rows='classify'.")
     return example
 
-  def encode(self, first: np.ndarray, second: np.ndarray | None, seq_len: int) -> tuple[dict[str, np.ndarray], int]:
-    """A text, or a pair, as a row without a label (label_weight 0), for prediction.
+  def encode(self, documents: Documents, seq_len: int) -> Texts:
+    """The rows of documents to predict: no label is looked at, all weights are 0."""
+    return _Rows(self, documents, seq_len, labelled=False)
+
+  def slots(self, seq_len: int) -> int:
+    """G: the most texts of a row. Of seq_len alone, so that every corpus, host and split has arrays of the same shape."""
+    return 1 if self.packing == 'none' else max(1, min(MOST_TEXTS, seq_len // PLACES_A_TEXT))
+
+  def lay_out(self, texts: Sequence[tuple[np.ndarray, np.ndarray | None]], labels: Sequence[Any], seq_len: int
+              ) -> dict[str, np.ndarray]:
+    """A row.
 
     Args:
-      first: [n] ids.
-      second: [m] ids, or None.
+      texts: ids of each text, and of the second of a pair or None, which fit in the row together.
+      labels: one a text; None for no label.
       seq_len: T.
-
-    Returns:
-      The row, and how many ids did not fit in it.
     """
-    given = len(first) + (0 if second is None else len(second))
-    n, m = fit(len(first), None if second is None else len(second), seq_len)
-    row = self.lay_out(first[:n], None if second is None else second[:m], seq_len)
-    return row | self.label_arrays(None), given - n - (m or 0)
-
-  def lay_out(self, first: np.ndarray, second: np.ndarray | None, seq_len: int) -> dict[str, np.ndarray]:
-    """The row of texts that fit."""
-    tokenizer = self.tokenizer
+    tokenizer, slots = self.tokenizer, self.slots(seq_len)
     begin, end = (tokenizer.bos_id, tokenizer.eos_id) if self.pool == 'last' else (tokenizer.cls_id, tokenizer.sep_id)
-    return pairs.row(first, second, seq_len, begin, tokenizer.sep_id, end)
+    row = pairs.packed(texts, seq_len, begin, tokenizer.sep_id, end, slots)
+    shape = (slots, len(self.classes)) if self.task == 'multilabel' else (slots,)
+    kind = np.int32 if self.task in ('multiclass', 'binary') else np.float32
+    row |= {'label': np.zeros(shape, kind), 'label_weight': np.zeros(slots, np.float32)}
+    for slot, label in enumerate(labels):
+      if label is not None:
+        row['label'][slot], row['label_weight'][slot] = self.target(label), 1
+    return row
 
-  def label_arrays(self, label: Any) -> dict[str, np.ndarray]:
-    """`label` and `label_weight` of a label, or of None; ValueError saying what is wrong with it."""
-    weight = np.float32(label is not None)
+  def target(self, label: Any) -> Any:
+    """A label as a number, or for multilabel as [C] zeros and ones; ValueError saying what is wrong with it."""
     if self.task == 'regression':
-      return {'label': np.float32(0 if label is None else _number(label)), 'label_weight': weight}
-    if self.task == 'multilabel':
-      if label is not None and not isinstance(label, list | tuple):
-        raise ValueError('must be a list of classes (an empty one where none applies)')
-      chosen = np.zeros(len(self.classes), np.float32)
-      chosen[[self._class(name) for name in label or ()]] = 1
-      return {'label': chosen, 'label_weight': weight}
-    return {'label': np.int32(0 if label is None else self._class(label)), 'label_weight': weight}
+      return _number(label)
+    if self.task != 'multilabel':
+      return self._class(label)
+    if not isinstance(label, list | tuple):
+      raise ValueError('must be a list of classes (an empty one where none applies)')
+    chosen = np.zeros(len(self.classes), np.float32)
+    chosen[[self._class(name) for name in label]] = 1
+    return chosen
 
   def heads(self, model: Any) -> dict[str, Any]:
     """The last linear layer, after BERT's pooler where the first place is read."""
@@ -104,34 +130,30 @@ class Objective:
     return pooler | {'classifier': heads.ClassifierHead(model.options, outputs, self.dropout, bias=self.pool != 'last')}
 
   def logits(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
-    """B C logits (C = 1 for binary and regression), at least float32."""
+    """B G C logits (C = 1 for binary and regression), at least float32; anything finite where a row has no text g."""
     if self.pool == 'cls':
-      x_BD = net.heads['pooler'](hidden_BTD)
-    elif self.pool == 'mean':
-      there_BT1 = (batch['segments'] > 0)[..., None].astype(hidden_BTD.dtype)
-      x_BD = jnp.sum(hidden_BTD * there_BT1, axis=1) / jnp.maximum(jnp.sum(there_BT1, axis=1), 1)
+      x_BGD = net.heads['pooler'](hidden_BTD, batch['text_firsts'])
     else:
-      last_B = jnp.maximum(jnp.sum(batch['segments'] > 0, axis=-1) - 1, 0)
-      x_BD = jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0]
-    logits_BC = net.heads['classifier'](x_BD)
-    return logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
+      x_BGD = heads.pool(hidden_BTD, batch, self.pool)
+    logits_BGC = net.heads['classifier'](x_BGD)
+    return logits_BGC.astype(jnp.promote_types(logits_BGC.dtype, jnp.float32))
 
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
     """Softmax or sigmoid cross-entropy (multilabel: mean over the classes) and accuracy, or the squared error."""
-    logits_BC = self.logits(net, hidden_BTD, batch)
-    label, weight_B = batch['label'], batch['label_weight']
+    logits_BGC = self.logits(net, hidden_BTD, batch)
+    label, weight_BG = batch['label'], batch['label_weight']
     if self.task == 'regression':
-      loss_B, right_B = jnp.square(logits_BC[:, 0] - label), None
+      loss_BG, right_BG = jnp.square(logits_BGC[..., 0] - label), None
     elif self.task == 'multiclass':
-      loss_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label)
-      right_B = jnp.argmax(logits_BC, -1) == label
+      loss_BG = optax.softmax_cross_entropy_with_integer_labels(logits_BGC, label)
+      right_BG = jnp.argmax(logits_BGC, -1) == label
     else:
-      label_BC = label if self.task == 'multilabel' else label[:, None]
-      loss_B = jnp.mean(optax.sigmoid_binary_cross_entropy(logits_BC, label_BC), -1)
-      right_B = jnp.mean((logits_BC > 0) == (label_BC > 0.5), -1)
-    weight = jnp.sum(weight_B)
-    accuracy = {} if right_B is None else {'classify_accuracy': (jnp.sum(right_B * weight_B), weight)}
-    return {'classify': (jnp.sum(loss_B * weight_B), weight)} | accuracy
+      label_BGC = label if self.task == 'multilabel' else label[..., None]
+      loss_BG = jnp.mean(optax.sigmoid_binary_cross_entropy(logits_BGC, label_BGC), -1)
+      right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
+    weight = jnp.sum(weight_BG)
+    accuracy = {} if right_BG is None else {'classify_accuracy': (jnp.sum(right_BG * weight_BG), weight)}
+    return {'classify': (jnp.sum(loss_BG * weight_BG), weight)} | accuracy
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Nothing beyond the loss and the accuracy."""
@@ -142,26 +164,26 @@ class Objective:
     return None
 
   def predict(self, net: Any, hidden_BTD: Any, batch: Batch) -> dict[str, jax.Array]:
-    """`probabilities` [B, C] of the classes (binary: C = 2), or `values` [B] in regression."""
-    logits_BC = self.logits(net, hidden_BTD, batch)
+    """`probabilities` [B, G, C] of the classes (binary: C = 2), or `values` [B, G] in regression."""
+    logits_BGC = self.logits(net, hidden_BTD, batch)
     if self.task == 'regression':
-      return {'values': logits_BC[:, 0]}
+      return {'values': logits_BGC[..., 0]}
     if self.task == 'multiclass':
-      return {'probabilities': jax.nn.softmax(logits_BC)}
+      return {'probabilities': jax.nn.softmax(logits_BGC)}
     if self.task == 'binary':
-      return {'probabilities': jax.nn.sigmoid(jnp.concatenate([-logits_BC, logits_BC], -1))}
-    return {'probabilities': jax.nn.sigmoid(logits_BC)}
+      return {'probabilities': jax.nn.sigmoid(jnp.concatenate([-logits_BGC, logits_BGC], -1))}
+    return {'probabilities': jax.nn.sigmoid(logits_BGC)}
 
-  def describe(self, row: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """One row of `predict` for JSON.
+  def describe(self, text: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What `predict` says of one text, for JSON.
 
     Returns:
       label, probability and probabilities by class; for multilabel the labels of probability above one half and
       probabilities; for regression the value.
     """
     if self.task == 'regression':
-      return {'value': float(row['values'])}
-    probabilities = {name: float(p) for name, p in zip(self.classes, row['probabilities'], strict=True)}
+      return {'value': float(text['values'])}
+    probabilities = {name: float(p) for name, p in zip(self.classes, text['probabilities'], strict=True)}
     if self.task == 'multilabel':
       return {'label': [name for name, p in probabilities.items() if p > 0.5], 'probabilities': probabilities}
     best = max(probabilities, key=probabilities.__getitem__)
@@ -172,51 +194,90 @@ class Objective:
       raise ValueError(f'must be one of the {len(self.classes)} classes of the training set: {_shortened(self.classes)}')
     return self.number[str(label)]
 
+  def _check_labels(self, documents: Documents) -> None:
+    if documents.labels is None:
+      if self.unlabelled == 'error':
+        raise ValueError("objective classify needs labels and this corpus has none; name its field by config.data.label, "
+                         "or set objective.unlabelled='ignore' where another objective learns from it.")
+      logging.info('classify: none of %d documents has a label; they count for nothing here.', len(documents))
+      return
+    missing = 0
+    for number, label in zip(documents.ids, documents.labels, strict=True):
+      missing += label is None
+      if label is None and self.unlabelled == 'error':
+        raise ValueError(f"document {number} has no label; give it one, or set objective.unlabelled='ignore'.")
+      try:
+        label is None or self.target(label)
+      except ValueError as error:
+        raise ValueError(f'document {number} has the label {label!r}; it {error}.') from None
+    if missing:
+      logging.info('classify: %d of %d documents have no label and count for nothing here.', missing, len(documents))
+
 
 class _Rows:
+  """Documents in rows.
 
-  def __init__(self, objective: Objective, documents: Documents, seq_len: int):
+  Attributes:
+    first: [documents] int64, how many tokens of each text are kept; second: likewise of the second texts, or None.
+    cut: how many documents are longer than a row.
+    plan: which documents share a row.
+  """
+
+  def __init__(self, objective: Objective, documents: Documents, seq_len: int, labelled: bool = True):
     self.objective, self.documents, self.seq_len = objective, documents, seq_len
-    self._check_labels()
-    self._log_cuts()
+    self.labels = documents.labels if labelled else None
+    given, second = _counts(documents)
+    self.first, self.second = fit(np.asarray(documents.lengths, np.int64), second, seq_len)
+    self.sizes = self.first + (0 if second is None else self.second)
+    self.lost = given - self.sizes
+    self.cut = int(np.count_nonzero(self.lost))
+    self.sizes += seq_len - _room(second is not None, seq_len)
+    self.plan = _plan(self.sizes, seq_len, objective.slots(seq_len))
 
   def __len__(self) -> int:
-    return len(self.documents)
+    return len(self.plan)
+
+  def texts(self, index: int) -> list[int]:
+    return [document for document, _, _ in self.plan[index]]
 
   def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    documents = self.documents
-    paired = documents.pair_lengths is not None
-    n, m = fit(int(documents.lengths[index]), int(documents.pair_lengths[index]) if paired else None, self.seq_len)
-    row = self.objective.lay_out(documents.text(index, 0, n), documents.pair(index)[:m] if paired else None, self.seq_len)
-    return row | self.objective.label_arrays(self._label(index))
+    texts = self.texts(index)
+    labels = [None if self.labels is None else self.labels[text] for text in texts]
+    return self.objective.lay_out([self._ids(text) for text in texts], labels, self.seq_len)
 
-  def _label(self, index: int) -> Any:
-    return None if self.documents.labels is None else self.documents.labels[index]
+  def _ids(self, text: int) -> tuple[np.ndarray, np.ndarray | None]:
+    return (self.documents.text(text, 0, int(self.first[text])),
+            None if self.second is None else self.documents.pair(text)[:self.second[text]])
 
-  def _check_labels(self) -> None:
-    if self.documents.labels is None and self.objective.unlabelled == 'error':
-      raise ValueError("objective classify needs labels and this corpus has none; name its field by config.data.label, "
-                       "or set objective.unlabelled='ignore' where another objective learns from it.")
-    missing = 0
-    for index in range(len(self.documents)):
-      label = self._label(index)
-      missing += label is None
-      if label is None and self.objective.unlabelled == 'error':
-        raise ValueError(f"document {self.documents.ids[index]} has no label; give it one, or set objective.unlabelled='ignore'.")
-      try:
-        self.objective.label_arrays(label)
-      except ValueError as error:
-        raise ValueError(f'document {self.documents.ids[index]} has the label {label!r}; it {error}.') from None
-    if missing:
-      logging.info('classify: %d of %d documents have no label and count for nothing here.', missing, len(self.documents))
-
-  def _log_cuts(self) -> None:
-    lengths, second = np.asarray(self.documents.lengths), self.documents.pair_lengths
-    lengths = lengths if second is None else lengths + np.asarray(second)
-    over = np.maximum(lengths - _room(second is not None, self.seq_len), 0)
-    if over.any():
+  def log(self) -> None:
+    texts, rows, places = len(self.sizes), len(self), self.seq_len
+    if self.cut:
       logging.warning('classify: %d of %d documents are longer than seq_len=%d allows and lose %d of %d tokens.',
-                      np.count_nonzero(over), len(over), self.seq_len, over.sum(), lengths.sum())
+                      self.cut, texts, places, self.lost.sum(), _counts(self.documents)[0].sum())
+    if not texts or self.objective.packing == 'none':
+      return
+    slots, used = self.objective.slots(places), 100 * self.sizes.sum() / places
+    logging.info('classify: %d texts in %d rows of %d places, %.1f%% of which are used (one text a row: %.1f%%). With %.2f texts '
+                 'a row, a step of batch_size rows learns from so many times more texts.', texts, rows, places, used / rows,
+                 used / texts, texts / rows)
+    if np.mean(np.diff(self.plan.offsets) == slots) > 0.5 and slots > 1:
+      logging.warning('classify: a row of %d places takes at most %d texts, and most rows have so many; a shorter seq_len wastes '
+                      'less.', places, slots)
+
+
+def _counts(documents: Documents) -> tuple[np.ndarray, np.ndarray | None]:
+  """[documents] int64: the tokens of each, and those of its second text, or None."""
+  lengths, second = np.asarray(documents.lengths, np.int64), documents.pair_lengths
+  return (lengths, None) if second is None else (lengths + np.asarray(second, np.int64), np.asarray(second, np.int64))
+
+
+def _plan(sizes: np.ndarray, seq_len: int, slots: int) -> pack.Plan:
+  """Which texts share a row. Texts of one length come in an order drawn once: neighbours of a sorted corpus are much alike."""
+  if slots == 1:
+    return pack.one_per_row(sizes, seq_len)
+  order = np.random.default_rng(0).permutation(len(sizes))
+  plan = pack.best_fit(sizes[order], seq_len, most=slots)
+  return dataclasses.replace(plan, document=order[plan.document])
 
 
 def collect_classes(labels: Iterable[Any]) -> tuple[str, ...]:
@@ -238,13 +299,23 @@ def collect_classes(labels: Iterable[Any]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def fit(first: int, second: int | None, seq_len: int) -> tuple[int, int | None]:
-  """How many tokens of each text are kept so that the row holds them with its special tokens; the longer text loses first."""
+def fit(first: Any, second: Any, seq_len: int) -> tuple[Any, Any]:
+  """How many tokens of each text are kept so that a row holds them with its special tokens; the longer text loses first.
+
+  Args:
+    first: tokens of a text, or of each text of an array.
+    second: likewise of the second text of a pair; None where there is none.
+    seq_len: T.
+
+  Returns:
+    What is kept of `first`, and of `second` or None.
+  """
   room = _room(second is not None, seq_len)
   if second is None:
-    return min(first, room), None
-  short = min(first, second, room // 2)
-  return (short, min(second, room - short)) if first <= second else (min(first, room - short), short)
+    return np.minimum(first, room), None
+  half = room // 2 + room % 2 * (first > second)
+  kept = np.minimum(first, np.maximum(room - second, half))
+  return kept, np.minimum(second, room - kept)
 
 
 def _room(paired: bool, seq_len: int) -> int:

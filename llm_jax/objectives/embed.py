@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax import heads
 from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pack
-
-POOLS = ('mean', 'cls', 'last')
 
 
 class Objective:
@@ -30,8 +29,8 @@ class Objective:
 
   def __init__(self, tokenizer: Tokenizer, pool: str = 'mean', normalize: bool = True):
     del tokenizer
-    if pool not in POOLS:
-      raise ValueError(f'pool={pool!r} must be one of {", ".join(POOLS)}.')
+    if pool not in heads.POOLS:
+      raise ValueError(f'pool={pool!r} must be one of {", ".join(heads.POOLS)}.')
     self.pool, self.normalize, self.predictor = pool, normalize, self
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
@@ -42,11 +41,7 @@ class Objective:
 
   def lay_out(self, texts: Sequence[np.ndarray], seq_len: int, slots: int) -> dict[str, np.ndarray]:
     """The row that holds some texts (ids with their special tokens), at most `slots`."""
-    ends = np.cumsum([len(ids) for ids in texts])
-    firsts = ends - [len(ids) for ids in texts]
-    fill = (0, slots - len(texts))
-    return pack.assemble(list(texts), seq_len) | {'text_firsts': np.pad(firsts, fill).astype(np.int32),
-                                                  'text_lasts': np.pad(ends - 1, fill).astype(np.int32)}
+    return pack.assemble(list(texts), seq_len) | pack.text_places([len(ids) for ids in texts], slots)
 
   def heads(self, model: Any) -> dict[str, Any]:
     """None; ValueError where the first place of a causal model, which has seen nothing, is asked for."""
@@ -69,15 +64,8 @@ class Objective:
   def predict(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`vectors`, [B, G, D] at least float32: that of text g of a row, anything where the row has fewer."""
     del net
-    x_BTD = hidden_BTD.astype(jnp.promote_types(hidden_BTD.dtype, jnp.float32))
-    if self.pool == 'mean':
-      slots = 1 + jnp.arange(batch['text_firsts'].shape[1])
-      inside_BTG = (batch['segments'][..., None] == slots[None, None]).astype(x_BTD.dtype)
-      x_BGD = jnp.einsum('BTG,BTD->BGD', inside_BTG, x_BTD, precision='highest')
-      x_BGD /= jnp.maximum(jnp.sum(inside_BTG, axis=1), 1)[..., None]
-    else:
-      places_BG = batch['text_firsts' if self.pool == 'cls' else 'text_lasts']
-      x_BGD = jnp.take_along_axis(x_BTD, places_BG[..., None], axis=1)
+    x_BGD = heads.pool(hidden_BTD, batch, self.pool)
+    x_BGD = x_BGD.astype(jnp.promote_types(x_BGD.dtype, jnp.float32))
     if self.normalize:
       x_BGD /= jnp.maximum(jnp.linalg.norm(x_BGD, axis=-1, keepdims=True), 1e-12)
     return {'vectors': x_BGD}

@@ -8,9 +8,11 @@ import pytest
 from llm_jax.evaluators import classification
 
 
-def run(task, classes, predictions, labels, weights, each=4):
-  """Scores in batches of `each` rows; the step gives device arrays."""
+def run(task, classes, predictions, labels, weights, each=2):
+  """Scores in batches of `each` rows of two texts, the last row filled up; the step gives device arrays."""
   key = 'values' if task == 'regression' else 'probabilities'
+  even = lambda x: np.append(x, np.zeros_like(x[:len(x) % 2]), axis=0)
+  predictions, labels, weights = (x.reshape(-1, 2, *x.shape[1:]) for x in map(even, (predictions, labels, weights)))
   batches = [{'label': labels[i:i + each], 'label_weight': weights[i:i + each], 'x': predictions[i:i + each]}
              for i in range(0, len(labels), each)]
   predict = lambda b: {key: jnp.asarray(b['x']), 'label': b['label'], 'label_weight': b['label_weight']}
@@ -72,5 +74,5 @@ def test_regression_by_hand():
 
 
 def test_nothing_labelled():
-  with pytest.raises(ValueError, match='no row of the validation set has a label'):
+  with pytest.raises(ValueError, match='no text of the validation set has a label'):
     run('multiclass', ('u', 'v'), np.eye(2), np.array([0, 1]), np.zeros(2))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax import plugins
@@ -19,12 +19,13 @@ LETTERS = ('a', 'b', 'c')
 
 def test_row_of_one_text_and_of_a_pair(small):
   tokenizer = small.Tokenizer()
-  one = classify.Objective(tokenizer, LETTERS).rows(small.Documents([[10, 11], [12]], labels=['c', 'a']), 6)
+  one = classify.Objective(tokenizer, LETTERS, packing='none').rows(small.Documents([[10, 11], [12]], labels=['c', 'a']), 6)
   assert len(one) == 2
   row = one.example(0, RNG)
   assert row['tokens'].tolist() == [2, 10, 11, 3, 0, 0] and row['segments'].tolist() == [1, 1, 1, 1, 0, 0]
   assert row['positions'].tolist() == [0, 1, 2, 3, 0, 0] and row['token_types'].tolist() == [0] * 6
-  assert (row['label'], row['label_weight']) == (2, 1) and row['label'].dtype == np.int32
+  assert (row['label'].tolist(), row['label_weight'].tolist()) == ([2], [1]) and row['label'].dtype == np.int32
+  assert (row['text_firsts'].tolist(), row['text_lasts'].tolist()) == ([0], [3])
   pair = classify.Objective(tokenizer, LETTERS).rows(small.Documents([[10, 11]], [[20]], ['b']), 8).example(0, RNG)
   assert pair['tokens'].tolist() == [2, 10, 11, 3, 20, 3, 0, 0] and pair['token_types'].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
   last = classify.Objective(tokenizer, LETTERS, pool='last').rows(small.Documents([[10, 11]], [[20]], ['b']), 8).example(0, RNG)
@@ -34,15 +35,91 @@ def test_row_of_one_text_and_of_a_pair(small):
 def test_encode_gives_the_same_row_without_a_label(small):
   tokenizer = small.Tokenizer()
   objective = classify.Objective(tokenizer, LETTERS)
-  texts = [tokenizer.encode('hello world'), tokenizer.encode('good')]
-  row = objective.rows(small.Documents(texts[:1], texts[1:], ['a']), 12).example(0, RNG)
-  encoded, cut = objective.encode(*texts, 12)
-  assert cut == 11 + 4 - (12 - 3)
-  assert encoded.keys() == row.keys() and encoded['label_weight'] == 0
-  for key in ('tokens', 'segments', 'positions', 'token_types'):
+  documents = small.Documents([tokenizer.encode('hello world'), tokenizer.encode('hi')],
+                              [tokenizer.encode('good'), tokenizer.encode('')], ['a', 'b'])
+  row, rows = objective.rows(documents, 12).example(0, RNG), objective.encode(documents, 12)
+  assert rows.cut == 1 and [rows.texts(i) for i in range(len(rows))] == [[0], [1]]
+  encoded = rows.example(0, RNG)
+  assert encoded.keys() == row.keys() and not encoded['label_weight'].any() and row['label_weight'].tolist() == [1, 0, 0]
+  for key in row.keys() - {'label', 'label_weight'}:
     np.testing.assert_array_equal(encoded[key], row[key])
-  empty, cut = objective.encode(tokenizer.encode(''), None, 5)
-  assert empty['tokens'].tolist() == [2, 3, 0, 0, 0] and cut == 0
+  empty = objective.encode(small.Documents([[], [9]]), 8)  # no label: nobody asks
+  ids = {0: [2, 3], 1: [2, 9, 3]}
+  assert sorted(empty.texts(0)) == [0, 1] and empty.cut == 0
+  assert empty.example(0, RNG)['tokens'].tolist() == sum(map(ids.get, empty.texts(0)), []) + [0] * 3
+
+
+def test_a_packed_row_of_pairs(small):
+  documents = small.Documents([[10, 11], [12], [13] * 9], [[20], [21, 22], [23]], labels=['c', None, 'b'])
+  objective = classify.Objective(small.Tokenizer(), LETTERS, unlabelled='ignore')
+  rows = objective.rows(documents, 16)
+  assert sorted(map(rows.texts, range(len(rows))), key=len) == [[2], rows.texts(1)] and sorted(rows.texts(1)) == [0, 1]
+  row, order = rows.example(1, RNG), rows.texts(1)
+  ids = {0: [2, 10, 11, 3, 20, 3], 1: [2, 12, 3, 21, 22, 3]}
+  types = {0: [0, 0, 0, 0, 1, 1], 1: [0, 0, 0, 1, 1, 1]}
+  assert row['tokens'].tolist() == ids[order[0]] + ids[order[1]] + [0] * 4
+  assert row['token_types'].tolist() == types[order[0]] + types[order[1]] + [0] * 4
+  assert row['segments'].tolist() == [1] * 6 + [2] * 6 + [0] * 4 and row['positions'].tolist() == [*range(6)] * 2 + [0] * 4
+  assert row['text_firsts'].tolist() == [0, 6, 0, 0] and row['text_lasts'].tolist() == [5, 11, 0, 0]
+  weights, labels = {0: 1, 1: 0}, {0: 2, 1: 0}
+  assert row['label'].tolist() == [labels[i] for i in order] + [0, 0]
+  assert row['label_weight'].tolist() == [weights[i] for i in order] + [0, 0]
+  assert rows.example(0, RNG).keys() == row.keys()
+
+
+@settings(deadline=None)
+@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=40), seq_len=st.integers(4, 70), paired=st.booleans(),
+       packing=st.sampled_from(['best_fit', 'none']))
+def test_every_text_has_one_slot_and_no_row_overflows(small, lengths, seq_len, paired, packing):
+  second, labels = [[8] * (n // 2) for n in lengths] if paired else None, [LETTERS[i % 3] for i in range(len(lengths))]
+  documents = small.Documents([[9 + i % 40] * n for i, n in enumerate(lengths)], second, labels)
+  objective = classify.Objective(small.Tokenizer(), LETTERS, packing=packing)
+  rows, seen = objective.rows(documents, seq_len), []
+  slots = 1 if packing == 'none' else max(1, seq_len // 4)
+  for index in range(len(rows)):
+    row, texts = rows.example(index, RNG), rows.texts(index)
+    seen += texts
+    assert row['label'].shape == (slots,) and row['tokens'].shape == (seq_len,) and 1 <= len(texts) <= slots
+    assert row['label_weight'].tolist() == [1] * len(texts) + [0] * (slots - len(texts))
+    for slot, text in enumerate(texts):
+      first, last = row['text_firsts'][slot], row['text_lasts'][slot]
+      n, m = classify.fit(lengths[text], lengths[text] // 2 if paired else None, seq_len)
+      assert row['tokens'][first:last + 1].tolist() == [2, *[9 + text % 40] * n, 3, *([*[8] * m, 3] if paired else [])]
+      assert (row['segments'][first:last + 1] == slot + 1).all() and row['label'][slot] == text % 3
+  assert sorted(seen) == list(range(len(lengths)))
+
+
+def test_packing_is_dense_mixes_neighbours_and_says_what_it_does(small, monkeypatch):
+  lines = []
+  for level in ('info', 'warning'):
+    monkeypatch.setattr(logging, level, lambda message, *values: lines.append(message % values))
+  lengths = np.random.default_rng(0).integers(4, 40, 2000)
+  documents = small.Documents([[9] * n for n in lengths], labels=['a'] * 2000)
+  rows = classify.Objective(small.Tokenizer(), LETTERS).rows(documents, 128)
+  places = int(np.sum(lengths + 2))
+  assert places / (128 * len(rows)) > 0.99
+  assert lines == [f'classify: 2000 texts in {len(rows)} rows of 128 places, {100 * places / 128 / len(rows):.1f}% of which are '
+                   f'used (one text a row: {100 * places / 128 / 2000:.1f}%). With {2000 / len(rows):.2f} texts a row, a step of '
+                   'batch_size rows learns from so many times more texts.']
+  again = classify.Objective(small.Tokenizer(), LETTERS).rows(documents, 128)
+  assert [rows.texts(i) for i in range(len(rows))] == [again.texts(i) for i in range(len(rows))]
+  lines.clear()
+  same = classify.Objective(small.Tokenizer(), LETTERS).rows(small.Documents([[9] * 6] * 400, labels=['a'] * 400), 32)
+  apart = [np.ptp(same.texts(i)) for i in range(len(same))]
+  assert len(same) == 100 and np.mean(apart) > 100  # four neighbours of the corpus would be 3 apart
+  classify.Objective(small.Tokenizer(), LETTERS).rows(small.Documents([[]] * 400, labels=['a'] * 400), 32)
+  assert 'takes at most 8 texts, and most rows have so many' in lines[-1]
+  lines.clear()
+  classify.Objective(small.Tokenizer(), LETTERS, packing='none').rows(documents, 128)
+  assert not lines
+
+
+def test_fit_takes_arrays():
+  first, second = np.random.default_rng(0).integers(0, 30, (2, 200))
+  for both in (second, None):
+    n, m = classify.fit(first, both, 17)
+    for i, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
+      assert (n[i], None if both is None else m[i]) == classify.fit(a, None if both is None else b, 17)
 
 
 @given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))
@@ -62,8 +139,9 @@ def test_cuts_are_counted_and_logged_once(small, monkeypatch):
   documents = small.Documents([[9] * 10, [9] * 4, [9] * 7], labels=['a', 'b', 'a'])
   objective = classify.Objective(small.Tokenizer(), LETTERS)
   rows = objective.rows(documents, 7)
+  assert rows.cut == 2
   assert len(lines) == 1 and '2 of 3 documents' in lines[0] and 'lose 7 of 21 tokens' in lines[0]
-  assert rows.example(0, RNG)['tokens'].tolist() == [2, 9, 9, 9, 9, 9, 3]
+  assert [rows.example(i, RNG)['tokens'].tolist() for i in (0, 2)] == [[2, 9, 9, 9, 9, 9, 3]] * 2
   objective.rows(documents, 12)
   assert len(lines) == 1
 
@@ -86,9 +164,10 @@ def test_labels_that_cannot_be(small, options, labels, message):
 
 def test_labels_that_can_be(small):
   def labels(classes, given, **options):
-    rows = classify.Objective(small.Tokenizer(), classes, **options).rows(small.Documents([[9], [9]], labels=given), 8)
+    documents = small.Documents([[9], [9]], labels=given)
+    rows = classify.Objective(small.Tokenizer(), classes, packing='none', **options).rows(documents, 8)
     examples = [rows.example(i, RNG) for i in range(2)]
-    return [(example['label'].tolist(), float(example['label_weight'])) for example in examples]
+    return [(example['label'][0].tolist(), float(example['label_weight'][0])) for example in examples]
 
   assert labels(LETTERS, ['b', None], unlabelled='ignore') == [(1, 1.0), (0, 0.0)]
   assert labels(LETTERS, None, unlabelled='ignore') == [(0, 0.0), (0, 0.0)]
@@ -106,6 +185,7 @@ def test_collect_classes():
 @pytest.mark.parametrize('options, message', [
     ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"),
     ({'pool': 'max'}, "pool='max'.*cls, mean, last"),
+    ({'packing': 'windows'}, "packing='windows' must be one of best_fit, none"),
     ({'unlabelled': 'skip'}, "unlabelled='skip'"), ({'dropout': 1.0}, 'dropout=1.0'),
     ({'classes': None}, 'at least 2 different classes, not none'), ({'classes': ('a',)}, 'at least 2 different classes, not a;'),
     ({'classes': ('a', 'a')}, 'not a, a'), ({'task': 'binary'}, 'exactly 2 different classes, not a, b, c'),
@@ -119,7 +199,7 @@ def test_other_refusals_and_the_config_section(small):
   with pytest.raises(ValueError, match="rows='classify'"):
     classify.Objective(small.Tokenizer(), LETTERS).transform({'tokens': np.zeros(4, np.int32)}, RNG)
   with pytest.raises(ValueError, match='seq_len=3 must be more than the 3'):
-    classify.Objective(small.Tokenizer(), LETTERS).encode('a', 'b', 3)
+    classify.Objective(small.Tokenizer(), LETTERS).encode(small.Documents([[9]], [[9]]), 3)
   made = plugins.construct('objective', classify.Objective, {'classes': ['x', 'y'], 'dropout': 0}, tokenizer=small.Tokenizer())
   assert made.classes == ('x', 'y')
   with pytest.raises(ValueError, match="config.objective.droput.*'dropout'"):
@@ -133,15 +213,17 @@ def values(small, task, pool='cls'):
   objective = classify.Objective(small.Tokenizer(), classes, task=task, pool=pool)
   net = small.network(classifier=3 if classes == LETTERS else 1)
   hidden, lengths = rng.normal(size=(5, 7, 6)).astype(np.float32), np.array([7, 3, 1, 4, 0])
+  lasts = np.maximum(lengths - 1, 0)
   label = {'multiclass': np.array([0, 2, 1, 1, 0], np.int32), 'binary': np.array([1, 0, 1, 1, 0], np.int32),
            'multilabel': rng.integers(0, 2, (5, 3)).astype(np.float32), 'regression': rng.normal(size=5).astype(np.float32)}[task]
-  batch = {'segments': (np.arange(7) < lengths[:, None]).astype(np.int32), 'label': label,
-           'label_weight': np.array([1, 1, 1, 1, 0], np.float32)}
-  read = {'cls': hidden[:, 0], 'last': hidden[np.arange(5), np.maximum(lengths - 1, 0)],
+  batch = {'segments': (np.arange(7) < lengths[:, None]).astype(np.int32), 'label': label[:, None],
+           'label_weight': np.array([1, 1, 1, 1, 0], np.float32)[:, None],
+           'text_firsts': np.zeros((5, 1), np.int32), 'text_lasts': lasts[:, None]}
+  read = {'cls': hidden[:, 0], 'last': hidden[np.arange(5), lasts],
           'mean': np.stack([h[:max(n, 1)].mean(0) for h, n in zip(hidden, lengths, strict=True)])}[pool]
   logits = read.astype(np.float64) @ net.matrices['classifier']
   pairs = {k: [float(x) for x in v] for k, v in objective.loss(net, jnp.asarray(hidden), batch).items()}
-  predictions = {k: np.asarray(v) for k, v in objective.predict(net, jnp.asarray(hidden), batch).items()}
+  predictions = {k: np.asarray(v)[:, 0] for k, v in objective.predict(net, jnp.asarray(hidden), batch).items()}
   return objective, pairs, predictions, logits[:4], label[:4]
 
 
@@ -201,12 +283,12 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
     heads: dict
 
     def __call__(self, hidden_BTD):
-      return objective.logits(types.SimpleNamespace(heads=self.heads), hidden_BTD, {})
+      return objective.logits(types.SimpleNamespace(heads=self.heads), hidden_BTD, {'text_firsts': np.zeros((2, 1), np.int32)})
 
   net, hidden = Net(heads), jnp.ones((2, 4, 8))
   variables = net.init(jax.random.PRNGKey(0), hidden)
   plain, again = net.apply(variables, hidden), net.apply(variables, hidden)
   dropped = net.apply(variables, hidden, rngs={'dropout': jax.random.PRNGKey(1)})
-  assert plain.shape == (2, 3)
+  assert plain.shape == (2, 1, 3)
   np.testing.assert_array_equal(plain, again)
   assert np.abs(dropped - plain).max() > 1e-3
