@@ -77,8 +77,8 @@ def ours(folder: pathlib.Path, model: pathlib.Path, documents: list[dict[str, st
   flags = {
       'steps': STEPS, 'batch_size': BATCH, 'seq_len': LENGTH, 'micro_batches': 1, 'seed': seed, 'init_from': model,
       'eval_every': STEPS, 'checkpoint.every': STEPS, 'logging.tensorboard': False, 'objective.pool': 'cls',
-      'data.source': 'jsonl', 'data.path': path, 'data.label': 'label', 'data.validation': HELD_OUT,
-      'data.cache': folder / 'cache',
+      'objective.packing': 'none', 'data.source': 'jsonl', 'data.path': path, 'data.label': 'label',
+      'data.validation': HELD_OUT, 'data.cache': folder / 'cache',
       'optimizer.name': 'adamw', 'optimizer.learning_rate': RATE, 'optimizer.warmup_fraction': WARMUP, 'optimizer.b2': 0.999,
       'optimizer.eps': 1e-8}
   command = [sys.executable, '-m', 'llm_jax.main', '--config=configs/classify.py', f'--workdir={workdir}']
