@@ -235,7 +235,7 @@ def test_a_decoder_shows_what_it_writes_and_learns_no_less(corpus, tmp_path):
   assert not (tmp_path / 'quiet' / 'samples.txt').exists()
 
 
-def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path):
+def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatch):
   run(settings(corpus, steps=2), tmp_path / 'pretrained')
   tree = settings(corpus, 'classify', steps=25, init_from=str(tmp_path / 'pretrained'), eval_every=25,
                   tokenizer=dict(name='sentencepiece', vocab_size=999),  # not used: the tokenizer comes along with the weights
@@ -258,6 +258,24 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path):
   assert [a['id'] for a in answers] == [1, 2, 3] * 4 and [a['label'] for a in answers[:2]] == ['count', 'letter']
   assert answers[1]['input_label'] == 'mine' and answers[0]['probabilities']['count'] == answers[0]['probability'] > 0.5
   assert answers[3:6] == answers[:3]
+  _assert_packing_changes_no_answer(tmp_path, monkeypatch)
+
+
+def _assert_packing_changes_no_answer(workdir, monkeypatch):
+  """A file of texts of many lengths, packed in blocks, is answered line by line as the same texts are with a row for each."""
+  rng, opened, answers = random.Random(1), use.open_model(workdir / 'w'), {}
+  texts = [''.join(rng.choices(rng.choice(('0123456789 ', 'abcdefghij')), k=rng.randrange(60))) for _ in range(75)]
+  (workdir / 'many.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+  monkeypatch.setattr(use, 'LEAST_BLOCK', 30)
+  monkeypatch.setattr(use, 'BLOCK_BATCHES', 1)
+  for packing in ('best_fit', 'none'):
+    config = dataclasses.replace(opened.config, objective=opened.config.objective | {'packing': packing})
+    use.predict(dataclasses.replace(opened, config=config), workdir / 'many.jsonl', workdir / 'answers.jsonl')
+    answers[packing] = [json.loads(line) for line in (workdir / 'answers.jsonl').read_text().splitlines()]
+  assert [answer['text'] for answer in answers['best_fit']] == texts
+  packed, alone = ([answer['probabilities']['count'] for answer in answers[packing]] for packing in ('best_fit', 'none'))
+  np.testing.assert_allclose(packed, alone, atol=1e-5)
+  assert np.mean(np.abs(np.subtract(packed, alone[1:] + alone[:1])) > 0.1) > 0.2  # another order would be seen
 
 
 def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):

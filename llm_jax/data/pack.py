@@ -127,8 +127,11 @@ def text_places(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
   Returns:
     `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0 where there is no text.
   """
-  ends, fill = np.cumsum(lengths, dtype=np.int64), (0, slots - len(lengths))
-  return {'text_firsts': np.pad(ends - lengths, fill).astype(np.int32), 'text_lasts': np.pad(ends - 1, fill).astype(np.int32)}
+  row = {key: np.zeros(slots, dtype=np.int32) for key in ('text_firsts', 'text_lasts')}
+  ends = np.cumsum(lengths)
+  row['text_firsts'][:len(ends)] = ends - lengths
+  row['text_lasts'][:len(ends)] = ends - 1
+  return row
 
 
 def _room(capacity: int, overhead: int) -> int:

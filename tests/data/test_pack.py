@@ -101,6 +101,27 @@ def test_best_fit_wastes_less_than_first_fit_and_one_per_row():
   assert shuffled == best
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths=LENGTHS, most=st.integers(1, 5))
+def test_best_fit_takes_no_more_pieces_than_it_may(lengths, most):
+  lengths = np.asarray(lengths, np.int64)
+  plan = pack.best_fit(lengths, 40, most=most)
+  assert sorted(plan.document) == np.flatnonzero(lengths).tolist() and (plan.stop == lengths[plan.document]).all()
+  assert all(len(row) <= most and sum(stop for _, _, stop in row) <= 40 for row in _rows(plan))
+  if most == 1:
+    assert len(plan) == np.count_nonzero(lengths)
+  if np.diff(plan.offsets).max(initial=0) < most:  # nothing was in the way
+    assert len(plan) == len(pack.best_fit(lengths, 40))
+
+
+def test_text_places():
+  places = pack.text_places([3, 2, 4], 5)
+  assert places['text_firsts'].tolist() == [0, 3, 5, 0, 0] and places['text_lasts'].tolist() == [2, 4, 8, 0, 0]
+  assert {a.dtype for a in places.values()} == {np.dtype(np.int32)}
+  with pytest.raises(ValueError):
+    pack.text_places([3, 2, 4], 2)
+
+
 def test_a_row_without_room_for_a_token_is_refused():
   for packing in pack.PACKINGS.values():
     with pytest.raises(ValueError, match='config.seq_len must be at least 3'):
