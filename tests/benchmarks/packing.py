@@ -1,0 +1,96 @@
+"""Fine-tuning with several texts a row against a text a row: time a text, in one interleaved run of the compiled train steps.
+
+    python tests/benchmarks/packing.py                            # configs/classify.py: the docstrings, bert_tiny, 128 places
+    python tests/benchmarks/packing.py --config.seq_len=256       # any option of it
+
+Both have the same model, rows, places and optimizer; what differs is how many texts the rows hold.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import statistics
+import tempfile
+import time
+
+import jax
+import numpy as np
+
+from configs import classify
+from llm_jax import build, config, prepare, runs
+from llm_jax.data import pipeline
+
+
+def main() -> None:
+  """Prints how full the rows are, then the times."""
+  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  flags.add_argument('--pairs', type=int, default=9, help='measurements of each, one after the other in turn')
+  flags.add_argument('--steps', type=int, default=3, help='train steps a measurement')
+  flags.add_argument('--json', type=pathlib.Path)
+  given, options = flags.parse_known_args()
+  with tempfile.TemporaryDirectory() as folder:
+    runs.open_workdir(pathlib.Path(folder))
+    data = prepare.load(config.parse(_settings(options).to_dict()), pathlib.Path(folder))
+    sides = {packing: Side(data, packing) for packing in ('best_fit', 'none')}
+  for side in sides.values():
+    side.run(given.steps)  # compiles
+  times = {packing: [] for packing in sides}
+  for _ in range(given.pairs):
+    for packing, side in sides.items():
+      times[packing].append(side.run(given.steps))
+  found = {packing: {'texts_a_row': side.texts, 'used': side.used, 'validation_texts_a_row': side.validation[0],
+                     'validation_used': side.validation[1], 'seconds_a_text': statistics.median(times[packing])}
+           for packing, side in sides.items()}
+  for packing, values in found.items():
+    print(f'{packing:>8}: {values["texts_a_row"]:.2f} texts a row, {values["used"]:.1%} of the places used '
+          f'(validation {values["validation_texts_a_row"]:.2f}, {values["validation_used"]:.1%}); '
+          f'{1e3 * values["seconds_a_text"]:.3f} ms a text')
+  ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
+  print(f'packed rows learn {ratio:.2f} x as many texts a second (median of {given.pairs} interleaved pairs)')
+  if given.json:
+    given.json.write_text(json.dumps(found | {'ratio': ratio}))
+
+
+class Side:
+  """One way to lay out the texts, with its compiled step and its stream of batches."""
+
+  def __init__(self, data: prepare.Data, packing: str):
+    settings = dataclasses.replace(data.config, objective=data.config.objective | {'packing': packing})
+    objective, seq_len, splits = build.create_objective(settings, data.tokenizer), settings.seq_len, data.splits
+    self.texts, self.used = _fill(objective.rows(splits.train[0], seq_len), seq_len)
+    self.validation = _fill(objective.rows(splits.validation[0], seq_len), seq_len)
+    examples = pipeline.train_examples(splits.train, splits.weights, objective, seq_len, 0, settings.batch_size)
+    self._program = build.build(settings, data.tokenizer, examples[0])
+    self._batches = pipeline.batches(examples, settings.batch_size)
+    self._state = self._program.init(0)
+
+  def run(self, steps: int) -> float:
+    """Seconds a text of some train steps, making their batches included."""
+    began, texts = time.perf_counter(), 0
+    for _ in range(steps):
+      batch = next(self._batches)
+      texts += int(np.sum(batch['label_weight']))
+      self._state, pairs = self._program.train_step(self._state, self._program.put(batch))
+    jax.block_until_ready(pairs)
+    return (time.perf_counter() - began) / texts
+
+
+def _fill(rows, seq_len):
+  return len(rows.sizes) / len(rows), float(rows.sizes.sum() / (len(rows) * seq_len))
+
+
+def _settings(options):
+  settings = classify.get_config()
+  for option in options:
+    path, _, value = option.removeprefix('--config.').partition('=')
+    try:
+      value = json.loads(value)
+    except ValueError:
+      pass  # a word
+    settings.update_from_flattened_dict({path: value})
+  return settings
+
+
+if __name__ == '__main__':
+  main()
