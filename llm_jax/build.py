@@ -69,8 +69,7 @@ class Program:
 
   def put(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """This host's rows of a batch as one global array on the mesh."""
-    rows = sharding.batch_sharding(self.mesh)
-    return {key: jax.make_array_from_process_local_data(rows, value) for key, value in batch.items()}
+    return jax.make_array_from_process_local_data(sharding.batch_sharding(self.mesh), dict(batch))
 
 
 def check(config: Config, devices: Sequence[Any] | None = None) -> None:

@@ -96,15 +96,14 @@ def main(argv):
   parser.add_argument('--json')
   options = parser.parse_args(argv)
   logs.show()
-  rows, found = [], {'cores': os.cpu_count(), 'jax': jax.__version__, 'steps': options.steps}
+  found = {'cores': os.cpu_count(), 'jax': jax.__version__, 'steps': options.steps}
+  print(f'{"config":12} {"bare step":>12} {"loop":>12} {"ratio":>6}   ms a step, medians of {options.pairs} pairs', flush=True)
   for case in options.cases.split(','):
     times = measure(case, options.pairs, options.steps)
     theirs, ours = (statistics.median(column) / options.steps for column in zip(*times, strict=True))
     ratio = statistics.median(b / a for a, b in times)
     found[case] = {'ratio': ratio, 'ours': ours, 'theirs': theirs, 'pairs': times}
-    rows.append(f'{case:12} {theirs * 1e3:12.2f} {ours * 1e3:12.2f} {ratio:6.3f}   load {os.getloadavg()[0]:.1f}')
-  print(f'{"config":12} {"bare step":>12} {"loop":>12} {"ratio":>6}   ms a step, medians of {options.pairs} pairs')
-  print('\n'.join(rows))
+    print(f'{case:12} {theirs * 1e3:12.2f} {ours * 1e3:12.2f} {ratio:6.3f}   load {os.getloadavg()[0]:.1f}', flush=True)
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 
