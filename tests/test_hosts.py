@@ -34,6 +34,7 @@ TINY = [
     f'--config.eval_every={EVERY}', '--config.tokenizer.vocab_size=300', '--config.model.dim=32', '--config.model.layers=1',
     '--config.model.heads=2', '--config.model.mlp_dim=64', '--config.evaluation.rows=12', '--config.logging.tensorboard=False',
     '--config.optimizer.name=adamw', '--config.optimizer.schedule=constant', '--config.optimizer.warmup_fraction=0',
+    '--config.optimizer.learning_rate=0.001',  # Adam makes whole steps of what is rounding alone; small ones, then
     '--config.data.source=text', '--config.data.unit=line', '--config.data.validation=0.1',
 ]
 
