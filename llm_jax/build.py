@@ -308,7 +308,7 @@ def model_flops(params: Any, batch: Batch, causal: bool) -> float:
   """FLOPs of the matrix products of one forward and backward pass, three times the forward pass.
 
   A kernel counts 2 FLOPs a weight for each place where it is used: every token in the model's layers, the predicted places in
-  the vocabulary projection and the head before it; heads that read one place a row are left out. Attention adds 4 T N H a token
+  the vocabulary projection and the head before it; heads that read a place a text are left out. Attention adds 4 T N H a token
   and layer, half of it if causal, windows not considered.
   """
   rows, length = batch['tokens'].shape

@@ -81,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _train(workdir: pathlib.Path) -> None:
   with _told():
-    config = _checked_config()
+    config = _checked_config(workdir=workdir)
     from llm_jax import prepare, runs, train
     runs.open_workdir(workdir)
     _keep_compiled(workdir)
@@ -132,9 +132,9 @@ def _plan(workdir: pathlib.Path) -> None:
     plan.run(_checked_config(topology.devices(TOPOLOGY.value.split(',')[0])), TOPOLOGY.value, workdir)
 
 
-def _checked_config(devices: Sequence[Any] | None = None):
+def _checked_config(devices: Sequence[Any] | None = None, workdir: pathlib.Path | None = None):
   from llm_jax import build, config, pretrained
-  parsed = pretrained.complete(config.parse(CONFIG.value.to_dict()))
+  parsed = pretrained.complete(config.parse(CONFIG.value.to_dict()), workdir)
   build.check(parsed, devices)
   return parsed
 

@@ -50,7 +50,7 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
       processes that were given different configs or read different documents.
   """
   saved = runs.read_config(workdir) if hosts.agree(lambda: runs.has_checkpoints(workdir)) else None
-  config = _absolute(pretrained.complete(config))
+  config = _absolute(pretrained.complete(config, workdir))
   hosts.check_same('a config', config_lib.to_json(config))
   if saved:
     config = dataclasses.replace(config, tokenizer=saved.tokenizer)

@@ -10,7 +10,7 @@ from typing import Any
 
 from absl import logging
 
-from llm_jax import build, checkpoint, hf, runs
+from llm_jax import build, checkpoint, hf, hosts, runs
 from llm_jax.build import Program
 from llm_jax.checkpoint import Loaded
 from llm_jax.config import Config
@@ -21,12 +21,16 @@ SEQ_LEN = 512  # where neither the config nor the model's own limit says less
 OBJECTIVES = {'encoder': 'mlm', 'decoder': 'clm'}
 
 
-def complete(config: Config) -> Config:
+def complete(config: Config, workdir: pathlib.Path | None = None) -> Config:
   """The config with what `init_from` decides filled in.
 
   A Hugging Face folder decides the model's shape: a variant that the config names gives way to it, an option that the config
   sets to something else is an error. A run's folder fills a model section without a name. Both bring their tokenizer, fill an
   objective without a name, and a row length that is not set.
+
+  Args:
+    config: as it is read from a file.
+    workdir: where to train. A run that goes on there has all of this itself, and its `init_from` may be gone.
 
   Raises:
     ValueError: a folder that is neither; an option that contradicts it.
@@ -34,7 +38,10 @@ def complete(config: Config) -> Config:
   if config.init_from:
     folder = pathlib.Path(config.init_from).expanduser().absolute()
     config = dataclasses.replace(config, init_from=str(folder))
-    config = _from_hf(config, folder) if hf.is_folder(folder) else _from_run(config, folder)
+    if workdir is not None and hosts.agree(lambda: runs.has_checkpoints(workdir)):
+      config = _going_on(config, runs.read_config(workdir))
+    else:
+      config = _from_hf(config, folder) if hf.is_folder(folder) else _from_run(config, folder)
   if config.seq_len is None:
     config = dataclasses.replace(config, seq_len=min(SEQ_LEN, config.model.get('max_len') or SEQ_LEN))
   return config
@@ -80,11 +87,21 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   found = hf.model_options(folder, families())
   given = {key: value for key, value in config.model.items() if value is not None}
   for key in NUMBERS:
-    if key in given and key in found and given[key] != found[key] and 'variant' not in given:
+    if key in given and key in found and given[key] != found[key]:
       raise ValueError(f'config.model.{key}={given[key]!r} is not what {folder} has, {found[key]!r}; leave it unset.')
   kept = {key: value for key, value in given.items() if key not in NUMBERS and key not in ('name', 'variant')}
   objective = config.objective if config.objective.get('name') else _objective(folder, found['name']) | _set(config.objective)
   return dataclasses.replace(config, model=found | kept, objective=objective, tokenizer={'name': 'hf', 'path': str(folder)})
+
+
+def _going_on(config: Config, saved: Config) -> Config:
+  """The config of a run that goes on; what it sets otherwise than the run did is left in it, to be refused or taken."""
+  given = _set(config.model)
+  if 'variant' not in saved.model:  # it had given way to a Hugging Face folder, or there was none
+    given = saved.model | {key: value for key, value in given.items() if key != 'variant'}
+  return dataclasses.replace(config, model=given if given.get('name') else saved.model | given, tokenizer=saved.tokenizer,
+                             seq_len=config.seq_len or saved.seq_len,
+                             objective=config.objective if config.objective.get('name') else saved.objective)
 
 
 def _from_run(config: Config, folder: pathlib.Path) -> Config:

@@ -93,6 +93,10 @@ def test_a_run_starts_from_a_folder_and_goes_on_without_it(folder, tmp_path):
   values = use.evaluate(use.open_model(tmp_path / 'w'))  # the workdir has all that it needs
   last = [line for line in logs.read(tmp_path / 'w') if line['split'] == 'validation'][-1]
   assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
+  on = run(config | dict(steps=3), tmp_path / 'w')
+  assert int(on.state.step) == 3 and on.program.config.model == started.program.config.model
+  with pytest.raises(ValueError, match='model.dim: 16 -> 32'):
+    run(config | dict(steps=4, model=config['model'] | dict(dim=32)), tmp_path / 'w')
 
 
 def _made(workdir):
@@ -111,8 +115,9 @@ def test_what_the_config_says_goes_first_or_is_refused(folder):
   model = hf.get_config().to_dict()['model']
   assert of_folder(folder / 'hf-mlm', model=model | dict(dtype='bfloat16', dropout=0.3)).model['dropout'] == 0.3
   assert of_folder(folder / 'hf-mlm', seq_len=32).seq_len == 32
-  with pytest.raises(ValueError, match=r'config.model.dim=32 is not what .*hf-mlm has, 16; leave it unset'):
-    of_folder(folder / 'hf-mlm', model=model | dict(dim=32))
+  for more in (dict(dim=32), dict(name='encoder', variant='bert_tiny', dim=32)):
+    with pytest.raises(ValueError, match=r'config.model.dim=32 is not what .*hf-mlm has, 16; leave it unset'):
+      of_folder(folder / 'hf-mlm', model=model | more)
 
 
 @pytest.mark.parametrize('path', ['nowhere', 'letters.txt', ''])
