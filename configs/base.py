@@ -18,7 +18,13 @@ def model(name: str, variant: str) -> dict:
 
 def mlm() -> dict:
   """Masked LM as in BERT, over packed documents."""
-  return dict(name='mlm', mask_rate=0.15, masking='token', mask_token_rate=0.8, random_token_rate=0.1, packing='best_fit')
+  return dict(name='mlm', mask_rate=0.15, masking='token', mask_token_rate=0.8, random_token_rate=0.1, packing='best_fit',
+              label_smoothing=0.0, z_loss=0.0)
+
+
+def clm() -> dict:
+  """Causal LM as in GPT-2: documents fill their rows, and go on in the next."""
+  return dict(name='clm', packing='windows', label_smoothing=0.0, z_loss=0.0)
 
 
 def bert() -> dict:

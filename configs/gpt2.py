@@ -22,7 +22,7 @@ def get_config(size: str = 'small'):
   config.tokenizer.kind = 'bpe'
   config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', f'gpt2_{size}')
-  config.objective = dict(name='clm', packing='windows')
+  config.objective = base.clm()
   config.optimizer.learning_rate = dict(small=6e-4, medium=3e-4, large=2.5e-4, xl=2e-4)[size]
   config.optimizer.schedule = 'cosine'
   config.optimizer.final_fraction = 0.1

@@ -15,7 +15,7 @@ def get_config():
   config.tokenizer.vocab_size = 4096
   config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', 'gpt_tiny')
-  config.objective = dict(name='clm', packing='windows')
+  config.objective = base.clm()
   config.optimizer.name = 'muon'
   config.optimizer.learning_rate = 5e-3
   config.optimizer.weight_decay = 0.1

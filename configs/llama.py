@@ -30,7 +30,7 @@ def get_config(size: str = '3.2-1b'):
   config.model = base.model('decoder', VARIANTS[size])
   config.model.dtype = 'bfloat16'
   config.model.remat = 'full'
-  config.objective = dict(name='clm', packing='windows')
+  config.objective = base.clm()
   config.optimizer.learning_rate = 3e-4
   config.optimizer.schedule = 'cosine'
   config.optimizer.final_fraction = 0.1

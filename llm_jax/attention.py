@@ -2,10 +2,13 @@
 
 Letters are those of `llm_jax.layers`; G is the number of query heads that share a key head, N = K G. Implementations:
 
-    xla      the equation as it stands; all scores of a row in memory, and but on a CPU computed again for the backward pass
-    splash   for TPUs: a kernel that keeps tiles of the scores in the chip's own memory (`llm_jax.splash_attention`)
-    ring     for rows that are cut over the mesh axis `sequence` (`llm_jax.ring_attention`)
-    auto     ring where rows are cut; else splash on a TPU, where it can do what is asked; else xla
+    xla        the equation as it stands; all scores of a row in memory, and but on a CPU computed again for the backward pass
+    blockwise  the same a tile of queries at a time, on any device: never more scores than those (`llm_jax.ring_attention`)
+    splash     for TPUs: a kernel that keeps tiles of the scores in the chip's own memory (`llm_jax.splash_attention`)
+    cudnn      for NVIDIA GPUs: cuDNN's kernel of that kind (`llm_jax.cudnn_attention`)
+    ring       for rows that are cut over the mesh axis `sequence` (`llm_jax.ring_attention`)
+    auto       ring where rows are cut; else splash on a TPU and cudnn on a GPU, where they can do what is asked; else blockwise
+               for rows longer than `LONG` places, and xla for others
 
 A row that grows token by token (`llm_jax.generate`) keeps its `KeyValues`: `extended` writes to them, `recall` is attention of
 the newest token over them.
@@ -18,11 +21,13 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from llm_jax import ring_attention, sharding, splash_attention
+from llm_jax import cudnn_attention, ring_attention, sharding, splash_attention
 from llm_jax.dropout import dropout
 from llm_jax.scores import visible
 
-IMPLEMENTATIONS = ('auto', 'xla', 'splash', 'ring')
+IMPLEMENTATIONS = ('auto', 'xla', 'blockwise', 'splash', 'cudnn', 'ring')
+KERNELS = {'tpu': 'splash', 'gpu': 'cudnn'}
+LONG = 1024  # places
 
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
@@ -66,8 +71,11 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
   chosen = _chosen(implementation, q_BTNH, drops)
   if chosen == 'splash':
     return splash_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
-  if chosen == 'ring':
-    return ring_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop)
+  if chosen == 'cudnn':
+    return cudnn_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
+  if chosen in ('ring', 'blockwise'):
+    tile = ring_attention.BLOCK if chosen == 'blockwise' else ring_attention.TILE
+    return ring_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop, tile=tile)
   run = functools.partial(_xla, causal=causal, window=window, dropout_rate=dropout_rate if drops else 0.0)
   if _platform() != 'cpu':
     # T x T scores of every layer would not fit. Where a layer is computed again as a whole, the compiler may merge the two.
@@ -134,10 +142,13 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
   """The name of the implementation to use."""
   layout = sharding.current()
   sequence = 1 if layout is None else layout.mesh.shape['sequence']
-  refusals = {'ring': ring_attention.refusal(q_BTNH), 'splash': splash_attention.refusal(q_BTNH, drops), 'xla': None}
+  cut = f'mesh.sequence={sequence} cuts the rows' if sequence > 1 else None
+  refusals = {'ring': ring_attention.refusal(q_BTNH), 'splash': splash_attention.refusal(q_BTNH, drops),
+              'cudnn': cudnn_attention.refusal(q_BTNH, drops), 'blockwise': cut, 'xla': None}
   if implementation == 'auto':
-    wanted = 'ring' if sequence > 1 else 'splash' if _platform() == 'tpu' else 'xla'
-    chosen = 'xla' if refusals[wanted] else wanted
+    anywhere = 'blockwise' if q_BTNH.shape[1] > LONG and not cut else 'xla'
+    wanted = 'ring' if cut else KERNELS.get(_platform(), anywhere)
+    chosen = anywhere if refusals[wanted] else wanted
     if layout is not None:
       _report(f'attention: {chosen}' + (f', as {wanted} cannot do this: {refusals[wanted]}' if refusals[wanted] else ''))
     return chosen

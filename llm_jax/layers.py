@@ -23,6 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import fsdp, tree
 from llm_jax.attention import IMPLEMENTATIONS, KeyValues, attention, extended, recall
@@ -44,13 +45,31 @@ INITIALIZERS = {'normal': jax.nn.initializers.normal, 'truncated_normal': jax.nn
 NORMS = ('layernorm', 'rmsnorm')
 NORM_ORDERS = ('pre', 'post')
 POSITIONS = ('learned', 'rope')
+NARROW = 'narrow'  # what a layer's matrix products give that is as wide as the model, by `checkpoint_name`
+_SAVED = jax.checkpoint_policies
+# Attention's own residuals are kept by all but 'full', where its kernel names them: computing them again is computing it all.
 REMAT = {
     'none': None,
-    'full': jax.checkpoint_policies.nothing_saveable,
-    # Attention too, where its kernel says what its backward pass reads: computing that again is computing it all.
-    'dots': jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, jax.checkpoint_policies.save_only_these_names(RESIDUALS)),
+    'dots': _SAVED.save_from_both_policies(
+        _SAVED.dots_with_no_batch_dims_saveable, _SAVED.save_only_these_names(RESIDUALS)),
+    'narrow': _SAVED.save_only_these_names(RESIDUALS, NARROW),
+    'attention': _SAVED.save_only_these_names(RESIDUALS),
+    'full': _SAVED.nothing_saveable,
+    'offload': _SAVED.save_and_offload_only_these_names(
+        names_which_can_be_saved=[RESIDUALS], names_which_can_be_offloaded=[NARROW], offload_src='device',
+        offload_dst='pinned_host'),
 }
+"""What backpropagation keeps of a layer, all else is computed again:
+
+    none        everything
+    dots        what matrix products give
+    narrow      the same, but for the mlp's hidden layer, which is the widest
+    attention   what attention itself gives
+    full        the layer's input alone
+    offload     as narrow, in the memory of the host (TPUs, GPUs)
+
+'auto' beside them is the first of the five that fits, which `llm_jax.memory` finds; where nothing is learnt it means none.
+"""
 
 Rope = tuple[jax.Array, jax.Array]  # sine and cosine, [B, T, 1, H / 2]
 
@@ -336,6 +355,7 @@ class Attention(nn.Module):
       q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
     k_BTKH, v_BTKH = (constrain(x, 'batch', 'length', 'kv_heads', None) for x in (k_BTKH, v_BTKH))
+    q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, NARROW) for x in (q_BTNH, k_BTKH, v_BTKH))
     if cache is not None:
       cache = extended(cache, k_BTKH, v_BTKH, lengths_B)
     if cache is not None and x_BTD.shape[1] == 1:
@@ -347,7 +367,7 @@ class Attention(nn.Module):
                          implementation=options.attention)
     x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
     out = Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')
-    return between_layers(out(x_BTNH)), cache
+    return checkpoint_name(between_layers(out(x_BTNH)), NARROW), cache
 
 
 class MLP(nn.Module):
@@ -367,7 +387,8 @@ class MLP(nn.Module):
     else:
       h_BTF = act(h_BTF)
     h_BTF = constrain(h_BTF, 'batch', 'length', 'mlp')
-    return between_layers(Linear('...F,FD->...D', (F, D), options, options.bias, options.residual_std, name='down')(h_BTF))
+    y_BTD = Linear('...F,FD->...D', (F, D), options, options.bias, options.residual_std, name='down')(h_BTF)
+    return checkpoint_name(between_layers(y_BTD), NARROW)
 
 
 class Block(nn.Module):
@@ -497,8 +518,12 @@ class Stack(nn.Module):
     return [None if self.global_every and i % self.global_every == 0 else self.window for i in range(self.options.layers)]
 
   def _rematted(self, module: Callable, looped: bool) -> Callable:
-    if self.remat == 'none':
+    if self.remat in ('none', 'auto'):
       return module
+    layout = current()
+    if self.remat == 'offload' and (jax.default_backend() if layout is None else layout.platform) == 'cpu':
+      raise ValueError("model.remat='offload' moves activations from a device to its host; on a CPU they are there already. "
+                       "Take 'narrow', which keeps the same.")
     # In a loop nothing can be merged with the forward pass; outside of one the compiler must be kept from undoing the remat.
     return nn.remat(module, policy=REMAT[self.remat], prevent_cse=not looped, static_argnums=(4,))
 
@@ -589,7 +614,7 @@ def check_model(model: nn.Module) -> None:
   for name in ('vocab_size', 'max_len'):
     check_positive(name, getattr(model, name))
   check_known('positions', model.positions, POSITIONS)
-  check_known('remat', model.remat, REMAT)
+  check_known('remat', model.remat, (*REMAT, 'auto'))
   if model.unroll < 0:
     raise ValueError(f'unroll={model.unroll} must be at least 1, or 0 for all layers.')
   if model.positions == 'rope':

@@ -62,12 +62,14 @@ def main(argv: Sequence[str]) -> None:
                      f'. Usage: {USAGE}')
   if CONFIG.value is None and MODE.value in ('train', 'plan'):
     raise UsageError(f'--config is needed. Usage: {USAGE}')
-  from llm_jax import logs
+  from llm_jax import heap, logs
   logs.show()
   workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()  # '.': of a plan
   if MODE.value == 'plan':
     _plan(workdir)
     return
+  if MODE.value == 'train':
+    heap.keep()
   from llm_jax import hosts
   with _told():
     hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, saves=MODE.value == 'train')

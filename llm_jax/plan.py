@@ -8,9 +8,7 @@ figures of the chip (`llm_jax/chips.py`).
 import dataclasses
 import json
 import math
-import os
 import pathlib
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -18,11 +16,10 @@ from typing import Any
 import jax
 from absl import logging
 
-from llm_jax import build, chips, hlo, sharding, topology
+from llm_jax import build, chips, hlo, memory, sharding, topology
 from llm_jax.build import Program
 from llm_jax.config import Config
 
-REMATS = ('none', 'dots', 'full')  # from the most memory to the least
 ASSUMPTIONS = (
     'matrix products run at the published peak rate, whatever their shapes',
     'main memory runs at its published bandwidth; work and memory traffic overlap fully, so the slower of the two counts',
@@ -68,25 +65,29 @@ def plan(config: Config, name: str) -> dict[str, Any]:
 
 
 def measure(config: Config, name: str, devices: Sequence[Any]) -> dict[str, Any]:
-  """Compiles the train step for `devices` and reports on it, as `plan.json` has it; without looking for what would fit."""
+  """Compiles the train step for `devices` and reports on it, as `plan.json` has it; without looking for what would fit.
+
+  Where `model.remat` is 'auto', the report is that of the first of `memory.REMATS` that fits, or of the last.
+  """
+  if config.model.get('remat') == 'auto':
+    for remat in memory.REMATS:
+      report = measure(_changed(config, {'model.remat': remat}), name, devices)
+      logging.info('remat=%s: %s GiB, %s.', remat, _gib(report['hbm']['total_bytes']), _verdict(report | {'suggestions': []}))
+      if report['fits']:
+        break
+    return report
   began = time.perf_counter()
   program = build.outline(config, devices)
   chip = chips.CHIPS.get(devices[0].device_kind)
-  limit, state = _limit(devices, chip), _state_bytes(program)
+  limit, state = memory.limit(devices), _state_bytes(program)
   known = _known(program, name, devices)
   if state['parameters_bytes'] + state['optimizer_bytes'] > limit:  # no need to ask the compiler
     return known | _not_fitting(state, sum(state.values()), limit, began)
-  try:
-    compiled = program.train_step.lower(program.state, program.batch).compile()
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
-    return known | _not_fitting(state, max(_wanted_bytes(str(error)), sum(state.values())), limit, began)
-  seconds = time.perf_counter() - began
-  memory = compiled.memory_analysis()
-  total = (memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-           - memory.alias_size_in_bytes)
-  hbm = state | {'arguments_bytes': memory.argument_size_in_bytes, 'temporaries_bytes': memory.temp_size_in_bytes,
+  total, compiled = memory.needed(program)
+  if compiled is None:
+    return known | _not_fitting(state, max(total, sum(state.values())), limit, began)
+  seconds, sizes = time.perf_counter() - began, compiled.memory_analysis()
+  hbm = state | {'arguments_bytes': sizes.argument_size_in_bytes, 'temporaries_bytes': sizes.temp_size_in_bytes,
                  'total_bytes': total, 'limit_bytes': int(limit)}
   costs = hlo.costs(compiled.as_text())
   return known | {'fits': total <= limit, 'hbm': hbm, 'compile_seconds': seconds} | _work(program, costs, chip, len(devices))
@@ -146,24 +147,6 @@ def _state_bytes(program: Program) -> dict[str, int]:
           'gradients_bytes': sum(gradients), 'batch_bytes': size(program.batch)}
 
 
-def _limit(devices: Sequence[Any], chip: chips.Chip | None) -> float:
-  """What a program may use of a device's memory; CPU devices share what the machine has."""
-  if chip is not None and chip.usable_bytes is not None:
-    return chip.usable_bytes
-  if devices[0].platform != 'cpu':
-    raise ValueError(f'the memory of {devices[0].device_kind!r} is not known; add it to llm_jax/chips.py.')
-  return os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / len(devices)
-
-
-def _wanted_bytes(message: str) -> float:
-  """What a program that was refused would have needed, as the compiler's message says it ('Used 24.31G of 15.75G hbm')."""
-  units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-  found = re.search(r'Used ([\d.]+)([KMGT]) of', message) or re.search(r'\(([\d.]+)([KMGT])\) exceeds', message)
-  if found is None:
-    raise ValueError(f'the compiler refused the program for lack of memory, and its message names no size: {message[:500]}')
-  return float(found[1]) * units[found[2]]
-
-
 def _suggestions(config: Config, name: str, devices: Sequence[Any], report: Mapping[str, Any]) -> list[dict[str, Any]]:
   """The nearest change that fits, found by compiling; the tried ones that do not stand before it."""
   tried = []
@@ -188,14 +171,15 @@ def _changes(config: Config, report: Mapping[str, Any]) -> Iterator[dict[str, An
   used, hbm = report['micro_batches'], report['hbm']
   sharded = {} if report['mesh']['fsdp'] > 1 else {'mesh.data': 1, 'mesh.fsdp': -1}
   least = hbm['parameters_bytes'] + hbm['optimizer_bytes'] + hbm['gradients_bytes']
-  remats = REMATS[REMATS.index(report['remat']) + 1:]
+  order = memory.REMATS
+  remats = order[order.index(report['remat']) + 1:] if report['remat'] in order else order[-1:]
   fewer = [count for count in (2 * used, 4 * used, rows) if used < count <= rows and rows % count == 0]
   fewer = sorted(set(fewer))
   if least <= hbm['limit_bytes']:
     yield from ({'model.remat': remat} for remat in remats)
     yield from (({'model.remat': 'full'} if remats else {}) | {'micro_batches': count} for count in fewer)
   if sharded:
-    yield from (sharded | {'model.remat': remat} for remat in (remats[-1:] or REMATS[-1:]))
+    yield from (sharded | {'model.remat': remat} for remat in (remats[-1:] or memory.REMATS[-1:]))
     yield from (sharded | {'model.remat': 'full', 'micro_batches': count} for count in fewer)
 
 

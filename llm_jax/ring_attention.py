@@ -2,12 +2,14 @@
 
 Each device sees one block of keys and values at a time, and sums up as FlashAttention does (arXiv:2205.14135): running maximum,
 sum, and mixed values, in float32. The backward pass computes the probabilities of each block again from the log of the sums, and
-the gradients of keys and values travel along with them. A device never holds more scores than those of `TILE` of its queries with
+the gradients of keys and values travel along with them. A device never holds more scores than those of a tile of its queries with
 one block of keys. A window makes the ring shorter: only blocks within it are sent. In causal rows blocks that are masked wholly
 are computed all the same: the device of the last places needs all blocks, and the others would only wait for it.
 
 Letters are those of `llm_jax.layers`; here T and S are the places on one device, I is the number of tiles that the queries are
 dealt with in, and t the places of one.
+
+On one device the ring is of one, and this is blockwise attention for any device.
 """
 
 import dataclasses
@@ -24,12 +26,13 @@ from llm_jax.dropout import dropout
 from llm_jax.scores import RESIDUALS, visible
 
 AXIS = 'sequence'
-TILE = 1024
+TILE = 1024  # queries at a time; fewer have too little to do while keys are sent
+BLOCK = 128  # the same where nothing is sent
 
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-  """What is static. `size`: devices around; `rows` and `heads`: what cuts these, as PartitionSpec writes it."""
+  """What is static. `size`: devices around; `rows` and `heads`: what cuts these, as PartitionSpec writes it; `tile`: places."""
 
   layout: sharding.Layout | None
   size: int
@@ -38,6 +41,7 @@ class _Ring:
   causal: bool
   window: int | None
   dropout_rate: float
+  tile: int
 
 
 def refusal(q_BTNH: jax.Array) -> str | None:
@@ -49,17 +53,18 @@ def refusal(q_BTNH: jax.Array) -> str | None:
 
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
               causal: bool = False, window: int | None = None, dropout_rate: float = 0.0,
-              dropout_rng: jax.Array | None = None) -> jax.Array:
+              dropout_rng: jax.Array | None = None, tile: int = TILE) -> jax.Array:
   """As `llm_jax.attention.attention`, for what `refusal` has nothing against; T and S are the places of whole rows here.
 
-  Rows and heads are cut as the layout in force says. Which probabilities are dropped depends on how they are cut.
+  Rows and heads are cut as the layout in force says. Which probabilities are dropped depends on how they are cut. `tile`: the
+  most queries of a device at a time.
   """
   layout, rate = sharding.current(), 0.0 if dropout_rng is None else dropout_rate
   if layout is None:
-    return _attend(_Ring(None, 1, None, None, causal, window, rate), q_BTNH, k_BSKH, v_BSKH, segments_BT, dropout_rng)
+    return _attend(_Ring(None, 1, None, None, causal, window, rate, tile), q_BTNH, k_BSKH, v_BSKH, segments_BT, dropout_rng)
   k_BSKH, v_BSKH = (sharding.divisible_heads(x, q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
   rows, _, heads, _ = layout.spec(('batch', 'length', 'heads', None), q_BTNH.shape)
-  ring = _Ring(layout, layout.mesh.shape[AXIS], rows, heads, causal, window, rate)
+  ring = _Ring(layout, layout.mesh.shape[AXIS], rows, heads, causal, window, rate, tile)
   return _attend(ring, q_BTNH, k_BSKH, v_BSKH, segments_BT, dropout_rng)
 
 
@@ -94,7 +99,8 @@ def _on_mesh(ring, function, arrays, out):
 def _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, *, ring):
   """On each device: its output, and the log of the sums of exponentials of its scores."""
   wide, K = jnp.promote_types(q_BTNH.dtype, jnp.float32), k_BSKH.shape[2]
-  queries = _tiles(q_BTNH, K), _tiles(segments_BT)
+  tiles = functools.partial(_tiles, ring.tile)
+  queries = tiles(q_BTNH, K), tiles(segments_BT)
   mixed_IBKGtH = jnp.zeros(queries[0].shape, wide)
   total_IBKGt = jnp.zeros(mixed_IBKGtH.shape[:-1], wide)
   top_IBKGt = jnp.full_like(total_IBKGt, jnp.finfo(wide).min / 2)  # finite: a block may be masked wholly
@@ -124,7 +130,8 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, out_BTNH, lse_BTN, dout_
   """On each device: the gradients of its queries, keys and values."""
   wide, K = lse_BTN.dtype, k_BSKH.shape[2]
   mean_BTN = jnp.sum(out_BTNH.astype(wide) * dout_BTNH, axis=-1)  # of the gradients of the probabilities
-  queries = *(_tiles(x, K) for x in (q_BTNH, dout_BTNH, lse_BTN, mean_BTN)), _tiles(segments_BT)
+  tiles = functools.partial(_tiles, ring.tile)
+  queries = *(tiles(x, K) for x in (q_BTNH, dout_BTNH, lse_BTN, mean_BTN)), tiles(segments_BT)
   product = functools.partial(jnp.einsum, preferred_element_type=wide)
 
   def see(gradients, keys, block):
@@ -214,12 +221,12 @@ def _index(axes) -> jax.Array | int:
   return 0 if axes is None else jax.lax.axis_index(axes)
 
 
-def _tiles(x, kv_heads: int | None = None):
-  """[B, T] as [I, B, t], or, with `kv_heads`, [B, T, N, ...] as [I, B, K, G, t, ...]."""
+def _tiles(most: int, x, kv_heads: int | None = None):
+  """[B, T] as [I, B, t], or, with `kv_heads`, [B, T, N, ...] as [I, B, K, G, t, ...]; t the longest divisor of T up to `most`."""
   if x is None:
     return None
   B, T = x.shape[:2]
-  t = next(size for size in range(min(T, TILE), 0, -1) if T % size == 0)
+  t = next(size for size in range(min(T, most), 0, -1) if T % size == 0)
   heads = () if kv_heads is None else (kv_heads, x.shape[2] // kv_heads)
   x = jnp.moveaxis(x.reshape(B, T // t, t, *heads, *x.shape[3:]), 1, 0)
   return jnp.moveaxis(x, 2, 4) if heads else x

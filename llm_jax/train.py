@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
-from llm_jax import build, chips, complete, evaluate, hosts, logs, metrics, prepare, pretrained, runs, tree
+from llm_jax import build, chips, complete, evaluate, hosts, logs, memory, metrics, prepare, pretrained, runs, tree
 from llm_jax.build import Program
 from llm_jax.checkpoint import Checkpoints
 from llm_jax.config import Config
@@ -80,7 +80,8 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
   objective, splits = build.create_objective(config, data.tokenizer), data.splits
   train = pipeline.train_examples(splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size)
   validation = pipeline.validation_examples(splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows)
-  program = build.build(config, data.tokenizer, train[0])
+  example = train[0]
+  program = memory.fitting(config, lambda config: build.build(config, data.tokenizer, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
   checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
   restored = checkpoints.restore(program.state)

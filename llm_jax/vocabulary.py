@@ -18,7 +18,28 @@ from llm_jax import fsdp, sharding
 
 CHUNK_BYTES = 1 << 28  # of logits at once on a device
 
-Sums = tuple[jax.Array, jax.Array]
+
+class Sums(NamedTuple):
+  """Weighted sums over places, at least float32. Only `loss` has a gradient.
+
+  Attributes:
+    loss: what is trained: (1 - label_smoothing) * nll + label_smoothing * (mean of -log p over the vocabulary; arXiv:1512.00567,
+      section 7) + z_loss * (log of the sum of exponentials)^2 (arXiv:2204.02311, section 5).
+    nll: the cross-entropy in nats, without either.
+    right: how often the target has the highest logit.
+  """
+
+  loss: jax.Array
+  nll: jax.Array
+  right: jax.Array
+
+
+class _Loss(NamedTuple):
+  """What is static of the loss."""
+
+  vocab: int
+  label_smoothing: float
+  z_loss: float
 
 
 class _Axes(NamedTuple):
@@ -39,8 +60,8 @@ def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Arra
 
 
 def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
-                  bias_V: jax.Array | None = None) -> Sums:
-  """Weighted sums of the cross-entropy in nats, and of how often the target has the highest logit.
+                  bias_V: jax.Array | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Sums:
+  """The cross-entropy over the vocabulary, and what is counted beside it.
 
   Logits are x W^T + b, at least float32. Differentiable by x, table and bias, not by the weights.
 
@@ -50,9 +71,8 @@ def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, 
     targets_BT: true ids.
     weights_BT: 0 where a place does not count.
     bias_V: added to the logits; None for none.
-
-  Returns:
-    Two scalars, at least float32.
+    label_smoothing: share of the target's probability that is spread over the vocabulary.
+    z_loss: weight of the squared log of the sum of exponentials.
   """
   table, vocab = _padded(table_VD)
   bias = jnp.zeros((vocab,), table.dtype) if bias_V is None else bias_V
@@ -60,7 +80,21 @@ def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, 
   layout = sharding.current()
   cut = 1 if layout is None else layout.mesh.shape['sequence']
   pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % cut), *((0, 0),) * (x.ndim - 2)))
-  return _cross_entropy(layout, vocab, pad(x_BTD), table, bias, pad(targets_BT), pad(weights_BT))
+  loss = _Loss(vocab, label_smoothing, z_loss)
+  return _cross_entropy(layout, loss, pad(x_BTD), table, bias, pad(targets_BT), pad(weights_BT))
+
+
+def check_loss(label_smoothing: float, z_loss: float) -> None:
+  """Raises ValueError unless both are what `cross_entropy` may be given by an objective's section of the config."""
+  if not 0 <= label_smoothing < 1:
+    raise ValueError(f'objective.label_smoothing={label_smoothing} must be at least 0 and below 1; 0.1 is usual, 0 none.')
+  if not 0 <= z_loss < math.inf:
+    raise ValueError(f'objective.z_loss={z_loss} must be a number of at least 0; 1e-4 is usual, 0 none.')
+
+
+def pairs(name: str, sums: Sums, weight: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """What an objective of this name returns: its loss, its cross-entropy without smoothing (`<name>_nll`), its accuracy."""
+  return {name: (sums.loss, weight), f'{name}_nll': (sums.nll, weight), f'{name}_accuracy': (sums.right, weight)}
 
 
 def _padded(table_VD: jax.Array) -> tuple[jax.Array, int]:
@@ -122,30 +156,30 @@ def _scatter(g_BTD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, shape: tuple[i
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _cross_entropy(layout, vocab, x_BTD, table_VD, bias_V, targets_BT, weights_BT) -> Sums:
-  return _losses(layout, vocab, False, x_BTD, table_VD, bias_V, targets_BT, weights_BT)
+def _cross_entropy(layout, loss, x_BTD, table_VD, bias_V, targets_BT, weights_BT) -> Sums:
+  return Sums(*_losses(layout, loss, False, x_BTD, table_VD, bias_V, targets_BT, weights_BT))
 
 
-def _cross_entropy_forward(layout, vocab, *arrays):
-  nll, right, *gradients = _losses(layout, vocab, True, *arrays)
-  return (nll, right), tuple(gradients)
+def _cross_entropy_forward(layout, loss, *arrays):
+  total, nll, right, *gradients = _losses(layout, loss, True, *arrays)
+  return Sums(total, nll, right), tuple(gradients)
 
 
-def _cross_entropy_backward(layout, vocab, gradients, cotangents):
-  return *((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+def _cross_entropy_backward(layout, loss, gradients, cotangents):
+  return *((cotangents.loss * gradient).astype(gradient.dtype) for gradient in gradients), None, None
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def _losses(layout, vocab, gradient, x_BTD, table_VD, *rest):
-  run = lambda axes: functools.partial(_local_losses, axes=axes, vocab=vocab, gradient=gradient)
-  out = ('scalar', 'scalar', 'vectors', 'table', 'bias') if gradient else ('scalar', 'scalar')
+def _losses(layout, loss, gradient, x_BTD, table_VD, *rest):
+  run = lambda axes: functools.partial(_local_losses, axes=axes, loss=loss, gradient=gradient)
+  out = ('scalar',) * 3 + (('vectors', 'table', 'bias') if gradient else ())
   arrays = ('vectors', 'table', 'bias', 'ids', 'ids')
   return _on_mesh(layout, run, x_BTD.shape[:2], table_VD.shape, arrays, out)(x_BTD, table_VD, *rest)
 
 
-def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axes, vocab: int, gradient: bool):
+def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axes, loss: _Loss, gradient: bool):
   """On each device: its tokens, its part of the vocabulary. With `gradient` also those by x, table and bias."""
   dtype, wide = x_BTD.dtype, jnp.promote_types(x_BTD.dtype, jnp.float32)
   W_VD = table_VD.astype(dtype)
@@ -153,7 +187,9 @@ def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axe
     W_VD = jax.lax.all_gather(W_VD, axes.embed, axis=1, tiled=True)
   first = jax.lax.axis_index(axes.vocab) * len(W_VD) if axes.vocab else 0
   ids_V = first + jnp.arange(len(W_VD))
-  bias_V = jnp.where(ids_V < vocab, bias_V.astype(wide), jnp.finfo(wide).min / 2)
+  real_V = ids_V < loss.vocab
+  bias_V = jnp.where(real_V, bias_V.astype(wide), jnp.finfo(wide).min / 2)
+  spread_V = jnp.where(real_V, loss.label_smoothing / loss.vocab, 0).astype(wide)
 
   def chunk(carry, part):
     x_TD, targets_T, weights_T = part
@@ -163,30 +199,39 @@ def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axe
     hit_TV = ids_V[None] == targets_T[:, None]
     target_T = _sum(jnp.sum(jnp.where(hit_TV, logits_TV, 0), axis=-1), axes.vocab)
     lse_T = top_T + jnp.log(total_T)
-    sums = jnp.sum((lse_T - target_T) * weights_T), jnp.sum((target_T == top_T) * weights_T)
+    loss_T = nll_T = lse_T - target_T
+    d_TV = jnp.exp(logits_TV - lse_T[:, None]) - hit_TV
+    if loss.label_smoothing:
+      mean_T = _sum(jnp.sum(logits_TV * spread_V[None], axis=-1), axes.vocab)
+      loss_T = (1 - loss.label_smoothing) * nll_T + loss.label_smoothing * lse_T - mean_T
+      d_TV += loss.label_smoothing * hit_TV - spread_V[None]
+    if loss.z_loss:
+      loss_T += loss.z_loss * lse_T**2
+      d_TV += 2 * loss.z_loss * lse_T[:, None] * jnp.exp(logits_TV - lse_T[:, None])
+    sums = tuple(jnp.sum(x_T * weights_T) for x_T in (loss_T, nll_T, target_T == top_T))
     if not gradient:
       return jax.tree.map(jnp.add, carry, sums), ()
-    d_TV = (jnp.exp(logits_TV - lse_T[:, None]) - hit_TV) * weights_T[:, None]
+    d_TV *= weights_T[:, None]
     dbias_V = jnp.sum(d_TV, axis=0)
     d_TV = d_TV.astype(dtype)
     dW_VD = jnp.einsum('TV,TD->VD', d_TV, x_TD, preferred_element_type=wide)
     return jax.tree.map(jnp.add, carry, (*sums, dW_VD, dbias_V)), jnp.einsum('TV,VD->TD', d_TV, W_VD)
 
   parts = tuple(_chunked(x, x_BTD.shape[:2], len(W_VD) * wide.itemsize) for x in (x_BTD, targets_BT, weights_BT.astype(wide)))
-  zeros = (jnp.zeros((), wide),) * 2 + ((jnp.zeros(W_VD.shape, wide), jnp.zeros(bias_V.shape, wide)) if gradient else ())
+  zeros = (jnp.zeros((), wide),) * 3 + ((jnp.zeros(W_VD.shape, wide), jnp.zeros(bias_V.shape, wide)) if gradient else ())
   if len(parts[0]) == 1:
     carry, dx_TD = chunk(zeros, tuple(part[0] for part in parts))
   else:
     carry, dx_TD = jax.lax.scan(chunk, zeros, parts)
-  nll, right = _sum(carry[0], axes.tokens), _sum(carry[1], axes.tokens)
+  sums = tuple(_sum(x, axes.tokens) for x in carry[:3])
   if not gradient:
-    return nll, right
+    return sums
   dx_BTD = dx_TD.reshape(-1, x_BTD.shape[-1])[:math.prod(x_BTD.shape[:2])].reshape(x_BTD.shape)
-  dW_VD, others = carry[2], [axis for axis in axes.tokens if axis != axes.embed]
+  dW_VD, others = carry[3], [axis for axis in axes.tokens if axis != axes.embed]
   if axes.embed:
     dW_VD = fsdp.scatter_sum(dW_VD.T, jax.lax.axis_size(axes.embed), axes.line).T
-  return (nll, right, _sum(dx_BTD, axes.vocab), _sum(dW_VD, others).astype(table_VD.dtype),
-          _sum(carry[3], axes.tokens).astype(table_VD.dtype))
+  return (*sums, _sum(dx_BTD, axes.vocab), _sum(dW_VD, others).astype(table_VD.dtype),
+          _sum(carry[4], axes.tokens).astype(table_VD.dtype))
 
 
 def _chunked(x, rows_and_places: tuple[int, int], bytes_a_token: int) -> jax.Array:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from llm_jax import attention as module
-from llm_jax import ring_attention, sharding, splash_attention
+from llm_jax import cudnn_attention, ring_attention, sharding, splash_attention
 from llm_jax.attention import attention
 
 B, T, N, H = 2, 7, 4, 6
@@ -76,14 +76,14 @@ def check(run, arrays, segments=None, causal=False, window=None, atol=5e-6):
     np.testing.assert_allclose(ours, theirs, atol=4 * atol)
 
 
-@pytest.mark.parametrize('implementation', ['xla', 'ring'])
+@pytest.mark.parametrize('implementation', ['xla', 'blockwise', 'ring'])
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(kv_heads=st.sampled_from([1, 2, 4]), segmented=st.booleans(), causal=st.booleans(),
                   window=st.sampled_from([None, 1, 2, 4, 6]), seed=st.integers(0, 1000))
 def test_gradients_match_the_chain_rule(implementation, kv_heads, segmented, causal, window, seed):
   segments = np.random.default_rng(seed).integers(0, 3, (B, T)).astype(np.int32) if segmented else None
   masks = dict(causal=causal, window=window)
-  with mock.patch.object(ring_attention, 'TILE', 3):  # several tiles of queries
+  with mock.patch.multiple(ring_attention, TILE=3, BLOCK=2):  # several tiles of queries
     check(functools.partial(attention, segments_BT=segments, implementation=implementation, **masks), inputs(kv_heads, seed),
           segments, **masks)
 
@@ -97,6 +97,48 @@ def test_splash_matches_the_chain_rule(causal, window, segmented):
   check(run, arrays, segments, causal, window, atol=2e-5)
   with pytest.raises(AssertionError):
     check(run, arrays, segments, not causal, window, atol=2e-5)
+
+
+@pytest.mark.parametrize(('causal', 'window', 'segmented'), [(True, None, True), (False, 4, True), (True, 3, False)])
+def test_cudnn_matches_the_chain_rule(causal, window, segmented):
+  # What the kernel is asked for, by XLA in its place: there is no GPU here.
+  segments = np.sort(np.random.default_rng(0).integers(1, 4, (B, T)), axis=1).astype(np.int32) if segmented else None
+  run = functools.partial(cudnn_attention.attention, segments_BT=segments, causal=causal, window=window, implementation='xla')
+  check(run, inputs(2), segments, causal, window)
+  with pytest.raises(AssertionError):
+    check(run, inputs(2), segments, not causal, window)
+
+
+def test_a_program_for_gpus_holds_the_kernel(monkeypatch):
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn  # it asks the GPU that is not here
+  monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91200)
+  monkeypatch.setattr(cudnn, 'check_compute_capability', lambda version: True)
+  monkeypatch.setattr(cudnn, 'is_cuda_compute_capability_equal', lambda version: False)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(module, '_platform', lambda: 'gpu')
+  shape = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
+  segments = np.ones((2, 128), np.int32)
+
+  def text(**options):
+    run = lambda *arrays: attention(*arrays, segments_BT=segments, **options).sum()
+    traced = jax.jit(jax.grad(run, (0, 1, 2))).trace(shape, shape, shape)
+    return traced.lower(lowering_platforms=('cuda',)).as_text()
+
+  assert text().count('__cudnn$fmha') == text(implementation='cudnn', causal=True).count('__cudnn$fmha') == 2  # and back
+  assert '__cudnn' not in text(dropout_rate=0.1, dropout_rng=jax.random.key(0))  # what it cannot do is done without it
+  with pytest.raises(ValueError, match=r"'cudnn' cannot do this: it drops no .* What can: 'ring', 'blockwise', 'xla'"):
+    text(implementation='cudnn', dropout_rate=0.1, dropout_rng=jax.random.key(0))
+
+
+def test_long_rows_never_hold_all_scores():
+  def largest(length, **options):
+    shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+    run = lambda *arrays: attention(*arrays, causal=True, **options).sum()
+    compiled = jax.jit(jax.grad(run, (0, 1, 2))).lower(shape, shape, shape).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / (2 * length**2 * 4)  # in times of all scores
+
+  assert largest(2048) == largest(2048, implementation='blockwise') < 0.5 < 1 < largest(2048, implementation='xla')
+  assert largest(1024) == largest(1024, implementation='xla')
 
 
 def ring_of_devices():
@@ -236,13 +278,13 @@ def test_dropout_drops_and_rescales():
 
 def test_wrong_arguments():
   q, k, v = inputs()
-  with pytest.raises(ValueError, match="attention='flash' is not known; known: auto, xla, splash, ring"):
+  with pytest.raises(ValueError, match="attention='flash' is not known; known: auto, xla, blockwise, splash, cudnn, ring"):
     attention(q, k, v, implementation='flash')
   with pytest.raises(ValueError, match='heads=4 must be a multiple of kv_heads=3'):
     attention(q, k[:, :, :3], v[:, :, :3])
   with pytest.raises(ValueError, match='7 queries and 5 keys'):
     attention(q, k[:, :5], v[:, :5])
-  with pytest.raises(ValueError, match="attention='splash' cannot do this: rows of 7 places .*What can: 'ring', 'xla'"):
+  with pytest.raises(ValueError, match="'splash' cannot do this: rows of 7 places .*What can: 'ring', 'blockwise', 'xla'"):
     attention(q, k, v, implementation='splash')
   with pytest.raises(ValueError, match='splash.*drops no probabilities'):
     attention(q, k, v, implementation='splash', dropout_rate=0.1, dropout_rng=jax.random.key(0))

@@ -191,7 +191,7 @@ def test_stack_equals_a_loop_whatever_unroll_and_remat():
   plain, remat, unrolled = gradient(), gradient(remat='full'), gradient(remat='dots', unroll=0)
   grads, y = plain(params)
   np.testing.assert_allclose(y, expected, atol=1e-5)
-  for other in (remat, unrolled):
+  for other in (remat, unrolled, gradient(remat='narrow'), gradient(remat='attention'), gradient(remat='auto')):
     other_grads, other_y = other(params)
     np.testing.assert_allclose(other_y, y, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), grads, other_grads)

@@ -6,17 +6,17 @@ import pathlib
 PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
-    **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'scores', 'dropout', 'sharding', 'fsdp',
-                     'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors', 'family',
-                     'compilation'), 1),
+    **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'cudnn_attention', 'scores', 'dropout',
+                     'sharding', 'fsdp', 'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors',
+                     'family', 'compilation', 'heap'), 1),
     **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
     **dict.fromkeys(('models', 'objectives', 'evaluators', 'hf'), 3),
     **dict.fromkeys(('step', 'generate'), 4),
     'build': 5,
-    **dict.fromkeys(('runs', 'pretrained', 'prepare', 'evaluate', 'use', 'complete', 'train', 'embed', 'plan', 'main'), 6),
 }
 # Of one rank, in the order in which they may use each other.
-TOP = ('runs', 'pretrained', 'prepare', 'evaluate', 'use', 'complete', 'train', 'embed', 'plan', 'main')
+TOP = ('runs', 'pretrained', 'prepare', 'evaluate', 'use', 'complete', 'memory', 'train', 'embed', 'plan', 'main')
+RANKS |= dict.fromkeys(TOP, 6)
 
 
 def imports(path):

@@ -149,5 +149,6 @@ def test_fine_tuning(tmp_path, texts, monkeypatch):
 @pytest.mark.parametrize(('name', 'variant'), [('pretrain_bert_tpu', 'bert_base'), ('finetune_gpt_tpu', 'gpt2_small')])
 def test_the_size_for_tpus_is_a_config_that_can_be(tmp_path, monkeypatch, name, variant):
   book = execute(name, tmp_path, monkeypatch, last='build.check(', SIZE='base', STEPS=2000)
-  shown = config.from_json(code(book)[-1].outputs[-1].text)
+  last = code(book)[-1].outputs  # one print may come in several parts
+  shown = config.from_json(''.join(output.text for output in last if output.get('name') == 'stdout'))
   assert shown.model['variant'] == variant and shown.model['dtype'] == 'bfloat16' and shown.steps == 2000

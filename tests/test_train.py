@@ -312,7 +312,7 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus, tmp_path):
     (dict(mesh=dict(data=3)), ValueError, r'wants 3 devices; there are 1'),
     (dict(optimizer=dict(warmup_steps=50, warmup_fraction=None)), ValueError, r'warmup_steps=50 is more than config.steps=10'),
     (dict(tokenizer=dict(name='sentencepiece', path=__file__)), ValueError, r'(?i)not a SentencePiece model'),
-    (dict(init_from='/nowhere'), ValueError, r'/nowhere holds no run'),
+    (dict(init_from='/nowhere'), ValueError, r'/nowhere is the folder neither of a run nor of a Hugging Face model'),
 ])
 def test_what_cannot_be_is_said_before_anything_is_compiled(corpus, tmp_path, monkeypatch, changes, error, message):
   tree = settings(corpus, 'clm')

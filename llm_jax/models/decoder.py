@@ -35,7 +35,7 @@ class Model(nn.Module):
     rope_scaling: None, (factor,), or LLaMA 3's (factor, low, high, original length), as in `layers.rope_frequencies`.
     window: how many places each layer sees, its own among them (Mistral, arXiv:2310.06825); None for all.
     tied: logits use the token table; otherwise a matrix of their own.
-    remat: 'none', 'full' or 'dots'.
+    remat: what backpropagation keeps, one of `layers.REMAT`, or 'auto'.
     unroll: layers a turn of the compiled loop; 0 for all.
   """
 

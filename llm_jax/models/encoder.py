@@ -29,7 +29,7 @@ class Model(nn.Module):
     window: how far local layers see, half to either side; None where there are none.
     global_every: one layer in so many sees everywhere, layer 0 first.
     tied: logits use the token table; otherwise a matrix of their own.
-    remat: 'none', 'full' or 'dots'.
+    remat: what backpropagation keeps, one of `layers.REMAT`, or 'auto'.
     unroll: layer groups a turn of the compiled loop; 0 for all.
   """
 

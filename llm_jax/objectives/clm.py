@@ -22,12 +22,15 @@ class Objective:
   Args:
     tokenizer: gives BOS and EOS, and the bytes of each id.
     packing: how documents fill rows: 'windows', 'best_fit' or 'none'.
+    label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
 
-  def __init__(self, tokenizer: Tokenizer, packing: str = 'windows'):
+  def __init__(self, tokenizer: Tokenizer, packing: str = 'windows', label_smoothing: float = 0.0, z_loss: float = 0.0):
     if packing not in pack.PACKINGS:
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
+    vocabulary.check_loss(label_smoothing, z_loss)
     self.tokenizer, self.packing = tokenizer, packing
+    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
     self.terms = {'clm': 1.0}
     self.predictor = None
 
@@ -47,13 +50,13 @@ class Objective:
 
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the targets spell."""
-    nll, right = vocabulary.cross_entropy(hidden_BTD, net.model.table(), batch['targets'], batch['weights'])
-    weight = jnp.sum(batch['weights'])
-    return {'clm': (nll, weight), 'clm_accuracy': (right, weight), 'bits_per_byte': (nll / np.log(2), jnp.sum(batch['bytes']))}
+    sums = vocabulary.cross_entropy(hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed)
+    bits = sums.nll / np.log(2), jnp.sum(batch['bytes'])
+    return vocabulary.pairs('clm', sums, jnp.sum(batch['weights'])) | {'bits_per_byte': bits}
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a token."""
-    return {'perplexity': float(np.exp(means['clm']))}
+    return {'perplexity': float(np.exp(means['clm_nll']))}
 
   def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The ids that a batch asks for and their weights, each [B, T]."""

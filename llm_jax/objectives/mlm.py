@@ -37,10 +37,11 @@ class Objective:
     random_token_rate: share of them that is replaced by a random ordinary token; the rest stays. Drawn for each token,
       with 'span' for each span.
     packing: how documents fill rows: 'windows', 'best_fit' or 'none'. Each piece of a document stands as [CLS] piece [SEP].
+    label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
 
   def __init__(self, tokenizer: Tokenizer, mask_rate: float = 0.15, masking: str = 'token', mask_token_rate: float = 0.8,
-               random_token_rate: float = 0.1, packing: str = 'best_fit'):
+               random_token_rate: float = 0.1, packing: str = 'best_fit', label_smoothing: float = 0.0, z_loss: float = 0.0):
     if not 0 < mask_rate <= 1:
       raise ValueError(f'objective.mask_rate={mask_rate} must be above 0 and at most 1; BERT has 0.15.')
     if masking not in MASKINGS:
@@ -54,7 +55,9 @@ class Objective:
       raise ValueError("objective.name='mlm' needs a mask token, which this tokenizer lacks; take the folder of an encoder, or "
                        "objective.name='clm'.")
     self.tokenizer, self.mask_rate, self.masking, self.packing = tokenizer, mask_rate, masking, packing
+    vocabulary.check_loss(label_smoothing, z_loss)
     self.mask_token_rate, self.random_token_rate = mask_token_rate, random_token_rate
+    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
     self.special = np.asarray(tokenizer.special)
     self.ordinary = np.flatnonzero(~self.special).astype(np.int32)
     self.terms = {'mlm': 1.0}
@@ -117,13 +120,12 @@ class Objective:
     x_BMD = jnp.take_along_axis(hidden_BTD, batch['mask_positions'][..., None], axis=1)
     x_BMD, bias_V = net.heads['mlm'](x_BMD)
     weights_BM = batch['mask_weights']
-    nll, right = vocabulary.cross_entropy(x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V)
-    weight = jnp.sum(weights_BM)
-    return {'mlm': (nll, weight), 'mlm_accuracy': (right, weight)}
+    sums = vocabulary.cross_entropy(x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V, **self.smoothed)
+    return vocabulary.pairs('mlm', sums, jnp.sum(weights_BM))
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a masked token."""
-    return {'perplexity': float(np.exp(means['mlm']))}
+    return {'perplexity': float(np.exp(means['mlm_nll']))}
 
   def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     """The ids that a batch asks for and their weights, each [B, M]."""

@@ -11,15 +11,18 @@ import dataclasses
 import json
 import pathlib
 import statistics
+import sys
 import tempfile
 import time
 
 import jax
 import numpy as np
 
-from configs import classify
-from llm_jax import build, config, prepare, runs
-from llm_jax.data import pipeline
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the configs
+
+from configs import classify  # noqa: E402
+from llm_jax import build, config, prepare, runs  # noqa: E402
+from llm_jax.data import pipeline  # noqa: E402
 
 
 def main() -> None:

@@ -54,7 +54,7 @@ def test_loss_equals_brute_force(small):
   np.testing.assert_allclose(pairs['bits_per_byte'][0], nll / np.log(2), rtol=1e-5)
   assert float(pairs['clm'][1]) == tokens and float(pairs['bits_per_byte'][1]) == letters
   assert [float(x) for x in pairs['clm_accuracy']] == [(logits.argmax(-1) == batch['targets'])[counted].sum(), tokens]
-  assert objective.terms == {'clm': 1.0} and objective.summary({'clm': np.log(3)})['perplexity'] == pytest.approx(3)
+  assert objective.terms == {'clm': 1.0} and objective.summary({'clm_nll': np.log(3)})['perplexity'] == pytest.approx(3)
   ids, weights = objective.targets(batch)
   assert np.bincount(ids[weights > 0])[6] == 4  # one EOS a document
 

@@ -29,8 +29,8 @@ def test_the_bert_loss(small):
   for part in objective.parts.values():
     for name, (value, weight) in part.loss(net, hidden, batch).items():
       assert float(pairs[name][0]) == float(value) and float(pairs[name][1]) == float(weight)
-  assert pairs.keys() == {'mlm', 'mlm_accuracy', 'nsp', 'nsp_accuracy'}
-  assert objective.summary({'mlm': 0.0, 'nsp': 1.0}) == {'perplexity': 1.0}
+  assert pairs.keys() == {'mlm', 'mlm_nll', 'mlm_accuracy', 'nsp', 'nsp_accuracy'}
+  assert objective.summary({'mlm_nll': 0.0, 'nsp': 1.0}) == {'perplexity': 1.0}
   np.testing.assert_array_equal(objective.targets(batch)[0], batch['mask_targets'])
 
 

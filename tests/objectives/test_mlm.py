@@ -160,7 +160,7 @@ def test_loss_equals_brute_force(small):
   np.testing.assert_allclose(pairs['mlm'][0], nll, rtol=1e-5)
   assert float(pairs['mlm'][1]) == weight == round(0.15 * 38) + round(0.15 * 20) + 1
   assert [float(x) for x in pairs['mlm_accuracy']] == [right, weight]
-  assert objective.terms == {'mlm': 1.0} and objective.summary({'mlm': np.log(7)})['perplexity'] == pytest.approx(7)
+  assert objective.terms == {'mlm': 1.0} and objective.summary({'mlm_nll': np.log(7)})['perplexity'] == pytest.approx(7)
   ids, weights = objective.targets(batch)
   assert (ids[weights > 0] >= 7).all()
 
@@ -169,7 +169,8 @@ def test_loss_equals_brute_force(small):
     ({'mask_rate': 0.0}, 'mask_rate=0.0'), ({'mask_rate': 1.5}, 'mask_rate=1.5'),
     ({'masking': 'words'}, "masking='words'.*token, word, span"),
     ({'mask_token_rate': 0.95}, 'mask_token_rate=0.95'), ({'random_token_rate': -0.1}, 'random_token_rate=-0.1'),
-    ({'packing': 'first'}, "packing='first'.*windows, best_fit, none")])
+    ({'packing': 'first'}, "packing='first'.*windows, best_fit, none"),
+    ({'label_smoothing': 1.0}, 'label_smoothing=1.0 must be'), ({'z_loss': -0.1}, 'z_loss=-0.1 must be')])
 def test_refuses(small, options, message):
   with pytest.raises(ValueError, match=message):
     mlm.Objective(small.Tokenizer(), **options)

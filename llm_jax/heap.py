@@ -1,0 +1,24 @@
+"""Memory that the C library keeps, instead of giving it back to the system after each step and asking for it again.
+
+On a CPU the activations of a step are one block of some GB, which the system would hand out anew each time, page by page and
+zeroed: a fifth of the time of a BERT-base step. Imports nothing that takes long, since it must come before JAX.
+"""
+
+import ctypes
+import glob
+import os
+
+_ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1  # malloc.h of glibc
+_ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
+
+
+def keep() -> bool:
+  """Has this process keep what it frees, where it will compute on a CPU and its C library is glibc; returns whether it will.
+
+  To be called before JAX's first array: each of its threads takes what it knows then.
+  """
+  cpu = os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(map(glob.glob, _ACCELERATORS))
+  libc = ctypes.CDLL(None)
+  if not cpu or not hasattr(libc, 'gnu_get_libc_version'):
+    return False
+  return all(libc.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))
