@@ -12,6 +12,7 @@ both; ours with `model.unroll=0`. The first losses must agree, or nothing is sai
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import pathlib
@@ -156,7 +157,7 @@ def finetune(folder):
   objective = build.create_objective(data.config, data.tokenizer)
   laid = objective.rows(documents, LENGTH)
   rows = round(TEXTS * len(laid) / len(documents))
-  settings = config.parse(data.config.__dict__ | dict(batch_size=rows))
+  settings = dataclasses.replace(data.config, batch_size=rows)
   examples = pipeline.train_examples([documents], [1.0], objective, LENGTH, 0, rows)
   shape = transformers.BertConfig(vocab_size=data.tokenizer.vocab_size, num_labels=len(classes))
   model = transformers.BertForSequenceClassification(shape)
