@@ -7,6 +7,7 @@ zeroed: a fifth of the time of a BERT-base step. Imports nothing that takes long
 import ctypes
 import glob
 import os
+import sys
 
 _ARENA_MAX, _MMAP_MAX, _TRIM_THRESHOLD = -8, -4, -1  # malloc.h of glibc
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
@@ -18,7 +19,6 @@ def keep() -> bool:
   To be called before JAX's first array: each of its threads takes what it knows then.
   """
   cpu = os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(map(glob.glob, _ACCELERATORS))
-  libc = ctypes.CDLL(None)
-  if not cpu or not hasattr(libc, 'gnu_get_libc_version'):
-    return False
-  return all(libc.mallopt(*option) for option in ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1)))
+  libc = ctypes.CDLL(None) if cpu and sys.platform == 'linux' else None
+  options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
+  return hasattr(libc, 'gnu_get_libc_version') and all(libc.mallopt(*option) for option in options)
