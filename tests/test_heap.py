@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 PROGRAM = '''
 import resource
 from llm_jax import heap
@@ -25,9 +23,9 @@ def run(keep, **env):
   return kept == 'True', int(faults)
 
 
-@pytest.mark.skipif(sys.platform != 'linux', reason='the C library is not glibc')
 def test_what_is_taken_again_costs_no_faults():
-  assert run(True, JAX_PLATFORMS='cpu') == (True, pytest.approx(0, abs=200))
+  kept, faults = run(True, JAX_PLATFORMS='cpu')
+  assert kept == (sys.platform == 'linux') and (not kept or faults < 200)
   kept, faults = run(False, JAX_PLATFORMS='cpu')
   assert not kept and faults > 1000
 
