@@ -520,10 +520,6 @@ class Stack(nn.Module):
   def _rematted(self, module: Callable, looped: bool) -> Callable:
     if self.remat in ('none', 'auto'):
       return module
-    layout = current()
-    if self.remat == 'offload' and (jax.default_backend() if layout is None else layout.platform) == 'cpu':
-      raise ValueError("model.remat='offload' moves activations from a device to its host; on a CPU they are there already. "
-                       "Take 'narrow', which keeps the same.")
     # In a loop nothing can be merged with the forward pass; outside of one the compiler must be kept from undoing the remat.
     return nn.remat(module, policy=REMAT[self.remat], prevent_cse=not looped, static_argnums=(4,))
 

@@ -25,6 +25,7 @@ class Need(NamedTuple):
 
 def needed(program: Program) -> Need:
   """Compiles the train step."""
+  _check(program)
   try:
     compiled = program.train_step.lower(program.state, program.batch).compile()
   except jax.errors.JaxRuntimeError as error:
@@ -62,10 +63,10 @@ def fitting(config: Config, make: Callable[[Config], Program]) -> Program:
     make: the program of a config of this kind.
 
   Raises:
-    ValueError: 'auto', and not even the last of them fits.
+    ValueError: 'auto', and not even the last of them fits; 'offload' on a CPU.
   """
   if config.model.get('remat') != 'auto':
-    return make(config)
+    return _check(make(config))
   for remat in REMATS:
     program = make(dataclasses.replace(config, model=config.model | {'remat': remat}))
     need, most = needed(program).total_bytes, limit(list(program.mesh.devices.flat))
@@ -75,6 +76,13 @@ def fitting(config: Config, make: Callable[[Config], Program]) -> Program:
   raise ValueError(f"config.model.remat='auto': even with remat={remat!r} a step takes {need / 2**30:.2f} of {most / 2**30:.2f} "
                    f'GiB on a device; raise config.micro_batches from {program.micro_batches}, set config.mesh.fsdp, or ask '
                    '--mode=plan what fits.')
+
+
+def _check(program: Program) -> Program:
+  if program.network.model.remat == 'offload' and program.layout.platform == 'cpu':
+    raise ValueError("config.model.remat='offload' moves activations from a device to its host; on a CPU they are there already. "
+                     "Take 'narrow', which keeps the same.")
+  return program
 
 
 def refused_bytes(message: str) -> float:

@@ -1,7 +1,5 @@
 """What a step takes, and the choice of what backpropagation keeps."""
 
-import dataclasses
-
 import jax
 import pytest
 
@@ -51,7 +49,7 @@ def test_where_none_fits_auto_says_what_may_help(monkeypatch, totals):
 
 def test_offload_is_not_for_cpus():
   with pytest.raises(ValueError, match="remat='offload' moves activations .* Take 'narrow'"):
-    make(dataclasses.replace(tiny(remat='offload')))
+    memory.fitting(tiny(remat='offload'), make)
 
 
 def test_the_memory_of_a_device():
