@@ -77,7 +77,7 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
     tile = ring_attention.BLOCK if chosen == 'blockwise' else ring_attention.TILE
     return ring_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop, tile=tile)
   run = functools.partial(_xla, causal=causal, window=window, dropout_rate=dropout_rate if drops else 0.0)
-  if _platform() != 'cpu':
+  if sharding.platform() != 'cpu':
     # T x T scores of every layer would not fit. Where a layer is computed again as a whole, the compiler may merge the two.
     run = jax.checkpoint(run, prevent_cse=False)
   return run(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, dropout_rng=dropout_rng if drops else None)
@@ -147,7 +147,7 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
               'cudnn': cudnn_attention.refusal(q_BTNH, drops), 'blockwise': cut, 'xla': None}
   if implementation == 'auto':
     anywhere = 'blockwise' if q_BTNH.shape[1] > LONG and not cut else 'xla'
-    wanted = 'ring' if cut else KERNELS.get(_platform(), anywhere)
+    wanted = 'ring' if cut else KERNELS.get(sharding.platform(), anywhere)
     chosen = anywhere if refusals[wanted] else wanted
     if layout is not None:
       _report(f'attention: {chosen}' + (f', as {wanted} cannot do this: {refusals[wanted]}' if refusals[wanted] else ''))
@@ -156,12 +156,6 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
     able = ', '.join(repr(name) for name, refusal in refusals.items() if not refusal)
     raise ValueError(f'attention={implementation!r} cannot do this: {refusals[implementation]}. What can: {able}.')
   return implementation
-
-
-def _platform() -> str:
-  """Of the devices that the program is for: 'cpu', 'gpu', 'tpu'."""
-  layout = sharding.current()
-  return jax.default_backend() if layout is None else layout.platform
 
 
 def _xla(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, causal, window, dropout_rate, dropout_rng):

@@ -176,6 +176,12 @@ def current() -> Layout | None:
   return _CURRENT.get()
 
 
+def platform() -> str:
+  """Of the devices that a program is traced for: 'cpu', 'gpu', 'tpu'."""
+  layout = current()
+  return jax.default_backend() if layout is None else layout.platform
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   """`x`, laid out by the logical names of its dimensions; unchanged outside of a program."""
   layout = current()

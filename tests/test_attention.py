@@ -115,7 +115,7 @@ def test_a_program_for_gpus_holds_the_kernel(monkeypatch):
   monkeypatch.setattr(cudnn, 'check_compute_capability', lambda version: True)
   monkeypatch.setattr(cudnn, 'is_cuda_compute_capability_equal', lambda version: False)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  monkeypatch.setattr(module, '_platform', lambda: 'gpu')
+  monkeypatch.setattr(module.sharding, 'platform', lambda: 'gpu')
   shape = jax.ShapeDtypeStruct((2, 128, 4, 64), jnp.bfloat16)
   segments = np.ones((2, 128), np.int32)
 
@@ -191,7 +191,7 @@ def test_an_accelerator_keeps_no_scores(rate):
                           implementation='xla')
   square = lambda back: any(leaf.shape[-2:] == (T, T) and leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(back))
   out, back = jax.vjp(run, *inputs())
-  with mock.patch.object(module, '_platform', lambda: 'gpu'):
+  with mock.patch.object(module.sharding, 'platform', lambda: 'gpu'):
     again, lean = jax.vjp(run, *inputs())
   assert square(back) and not square(lean)
   np.testing.assert_allclose(out, again, atol=1e-6)
@@ -294,7 +294,7 @@ def test_auto_takes_what_can():
   chosen = lambda q, drops=False: module._chosen('auto', q, drops)
   long, odd = jnp.zeros((1, 256, 2, 64)), jnp.zeros((1, 100, 2, 64))
   assert chosen(long) == 'xla'
-  with mock.patch.object(module, '_platform', lambda: 'tpu'):
+  with mock.patch.object(module.sharding, 'platform', lambda: 'tpu'):
     assert chosen(long) == 'splash' and chosen(odd) == chosen(long, True) == 'xla'
 
 
