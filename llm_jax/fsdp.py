@@ -110,8 +110,8 @@ def _matrices(spec: str, x: jax.Array, kernel: jax.Array, result: Any) -> jax.Ar
   """The einsum as one product of matrices, which XLA on a CPU also differentiates as such; else it copies to transpose."""
   letters, _, out = spec.partition(',')[2].replace('...', '').partition('->')
   inputs = len(letters) - len(out)
-  I = math.prod(kernel.shape[:inputs])
-  y = jnp.dot(x.reshape(-1, I), kernel.reshape(I, -1), preferred_element_type=result)
+  width = math.prod(kernel.shape[:inputs])
+  y = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=result)
   return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
 
 
