@@ -1,4 +1,4 @@
-"""Training here and by transformers + torch: the same model, weights, shapes, optimizer and precision, one process, turn about.
+"""Training here and by transformers + torch: the same model, weights, shapes, optimizer and precision, turn about.
 
     python tests/benchmarks/pair_torch.py [--case=bert_base|gpt2|finetune] [--pairs=5] [--json=FILE]
 
@@ -7,8 +7,9 @@
     finetune    BERT-base as a classifier of docstrings of 8 to 128 tokens, as long as they are: theirs 32 texts a batch, padded
                 to the longest of them; ours as many in packed rows of 128
 
-All in float32 with AdamW (torch's fused one), on all cores, in a process that keeps its memory (`llm_jax/heap.py`), which serves
-both; ours with `model.unroll=0`. The first losses must agree, or nothing is said of the speed.
+All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which one works at a time: ours
+keeps its memory as `llm_jax.main` has it, with `model.unroll=0`; theirs is a plain Python. The first losses must agree, or
+nothing is said of the speed.
 """
 
 import argparse
@@ -17,13 +18,15 @@ import json
 import os
 import pathlib
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 
 from llm_jax import heap
 
-heap.keep()  # as `llm_jax.main` does, before JAX
+if '--serve=ours' in sys.argv:
+  heap.keep()  # as `llm_jax.main` does, before JAX
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -39,6 +42,7 @@ from llm_jax.data import pipeline  # noqa: E402
 
 RATE = 1e-4
 TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune
+WARM = 3  # steps; in the first ones each takes the memory that it goes on with
 UNITS = {'bert_base': 'tokens', 'gpt2': 'tokens', 'finetune': 'texts'}
 
 
@@ -92,7 +96,7 @@ def settings_of(module, **changes):
 
 
 def language_model(case, folder):
-  """Both sides of a language model over random tokens."""
+  """What makes each side of a language model over random tokens."""
   torch.manual_seed(0)
   rows, length = (8, 128) if case == 'bert_base' else (4, 256)
   if case == 'bert_base':
@@ -120,11 +124,11 @@ def language_model(case, folder):
     labels = tokens  # theirs shifts them by itself
     batch['targets'][:, :-1], batch['weights'][:, :-1], batch['bytes'][:] = tokens[:, 1:], 1, length
   example = {key: value[0] for key, value in batch.items()}
-  ours = Ours(outline.config, tokenizer, example, iter(lambda: (batch, tokens.size), None), folder)
+  ours = lambda: Ours(outline.config, tokenizer, example, iter(lambda: (batch, tokens.size), None), folder)
   given = {'input_ids': torch.tensor(tokens).long(), 'labels': torch.tensor(labels).long()}
   if case == 'bert_base':
     given['attention_mask'] = torch.ones(tokens.shape, dtype=torch.long)
-  return ours, Theirs(model, iter(lambda: (given, tokens.size), None))
+  return ours, lambda: Theirs(model, iter(lambda: (given, tokens.size), None))
 
 
 class Short:
@@ -147,7 +151,7 @@ class Short:
 
 
 def finetune(folder):
-  """Both sides of a classifier over docstrings."""
+  """What makes each side of a classifier over docstrings."""
   torch.manual_seed(0)
   settings = settings_of(classify, seq_len=LENGTH, model=dict(variant='bert_base'))
   workdir = pathlib.Path(folder) / 'run'
@@ -178,16 +182,52 @@ def finetune(folder):
              'attention_mask': torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
              'labels': torch.tensor([number[documents.labels[i]] for i in chosen])}, TEXTS
 
-  return Ours(settings, data.tokenizer, examples[0], ours(), folder), Theirs(model, theirs())
+  return lambda: Ours(settings, data.tokenizer, examples[0], ours(), folder), lambda: Theirs(model, theirs())
 
 
-def sides(case, folder):
-  """Ours and theirs of a case, ready to be timed, compiled and warm."""
-  pair = finetune(folder) if case == 'finetune' else language_model(case, folder)
-  first = [side.step()[0] for side in pair]
-  if abs(first[0] - first[1]) > 0.1 * first[1]:
-    raise AssertionError(f'{case}: the first losses are {first[0]:.3f} and {first[1]:.3f}; this is not the same model.')
-  return pair
+def serve(case, side):
+  """One side, in its own process: the first loss, then the speed of as many steps as each line of the input says."""
+  with tempfile.TemporaryDirectory() as folder:
+    ours, theirs = finetune(folder) if case == 'finetune' else language_model(case, folder)
+    chosen = ours() if side == 'ours' else theirs()
+    del ours, theirs  # and with them the model of the other side
+    losses = [chosen.step()[0] for _ in range(WARM)]
+    print(f'loss {losses[0]}', flush=True)
+    for line in sys.stdin:
+      print(f'speed {speed(chosen, int(line))}', flush=True)
+
+
+def answer(process):
+  """The number that a side's process says next; all else it prints is passed on."""
+  for line in process.stdout:
+    name, _, value = line.strip().partition(' ')
+    if name in ('loss', 'speed'):
+      return float(value)
+    print(line, end='', flush=True)
+  raise RuntimeError(f'a side ended: {process.wait()}.')
+
+
+def ask(process, steps):
+  """Units a second over so many steps of a side."""
+  process.stdin.write(f'{steps}\n')
+  process.stdin.flush()
+  return answer(process)
+
+
+def measure(case, pairs, steps):
+  """Pairs of speeds, theirs and ours, turn about, both compiled and warm."""
+  sides, losses = [], []
+  for side in ('theirs', 'ours'):
+    command = [sys.executable, __file__, f'--case={case}', f'--serve={side}']
+    sides.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    losses.append(answer(sides[-1]))
+  if abs(losses[0] - losses[1]) > 0.1 * losses[0]:
+    raise AssertionError(f'{case}: the first losses are {losses[0]:.3f} and {losses[1]:.3f}; this is not the same model.')
+  found = [tuple(ask(side, steps) for side in sides) for _ in range(pairs)]
+  for side in sides:
+    side.stdin.close()
+    side.wait()
+  return found
 
 
 def speed(side, steps):
@@ -205,18 +245,19 @@ def main(argv):
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=1, help='a measurement')
   parser.add_argument('--json')
+  parser.add_argument('--serve', choices=('ours', 'theirs'), help=argparse.SUPPRESS)
   options = parser.parse_args(argv)
+  if options.serve:
+    serve(options.case[0], options.serve)
+    return
   found = {'cores': os.cpu_count(), 'torch': torch.__version__, 'transformers': transformers.__version__, 'jax': jax.__version__}
   for case in options.case or UNITS:
-    with tempfile.TemporaryDirectory() as folder:
-      ours, theirs = sides(case, folder)
-      pairs = [(speed(theirs, options.steps), speed(ours, options.steps)) for _ in range(options.pairs)]
+    pairs = measure(case, options.pairs, options.steps)
     a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     found[case] = {'ratio': ratio, 'ours': b, 'theirs': a, 'unit': f'{UNITS[case]}/s', 'pairs': pairs}
     print(f'{case:10} torch {a:8.2f}  llm_jax {b:8.2f} {UNITS[case]}/s  ratio {ratio:.2f}  (medians of {options.pairs} pairs, '
           f'load {os.getloadavg()[0]:.1f})', flush=True)
-    del ours, theirs
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 
