@@ -54,6 +54,8 @@ def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
 def product(spec: str, x: jax.Array, kernel: jax.Array, names: Sequence[str | None], dtype: Any, result: Any) -> jax.Array:
   """The einsum `spec` of `x` and `kernel` in `dtype`, into `result`; the first dimension of `x` is rows of the batch.
 
+  On one CPU it is a product of two matrices, since XLA copies the operands of others there to transpose them.
+
   Args:
     spec: as '...D,DNH->...NH'.
     x: activations.
@@ -107,7 +109,7 @@ def _columns(rows: int) -> int:
 
 
 def _matrices(spec: str, x: jax.Array, kernel: jax.Array, result: Any) -> jax.Array:
-  """The einsum as one product of matrices, which XLA on a CPU also differentiates as such; else it copies to transpose."""
+  """The einsum as a product of two matrices, and so are its derivatives."""
   letters, _, out = spec.partition(',')[2].replace('...', '').partition('->')
   inputs = len(letters) - len(out)
   width = math.prod(kernel.shape[:inputs])

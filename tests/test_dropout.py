@@ -27,6 +27,18 @@ def test_draws_are_those_of_jax(shape, probability):
   np.testing.assert_array_equal(ours, jax.random.bernoulli(rng, probability, shape))
 
 
+@pytest.mark.parametrize('setting', [{'jax_enable_x64': True}, {'jax_threefry_partitionable': False}])
+def test_draws_are_those_of_jax_however_it_is_set(setting):
+  (name, value), = setting.items()
+  before = getattr(jax.config, name)
+  jax.config.update(name, value)
+  try:
+    rng = jax.random.key(3)
+    np.testing.assert_array_equal(dropout.bernoulli(rng, 0.9, (64, 8)), jax.random.bernoulli(rng, 0.9, (64, 8)))
+  finally:
+    jax.config.update(name, before)
+
+
 def test_another_key_draws_other_places():
   draws = [dropout.bernoulli(jax.random.key(seed), 0.5, (64,)) for seed in (0, 1)]
   assert np.any(draws[0] != draws[1])

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -67,6 +69,34 @@ def run(script, **environment):
 
 def test_values_and_gradients_on_eight_devices():
   assert run(EIGHT_DEVICES, XLA_FLAGS='--xla_force_host_platform_device_count=8') == 'ok'
+
+
+@pytest.mark.parametrize(('spec', 'x', 'kernel'), [
+    ('...D,DNH->...NH', (4, 16, 32), (32, 4, 8)), ('...NH,NHD->...D', (4, 16, 4, 8), (4, 8, 32)),
+    ('...D,DF->...F', (4, 16, 32), (32, 64))])
+def test_on_one_cpu_nothing_is_transposed(spec, x, kernel):
+  rng = np.random.default_rng(0)
+  arrays = [rng.normal(size=shape).astype(np.float32) for shape in (x, kernel)]
+
+  def run(layout):
+    def loss(x, w):
+      y = fsdp.product(spec, jnp.sin(x), w, (None,) * w.ndim, jnp.float32, jnp.float32)
+      return jnp.sum(jnp.sin(y)), y
+
+    def on(*arrays):
+      with sharding.use(layout):
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(*arrays)
+
+    compiled = jax.jit(on).lower(*arrays).compile()
+    return jax.tree.leaves(compiled(*arrays)), compiled.as_text().count(' transpose(')
+
+  values, transposed = run(sharding.create_layout(1, devices=jax.devices()[:1]))
+  plain, often = run(None)
+  assert transposed == 0 and often > 0
+  y = np.einsum(spec, np.sin(arrays[0].astype(np.float64)), arrays[1])
+  np.testing.assert_allclose(values[1], y, rtol=1e-5, atol=1e-5)
+  for got, want in zip(values, plain, strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_on_a_v5p_are_reduce_scattered_beside_the_products():

@@ -16,11 +16,14 @@ import sys
 import tempfile
 import time
 
-import pair_torch  # first: it sets how memory is kept
+from llm_jax import heap
 
-import jax  # isort: skip
-import numpy as np  # isort: skip
-import torch  # isort: skip
+heap.keep()  # as `llm_jax.main` does, before JAX
+
+import jax  # noqa: E402
+import numpy as np  # noqa: E402
+import pair_torch  # noqa: E402
+import torch  # noqa: E402
 
 SIZES = ((1024, 768, 3072), (1024, 3072, 768), (2048, 2048, 2048))  # rows, inner, columns
 SECONDS = 0.5  # of each product
@@ -60,7 +63,9 @@ def main(argv):
   found, bare = {'cores': os.cpu_count(), 'jax': jax.__version__, 'torch': torch.__version__}, products()
   for case in options.case or ('bert_base', 'gpt2'):
     with tempfile.TemporaryDirectory() as folder:
-      ours, _ = pair_torch.sides(case, folder)
+      ours = pair_torch.language_model(case, folder)[0]()
+    for _ in range(pair_torch.WARM):
+      ours.step()
     peaks, steps = {'jax': [], 'torch': []}, []
     for _ in range(options.pairs):
       for library in peaks:
