@@ -26,7 +26,7 @@ setup(
         'protobuf>=4',  # SentencePiece models, read piece by piece
         'pyarrow>=18',  # Parquet files; tensorflow-datasets brings it along
         'scikit-learn>=1.5',  # classification reports
-        'sentencepiece>=0.2.1',
+        'sentencepiece>=0.2.2',
         'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
         'tensorflow-datasets>=4.9.10',
         'importlib_resources>=6.0',  # imported by tensorflow-datasets, which does not declare it

@@ -89,8 +89,9 @@ def measure(config: Config, name: str, devices: Sequence[Any]) -> dict[str, Any]
   seconds, sizes = time.perf_counter() - began, compiled.memory_analysis()
   hbm = state | {'arguments_bytes': sizes.argument_size_in_bytes, 'temporaries_bytes': sizes.temp_size_in_bytes,
                  'total_bytes': total, 'limit_bytes': int(limit)}
-  costs = hlo.costs(compiled.as_text())
-  return known | {'fits': total <= limit, 'hbm': hbm, 'compile_seconds': seconds} | _work(program, costs, chip, len(devices))
+  costs, own = hlo.costs(compiled.as_text()), compiled.cost_analysis()
+  return known | {'fits': total <= limit, 'hbm': hbm, 'compile_seconds': seconds,
+                  'compiler_bytes_accessed': own['bytes accessed']} | _work(program, costs, chip, len(devices))
 
 
 def _known(program: Program, name: str, devices: Sequence[Any]) -> dict[str, Any]:
@@ -113,8 +114,9 @@ def _known(program: Program, name: str, devices: Sequence[Any]) -> dict[str, Any
 def _not_fitting(state: Mapping[str, int], total: float, limit: float, began: float) -> dict[str, Any]:
   hbm = state | {'arguments_bytes': sum(state.values()) - state['gradients_bytes'], 'temporaries_bytes': None,
                  'total_bytes': int(total), 'limit_bytes': int(limit)}
-  return {'fits': False, 'hbm': hbm, 'executed_flops': None, 'kernel_flops': None, 'bytes_accessed': None, 'collectives': None,
-          'step_seconds_roofline': None, 'mfu_roofline': None, 'roofline': None, 'compile_seconds': time.perf_counter() - began}
+  return {'fits': False, 'hbm': hbm, 'executed_flops': None, 'kernel_flops': None, 'bytes_accessed': None,
+          'compiler_bytes_accessed': None, 'collectives': None, 'step_seconds_roofline': None, 'mfu_roofline': None,
+          'roofline': None, 'compile_seconds': time.perf_counter() - began}
 
 
 def _work(program: Program, costs: hlo.Costs, chip: chips.Chip | None, devices: int) -> dict[str, Any]:

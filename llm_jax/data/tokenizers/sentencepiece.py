@@ -77,8 +77,7 @@ class Tokenizer:
     """
     _words.utf8(text)
     if not special and (self._space_sign is None or _SPACE not in text):
-      ids = self._processor.encode(text)
-      return np.fromiter(ids, np.int32, len(ids))  # a quarter quicker than np.array
+      return self._processor.encode(text, return_type='numpy')
     known = self._known(special)
     parts = _words.parts(text, known)
     return np.array([number for _, part, ids in parts for number in (ids or self._processor.encode(part))], np.int32)
