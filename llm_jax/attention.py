@@ -10,8 +10,8 @@ Letters are those of `llm_jax.layers`; G is the number of query heads that share
     auto       ring where rows are cut; else splash on a TPU and cudnn on a GPU, where they can do what is asked; else blockwise
                for rows longer than `LONG` places, and xla for others
 
-A row that grows token by token (`llm_jax.generate`) keeps its `KeyValues`: `extended` writes to them, `recall` is attention of
-the newest token over them.
+Where no more than a few places of a row are read, `attention_at` is theirs over the whole of it. A row that grows token by token
+(`llm_jax.generate`) keeps its `KeyValues`: `extended` writes to them, `recall` is attention of the newest token over them.
 """
 
 import functools
@@ -76,11 +76,27 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
   if chosen in ('ring', 'blockwise'):
     tile = ring_attention.BLOCK if chosen == 'blockwise' else ring_attention.TILE
     return ring_attention.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop, tile=tile)
-  run = functools.partial(_xla, causal=causal, window=window, dropout_rate=dropout_rate if drops else 0.0)
-  if sharding.platform() != 'cpu':
-    # T x T scores of every layer would not fit. Where a layer is computed again as a whole, the compiler may merge the two.
-    run = jax.checkpoint(run, prevent_cse=False)
-  return run(q_BTNH, k_BSKH, v_BSKH, segments_BT=segments_BT, dropout_rng=dropout_rng if drops else None)
+  return _scored(q_BTNH, k_BSKH, v_BSKH, jnp.arange(T)[None], (segments_BT, segments_BT), causal, window, **drop)
+
+
+def attention_at(q_BPNH: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array, places_BP: jax.Array, *,
+                 segments_BT: jax.Array | None = None, causal: bool = False, window: int | None = None,
+                 dropout_rate: float = 0.0, dropout_rng: jax.Array | None = None) -> jax.Array:
+  """What `attention` gives at some places of each row, by the equation as it stands: P x T scores in memory.
+
+  Args:
+    q_BPNH: queries of these places.
+    k_BTKH: keys of all places of the row.
+    v_BTKH: their values.
+    places_BP: the places, in any order, any of them more than once.
+    segments_BT, causal, window, dropout_rate, dropout_rng: as in `attention`.
+
+  Returns:
+    [B, P, N, H] in the type of `q_BPNH`.
+  """
+  drop = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if dropout_rng is not None and dropout_rate > 0.0 else {}
+  queries = None if segments_BT is None else jnp.take_along_axis(segments_BT, places_BP, axis=1)
+  return _scored(q_BPNH, k_BTKH, v_BTKH, places_BP, (queries, segments_BT), causal, window, **drop)
 
 
 class KeyValues(NamedTuple):
@@ -158,14 +174,22 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
   return implementation
 
 
-def _xla(q_BTNH, k_BSKH, v_BSKH, *, segments_BT, causal, window, dropout_rate, dropout_rng):
-  """The equation as it stands; query heads of one key head side by side, so that nothing is repeated in memory."""
+def _scored(q_BTNH, k_BSKH, v_BSKH, places_BT, segments, causal, window, dropout_rate=0.0, dropout_rng=None):
+  """The equation as it stands, its scores kept for the backward pass on a CPU alone."""
+  run = functools.partial(_xla, causal=causal, window=window, dropout_rate=dropout_rate)
+  if sharding.platform() != 'cpu':
+    # T x T scores of every layer would not fit. Where a layer is computed again as a whole, the compiler may merge the two.
+    run = jax.checkpoint(run, prevent_cse=False)
+  return run(q_BTNH, k_BSKH, v_BSKH, places_BT, segments, dropout_rng)
+
+
+def _xla(q_BTNH, k_BSKH, v_BSKH, places_BT, segments, dropout_rng, *, causal, window, dropout_rate):
+  """Query heads of one key head side by side, so that nothing is repeated in memory."""
   (B, T, N, H), K = q_BTNH.shape, k_BSKH.shape[2]
   wide = jnp.promote_types(q_BTNH.dtype, jnp.float32)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   scores_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=wide) * H**-0.5
-  places, segments = jnp.arange(T), None if segments_BT is None else (segments_BT, segments_BT)
-  mask = visible(places, places, segments, causal, window)
+  mask = visible(places_BT, jnp.arange(k_BSKH.shape[1]), None if segments[1] is None else segments, causal, window)
   if mask is not None:
     # Finite, so that no gradient is NaN; low enough for an exact zero after the softmax.
     scores_BKGTS = jnp.where(mask, scores_BKGTS, jnp.finfo(wide).min / 2)

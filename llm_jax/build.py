@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from llm_jax import fsdp, optim, plugins, sharding, step, tree
+from llm_jax import fsdp, layers, optim, plugins, sharding, step, tree
 from llm_jax.config import Config
 from llm_jax.contracts import Batch, Objective, Source, Tokenizer
 from llm_jax.state import TrainState
@@ -241,7 +241,7 @@ def build(config: Config, tokenizer: Tokenizer, example: Mapping[str, np.ndarray
                         out_shardings=everywhere),
       predict_step=jax.jit(on(functools.partial(step.predict_step, network=network)), in_shardings=(shardings.params, by_row),
                            out_shardings=everywhere),
-      flops=model_flops(params, batch, causal='targets' in batch), micro_batches=micro_batches, gradient_shardings=kept)
+      flops=_flops(layout, model, objective, params, batch), micro_batches=micro_batches, gradient_shardings=kept)
 
 
 def outline(config: Config, devices: Sequence[Any], tokenizer: Tokenizer | None = None) -> Program:
@@ -304,12 +304,19 @@ def model_options(config: Config, vocab_size: int) -> dict[str, Any]:
   return options
 
 
-def model_flops(params: Any, batch: Batch, causal: bool) -> float:
+def _flops(layout: sharding.Layout, model: nn.Module, objective: Objective, params: Any, batch: Batch) -> float:
+  length, places = batch['tokens'].shape[1], jax.eval_shape(objective.places, batch)
+  with sharding.use(layout):
+    narrow = places is not None and layers.ends_narrow(model.unroll, length, places.shape[1])
+  return model_flops(params, batch, causal='targets' in batch, last=places.shape[1] if narrow else length)
+
+
+def model_flops(params: Any, batch: Batch, causal: bool, last: int) -> float:
   """FLOPs of the matrix products of one forward and backward pass, three times the forward pass.
 
   A kernel counts 2 FLOPs a weight for each place where it is used: every token in the model's layers, the predicted places in
   the vocabulary projection and the head before it; heads that read a place a text are left out. Attention adds 4 T N H a token
-  and layer, half of it if causal, windows not considered.
+  and layer, half of it if causal, windows not considered. The last layer, its keys and values apart, counts at `last` places.
   """
   rows, length = batch['tokens'].shape
   predicted = length if causal else batch['mask_positions'].shape[1] if 'mask_positions' in batch else 0
@@ -320,7 +327,18 @@ def model_flops(params: Any, batch: Batch, causal: bool) -> float:
   queries = sum(math.prod(shape) // shape[-3] for path, shape in kernels.items() if path.endswith('attention/query/kernel'))
   attention = 4 * length * queries / (2 if causal else 1)
   forward = length * (2 * size('model/stack/') + attention) + predicted * 2 * (size('heads_mlm/') + vocabulary)
-  return 3.0 * rows * forward
+  return 3.0 * rows * (forward - (length - last) * _last_layer(kernels, length, causal))
+
+
+def _last_layer(kernels: Mapping[str, Sequence[int]], length: int, causal: bool) -> float:
+  """FLOPs of the forward pass at a place in the last of the stacked layers, keys and values apart."""
+  start = 'model/stack/layers/'
+  block = max((path.removeprefix(start).partition('/')[0] for path in kernels if path.startswith(start)), default='')
+  shapes = {path.removeprefix(f'{start}{block}/'): shape[1:] for path, shape in kernels.items()
+            if path.startswith(f'{start}{block}/')}
+  queries = math.prod(shapes.get('attention/query/kernel', (0, 0))[1:])
+  used = (shape for path, shape in shapes.items() if path not in ('attention/key/kernel', 'attention/value/kernel'))
+  return sum(2 * math.prod(shape) for shape in used) + 4 * length * queries / (2 if causal else 1)
 
 
 def _objectives(section: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:

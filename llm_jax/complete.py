@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax import build, hosts, sharding, use
@@ -292,8 +291,7 @@ def _candidates(program: Program, params: Any, batch: dict[str, jax.Array], *, t
   """Probabilities and ids of the most likely tokens at each mask, [B, M, top] each, whole on each device."""
 
   def logits(net):
-    hidden_BTD = net.hidden({name: batch[name] for name in ('tokens', 'segments')})
-    x_BMD, bias_V = net.heads['mlm'](jnp.take_along_axis(hidden_BTD, batch['places'][..., None], axis=1))
+    x_BMD, bias_V = net.heads['mlm'](net.hidden({name: batch[name] for name in ('tokens', 'segments')}, batch['places']))
     return net.model.logits(x_BMD) + bias_V[None, None]
 
   with sharding.use(program.layout):

@@ -121,9 +121,14 @@ class Objective(Protocol):
   terms: dict[str, float]  # name of each pair that is a loss -> its coefficient in the total
   predictor: 'Predictor | None'  # what gives labels to rows: itself, a part of it, or nothing
 
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+  def places(self, batch: Batch) -> Any | None:
+    """The places of each row whose hidden states are read, [B, P] int32, any of them more than once; None for all of them."""
+    ...
+
+  def loss(self, net: Any, hidden_BPD: Any, batch: Batch) -> Pairs:
     """(sum, weight) for each term in `terms`, and for any further metric; weights depend on the batch alone, never on parameters.
 
+    `hidden_BPD` are the hidden states at `places`, in their order.
     `net` is the bound network: `net.model.table()` is the projection on the vocabulary, [V, D], for `vocabulary.cross_entropy`;
     `net.heads[name](...)` calls a head.
     """
@@ -145,7 +150,11 @@ class Predictor(Protocol):
     """Rows of texts without labels; the shapes of an example depend on `seq_len` alone."""
     ...
 
-  def predict(self, net: Any, hidden_BTD: Any, batch: Batch) -> dict[str, Any]:
+  def places(self, batch: Batch) -> Any | None:
+    """As an objective's."""
+    ...
+
+  def predict(self, net: Any, hidden_BPD: Any, batch: Batch) -> dict[str, Any]:
     """Arrays [B, G, ...]: what is said of text g of each row."""
     ...
 

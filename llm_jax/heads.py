@@ -7,33 +7,32 @@ import jax.numpy as jnp
 from llm_jax.contracts import Batch
 from llm_jax.layers import ACTIVATIONS, Linear, Norm, Options, drop, parameter
 
-POOLS = ('cls', 'mean', 'last')
+POOLS = {'cls': 'text_firsts', 'mean': None, 'last': 'text_lasts'}
+"""Where one vector a text comes from, and the array of a batch that says which places: its first, all (their mean), its last."""
 
 
-def pool(hidden_BTD: jax.Array, batch: Batch, how: str) -> jax.Array:
-  """One vector a text, from the hidden states of the row that holds it; anything finite where a row has fewer texts.
+def pool_places(batch: Batch, how: str) -> jax.Array | None:
+  """The places that `pool` reads, [B, G]; None for all."""
+  return None if POOLS[how] is None else batch[POOLS[how]]
+
+
+def pool(hidden_BPD: jax.Array, batch: Batch, how: str) -> jax.Array:
+  """One vector a text, [B, G, D]; anything finite where a row has fewer texts.
 
   Args:
-    hidden_BTD: hidden states.
-    batch: its `segments`, where text g has the number g + 1, and its `text_firsts` and `text_lasts`, [B, G].
-    how: 'cls', the first place of each text; 'last', its last; 'mean', the mean of all its places, special tokens included
-      (Reimers and Gurevych 2019, arXiv:1908.10084, section 3), at least float32.
-
-  Returns:
-    [B, G, D].
+    hidden_BPD: hidden states of the row that holds the texts, at `pool_places`.
+    batch: its `segments`, where text g has the number g + 1, and its `text_firsts`, [B, G].
+    how: one of `POOLS`; 'mean' is over all places of a text, special tokens included (Reimers and Gurevych 2019,
+      arXiv:1908.10084, section 3), at least float32.
   """
   if how != 'mean':
-    return _at(hidden_BTD, batch['text_firsts' if how == 'cls' else 'text_lasts'])
+    return hidden_BPD
   # A sum over one text alone, not a difference of running sums: what stands in another text changes it by exactly nothing.
-  x_BTD = hidden_BTD.astype(jnp.promote_types(hidden_BTD.dtype, jnp.float32))
+  x_BTD = hidden_BPD.astype(jnp.promote_types(hidden_BPD.dtype, jnp.float32))
   texts = 1 + jnp.arange(batch['text_firsts'].shape[1])
   inside_BTG = (batch['segments'][..., None] == texts[None, None]).astype(x_BTD.dtype)
   x_BGD = jnp.einsum('BTG,BTD->BGD', inside_BTG, x_BTD, precision='highest')
   return x_BGD / jnp.maximum(jnp.sum(inside_BTG, axis=1), 1)[..., None]
-
-
-def _at(hidden_BTD: jax.Array, places_BG: jax.Array) -> jax.Array:
-  return jnp.take_along_axis(hidden_BTD, places_BG[..., None], axis=1)
 
 
 class MLMHead(nn.Module):
@@ -52,15 +51,14 @@ class MLMHead(nn.Module):
 
 
 class Pooler(nn.Module):
-  """BERT's pooler: tanh of a linear map of one place of each text."""
+  """BERT's pooler: tanh of a linear map of the first place of a text ([CLS])."""
 
   options: Options
 
   @nn.compact
-  def __call__(self, hidden_BTD: jax.Array, places_BG: jax.Array | None = None) -> jax.Array:
-    """The pooled vectors, [B, G, D], from the places `places_BG` of each row; None for the first of it ([CLS]): [B, D]."""
-    x = hidden_BTD[:, 0] if places_BG is None else _at(hidden_BTD, places_BG)
-    return jnp.tanh(Linear('...D,DF->...F', (self.options.dim, self.options.dim), self.options, True, name='dense')(x))
+  def __call__(self, x_BGD: jax.Array) -> jax.Array:
+    """The pooled vectors, [B, G, D]; with any axes before the last in place of B and G."""
+    return jnp.tanh(Linear('...D,DF->...F', (self.options.dim, self.options.dim), self.options, True, name='dense')(x_BGD))
 
 
 class ClassifierHead(nn.Module):

@@ -26,7 +26,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax import fsdp, tree
-from llm_jax.attention import IMPLEMENTATIONS, KeyValues, attention, extended, recall
+from llm_jax.attention import IMPLEMENTATIONS, LONG, KeyValues, attention, attention_at, extended, recall
 from llm_jax.dropout import dropout
 from llm_jax.plugins import nearest
 from llm_jax.scores import RESIDUALS
@@ -332,27 +332,28 @@ def rotate(x_BTNH: jax.Array, turn: Rope) -> jax.Array:
 
 
 class Attention(nn.Module):
-  """Self-attention with its four projections; `window` is static, as kernels need it."""
+  """Self-attention with its four projections; `window` is static, as kernels need it. `places_BP` as in `Stack`."""
 
   options: Options
   window: int | None
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool,
-               cache: KeyValues | None = None, lengths_B: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
+               cache: KeyValues | None = None, lengths_B: jax.Array | None = None,
+               places_BP: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
     """What is added to `x_BTD`, and the cache with these tokens in it, if there is one (`Stack`)."""
     options = self.options
     D, N, H = options.dim, options.heads, options.head_dim
     K = options.kv_heads or N
     x_BTD = constrain(x_BTD, 'batch', 'length', None)
     bias = options.bias if options.qkv_bias is None else options.qkv_bias
-    q_BTNH = Linear('...D,DNH->...NH', (D, N, H), options, bias, name='query')(x_BTD)
+    q_BTNH = Linear('...D,DNH->...NH', (D, N, H), options, bias, name='query')(at(x_BTD, places_BP))
     k_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, bias, name='key')(x_BTD)
     v_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, bias, name='value')(x_BTD)
     if options.qk_norm:
       q_BTNH, k_BTKH = Norm(options, name='query_norm')(q_BTNH), Norm(options, name='key_norm')(k_BTKH)
     if turn is not None:
-      q_BTNH, k_BTKH = rotate(q_BTNH, turn), rotate(k_BTKH, turn)
+      q_BTNH, k_BTKH = rotate(q_BTNH, tuple(at(x, places_BP) for x in turn)), rotate(k_BTKH, turn)
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
     k_BTKH, v_BTKH = (constrain(x, 'batch', 'length', 'kv_heads', None) for x in (k_BTKH, v_BTKH))
     q_BTNH, k_BTKH, v_BTKH = (checkpoint_name(x, NARROW) for x in (q_BTNH, k_BTKH, v_BTKH))
@@ -362,9 +363,12 @@ class Attention(nn.Module):
       x_BTNH = recall(q_BTNH, cache, lengths_B)
     else:
       drops = train and options.attention_dropout > 0.0
-      x_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, segments_BT=segments_BT, causal=options.causal, window=self.window,
-                         dropout_rate=options.attention_dropout, dropout_rng=self.make_rng('dropout') if drops else None,
-                         implementation=options.attention)
+      given = dict(segments_BT=segments_BT, causal=options.causal, window=self.window, dropout_rate=options.attention_dropout,
+                   dropout_rng=self.make_rng('dropout') if drops else None)
+      if places_BP is None:
+        x_BTNH = attention(q_BTNH, k_BTKH, v_BTKH, **given, implementation=options.attention)
+      else:
+        x_BTNH = attention_at(q_BTNH, k_BTKH, v_BTKH, places_BP, **given)
     x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
     out = Linear('...NH,NHD->...D', (N, H, D), options, options.bias, options.residual_std, name='out')
     return checkpoint_name(between_layers(out(x_BTNH)), NARROW), cache
@@ -406,7 +410,8 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turn: Rope | None, train: bool,
-               cache: KeyValues | None = None, lengths_B: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
+               cache: KeyValues | None = None, lengths_B: jax.Array | None = None,
+               places_BP: jax.Array | None = None) -> tuple[jax.Array, KeyValues | None]:
     """The layer's output, and its cache with these tokens in it, if there is one (`Stack`)."""
     attend = Attention(self.options, self.window, name='attention')
     mlp = MLP(self.options, name='mlp')
@@ -414,18 +419,18 @@ class Block(nn.Module):
     norm_2 = Norm(self.options, name='mlp_norm')
     dropped = functools.partial(drop, self, rate=self.options.dropout, train=train)
     if self.options.norm_order == 'post':
-      added_BTD, cache = attend(x_BTD, segments_BT, turn, train, cache, lengths_B)
-      x_BTD = norm_1(x_BTD + dropped(added_BTD))
+      added_BTD, cache = attend(x_BTD, segments_BT, turn, train, cache, lengths_B, places_BP)
+      x_BTD = norm_1(at(x_BTD, places_BP) + dropped(added_BTD))
       return norm_2(x_BTD + dropped(mlp(x_BTD))), cache
-    added_BTD, cache = attend(norm_1(x_BTD), segments_BT, turn, train, cache, lengths_B)
-    x_BTD += dropped(added_BTD)
+    added_BTD, cache = attend(norm_1(x_BTD), segments_BT, turn, train, cache, lengths_B, places_BP)
+    x_BTD = at(x_BTD, places_BP) + dropped(added_BTD)
     return x_BTD + dropped(mlp(norm_2(x_BTD))), cache
 
 
 class Group(nn.Module):
   """The blocks of one period of a layer pattern, each with its own static window: the body that `Stack` scans.
 
-  Caches are a tuple, one a block.
+  Caches are a tuple, one a block. The last block alone has `places_BP`.
   """
 
   options: Options
@@ -433,19 +438,20 @@ class Group(nn.Module):
 
   @nn.compact
   def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None], train: bool,
-               caches: tuple[KeyValues, ...] | None = None,
-               lengths_B: jax.Array | None = None) -> tuple[jax.Array, tuple[KeyValues, ...] | None]:
+               caches: tuple[KeyValues, ...] | None = None, lengths_B: jax.Array | None = None,
+               places_BP: jax.Array | None = None) -> tuple[jax.Array, tuple[KeyValues, ...] | None]:
     written = []
     for i, window in enumerate(self.windows):
       name = f'block_{i}' if len(self.windows) > 1 else 'block'
       x_BTD, cache = Block(self.options, window, name=name)(
-          x_BTD, segments_BT, turns[window is not None], train, caches and caches[i], lengths_B)
+          x_BTD, segments_BT, turns[window is not None], train, caches and caches[i], lengths_B,
+          places_BP if i == len(self.windows) - 1 else None)
       written.append(cache)
     return x_BTD, None if caches is None else tuple(written)
 
 
 class Stack(nn.Module):
-  """All layers: one scan over the periods of the layer pattern, parameters stacked under `layers`.
+  """All layers: one scan over the periods of the layer pattern, parameters stacked under `layers`; without it one by one.
 
   Layer i sees everywhere when i is a multiple of `global_every`, and `window` otherwise. Layer g P + j of a pattern of period
   P (1 where all layers are alike) is index g of `layers/block_j` (`layers/block` where P = 1); with `first_bare`, layer 0 stands
@@ -457,7 +463,8 @@ class Stack(nn.Module):
     global_every: how often a layer is global; 1 where all are, 0 where none is.
     first_bare: layer 0 has no norm before its attention.
     remat: what backpropagation keeps, one of `REMAT`; all else is computed again.
-    unroll: layer groups that one turn of the compiled loop runs; 0 for all (no loop). Changes no parameter and no value.
+    unroll: layer groups that one turn of the compiled loop runs; 0 for all (no loop). Changes no parameter, and no value but
+      what dropout draws.
   """
 
   options: Options
@@ -482,10 +489,11 @@ class Stack(nn.Module):
           metadata_params={nn.PARTITION_NAME: 'layers'})
       pattern = tuple(windows[self.first_bare:][:period])
       self.layers = scanned(self.options, pattern)
-      self.group = [Group(self.options, pattern) for _ in range(groups)]
+      self.single = self._rematted(Group, looped=False)(self.options, pattern, parent=None)
 
   def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array | None, turns: tuple[Rope | None, Rope | None], train: bool,
-               caches: Mapping[str, Any] | None = None, lengths_B: jax.Array | None = None) -> Any:
+               caches: Mapping[str, Any] | None = None, lengths_B: jax.Array | None = None,
+               places_BP: jax.Array | None = None) -> Any:
     """Runs all layers.
 
     Args:
@@ -496,22 +504,38 @@ class Stack(nn.Module):
       caches: what the layers keep of rows that grow (`attention.KeyValues`), stacked or `apart` as the parameters are. None for
         rows that are whole.
       lengths_B: with caches, the tokens of each row so far, these included.
+      places_BP: without caches, the places of each row that are wanted, in any order, any of them more than once; None for all.
 
     Returns:
-      The rows; with caches the pair of them and the caches with these tokens in them.
+      The rows, or their places; with caches the pair of them and the caches with these tokens in them.
     """
     if self.first_bare:
       x_BTD, _ = self.first(x_BTD, segments_BT, turns[self.layer_windows()[0] is not None], train)
     if self.options.layers == self.first_bare:
-      return x_BTD
-    written = {}
-    if self.has_variable('params', 'group_0'):
-      for i, group in enumerate(self.group):
-        name = f'group_{i}'
-        x_BTD, written[name] = group(x_BTD, segments_BT, turns, train, caches and caches[name], lengths_B)
-    else:
-      x_BTD, written['layers'] = self.layers(x_BTD, segments_BT, turns, train, caches and caches['layers'], lengths_B)
-    return x_BTD if caches is None else (x_BTD, written)
+      return at(x_BTD, places_BP)
+    groups = self._one_by_one(stacked=caches is None)
+    if groups is None:
+      x_BTD, written = self.layers(x_BTD, segments_BT, turns, train, caches and caches['layers'], lengths_B)
+      return at(x_BTD, places_BP) if caches is None else (x_BTD, {'layers': written})
+    written, narrow = {}, places_BP is not None and ends_narrow(self.unroll, x_BTD.shape[1], places_BP.shape[1])
+    for i, (name, params) in enumerate(groups.items()):
+      last = i == len(groups) - 1
+      x_BTD, written[name] = self.single.apply(
+          {'params': params}, x_BTD, segments_BT, turns, train, caches and caches[name], lengths_B,
+          places_BP if last and narrow else None, rngs={'dropout': self.make_rng('dropout')} if train else {})
+    if caches is not None:
+      return x_BTD, written
+    return x_BTD if narrow else at(x_BTD, places_BP)
+
+  def _one_by_one(self, stacked: bool) -> dict[str, Any] | None:
+    """Parameters of each group where no loop runs them: as `apart` has them, or out of the stack, if that is wanted."""
+    params = self.variables.get('params', {})
+    if 'group_0' not in params:
+      if self.unroll or not stacked or self.is_initializing():
+        return None
+      params = apart({'layers': params['layers']})
+    names = (f'group_{i}' for i in range(self.options.layers))
+    return {name: params[name] for name in names if name in params}
 
   def layer_windows(self) -> list[int | None]:
     """The window of each layer."""
@@ -530,9 +554,12 @@ def apart(stack: Mapping[str, Any]) -> dict[str, Any]:
   A loop over layers copies the weights of each out of the stack at every turn. Where a turn computes little (one token a row),
   that is most of its time.
   """
-  groups = len(jax.tree.leaves(stack['layers'])[0])
+  leaves, shape = jax.tree.flatten(stack['layers'])
+  # Not by slices, each of whose gradients would be as large as the stack.
+  parts = [jax.lax.split(x, (1,) * len(x)) for x in leaves]
+  groups = [shape.unflatten(jnp.squeeze(x, 0) for x in part) for part in zip(*parts, strict=True)]
   rest = {name: value for name, value in stack.items() if name != 'layers'}
-  return rest | {f'group_{i}': jax.tree.map(lambda x, i=i: x[i], stack['layers']) for i in range(groups)}
+  return rest | {f'group_{i}': group for i, group in enumerate(groups)}
 
 
 def flipped(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -568,6 +595,20 @@ def between_layers(x_BTD: jax.Array) -> jax.Array:
 def drop(module: nn.Module, x: jax.Array, rate: float, train: bool) -> jax.Array:
   """Dropout by the module's stream `dropout`, when training; otherwise `x`."""
   return dropout(x, rate, module.make_rng('dropout')) if train and rate else x
+
+
+def at(x_BT: jax.Array, places_BP: jax.Array | None) -> jax.Array:
+  """`x` at some places of each row, [B, P, ...]; None for all of it."""
+  return x_BT if places_BP is None else jnp.take_along_axis(x_BT, places_BP.reshape(*places_BP.shape, *(1,) * (x_BT.ndim - 2)), 1)
+
+
+def ends_narrow(unroll: int, length: int, places: int) -> bool:
+  """Whether a stack runs its last layer only at the places that are wanted of its rows.
+
+  Not in a loop, whose turns are all alike; nor where rows are cut over the mesh, or so long that their scores need a kernel.
+  """
+  layout = current()
+  return unroll == 0 and places < length <= LONG and (layout is None or layout.mesh.shape['sequence'] == 1)
 
 
 def lift(x: jax.Array, ndim: int) -> jax.Array:

@@ -13,14 +13,14 @@ def visible(places_T: jax.Array, places_S: jax.Array, segments: tuple[jax.Array,
   """Which key each query may see: bool, [B or 1, 1, 1, T, S]; None where every query sees every key.
 
   Args:
-    places_T: places of the queries in their row.
+    places_T: places of the queries in their row, [T], or [B, T] where each row has its own.
     places_S: places of the keys in it.
     segments: document numbers of queries [B, T] and keys [B, S]; None for one document.
     causal: as in `llm_jax.attention.attention`.
     window: as there.
   """
   masks = []
-  distance = (places_T[:, None] - places_S[None, :])[None, None, None]
+  distance = jnp.atleast_2d(places_T)[:, None, None, :, None] - places_S[None, None, None, None]
   if causal:
     masks.append(distance >= 0)
   if window is not None:

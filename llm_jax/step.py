@@ -27,20 +27,22 @@ class Network(nn.Module):
 
   def __call__(self, batch: Batch, train: bool = False) -> Pairs:
     """The objective's (sum, weight) pairs for a batch; dropout draws from the stream `dropout` when `train`."""
-    hidden_BTD = self.hidden(batch, train)
+    hidden_BPD = self.hidden(batch, self.objective.places(batch), train)
     with jax.named_scope('objective'):
-      return self.objective.loss(self, hidden_BTD, batch)
+      return self.objective.loss(self, hidden_BPD, batch)
 
   def predict(self, batch: Batch) -> dict[str, jax.Array]:
     """What the objective's predictor says of each row."""
-    return self.objective.predictor.predict(self, self.hidden(batch), batch)
+    predictor = self.objective.predictor
+    return predictor.predict(self, self.hidden(batch, predictor.places(batch)), batch)
 
-  def hidden(self, batch: Batch, train: bool = False) -> jax.Array:
-    """The model's last hidden states, B T D."""
+  def hidden(self, batch: Batch, places_BP: jax.Array | None = None, train: bool = False) -> jax.Array:
+    """The model's last hidden states at some places of each row, [B, P, D]; None for all, [B, T, D]."""
     tokens, segments, positions, types = (
         None if key not in batch else constrain(batch[key], 'batch', 'length')
         for key in ('tokens', 'segments', 'positions', 'token_types'))
-    return self.model(tokens, segments_BT=segments, positions_BT=positions, token_types_BT=types, train=train)
+    return self.model(tokens, segments_BT=segments, positions_BT=positions, token_types_BT=types, places_BP=places_BP,
+                      train=train)
 
 
 def train_step(state: TrainState, batch: Batch, *, network: Network, tx: optax.GradientTransformation,

@@ -1,12 +1,15 @@
 """A tokenizer, documents and a network that are small enough to see through."""
 
 import os
+import shutil
+import tempfile
 import types
 
 # With the TPU compiler installed (for plans), JAX would look for a TPU in every process. Set before JAX is imported, here and in
 # the processes that tests start; another value, to test on other devices, stays.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -56,18 +59,20 @@ def stack(examples):
 
 
 def network(dim=6, vocab_size=50, seed=0, **outputs):
-  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the pooler only picks."""
+  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the pooler does nothing."""
   rng = np.random.default_rng(seed)
   w_DV = rng.normal(size=(dim, vocab_size)).astype(np.float32)
   matrices = {name: rng.normal(size=(dim, size)).astype(np.float32) for name, size in outputs.items()}
   heads = {name: (lambda x, w=w: x @ w) for name, w in matrices.items()}
-
-  def pooled(x_BTD, places_BG=None):
-    return x_BTD[:, 0] if places_BG is None else jnp.take_along_axis(x_BTD, places_BG[..., None], axis=1)
-
-  heads |= {'mlm': lambda x: (2 * x, None), 'pooler': pooled}
+  heads |= {'mlm': lambda x: (2 * x, None), 'pooler': lambda x: x}
   model = types.SimpleNamespace(table=lambda: jnp.asarray(w_DV.T))
   return types.SimpleNamespace(model=model, heads=heads, w_DV=w_DV, matrices=matrices)
+
+
+def read(objective, hidden, batch):
+  """Of hidden states [B, T, D] those that an objective asks for."""
+  places = objective.places(batch)
+  return jnp.asarray(hidden if places is None else hidden[np.arange(len(hidden))[:, None], np.asarray(places)])
 
 
 def cross_entropy(logits, targets):
@@ -77,7 +82,23 @@ def cross_entropy(logits, targets):
   return -np.log(np.take_along_axis(p, np.asarray(targets)[..., None], -1)[..., 0])
 
 
+def pytest_configure():
+  """What a test has compiled, no later one compiles again, nor do the processes that it starts.
+
+  Each pytest worker has a folder of its own: none reads what another is about to write.
+  """
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='llm_jax_tests_')
+  os.environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
+  jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
+  jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+def pytest_unconfigure():
+  shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'])
+
+
 @pytest.fixture(scope='session')
 def small():
   return types.SimpleNamespace(Tokenizer=Tokenizer, Documents=Documents, random_documents=random_documents, stack=stack,
-                               network=network, cross_entropy=cross_entropy)
+                               network=network, read=read, cross_entropy=cross_entropy)

@@ -19,7 +19,7 @@ import pytest
 
 from llm_jax import attention as module
 from llm_jax import cudnn_attention, ring_attention, sharding, splash_attention
-from llm_jax.attention import attention
+from llm_jax.attention import attention, attention_at
 
 B, T, N, H = 2, 7, 4, 6
 SEGMENTS = np.array([[1, 1, 1, 2, 2, 0, 0], [1, 2, 2, 2, 2, 2, 3]], np.int32)
@@ -86,6 +86,16 @@ def test_gradients_match_the_chain_rule(implementation, kv_heads, segmented, cau
   with mock.patch.multiple(ring_attention, TILE=3, BLOCK=2):  # several tiles of queries
     check(functools.partial(attention, segments_BT=segments, implementation=implementation, **masks), inputs(kv_heads, seed),
           segments, **masks)
+
+
+@pytest.mark.parametrize(('causal', 'window', 'segments'), [
+    (False, None, None), (True, None, SEGMENTS), (True, 2, None), (False, 4, SEGMENTS)])
+def test_a_few_places_see_what_they_see_in_the_whole_row(causal, window, segments):
+  q, k, v = inputs(kv_heads=2)
+  places = np.array([[6, 2, 2], [0, 5, 1]])  # in any order, one of them twice
+  rows = np.arange(B)[:, None]
+  out = attention_at(*map(jnp.asarray, (q[rows, places], k, v, places)), segments_BT=segments, causal=causal, window=window)
+  np.testing.assert_allclose(out, brute_force(q, k, v, segments, causal, window)[rows, places], atol=2e-6)
 
 
 @pytest.mark.parametrize(('causal', 'window', 'segmented'), [(True, None, True), (False, 64, True), (True, 100, False)])

@@ -21,10 +21,12 @@ y = jax.jit(lambda x: jnp.tanh(x @ x).sum(0))(x)
 print(*(seen.count(f'/jax/compilation_cache/cache_{name}') for name in ('hits', 'misses')), y.tobytes().hex())
 """
 
+BARE = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'} | {'JAX_PLATFORMS': 'cpu'}
+
 
 def start(folder, **environment):
   done = subprocess.run([sys.executable, '-c', START, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment)
+                        env=BARE | environment)
   assert done.returncode == 0, done.stderr
   hits, misses, value = done.stdout.split()
   return int(hits), int(misses), value, done.stderr
@@ -58,7 +60,7 @@ def test_a_run_has_the_same_numbers_with_what_was_compiled_before_and_without(tm
          '--config.data.validation=0.2', '--config.tokenizer.vocab_size=400', '--config.model.dim=32', '--config.model.layers=1',
          '--config.batch_size=2', '--config.seq_len=32', '--config.evaluation.rows=2', '--config.logging.tensorboard=False',
          '--config.steps=3', '--config.log_every=1', *flags],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+        cwd=ROOT, capture_output=True, text=True, check=False, env=BARE)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
     entries = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(f'{name}/xla_cache/*/*-cache')}

@@ -201,6 +201,35 @@ def test_stack_equals_a_loop_whatever_unroll_and_remat():
   assert [text.count('optimization_barrier') > 1 for text in texts] == [False, False, True, False, False]
 
 
+@pytest.mark.parametrize(('changes', 'pattern'), [
+    ({}, {}), (dict(norm_order='pre', causal=True, kv_heads=1), {}),
+    (dict(norm_order='pre', layers=5), dict(window=2, global_every=2, first_bare=True))])
+def test_the_last_layer_runs_at_the_wanted_places_alone(changes, pattern):
+  stack = L.Stack(options(**changes), **pattern)
+  rng = np.random.default_rng(1)
+  x, segments = jnp.asarray(rng.normal(size=(2, 6, 12)), jnp.float32), jnp.array([[1, 1, 1, 1, 2, 0], [1, 1, 2, 2, 2, 2]])
+  turn = L.rope(jnp.tile(jnp.arange(6), (2, 1)), L.rope_frequencies(stack.options.head_dim, 100.0), jnp.float32)
+  params = random_params(stack, x, segments, (turn, turn), False)
+  places = jnp.array([[3, 0, 3], [5, 2, 1]])  # in any order, one of them twice
+
+  def gradient(places, unroll):
+    def loss(p, asked):
+      y = stack.clone(unroll=unroll).apply(p, x, segments, (turn, turn), False, places_BP=places)
+      y = y if places is not None else L.at(y, asked)
+      return jnp.sum(y**2), y
+    return jax.jit(jax.grad(loss, has_aux=True))
+
+  grads, y = gradient(None, 0)(params, places)
+  mlp = f'tensor<2x3x{stack.options.mlp_dim}xf32>'  # three places of each row, not six
+  for unroll in (1, 0):
+    run = gradient(places, unroll)
+    found_grads, found = run(params, places)
+    np.testing.assert_allclose(found, y, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), found_grads, grads)
+    assert (mlp in run.lower(params, places).as_text()) == (unroll == 0)
+  assert np.abs(gradient(places[:, ::-1], 0)(params, places)[1] - y).max() > 0.1
+
+
 def test_dropout_acts_in_training_only():
   x = jnp.ones((1, 4, 12))
   stack = L.Stack(options(dropout=0.5, attention_dropout=0.5))

@@ -48,7 +48,7 @@ def variables_cell(book):
 def execute(name, folder, monkeypatch, last=None, **variables):
   """Runs a notebook with some of its variables set anew, up to the cell that holds `last`; returns it with its outputs."""
   monkeypatch.delenv('COLAB_RELEASE_TAG', raising=False)
-  for variable in ('XDG_CACHE_HOME', 'IPYTHONDIR', 'JUPYTER_RUNTIME_DIR', 'JAX_COMPILATION_CACHE_DIR'):
+  for variable in ('XDG_CACHE_HOME', 'IPYTHONDIR', 'JUPYTER_RUNTIME_DIR'):
     monkeypatch.setenv(variable, str(folder / variable.lower()))
   book = read(name)
   at, known = variables_cell(book)

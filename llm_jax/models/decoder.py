@@ -101,14 +101,16 @@ class Model(nn.Module):
       self.output = L.Output(self.vocab_size, self.options)
 
   def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, positions_BT: jax.Array | None = None,
-               token_types_BT: jax.Array | None = None, train: bool = False, cache: Cache | None = None) -> Any:
-    """Hidden states [B, T, D] in the compute type, last norm included; with a cache the pair of them and the cache after them.
+               token_types_BT: jax.Array | None = None, places_BP: jax.Array | None = None, train: bool = False,
+               cache: Cache | None = None) -> Any:
+    """Hidden states [B, T, D], or [B, P, D], in the compute type, last norm included; with a cache also the cache after them.
 
     Args:
       tokens_BT: ids.
       segments_BT: document of each token, 0 for padding; a token sees only its own document. None: one document a row.
       positions_BT: place of each token in its document; None: its place in the row.
       token_types_BT: which text of a pair; decoders have no embedding for it, the separators tell.
+      places_BP: places of each row whose states are wanted, without a cache; None for all.
       train: dropout is on, from the stream `dropout`.
       cache: of `empty_cache`, or as it was returned. One token a row (T = 1) follows those in it. More are the first of their
         rows, whatever the cache held: where segments are 0 they are padding, after all others, and stay out of it.
@@ -131,7 +133,7 @@ class Model(nn.Module):
       frequencies = L.rope_frequencies(self.options.head_dim, self.rope_theta, self.rope_scaling)
       turn = L.rope(positions_BT, frequencies, self.options.wide)
     x_BTD = self.embedder(tokens_BT, positions_BT, None, train)
-    x_BTD = self.stack(x_BTD, segments_BT, (turn, turn), train, None if cache is None else cache.layers, lengths_B)
+    x_BTD = self.stack(x_BTD, segments_BT, (turn, turn), train, cache and cache.layers, lengths_B, places_BP)
     x_BTD, layers = (x_BTD, None) if cache is None else x_BTD
     x_BTD = self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
     return x_BTD if cache is None else (x_BTD, Cache(lengths_B, layers))

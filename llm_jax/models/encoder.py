@@ -102,14 +102,15 @@ class Model(nn.Module):
       self.output = L.Output(self.vocab_size, self.options)
 
   def __call__(self, tokens_BT: jax.Array, *, segments_BT: jax.Array | None = None, positions_BT: jax.Array | None = None,
-               token_types_BT: jax.Array | None = None, train: bool = False) -> jax.Array:
-    """Hidden states [B, T, D] in the compute type, last norm included.
+               token_types_BT: jax.Array | None = None, places_BP: jax.Array | None = None, train: bool = False) -> jax.Array:
+    """Hidden states [B, T, D], or [B, P, D], in the compute type, last norm included.
 
     Args:
       tokens_BT: ids.
       segments_BT: document of each token, 0 for padding; a token sees only its own document. None: one document a row.
       positions_BT: place of each token in its document; None: its place in the row.
       token_types_BT: 0 or 1, first or second text; None: all first.
+      places_BP: places of each row whose states are wanted; None for all.
       train: dropout is on, from the stream `dropout`.
 
     Raises:
@@ -123,7 +124,7 @@ class Model(nn.Module):
       turns = tuple(L.rope(positions_BT, L.rope_frequencies(self.options.head_dim, theta), self.options.wide)
                     for theta in (self.rope_theta, self.rope_local_theta))
     x_BTD = self.embedder(tokens_BT, positions_BT, token_types_BT, train)
-    x_BTD = self.stack(x_BTD, segments_BT, turns, train)
+    x_BTD = self.stack(x_BTD, segments_BT, turns, train, places_BP=places_BP)
     return self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
 
   def table(self) -> jax.Array:

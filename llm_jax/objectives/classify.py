@@ -129,18 +129,21 @@ class Objective:
     pooler = {'pooler': heads.Pooler(model.options)} if self.pool == 'cls' else {}
     return pooler | {'classifier': heads.ClassifierHead(model.options, outputs, self.dropout, bias=self.pool != 'last')}
 
-  def logits(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
+  def places(self, batch: Batch) -> jax.Array | None:
+    """What the pooling reads: a place a text, [B, G], or all."""
+    return heads.pool_places(batch, self.pool)
+
+  def logits(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
     """B G C logits (C = 1 for binary and regression), at least float32; anything finite where a row has no text g."""
+    x_BGD = heads.pool(hidden_BPD, batch, self.pool)
     if self.pool == 'cls':
-      x_BGD = net.heads['pooler'](hidden_BTD, batch['text_firsts'])
-    else:
-      x_BGD = heads.pool(hidden_BTD, batch, self.pool)
+      x_BGD = net.heads['pooler'](x_BGD)
     logits_BGC = net.heads['classifier'](x_BGD)
     return logits_BGC.astype(jnp.promote_types(logits_BGC.dtype, jnp.float32))
 
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+  def loss(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> Pairs:
     """Softmax or sigmoid cross-entropy (multilabel: mean over the classes) and accuracy, or the squared error."""
-    logits_BGC = self.logits(net, hidden_BTD, batch)
+    logits_BGC = self.logits(net, hidden_BPD, batch)
     label, weight_BG = batch['label'], batch['label_weight']
     if self.task == 'regression':
       loss_BG, right_BG = jnp.square(logits_BGC[..., 0] - label), None
@@ -163,9 +166,9 @@ class Objective:
     """None: no tokens are predicted."""
     return None
 
-  def predict(self, net: Any, hidden_BTD: Any, batch: Batch) -> dict[str, jax.Array]:
+  def predict(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`probabilities` [B, G, C] of the classes (binary: C = 2), or `values` [B, G] in regression."""
-    logits_BGC = self.logits(net, hidden_BTD, batch)
+    logits_BGC = self.logits(net, hidden_BPD, batch)
     if self.task == 'regression':
       return {'values': logits_BGC[..., 0]}
     if self.task == 'multiclass':

@@ -48,6 +48,10 @@ class Objective:
     """None: the model's own projection on the vocabulary."""
     return {}
 
+  def places(self, batch: Batch) -> None:
+    """None: all."""
+    return None
+
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the targets spell."""
     sums = vocabulary.cross_entropy(hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed)

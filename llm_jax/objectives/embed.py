@@ -49,7 +49,11 @@ class Objective:
       raise ValueError("pool='cls' reads the first place, which in a causal model has seen nothing; use 'last' or 'mean'.")
     return {}
 
-  def loss(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> Pairs:
+  def places(self, batch: Batch) -> jax.Array | None:
+    """What the pooling reads: a place a text, [B, G], or all."""
+    return heads.pool_places(batch, self.pool)
+
+  def loss(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> Pairs:
     """No terms."""
     return {}
 
@@ -61,10 +65,10 @@ class Objective:
     """None: no tokens are predicted."""
     return None
 
-  def predict(self, net: Any, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+  def predict(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`vectors`, [B, G, D] at least float32: that of text g of a row, anything where the row has fewer."""
     del net
-    x_BGD = heads.pool(hidden_BTD, batch, self.pool)
+    x_BGD = heads.pool(hidden_BPD, batch, self.pool)
     x_BGD = x_BGD.astype(jnp.promote_types(x_BGD.dtype, jnp.float32))
     if self.normalize:
       x_BGD /= jnp.maximum(jnp.linalg.norm(x_BGD, axis=-1, keepdims=True), 1e-12)

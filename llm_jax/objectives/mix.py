@@ -7,10 +7,13 @@ self-supervised training in one, where unlabelled documents count for `mlm` only
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.contracts import Batch, Documents, Pairs, Rows
 from llm_jax.contracts import Objective as Part
+from llm_jax.layers import at
 
 
 class Objective:
@@ -55,9 +58,22 @@ class Objective:
     """The heads of all parts; a name that two parts share is one head."""
     return {name: head for part in self.parts.values() for name, head in part.heads(model).items()}
 
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
-    """The pairs of all parts."""
-    return {name: pair for part in self.parts.values() for name, pair in part.loss(net, hidden_BTD, batch).items()}
+  def places(self, batch: Batch) -> jax.Array | None:
+    """Those of all parts, one after the other; None where a part reads all."""
+    places = [part.places(batch) for part in self.parts.values()]
+    return None if any(x is None for x in places) else jnp.concatenate(places, axis=1)
+
+  def loss(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> Pairs:
+    """The pairs of all parts, each from the hidden states at its own places."""
+    pairs, start, everywhere = {}, 0, self.places(batch) is None
+    for part in self.parts.values():
+      places = part.places(batch)
+      if everywhere:
+        hidden = at(hidden_BPD, places)
+      else:
+        hidden, start = hidden_BPD[:, start:start + places.shape[1]], start + places.shape[1]
+      pairs |= part.loss(net, hidden, batch)
+    return pairs
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """The summaries of all parts."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -115,10 +116,13 @@ class Objective:
     """The transform before the vocabulary projection, and its bias."""
     return {'mlm': heads.MLMHead(model.options, model.vocab_size)}
 
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+  def places(self, batch: Batch) -> jax.Array:
+    """The masked places, [B, M]."""
+    return batch['mask_positions']
+
+  def loss(self, net: Any, hidden_BMD: jax.Array, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy at the masked places."""
-    x_BMD = jnp.take_along_axis(hidden_BTD, batch['mask_positions'][..., None], axis=1)
-    x_BMD, bias_V = net.heads['mlm'](x_BMD)
+    x_BMD, bias_V = net.heads['mlm'](hidden_BMD)
     weights_BM = batch['mask_weights']
     sums = vocabulary.cross_entropy(x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V, **self.smoothed)
     return vocabulary.pairs('mlm', sums, jnp.sum(weights_BM))

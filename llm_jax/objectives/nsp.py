@@ -7,6 +7,7 @@ the second text comes from another document (label 1).
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -52,9 +53,13 @@ class Objective:
     """BERT's pooler, and two classes."""
     return {'pooler': heads.Pooler(model.options), 'nsp': heads.PairHead(model.options)}
 
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+  def places(self, batch: Batch) -> jax.Array:
+    """The first of each row, [B, 1]."""
+    return jnp.zeros((len(batch['nsp_label']), 1), jnp.int32)
+
+  def loss(self, net: Any, hidden_B1D: jax.Array, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy."""
-    logits_BC = net.heads['nsp'](net.heads['pooler'](hidden_BTD))
+    logits_BC = net.heads['nsp'](net.heads['pooler'](hidden_B1D[:, 0]))
     logits_BC = logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
     label_B, weight_B = batch['nsp_label'], batch['nsp_weight']
     nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)

@@ -6,6 +6,7 @@ Lan et al. 2020, "ALBERT", section 3.1: half of the pairs are in order (label 0)
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -47,9 +48,13 @@ class Objective:
     """BERT's pooler, and two classes."""
     return {'pooler': heads.Pooler(model.options), 'sop': heads.PairHead(model.options)}
 
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
+  def places(self, batch: Batch) -> jax.Array:
+    """The first of each row, [B, 1]."""
+    return jnp.zeros((len(batch['sop_label']), 1), jnp.int32)
+
+  def loss(self, net: Any, hidden_B1D: jax.Array, batch: Batch) -> Pairs:
     """Cross-entropy in nats and accuracy."""
-    logits_BC = net.heads['sop'](net.heads['pooler'](hidden_BTD))
+    logits_BC = net.heads['sop'](net.heads['pooler'](hidden_B1D[:, 0]))
     logits_BC = logits_BC.astype(jnp.promote_types(logits_BC.dtype, jnp.float32))
     label_B, weight_B = batch['sop_label'], batch['sop_weight']
     nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)

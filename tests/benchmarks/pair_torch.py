@@ -153,7 +153,8 @@ class Short:
 def finetune(folder):
   """What makes each side of a classifier over docstrings."""
   torch.manual_seed(0)
-  settings = settings_of(classify, seq_len=LENGTH, model=dict(variant='bert_base'))
+  objective = classify.get_config().objective.to_dict() | dict(pool='cls')  # as theirs
+  settings = settings_of(classify, seq_len=LENGTH, objective=objective, model=dict(variant='bert_base'))
   workdir = pathlib.Path(folder) / 'run'
   runs.open_workdir(workdir)
   data = prepare.load(settings, workdir)

@@ -222,8 +222,8 @@ def values(small, task, pool='cls'):
   read = {'cls': hidden[:, 0], 'last': hidden[np.arange(5), lasts],
           'mean': np.stack([h[:max(n, 1)].mean(0) for h, n in zip(hidden, lengths, strict=True)])}[pool]
   logits = read.astype(np.float64) @ net.matrices['classifier']
-  pairs = {k: [float(x) for x in v] for k, v in objective.loss(net, jnp.asarray(hidden), batch).items()}
-  predictions = {k: np.asarray(v)[:, 0] for k, v in objective.predict(net, jnp.asarray(hidden), batch).items()}
+  pairs = {k: [float(x) for x in v] for k, v in objective.loss(net, small.read(objective, hidden, batch), batch).items()}
+  predictions = {k: np.asarray(v)[:, 0] for k, v in objective.predict(net, small.read(objective, hidden, batch), batch).items()}
   return objective, pairs, predictions, logits[:4], label[:4]
 
 
@@ -282,10 +282,10 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
   class Net(nn.Module):
     heads: dict
 
-    def __call__(self, hidden_BTD):
-      return objective.logits(types.SimpleNamespace(heads=self.heads), hidden_BTD, {'text_firsts': np.zeros((2, 1), np.int32)})
+    def __call__(self, hidden_B1D):
+      return objective.logits(types.SimpleNamespace(heads=self.heads), hidden_B1D, {})
 
-  net, hidden = Net(heads), jnp.ones((2, 4, 8))
+  net, hidden = Net(heads), jnp.ones((2, 1, 8))
   variables = net.init(jax.random.PRNGKey(0), hidden)
   plain, again = net.apply(variables, hidden), net.apply(variables, hidden)
   dropped = net.apply(variables, hidden, rngs={'dropout': jax.random.PRNGKey(1)})

@@ -27,7 +27,8 @@ LENGTHS, PAIR_LENGTHS = [9, 4, 0, 3, 7, 11, 2, 6, 1, 5, 28], [3, 5, 1, 0, 4, 2, 
 SEQ_LEN, DEVICES, TOLERANCE = 32, 4, 1e-10
 SHAPE = dict(dim=8, layers=1, heads=2, mlp_dim=16, max_len=SEQ_LEN, dropout=0.0, attention_dropout=0.0, dtype='float64',
              param_dtype='float64')
-MODELS = {'bert': (encoder, {}), 'gpt': (decoder, {}), 'roberta': (encoder, dict(position_offset=2, token_types=1)),
+MODELS = {'bert': (encoder, dict(unroll=0)), 'gpt': (decoder, dict(unroll=0)),
+          'roberta': (encoder, dict(position_offset=2, token_types=1)),
           'modernbert': (encoder, dict(positions='rope', window=6, global_every=2, token_types=0, layers=2))}
 CASES = [('bert', 'cls', 'multiclass', True), ('bert', 'mean', 'multilabel', True), ('roberta', 'cls', 'binary', False),
          ('modernbert', 'mean', 'regression', False), ('gpt', 'last', 'multiclass', False), ('gpt', 'last', 'regression', True)]

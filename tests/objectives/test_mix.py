@@ -1,5 +1,4 @@
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -23,11 +22,11 @@ def test_the_bert_loss(small):
   assert objective.terms == {'mlm': 0.5, 'nsp': 2.0}
   batch = batch_of(small, objective, small.random_documents([60, 40]))
   assert {'mask_positions', 'nsp_label', 'token_types'} <= batch.keys() and (batch['mask_weights'].sum(-1) > 0).all()
-  hidden = jnp.asarray(np.random.default_rng(1).normal(size=(4, 16, 6)), jnp.float32)
+  hidden = np.random.default_rng(1).normal(size=(4, 16, 6)).astype(np.float32)
   net = small.network(nsp=2)
-  pairs = objective.loss(net, hidden, batch)
+  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
   for part in objective.parts.values():
-    for name, (value, weight) in part.loss(net, hidden, batch).items():
+    for name, (value, weight) in part.loss(net, small.read(part, hidden, batch), batch).items():
       assert float(pairs[name][0]) == float(value) and float(pairs[name][1]) == float(weight)
   assert pairs.keys() == {'mlm', 'mlm_nll', 'mlm_accuracy', 'nsp', 'nsp_accuracy'}
   assert objective.summary({'mlm_nll': 0.0, 'nsp': 1.0}) == {'perplexity': 1.0}
@@ -40,8 +39,22 @@ def test_unlabelled_rows_count_for_mlm_only(small):
   parts = {'mlm': mlm.Objective(tokenizer), 'labels': classify.Objective(tokenizer, ('a', 'b'), unlabelled='ignore')}
   objective = mix.Objective(parts=parts, rows='labels', weights={'mlm': 1, 'labels': 1})
   batch = batch_of(small, objective, documents, rows=2)
-  pairs = objective.loss(small.network(classifier=2), jnp.ones((2, 16, 6)), batch)
+  pairs = objective.loss(small.network(classifier=2), small.read(objective, np.ones((2, 16, 6)), batch), batch)
   assert float(pairs['classify'][1]) == 1 and float(pairs['mlm'][1]) == 4  # round(0.15 * 10) in each of the rows
+
+
+def test_a_part_that_reads_all_makes_the_others_find_their_own(small):
+  tokenizer, documents = small.Tokenizer(), small.random_documents([60, 40])
+  documents.labels = ['a', 'b']
+  parts = {'mlm': mlm.Objective(tokenizer), 'labels': classify.Objective(tokenizer, ('a', 'b'), pool='mean')}
+  objective = mix.Objective(parts=parts, rows='labels', weights={'mlm': 1, 'labels': 1})
+  batch = batch_of(small, objective, documents, rows=2)
+  assert objective.places(batch) is None and parts['mlm'].places(batch) is not None
+  hidden, net = np.random.default_rng(1).normal(size=(2, 16, 6)).astype(np.float32), small.network(classifier=2)
+  pairs = objective.loss(net, hidden, batch)
+  for part in parts.values():
+    for name, (value, _) in part.loss(net, small.read(part, hidden, batch), batch).items():
+      assert float(pairs[name][0]) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_a_real_network_starts_at_the_loss_of_guessing(small):

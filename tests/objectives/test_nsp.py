@@ -1,4 +1,3 @@
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -71,7 +70,7 @@ def test_loss_equals_brute_force(small):
   objective, net = nsp.Objective(small.Tokenizer()), small.network(nsp=2)
   hidden = np.random.default_rng(2).normal(size=(4, 7, 6)).astype(np.float32)
   batch = {'nsp_label': np.array([0, 1, 1, 0], np.int32), 'nsp_weight': np.array([1, 1, 0, 1], np.float32)}
-  pairs = objective.loss(net, jnp.asarray(hidden), batch)
+  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
   logits = hidden[:, 0].astype(np.float64) @ net.matrices['nsp']
   np.testing.assert_allclose(pairs['nsp'][0], small.cross_entropy(logits, batch['nsp_label'])[[0, 1, 3]].sum(), rtol=1e-5)
   assert [float(x) for x in pairs['nsp_accuracy']] == [(logits.argmax(-1) == batch['nsp_label'])[[0, 1, 3]].sum(), 3]

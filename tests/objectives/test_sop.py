@@ -1,4 +1,3 @@
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,7 +28,7 @@ def test_loss_equals_brute_force(small):
   objective, net = sop.Objective(small.Tokenizer()), small.network(sop=2)
   hidden = np.random.default_rng(2).normal(size=(3, 7, 6)).astype(np.float32)
   batch = {'sop_label': np.array([0, 1, 1], np.int32), 'sop_weight': np.array([1, 1, 0], np.float32)}
-  pairs = objective.loss(net, jnp.asarray(hidden), batch)
+  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
   logits = hidden[:, 0].astype(np.float64) @ net.matrices['sop']
   np.testing.assert_allclose(pairs['sop'][0], small.cross_entropy(logits, batch['sop_label'])[:2].sum(), rtol=1e-5)
   assert [float(x) for x in pairs['sop_accuracy']] == [(logits.argmax(-1) == batch['sop_label'])[:2].sum(), 2]

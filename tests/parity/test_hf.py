@@ -99,7 +99,7 @@ class Network(nn.Module):
     if 'mlm' in self.heads:
       h_BTD, bias_V = self.heads['mlm'](x_BTD)
       logits['mlm'] = self.model.logits(h_BTD) + bias_V[None, None]
-    pooled_BD = self.heads['pooler'](x_BTD) if 'pooler' in self.heads else x_BTD[np.arange(2), SEGMENTS.sum(1) - 1]
+    pooled_BD = self.heads['pooler'](x_BTD[:, 0]) if 'pooler' in self.heads else x_BTD[np.arange(2), SEGMENTS.sum(1) - 1]
     logits |= {name: self.heads[name](pooled_BD) for name in ('nsp', 'classifier') if name in self.heads}
     return logits or {'clm': self.model.logits(x_BTD)}
 
