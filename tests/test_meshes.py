@@ -234,6 +234,15 @@ def break_(small):
     yield dict(violations=violations(compiled(program(small, case)[0]).as_text(), case, sizes))
 
 
+def unrolled(small):
+  """Of the encoder without a loop over layers: how far it is off that with one, on one device and on meshes, and its FLOPs."""
+  true, _, _ = alone(small, 'encoder')
+  with mock.patch.dict(MODELS, encoder=(bert_tiny, MODELS['encoder'][1] | dict(unroll=0))):
+    for mesh in (dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, sequence=2)):
+      made, batch = program(small, Case('encoder', mesh))
+      yield dict(deviation=float(deviation(gradient(made, compiled(made), batch), true)), flops=made.flops)
+
+
 def run(what):
   """What this file prints as a script."""
   root = pathlib.Path(__file__).parents[1]
@@ -253,6 +262,12 @@ def test_every_mesh_computes_the_same_and_shares_the_work(model):
   assert all(f['alone'] for f in found), 'the program of one device must not pass for a shared one'
 
 
+def test_the_last_layer_may_run_where_it_is_read_alone():
+  single, mesh, ring = run('unrolled')
+  assert max(single['deviation'], mesh['deviation'], ring['deviation']) < TOLERANCE
+  assert single['flops'] == mesh['flops'] < ring['flops']  # where rows are cut, the last layer is as the others
+
+
 def test_what_is_wrong_is_seen():
   ring, unlaid, replicated = run('broken')
   assert ring['deviation'] > 100 * TOLERANCE
@@ -262,4 +277,5 @@ def test_what_is_wrong_is_seen():
 
 if __name__ == '__main__':
   import conftest  # in this file's own folder, where a script looks first
-  print(json.dumps(list(break_(conftest) if sys.argv[1] == 'broken' else measure(conftest, sys.argv[1]))))
+  other = {'broken': break_, 'unrolled': unrolled}.get(sys.argv[1])
+  print(json.dumps(list(other(conftest) if other else measure(conftest, sys.argv[1]))))
