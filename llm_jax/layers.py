@@ -522,7 +522,7 @@ class Stack(nn.Module):
       last = i == len(groups) - 1
       x_BTD, written[name] = self.single.apply(
           {'params': params}, x_BTD, segments_BT, turns, train, caches and caches[name], lengths_B,
-          places_BP if last and narrow else None, rngs={'dropout': self.make_rng('dropout')} if train else {})
+          places_BP if last and narrow else None, rngs={'dropout': self.make_rng('dropout')} if self.has_rng('dropout') else {})
     if caches is not None:
       return x_BTD, written
     return x_BTD if narrow else at(x_BTD, places_BP)

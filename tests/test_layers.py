@@ -230,9 +230,10 @@ def test_the_last_layer_runs_at_the_wanted_places_alone(changes, pattern):
   assert np.abs(gradient(places[:, ::-1], 0)(params, places)[1] - y).max() > 0.1
 
 
-def test_dropout_acts_in_training_only():
+@pytest.mark.parametrize('unroll', [1, 0])
+def test_dropout_acts_in_training_only(unroll):
   x = jnp.ones((1, 4, 12))
-  stack = L.Stack(options(dropout=0.5, attention_dropout=0.5))
+  stack = L.Stack(options(dropout=0.5, attention_dropout=0.5), unroll=unroll)
   params = random_params(stack, x, None, (None, None), False)
 
   def run(module, train):
@@ -240,15 +241,17 @@ def test_dropout_acts_in_training_only():
 
   keys = jax.random.split(jax.random.key(0))
   quiet = run(stack, False)(keys[0])
-  np.testing.assert_array_equal(quiet, run(L.Stack(BASE), True)(keys[0]))
+  np.testing.assert_array_equal(quiet, run(L.Stack(BASE, unroll=unroll), True)(keys[0]))
+  np.testing.assert_array_equal(quiet, jax.jit(lambda: L.Stack(BASE, unroll=unroll).apply(params, x, None, (None, None), True))())
   train = run(stack, True)
   np.testing.assert_array_equal(train(keys[0]), train(keys[0]))
   assert np.abs(train(keys[0]) - train(keys[1])).max() > 0.1 and np.abs(train(keys[0]) - quiet).max() > 0.1
 
 
-def test_dropout_differs_by_layer():
+@pytest.mark.parametrize('unroll', [1, 0])
+def test_dropout_differs_by_layer(unroll):
   x = jnp.ones((1, 4, 12))
-  stack = L.Stack(options(layers=2, dropout=0.5, norm_order='pre'))
+  stack = L.Stack(options(layers=2, dropout=0.5, norm_order='pre'), unroll=unroll)
   params = jax.tree.map(jnp.zeros_like, random_params(stack, x, None, (None, None), False))
   params['params']['layers']['block']['mlp']['down']['bias'] += 1.0  # each layer adds ones, halved in number and doubled
   added = stack.apply(params, x, None, (None, None), True, rngs={'dropout': jax.random.key(3)}) - x
