@@ -58,7 +58,7 @@ def get_config() -> config_dict.ConfigDict:
           decay_fraction=unset(float), final_fraction=unset(float), weight_decay=0.01, clip_norm=1.0, layer_decay=1.0,
           b1=unset(float), b2=unset(float), eps=unset(float), momentum=unset(float),
       ),
-      mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),  # `llm_jax/sharding.py`
+      mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),  # `llm_jax/parallel/sharding.py`
       checkpoint=dict(every=1000, keep=2),
       evaluation=dict(rows=512, patience=0, samples=2),
       logging=dict(tensorboard=True, wandb=unset(str)),

@@ -43,7 +43,7 @@ for ((i = 0; i < count; i++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 
-# The first failure counts. The others stop by themselves (llm_jax/hosts.py); those that have not after a minute are killed.
+# The first failure counts. The others stop by themselves (llm_jax/parallel/hosts.py); those that have not after a minute are killed.
 status=0
 deadline=
 running=("${pids[@]}")

@@ -62,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
                      f'. Usage: {USAGE}')
   if CONFIG.value is None and MODE.value in ('train', 'plan'):
     raise UsageError(f'--config is needed. Usage: {USAGE}')
-  from llm_jax import heap, logs
+  from llm_jax.parallel import heap
+  from llm_jax.training import logs
   logs.show()
   workdir = pathlib.Path(WORKDIR.value or '.').expanduser().absolute()  # '.': of a plan
   if MODE.value == 'plan':
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
     return
   if MODE.value == 'train':
     heap.keep()
-  from llm_jax import hosts
+  from llm_jax.parallel import hosts
   with _told():
     hosts.start(COORDINATOR.value, PROCESSES.value, PROCESS.value, saves=MODE.value == 'train')
   if MODE.value == 'train':
@@ -84,7 +85,9 @@ def main(argv: Sequence[str]) -> None:
 def _train(workdir: pathlib.Path) -> None:
   with _told():
     config = _checked_config(workdir=workdir)
-    from llm_jax import prepare, runs, train
+    from llm_jax.programs import workdir as runs
+    from llm_jax.training import corpora as prepare
+    from llm_jax.training import loop as train
     runs.open_workdir(workdir)
     _keep_compiled(workdir)
     run = train.start(prepare.load(config, workdir), workdir)
@@ -96,7 +99,8 @@ def _use(workdir: pathlib.Path | None) -> None:
   """The modes that use a model: the run in the workdir, or the folder that config.init_from names."""
   if any(flags.FLAGS[example.partition('=')[0]].value is None for example in NEEDS.get(MODE.value, ())):
     raise ValueError(f'--mode={MODE.value} needs {" and ".join(f"--{example}" for example in NEEDS[MODE.value])}.')
-  from llm_jax import prepare, use
+  from llm_jax.inference import use
+  from llm_jax.training import corpora as prepare
   config = _checked_config() if CONFIG.value is not None else None
   _keep_compiled(workdir or prepare.cache_directory(config))
   opened = use.open_model(workdir, config)
@@ -108,18 +112,18 @@ def _use(workdir: pathlib.Path | None) -> None:
   elif MODE.value == 'export':
     use.export(opened, target)
   elif MODE.value == 'embed':
-    from llm_jax import embed
+    from llm_jax.inference import embed
     embed.run(opened, source, target, POOL.value, NORMALIZE.value)
   else:
-    from llm_jax import complete
-    from llm_jax.generate import Sampling
+    from llm_jax.inference import complete
+    from llm_jax.inference.decoding import Sampling
     sampling = Sampling(**{field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)})
     complete.run(opened, PROMPT.value, source, target, sampling, STOP.value)
 
 
 def _keep_compiled(directory: pathlib.Path) -> None:
   if COMPILATION_CACHE.value:
-    from llm_jax import compilation
+    from llm_jax.programs import compilation
     compilation.keep(directory)
 
 
@@ -129,13 +133,15 @@ def _plan(workdir: pathlib.Path) -> None:
       raise ValueError('--mode=plan needs --topology=v5e:4x4, or another machine.')
     import jax
     jax.config.update('jax_platforms', 'cpu')  # chips of this machine, if it has any, are left alone
-    from llm_jax import plan, topology
+    from llm_jax.parallel import topology
+    from llm_jax.planning import plan
     topology.prepare(TOPOLOGY.value.split(','))
     plan.run(_checked_config(topology.devices(TOPOLOGY.value.split(',')[0])), TOPOLOGY.value, workdir)
 
 
 def _checked_config(devices: Sequence[Any] | None = None, workdir: pathlib.Path | None = None):
-  from llm_jax import build, config, pretrained
+  from llm_jax.core import config
+  from llm_jax.programs import build, pretrained
   parsed = pretrained.complete(config.parse(CONFIG.value.to_dict()), workdir)
   build.check(parsed, devices)
   return parsed
@@ -192,7 +198,7 @@ def cli() -> None:
     sys.exit(2)
   except (Exception, KeyboardInterrupt) as error:
     if _several():
-      lost = sys.modules['llm_jax.hosts'].lost(error)
+      lost = sys.modules['llm_jax.parallel.hosts'].lost(error)
       if lost is None or logging.get_verbosity() > logging.INFO:
         traceback.print_exc()
       if lost:
@@ -203,11 +209,11 @@ def cli() -> None:
 
 def _abort(reason: str, status: int) -> None:
   if _several():
-    sys.modules['llm_jax.hosts'].abort(reason, status)
+    sys.modules['llm_jax.parallel.hosts'].abort(reason, status)
 
 
 def _several() -> bool:
-  return 'llm_jax.hosts' in sys.modules and sys.modules['llm_jax.hosts'].several()  # its import takes seconds
+  return 'llm_jax.parallel.hosts' in sys.modules and sys.modules['llm_jax.parallel.hosts'].several()  # its import takes seconds
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from llm_jax import heap
+from llm_jax.parallel import heap
 
 FOLDER = pathlib.Path(__file__).parent / 'benchmarks'
 SCRIPTS = sorted(path.stem for path in FOLDER.glob('*.py'))

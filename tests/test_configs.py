@@ -7,9 +7,11 @@ import pathlib
 import jax
 import pytest
 
-from llm_jax import build, config, topology
+from llm_jax.core import config
+from llm_jax.parallel import topology
+from llm_jax.programs import build
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 # The published sizes are counted from the reference implementations. BERT's have the heads of both its losses: 109,482,240 of
 # encoder and pooler + 624,188, and 335,141,888 + 1,084,220. The tiny ones: for widths D, F, layers L, vocabulary V and biased
 # layers, V D + 4 D^2 L + 2 D F L and small change.

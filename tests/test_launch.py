@@ -13,7 +13,7 @@ import time
 import pytest
 import yaml
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 LAUNCH = ROOT / 'launch'
 SCRIPTS = sorted(path for path in LAUNCH.iterdir() if path.suffix in ('.sh', '.sbatch'))
 HARD = ["--config.data.path=/my data/it's/*.txt", '--config.data.text=a "b" $HOME `id` \\', '--config.data.name=ü;x|y&z>w']

@@ -3,7 +3,7 @@
 import ast
 import pathlib
 
-PACKAGE = pathlib.Path(__file__).parent.parent / 'llm_jax'
+PACKAGE = pathlib.Path(__file__).parents[1] / 'llm_jax'
 RANKS = {
     **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
     **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'cudnn_attention', 'scores', 'dropout',

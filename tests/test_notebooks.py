@@ -13,9 +13,10 @@ import nbformat
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from llm_jax import config, logs
+from llm_jax.core import config
+from llm_jax.training import logs
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[1]
 NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu')
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 

@@ -35,7 +35,7 @@ import numpy as np
 import tqdm
 from absl import logging
 
-from llm_jax.contracts import Source, Tokenizer
+from llm_jax.core.contracts import Source, Tokenizer
 
 FORMAT = 1
 IN_PROCESS_SECONDS = 2.0  # a corpus that is tokenized sooner than this is not worth starting processes for

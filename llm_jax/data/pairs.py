@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm_jax.contracts import Documents
+from llm_jax.core.contracts import Documents
 from llm_jax.data import pack
 
 

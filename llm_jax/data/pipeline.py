@@ -17,7 +17,7 @@ import grain
 import numpy as np
 from absl import logging
 
-from llm_jax.contracts import Documents, Objective, Rows
+from llm_jax.core.contracts import Documents, Objective, Rows
 
 Example = dict[str, np.ndarray]
 _TRAIN, _VALIDATION, _CHOICE, _SHUFFLE = 1, 2, 3, 4  # uses of the seed; the last and above: one a corpus

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.contracts import Batch
-from llm_jax.contracts import Objective as Classifier
+from llm_jax.core.contracts import Batch
+from llm_jax.core.contracts import Objective as Classifier
 
 
 def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch],

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Mapping
 import jax
 import numpy as np
 
-from llm_jax import metrics
-from llm_jax.contracts import Batch, Objective, Pairs
+from llm_jax.core import metrics
+from llm_jax.core.contracts import Batch, Objective, Pairs
 
 
 def evaluate(eval_step: Callable[[Batch], Pairs], batches: Iterable[Batch], objective: Objective) -> dict[str, float]:

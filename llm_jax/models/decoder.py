@@ -11,9 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax import family as F
-from llm_jax import layers as L
-from llm_jax.attention import KeyValues
+from llm_jax.hf import family as F
+from llm_jax.nn import layers as L
+from llm_jax.nn.attention.dispatch import KeyValues
 
 
 class Cache(NamedTuple):

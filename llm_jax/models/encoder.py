@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax import family as F
-from llm_jax import layers as L
+from llm_jax.hf import family as F
+from llm_jax.nn import layers as L
 
 
 class Model(nn.Module):

@@ -19,9 +19,9 @@ import numpy as np
 import optax
 from absl import logging
 
-from llm_jax import heads
-from llm_jax.contracts import Batch, Documents, Pairs, Rows, Texts, Tokenizer
+from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Texts, Tokenizer
 from llm_jax.data import pack, pairs
+from llm_jax.nn import heads
 
 TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
 PACKINGS = ('best_fit', 'none')

@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import vocabulary
-from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pack
+from llm_jax.nn import vocabulary
 
 
 class Objective:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.contracts import Batch, Documents, Pairs, Rows
-from llm_jax.contracts import Objective as Part
-from llm_jax.layers import at
+from llm_jax.core.contracts import Batch, Documents, Pairs, Rows
+from llm_jax.core.contracts import Objective as Part
+from llm_jax.nn.layers import at
 
 
 class Objective:

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax import heads, vocabulary
-from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pack
+from llm_jax.nn import heads, vocabulary
 
 MASKINGS = ('token', 'word', 'span')
 LONGEST_WORD = 10  # tokens; a longer run without a word start (a URL, Chinese) counts as so many words of one token

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from llm_jax import heads
-from llm_jax.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Tokenizer
 from llm_jax.data import pairs
+from llm_jax.nn import heads
 
 
 class Objective:

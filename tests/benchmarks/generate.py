@@ -22,7 +22,9 @@ import numpy as np
 import torch
 import transformers
 
-from llm_jax import generate, hf, tree
+from llm_jax.core import tree
+from llm_jax.hf import folders as hf
+from llm_jax.inference import decoding as generate
 from llm_jax.models import decoder
 
 ROWS, PROMPT, NEW = 8, 32, 64

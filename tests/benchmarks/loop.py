@@ -23,8 +23,13 @@ from unittest import mock
 import jax
 from ml_collections import config_dict
 
-from llm_jax import config, hosts, logs, prepare, runs, train
+from llm_jax.core import config
 from llm_jax.data import pipeline
+from llm_jax.parallel import hosts
+from llm_jax.programs import workdir as runs
+from llm_jax.training import corpora as prepare
+from llm_jax.training import logs
+from llm_jax.training import loop as train
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the configs import each other

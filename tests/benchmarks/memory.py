@@ -32,7 +32,12 @@ def measure(case, steps, changes):
   sys.path.insert(0, str(ROOT))  # the configs import each other
   from ml_collections import config_dict
 
-  from llm_jax import compilation, config, hosts, prepare, runs, train
+  from llm_jax.core import config
+  from llm_jax.parallel import hosts
+  from llm_jax.programs import compilation
+  from llm_jax.programs import workdir as runs
+  from llm_jax.training import corpora as prepare
+  from llm_jax.training import loop as train
   options = runpy.run_path(str(ROOT / 'configs' / f'{case}.py'))['get_config']()
   options.update_from_flattened_dict({key: json.loads(value) for key, value in changes.items()})
   tree = config_dict.ConfigDict(options, convert_dict=True).to_dict() | dict(steps=10**6, eval_every=10**6)

@@ -21,8 +21,11 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the configs
 
 from configs import classify  # noqa: E402
-from llm_jax import build, config, prepare, runs  # noqa: E402
+from llm_jax.core import config  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
+from llm_jax.programs import build  # noqa: E402
+from llm_jax.programs import workdir as runs
+from llm_jax.training import corpora as prepare  # noqa: E402
 
 
 def main() -> None:

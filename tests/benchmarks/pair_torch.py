@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 
-from llm_jax import heap
+from llm_jax.parallel import heap
 
 if '--serve=ours' in sys.argv:
   heap.keep()  # as `llm_jax.main` does, before JAX
@@ -37,8 +37,12 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the configs
 
 from configs import bert_base, classify, gpt2  # noqa: E402
-from llm_jax import build, config, hf, prepare, runs, tree  # noqa: E402
+from llm_jax.core import config, tree  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
+from llm_jax.hf import folders as hf  # noqa: E402
+from llm_jax.programs import build  # noqa: E402
+from llm_jax.programs import workdir as runs
+from llm_jax.training import corpora as prepare  # noqa: E402
 
 RATE = 1e-4
 TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune

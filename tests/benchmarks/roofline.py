@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 
-from llm_jax import heap
+from llm_jax.parallel import heap
 
 heap.keep()  # as `llm_jax.main` does, before JAX
 

@@ -4,7 +4,7 @@
 
 Cold: no tokenizer, no tokens, nothing compiled. Warm: all of it kept by the start before, in the cache folder and in the workdir.
 The first step has ended when its numbers stand in metrics.jsonl; the process is then killed. Of imports the seconds of fresh
-processes: `import jax`, and after it `import llm_jax.main` (the command line) or `import llm_jax.train` (all that training
+processes: `import jax`, and after it `import llm_jax.main` (the command line) or `import llm_jax.training.loop` (all that training
 needs), turn about.
 """
 
@@ -63,7 +63,7 @@ def main(argv):
   found['first_step'] = {'cold': cold, 'warm': statistics.median(warm), 'ours': warm}
   print(f'{options.config}: first step after {cold:.1f} s cold, {statistics.median(warm):.1f} s warm (median of {len(warm)}).')
   print(f'{"import":16} {"jax":>7} {"with it":>8} {"adds":>6}   seconds, medians of {options.pairs} pairs')
-  for module in ('llm_jax.main', 'llm_jax.train'):
+  for module in ('llm_jax.main', 'llm_jax.training.loop'):
     times = [(imported('jax'), imported('jax', module)) for _ in range(options.pairs)]
     theirs, ours = (statistics.median(column) for column in zip(*times, strict=True))
     added = statistics.median(b - a for a, b in times)

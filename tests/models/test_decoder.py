@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import plugins
+from llm_jax.core import plugins
 from llm_jax.models import decoder
 
 TINY = dict(dim=16, heads=4, mlp_dim=24, vocab_size=40, max_len=16, layers=2, dropout=0.0, attention_dropout=0.0)

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import heads, plugins
+from llm_jax.core import plugins
 from llm_jax.models import encoder
+from llm_jax.nn import heads
 
 TINY = dict(dim=16, heads=2, mlp_dim=24, vocab_size=40, max_len=16, dropout=0.0, attention_dropout=0.0)
 BERT = encoder.Model(**TINY, layers=2)

@@ -10,7 +10,7 @@ from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax import plugins
+from llm_jax.core import plugins
 from llm_jax.objectives import classify
 
 RNG = np.random.default_rng(0)

@@ -18,10 +18,11 @@ import optax
 import pytest
 
 from configs import classify as config_file
-from llm_jax import build, config, step, tree
+from llm_jax.core import config, tree
 from llm_jax.data.tokenizers import byte
 from llm_jax.models import decoder, encoder
 from llm_jax.objectives import classify
+from llm_jax.programs import build, step
 
 LENGTHS, PAIR_LENGTHS = [9, 4, 0, 3, 7, 11, 2, 6, 1, 5, 28], [3, 5, 1, 0, 4, 2, 6, 12, 1, 2, 9]
 SEQ_LEN, DEVICES, TOLERANCE = 32, 4, 1e-10

@@ -4,7 +4,7 @@ import pytest
 
 from llm_jax.models import encoder
 from llm_jax.objectives import classify, clm, mix, mlm, nsp
-from llm_jax.step import Network
+from llm_jax.programs.step import Network
 
 
 def bert(small, **weights):

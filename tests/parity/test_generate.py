@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from llm_jax import generate, hf, tree
+from llm_jax.core import tree
+from llm_jax.hf import folders as hf
+from llm_jax.inference import decoding as generate
 from llm_jax.models import decoder
 
 torch = pytest.importorskip('torch')

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax import heads, hf, tree
+from llm_jax.core import tree
+from llm_jax.hf import folders as hf
 from llm_jax.models import decoder, encoder
+from llm_jax.nn import heads
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax import safetensors
+from llm_jax.hf import safetensors
 
 judge = pytest.importorskip('safetensors')
 pytestmark = pytest.mark.parity

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from llm_jax import plugins
+from llm_jax.core import plugins
 
 
 def document(record: Mapping[str, Any], where: str, text: str, pair: str | None, label: str | None) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax import plugins
+from llm_jax.core import plugins
 from llm_jax.data.sources import text
 
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from llm_jax import plugins
+from llm_jax.core import plugins
 from llm_jax.data.tokenizers import byte, hf
 from llm_jax.objectives import mlm
 

@@ -11,7 +11,7 @@ import sentencepiece as library
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llm_jax import plugins
+from llm_jax.core import plugins
 from llm_jax.data.sources import stdlib
 from llm_jax.data.tokenizers import sentencepiece
 

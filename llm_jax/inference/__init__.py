@@ -1,0 +1,1 @@
+"""A model opened for use: predictions, vectors, texts."""

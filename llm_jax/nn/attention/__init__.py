@@ -1,0 +1,1 @@
+"""Attention: the choice of an implementation, and one module for each."""

@@ -1,0 +1,342 @@
+"""Checkpoints: state, data position, and all else that a run needs to go on, written by Orbax while the training runs.
+
+A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`: the size and SHA-256 of every
+file, and the validation metrics. The seal is written last, so a folder without one is a save that did not end (as if it had never
+begun), and a folder that does not agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this
+alone: whatever agrees with its seal and still does not fit the model is another model's checkpoint, which is an error and never a
+reason to fall back.
+
+The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the arrays are written by all.
+"""
+
+import concurrent.futures
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from llm_jax.core import tree
+from llm_jax.parallel import hosts
+
+SEAL = 'seal.json'
+DAMAGED, UNFINISHED = 'damaged', 'unfinished'  # folders for checkpoints that are not used: cut short; without a seal
+_NONE, _NONE_LEFT = -1, -2  # in the place of a step, agreed on by all processes
+
+
+class Restored(NamedTuple):
+  """A state as it was saved, the number of examples consumed by then, what was saved beside it, and its step."""
+
+  state: Any
+  position: int
+  meta: dict[str, Any]
+  step: int
+
+
+class Loaded(NamedTuple):
+  """Parameters of another run.
+
+  Attributes:
+    params: those that both runs have, by path.
+    new: paths that only the wanted parameters have.
+    unused: paths that only the other run has.
+    step: the other run's step; None where the parameters are of no run.
+  """
+
+  params: dict[str, jax.Array]
+  new: list[str]
+  unused: list[str]
+  step: int | None
+
+
+class Checkpoints:
+  """The checkpoints of one run: the `keep` newest, and the one with the lowest validation loss."""
+
+  def __init__(self, directory: str | pathlib.Path, keep: int):
+    """Opens the folder, which is made where it is not there, and clears it of saves that did not end.
+
+    Args:
+      directory: where the checkpoints are, shared by all hosts.
+      keep: how many of the newest to keep, at least 1.
+    """
+    self._directory = pathlib.Path(directory).absolute()
+    self._keep = keep
+    self._orbax = _orbax()
+    self._worker = concurrent.futures.ThreadPoolExecutor(1)
+    self._pending: concurrent.futures.Future | None = None
+    hosts.agree(self._clear)
+
+  def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any],
+           metrics: Mapping[str, float] | None = None) -> bool:
+    """Saves a step, once; returns whether it does.
+
+    The arrays are copied before this returns, so the state may be donated; they are written, sealed and the older ones deleted in
+    the background. An error there is raised by the next `save`, `wait` or `close`.
+
+    Args:
+      step: optimizer steps taken, as in the state.
+      state: any pytree of arrays.
+      position: examples consumed.
+      meta: whatever JSON can hold.
+      metrics: validation metrics at this step; `loss` decides which checkpoint is the best.
+
+    Raises:
+      OSError: this save or the one before it failed (a full disk, say); earlier checkpoints are as they were.
+    """
+    self.wait()
+    path = self._directory / str(step)
+    if hosts.agree(path.exists):
+      return False
+    record = {'position': int(position), 'meta': dict(meta)}
+    try:
+      self._orbax.save(path, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree.nest(tree.flatten(state))),
+                                                     meta=ocp.args.JsonSave(record)))
+    except Exception as error:
+      raise self._failure(step, error) from error
+    self._pending = self._worker.submit(self._finish, step, None if metrics is None else dict(metrics))
+    return True
+
+  def wait(self) -> None:
+    """Returns when the save under way has ended; raises OSError if it failed."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      pending.result()
+
+  def close(self) -> None:
+    """Waits, and frees the threads."""
+    try:
+      self.wait()
+    finally:
+      self._worker.shutdown()
+      self._orbax.close()
+
+  def steps(self) -> list[int]:
+    """Steps that were saved to the end, in order."""
+    return sorted(_seals(self._directory))
+
+  def best_step(self) -> int | None:
+    """The step with the lowest validation loss; None where none was saved with one."""
+    return _best(_seals(self._directory))
+
+  def restore(self, abstract_state: Any) -> Restored | None:
+    """Reads the newest checkpoint that is whole; None in a folder that never had one.
+
+    Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to `unfinished/<step>`, with an error in the log.
+
+    Args:
+      abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding need not be that of the save.
+
+    Raises:
+      ValueError: no checkpoint is left whole; or the newest does not fit, listing '-' parameters that it lacks, '+' those that
+        it has beyond, '!' those of another shape or type.
+    """
+    step = hosts.agree(self._newest_whole)
+    if step == _NONE:
+      return None
+    if step == _NONE_LEFT:
+      raise ValueError(f'No whole checkpoint is left in {self._directory}: all were damaged and are now in {DAMAGED}/. '
+                       f'Put one back that you trust, or start over in another workdir.')
+    path = self._directory / str(step)
+    wanted = tree.flatten(abstract_state)
+    difference = tree.difference(wanted, _stored(self._orbax, path))
+    if difference:
+      raise ValueError(f'Checkpoint {path} does not fit the state wanted (- it lacks, + it has beyond, ! differs):\n{difference}')
+    leaves = _read(self._orbax, path, wanted)
+    record = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    return Restored(tree.replace(abstract_state, leaves), record['position'], record['meta'], step)
+
+  def _clear(self) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    for leftover in self._directory.iterdir():
+      if '.orbax-checkpoint-tmp' in leftover.name or leftover.name.endswith('.deleting'):
+        shutil.rmtree(leftover)
+
+  def _newest_whole(self) -> int:
+    for step in reversed(_folders(self._directory)):
+      path = self._directory / str(step)
+      fault = _fault(path)
+      if fault is None:
+        return step
+      aside = self._set_aside(step, DAMAGED if (path / SEAL).exists() else UNFINISHED)
+      logging.error('CHECKPOINT OF STEP %d IS NOT USED: %s. Moved to %s.', step, fault, aside)
+    return _NONE_LEFT if (self._directory / DAMAGED).exists() else _NONE
+
+  def _set_aside(self, step: int, kind: str) -> pathlib.Path:
+    aside = self._directory / kind
+    if kind == UNFINISHED:
+      shutil.rmtree(aside, ignore_errors=True)  # of interrupted saves the last is kept, in case its seal alone was lost
+    aside.mkdir(exist_ok=True)
+    copies = sum(child.name.split('.')[0] == str(step) for child in aside.iterdir())
+    target = aside / (f'{step}.{copies}' if copies else str(step))
+    (self._directory / str(step)).rename(target)
+    return target
+
+  def _finish(self, step: int, metrics: dict[str, float] | None) -> None:
+    try:
+      self._orbax.wait_until_finished()
+      if hosts.primary():
+        _seal(self._directory / str(step), metrics)
+        self._delete_old()
+    except Exception as error:
+      raise self._failure(step, error) from error
+
+  def _delete_old(self) -> None:
+    seals = _seals(self._directory)
+    kept = {*sorted(seals)[-self._keep:], _best(seals)}
+    for step in seals.keys() - kept:
+      doomed = self._directory / f'{step}.deleting'  # renamed first: a kill in between must not leave half a checkpoint
+      (self._directory / str(step)).rename(doomed)
+      shutil.rmtree(doomed)
+
+  def _failure(self, step: int, error: Exception) -> OSError:
+    steps = self.steps()
+    newest = f'the newest good checkpoint is that of step {steps[-1]}' if steps else 'there is no good checkpoint yet'
+    return OSError(f'Saving the checkpoint of step {step} in {self._directory} failed; {newest}. Cause: {error}')
+
+
+def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dict[str, Any], int]:
+  """What was saved beside the state by a run whose checkpoints are in `directory`, and the step; see `restore_params`."""
+  orbax = _orbax()
+  path = _choose(pathlib.Path(directory).absolute(), which)
+  record = orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  orbax.close()
+  return record['meta'], int(path.name)
+
+
+def restore_params(directory: str | pathlib.Path, abstract_params: Any, which: str = 'best') -> Loaded:
+  """Reads parameters of another run, by path; that run's folder is not changed.
+
+  Args:
+    directory: the checkpoints of that run.
+    abstract_params: parameters wanted, each leaf with shape, dtype and sharding.
+    which: 'best' (lowest validation loss; the latest where none was measured) or 'latest'. A checkpoint that is damaged is
+      passed over, with an error in the log.
+
+  Raises:
+    ValueError: no whole checkpoint there; or a parameter that both have, in another shape or type.
+  """
+  orbax = _orbax()
+  path = _choose(pathlib.Path(directory).absolute(), which)
+  stored = {name.removeprefix('params/'): leaf for name, leaf in _stored(orbax, path).items() if name.startswith('params/')}
+  wanted = tree.flatten(abstract_params)
+  shared = {name: leaf for name, leaf in wanted.items() if name in stored}
+  difference = tree.difference(shared, {name: stored[name] for name in shared})
+  if difference:
+    raise ValueError(f'Parameters of {path} do not fit the model; give both runs the same shapes, or start from another run:\n'
+                     f'{difference}')
+  leaves = _read(orbax, path, {f'params/{name}': leaf for name, leaf in shared.items()}) if shared else {}
+  orbax.close()
+  return Loaded(params={name.removeprefix('params/'): leaf for name, leaf in leaves.items()},
+                new=[name for name in wanted if name not in stored], unused=[name for name in stored if name not in wanted],
+                step=int(path.name))
+
+
+def _orbax() -> ocp.AsyncCheckpointer:
+  items = {'state': ocp.PyTreeCheckpointHandler(), 'meta': ocp.JsonCheckpointHandler()}
+  return ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
+
+
+def _stored(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
+  metadata = orbax.metadata(path).item_metadata['state']
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in tree.flatten(metadata.tree).items()}
+
+
+def _read(orbax: ocp.AsyncCheckpointer, path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+  bare = [name for name, leaf in wanted.items() if leaf.sharding is None]
+  if bare:
+    raise ValueError(f'{bare[0]} has no sharding: a checkpoint is read straight to the devices where it shall lie.')
+  nested = tree.nest(wanted)
+  restore = ocp.args.PyTreeRestore(nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=True)
+  return tree.flatten(orbax.restore(path, args=ocp.args.Composite(state=restore)).state)
+
+
+def _choose(directory: pathlib.Path, which: str) -> pathlib.Path:
+  if which not in ('best', 'latest'):
+    raise ValueError(f"which={which!r} must be 'best' or 'latest'.")
+  step = hosts.agree(lambda: _whole(directory, which))
+  if step == _NONE:
+    raise ValueError(f'{directory} holds no whole checkpoint; train there first, or name the workdir of another run.')
+  return directory / str(step)
+
+
+def _whole(directory: pathlib.Path, which: str) -> int:
+  order = _folders(directory)[::-1]
+  if which == 'best':
+    seals = _seals(directory)
+    order.sort(key=lambda step: _loss(seals[step]) if step in seals else math.inf)
+  for step in order:
+    fault = _fault(directory / str(step))
+    if fault is None:
+      return step
+    logging.error('CHECKPOINT OF STEP %d IN %s IS NOT USED: %s.', step, directory, fault)
+  return _NONE
+
+
+def _seal(path: pathlib.Path, metrics: dict[str, float] | None) -> None:
+  names = [str(p.relative_to(path)) for p in sorted(path.rglob('*')) if p.is_file()]
+  partial = path / f'{SEAL}.partial'
+  partial.write_text(json.dumps({'metrics': metrics, 'files': dict(zip(names, _fingerprints(path, names), strict=True))}))
+  partial.rename(path / SEAL)
+
+
+def _folders(directory: pathlib.Path) -> list[int]:
+  """Steps that Orbax committed, sealed or not, in order; none where there is no folder."""
+  return sorted(int(child.name) for child in directory.glob('*') if child.name.isdigit())
+
+
+def _seals(directory: pathlib.Path) -> dict[int, dict[str, Any]]:
+  """The seals that can be read, by step."""
+  seals = {step: _read_seal(directory / str(step)) for step in _folders(directory)}
+  return {step: seal for step, seal in seals.items() if seal is not None}
+
+
+def _read_seal(path: pathlib.Path) -> dict[str, Any] | None:
+  try:
+    return json.loads((path / SEAL).read_text())
+  except (FileNotFoundError, ValueError):  # never written; cut short
+    return None
+
+
+def _fault(path: pathlib.Path) -> str | None:
+  """What is wrong with a checkpoint, None where it agrees with its seal."""
+  seal = _read_seal(path)
+  if seal is None:
+    return f'its {SEAL} cannot be read' if (path / SEAL).exists() else f'it has no {SEAL}: its save did not end'
+  missing = [name for name in seal['files'] if not (path / name).is_file()]
+  if missing:
+    return f'{missing[0]} is missing'
+  for name, (size, _) in seal['files'].items():
+    found = (path / name).stat().st_size
+    if found != size:
+      return f'{name} has {found} bytes and should have {size}'
+  for (name, expected), found in zip(seal['files'].items(), _fingerprints(path, list(seal['files'])), strict=True):
+    if found != expected:
+      return f'{name} is not what was written'
+  return None
+
+
+def _fingerprints(path: pathlib.Path, names: Sequence[str]) -> list[list[Any]]:
+  """[size, SHA-256] of each file."""
+
+  def fingerprint(name):
+    with open(path / name, 'rb') as file:
+      return [(path / name).stat().st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    return list(pool.map(fingerprint, names))
+
+
+def _loss(seal: Mapping[str, Any]) -> float:
+  loss = (seal['metrics'] or {}).get('loss', math.inf)
+  return math.inf if math.isnan(loss) else loss
+
+
+def _best(seals: Mapping[int, Mapping[str, Any]]) -> int | None:
+  measured = [step for step, seal in seals.items() if math.isfinite(_loss(seal))]
+  return min(measured, key=lambda step: (_loss(seals[step]), step), default=None)
