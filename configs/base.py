@@ -1,4 +1,6 @@
-"""What every config starts from. Each option is listed, so that a flag can set it; None means the constructor's own default."""
+"""What every config starts from. Each option is listed, so that a flag can set it; None means the
+constructor's own default.
+"""
 
 from ml_collections import config_dict
 
@@ -9,17 +11,40 @@ def unset(kind: type) -> config_dict.FieldReference:
 
 
 def model(name: str, variant: str) -> dict:
-  """A model's section; None leaves what the variant says. `llm_jax/models` documents these options and the rarer ones."""
+  """A model's section; None leaves what the variant says. `llm_jax/models` documents these options
+  and the rarer ones.
+  """
   return dict(
-      name=name, variant=variant, dtype='float32', remat='none', unroll=unset(int), attention=unset(str),
-      dim=unset(int), layers=unset(int), heads=unset(int), kv_heads=unset(int), mlp_dim=unset(int), max_len=unset(int),
-      vocab_size=unset(int), dropout=unset(float), attention_dropout=unset(float))
+    name=name,
+    variant=variant,
+    dtype='float32',
+    remat='none',
+    unroll=unset(int),
+    attention=unset(str),
+    dim=unset(int),
+    layers=unset(int),
+    heads=unset(int),
+    kv_heads=unset(int),
+    mlp_dim=unset(int),
+    max_len=unset(int),
+    vocab_size=unset(int),
+    dropout=unset(float),
+    attention_dropout=unset(float),
+  )
 
 
 def mlm() -> dict:
   """Masked LM as in BERT, over packed documents."""
-  return dict(name='mlm', mask_rate=0.15, masking='token', mask_token_rate=0.8, random_token_rate=0.1, packing='best_fit',
-              label_smoothing=0.0, z_loss=0.0)
+  return dict(
+    name='mlm',
+    mask_rate=0.15,
+    masking='token',
+    mask_token_rate=0.8,
+    random_token_rate=0.1,
+    packing='best_fit',
+    label_smoothing=0.0,
+    z_loss=0.0,
+  )
 
 
 def clm() -> dict:
@@ -30,37 +55,76 @@ def clm() -> dict:
 def bert() -> dict:
   """The loss of BERT: masked LM, and whether the second text of a row follows the first."""
   masking = {key: value for key, value in mlm().items() if key not in ('name', 'packing')}
-  return dict(name='mix', rows='nsp', weights=dict(mlm=1.0, nsp=1.0), parts=dict(mlm=masking, nsp=dict(short_seq_rate=0.1)))
+  return dict(
+    name='mix',
+    rows='nsp',
+    weights=dict(mlm=1.0, nsp=1.0),
+    parts=dict(mlm=masking, nsp=dict(short_seq_rate=0.1)),
+  )
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The sections that are the same for all, over the embedded corpus; a config adds steps, sizes, model and objective."""
-  return config_dict.ConfigDict(dict(
+  """The sections that are the same for all, over the embedded corpus; a config adds steps, sizes,
+  model and objective.
+  """
+  return config_dict.ConfigDict(
+    dict(
       seed=0,
       micro_batches=unset(int),  # None: as few as keep the tokens at once on a device moderate
       log_every=10,
       eval_every=500,
       init_from=unset(str),
       data=dict(
-          source='stdlib',  # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' of the sections in `parts`
-          path=unset(str), name=unset(str), split=unset(str), text=unset(str), pair=unset(str), label=unset(str), unit=unset(str),
-          delimiter=unset(str), data_dir=unset(str), max_document_bytes=unset(int),
-          validation=0.02,  # share of the documents, by their hash
-          cache=unset(str),  # None: ~/.cache/llm_jax
-          workers=0,  # processes that tokenize; 0: one a core
+        # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' of the sections in
+        # `parts`
+        source='stdlib',
+        path=unset(str),
+        name=unset(str),
+        split=unset(str),
+        text=unset(str),
+        pair=unset(str),
+        label=unset(str),
+        unit=unset(str),
+        delimiter=unset(str),
+        data_dir=unset(str),
+        max_document_bytes=unset(int),
+        validation=0.02,  # share of the documents, by their hash
+        cache=unset(str),  # None: ~/.cache/llm_jax
+        workers=0,  # processes that tokenize; 0: one a core
       ),
       tokenizer=dict(
-          name='sentencepiece', vocab_size=8192, path=unset(str), kind=unset(str), normalization=unset(str),
-          sample_bytes=unset(int), character_coverage=unset(float),
+        name='sentencepiece',
+        vocab_size=8192,
+        path=unset(str),
+        kind=unset(str),
+        normalization=unset(str),
+        sample_bytes=unset(int),
+        character_coverage=unset(float),
       ),
       optimizer=dict(
-          name='adamw', learning_rate=1e-3, schedule='linear', warmup_steps=unset(int), warmup_fraction=0.05,
-          decay_fraction=unset(float), final_fraction=unset(float), weight_decay=0.01, clip_norm=1.0, layer_decay=1.0,
-          b1=unset(float), b2=unset(float), eps=unset(float), momentum=unset(float),
+        name='adamw',
+        learning_rate=1e-3,
+        schedule='linear',
+        warmup_steps=unset(int),
+        warmup_fraction=0.05,
+        decay_fraction=unset(float),
+        final_fraction=unset(float),
+        weight_decay=0.01,
+        clip_norm=1.0,
+        layer_decay=1.0,
+        b1=unset(float),
+        b2=unset(float),
+        eps=unset(float),
+        momentum=unset(float),
       ),
-      mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),  # `llm_jax/parallel/sharding.py`
+      mesh=dict(
+        data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'
+      ),  # `llm_jax/parallel/sharding.py`
       checkpoint=dict(every=1000, keep=2),
       evaluation=dict(rows=512, patience=0, samples=2),
       logging=dict(tensorboard=True, wandb=unset(str)),
-      profile=dict(start=0, steps=0),  # traces `steps` steps after the first `start`, into WORKDIR/profile
-  ))
+      profile=dict(
+        start=0, steps=0
+      ),  # traces `steps` steps after the first `start`, into WORKDIR/profile
+    )
+  )

@@ -1,14 +1,17 @@
 """Fine-tuning for classification: which package of the standard library does a docstring come from?
 
-`--config.init_from=WORKDIR` starts from a pretrained run; another corpus is `--config.data.source=jsonl --config.data.path=FILE
---config.data.label=FIELD`, or csv, parquet, tfds.
+`--config.init_from=WORKDIR` starts from a pretrained run; another corpus is
+`--config.data.source=jsonl --config.data.path=FILE --config.data.label=FIELD`, or csv, parquet,
+tfds.
 """
 
 from configs import base
 
 
 def get_config():
-  """A few epochs over the labelled embedded corpus, from the weights of `init_from` or from scratch."""
+  """A few epochs over the labelled embedded corpus, from the weights of `init_from` or from
+  scratch.
+  """
   config = base.get_config()
   config.steps = 150
   config.batch_size = 16
@@ -20,7 +23,14 @@ def get_config():
   config.data.validation = 0.15
   config.tokenizer.vocab_size = 4096
   config.model = base.model('encoder', 'bert_tiny')
-  config.objective = dict(name='classify', task='multiclass', dropout=0.1, pool='mean', unlabelled='error', packing='best_fit')
+  config.objective = dict(
+    name='classify',
+    task='multiclass',
+    dropout=0.1,
+    pool='mean',
+    unlabelled='error',
+    packing='best_fit',
+  )
   config.optimizer.name = 'muon'
   config.optimizer.learning_rate = 1e-2
   config.checkpoint.every = 50

@@ -1,10 +1,14 @@
-"""A GPT-2 of a size for laptops: minutes on two cores, over the embedded corpus, to the last byte of it."""
+"""A GPT-2 of a size for laptops: minutes on two cores, over the embedded corpus, to the last byte
+of it.
+"""
 
 from configs import base
 
 
 def get_config():
-  """Causal LM over text that is not normalised, so that bits per byte compare with `xz -9` of the same text."""
+  """Causal LM over text that is not normalised, so that bits per byte compare with `xz -9` of the
+  same text.
+  """
   config = base.get_config()
   config.steps = 500
   config.batch_size = 16

@@ -1,4 +1,5 @@
-"""A model from its folder: `--config.init_from=FOLDER`, of Hugging Face or of a run, says what it is; nothing else need be set.
+"""A model from its folder: `--config.init_from=FOLDER`, of Hugging Face or of a run, says what it
+is; nothing else need be set.
 
 For every mode: `--mode=eval`, `embed`, `generate`, `export`, and to train on from its weights.
 """

@@ -1,4 +1,6 @@
-"""LLaMA: `configs/llama.py:3.2-1b` (arXiv:2407.21783), `:2-7b` (arXiv:2307.09288), and `:tiny` to try the recipe."""
+"""LLaMA: `configs/llama.py:3.2-1b` (arXiv:2407.21783), `:2-7b` (arXiv:2307.09288), and `:tiny` to
+try the recipe.
+"""
 
 from configs import base, gpt_tiny
 
@@ -9,14 +11,18 @@ BATCH_TOKENS = 2**22  # 4M tokens a step
 def get_config(size: str = '3.2-1b'):
   """4M tokens a step, AdamW, cosine to a tenth of the peak rate, over all devices by FSDP.
 
-  LLaMA 2 by section 2.2 of its paper: 2 trillion tokens. LLaMA 3.2 1B by what LLaMA 3's paper says of models of its size (section
-  3.2.1, peak rates of 2e-4 to 4e-4) and the 9 trillion tokens of its model card; what is not said is as in LLaMA 2. The model
-  that was released was pruned from a larger one and distilled; this one is trained from scratch.
+  LLaMA 2 by section 2.2 of its paper: 2 trillion tokens. LLaMA 3.2 1B by what LLaMA 3's paper says
+    of models of its size (section
+  3.2.1, peak rates of 2e-4 to 4e-4) and the 9 trillion tokens of its model card; what is not said
+  is as in LLaMA 2. The model that was released was pruned from a larger one and distilled; this one
+  is trained from scratch.
   """
   if size == 'tiny':
     return _tiny()
   if size not in VARIANTS:
-    raise ValueError(f'configs/llama.py:{size} is not a size; there are tiny, {", ".join(VARIANTS)}.')
+    raise ValueError(
+      f'configs/llama.py:{size} is not a size; there are tiny, {", ".join(VARIANTS)}.'
+    )
   config = base.get_config()
   config.seq_len = {'3.2-1b': 8192, '2-7b': 4096}[size]
   config.batch_size = BATCH_TOKENS // config.seq_len
@@ -47,7 +53,9 @@ def get_config(size: str = '3.2-1b'):
 
 
 def _tiny():
-  """LLaMA's architecture at gpt_tiny's size and recipe: minutes on a laptop, over the embedded corpus."""
+  """LLaMA's architecture at gpt_tiny's size and recipe: minutes on a laptop, over the embedded
+  corpus.
+  """
   config = gpt_tiny.get_config()
   config.model = base.model('decoder', 'llama_tiny')
   return config

@@ -5,8 +5,9 @@ import shutil
 import tempfile
 import types
 
-# With the TPU compiler installed (for plans), JAX would look for a TPU in every process. Set before JAX is imported, here and in
-# the processes that tests start; another value, to test on other devices, stays.
+# With the TPU compiler installed (for plans), JAX would look for a TPU in every process. Set before
+# JAX is imported, here and in the processes that tests start; another value, to test on other
+# devices, stays.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
@@ -16,7 +17,9 @@ import pytest
 
 
 class Tokenizer:
-  """Ids 0 to 6 are special; of the others the multiples of `word` begin a word, and id i spells i % 5 + 1 bytes."""
+  """Ids 0 to 6 are special; of the others the multiples of `word` begin a word, and id i spells i %
+  5 + 1 bytes.
+  """
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(7)
 
@@ -59,10 +62,14 @@ def stack(examples):
 
 
 def network(dim=6, vocab_size=50, seed=0, **outputs):
-  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the pooler does nothing."""
+  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the
+  pooler does nothing.
+  """
   rng = np.random.default_rng(seed)
   w_DV = rng.normal(size=(dim, vocab_size)).astype(np.float32)
-  matrices = {name: rng.normal(size=(dim, size)).astype(np.float32) for name, size in outputs.items()}
+  matrices = {
+    name: rng.normal(size=(dim, size)).astype(np.float32) for name, size in outputs.items()
+  }
   heads = {name: (lambda x, w=w: x @ w) for name, w in matrices.items()}
   heads |= {'mlm': lambda x: (2 * x, None), 'pooler': lambda x: x}
   model = types.SimpleNamespace(table=lambda: jnp.asarray(w_DV.T))
@@ -72,7 +79,9 @@ def network(dim=6, vocab_size=50, seed=0, **outputs):
 def read(objective, hidden, batch):
   """Of hidden states [B, T, D] those that an objective asks for."""
   places = objective.places(batch)
-  return jnp.asarray(hidden if places is None else hidden[np.arange(len(hidden))[:, None], np.asarray(places)])
+  return jnp.asarray(
+    hidden if places is None else hidden[np.arange(len(hidden))[:, None], np.asarray(places)]
+  )
 
 
 def cross_entropy(logits, targets):
@@ -88,7 +97,10 @@ def pytest_configure():
   Each pytest worker has a folder of its own: none reads what another is about to write.
   """
   os.environ['JAX_COMPILATION_CACHE_DIR'] = tempfile.mkdtemp(prefix='llm_jax_tests_')
-  os.environ |= {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1'}
+  os.environ |= {
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
   jax.config.update('jax_compilation_cache_dir', os.environ['JAX_COMPILATION_CACHE_DIR'])
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
@@ -100,5 +112,12 @@ def pytest_unconfigure():
 
 @pytest.fixture(scope='session')
 def small():
-  return types.SimpleNamespace(Tokenizer=Tokenizer, Documents=Documents, random_documents=random_documents, stack=stack,
-                               network=network, read=read, cross_entropy=cross_entropy)
+  return types.SimpleNamespace(
+    Tokenizer=Tokenizer,
+    Documents=Documents,
+    random_documents=random_documents,
+    stack=stack,
+    network=network,
+    read=read,
+    cross_entropy=cross_entropy,
+  )

@@ -1,4 +1,6 @@
-"""Every config of `configs/`, with each of its arguments: it parses, it builds, and its model has the known size."""
+"""Every config of `configs/`, with each of its arguments: it parses, it builds, and its model has
+the known size.
+"""
 
 import importlib
 import math
@@ -12,25 +14,26 @@ from llm_jax.parallel import topology
 from llm_jax.programs import build
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The published sizes are counted from the reference implementations. BERT's have the heads of both its losses: 109,482,240 of
-# encoder and pooler + 624,188, and 335,141,888 + 1,084,220. The tiny ones: for widths D, F, layers L, vocabulary V and biased
-# layers, V D + 4 D^2 L + 2 D F L and small change.
+# The published sizes are counted from the reference implementations. BERT's have the heads of both
+# its losses: 109,482,240 of encoder and pooler + 624,188, and 335,141,888 + 1,084,220. The tiny
+# ones: for widths D, F, layers L, vocabulary V and biased layers, V D + 4 D^2 L + 2 D F L and small
+# change.
 SIZES = {
-    ('bert_base', None): 110_106_428,
-    ('bert_large', None): 336_226_108,
-    ('bert_tiny', None): 1_338_496,
-    ('classify', None): 1_317_890,  # two classes, where the data names none
-    ('gpt_tiny', None): 1_317_632,
-    ('gpt2', None): 124_439_808,
-    ('gpt2', 'small'): 124_439_808,
-    ('gpt2', 'medium'): 354_823_168,
-    ('gpt2', 'large'): 774_030_080,
-    ('gpt2', 'xl'): 1_557_611_200,
-    ('gpt2', 'tiny'): 1_317_632,
-    ('llama', None): 1_235_814_400,
-    ('llama', 'tiny'): 1_250_432,
-    ('llama', '3.2-1b'): 1_235_814_400,
-    ('llama', '2-7b'): 6_738_415_616,
+  ('bert_base', None): 110_106_428,
+  ('bert_large', None): 336_226_108,
+  ('bert_tiny', None): 1_338_496,
+  ('classify', None): 1_317_890,  # two classes, where the data names none
+  ('gpt_tiny', None): 1_317_632,
+  ('gpt2', None): 124_439_808,
+  ('gpt2', 'small'): 124_439_808,
+  ('gpt2', 'medium'): 354_823_168,
+  ('gpt2', 'large'): 774_030_080,
+  ('gpt2', 'xl'): 1_557_611_200,
+  ('gpt2', 'tiny'): 1_317_632,
+  ('llama', None): 1_235_814_400,
+  ('llama', 'tiny'): 1_250_432,
+  ('llama', '3.2-1b'): 1_235_814_400,
+  ('llama', '2-7b'): 6_738_415_616,
 }
 
 
@@ -42,11 +45,18 @@ def read(name, argument=None):
 def parameters(settings):
   parsed = config.parse(settings.to_dict())
   build.check(parsed)
-  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(build.outline(parsed, jax.devices()).state.params))
+  return sum(
+    math.prod(leaf.shape)
+    for leaf in jax.tree.leaves(build.outline(parsed, jax.devices()).state.params)
+  )
 
 
 def test_every_config_is_here():
-  files = {path.stem for path in (ROOT / 'configs').glob('*.py')} - {'__init__', 'base', 'hf'}  # hf takes a folder's size
+  files = {path.stem for path in (ROOT / 'configs').glob('*.py')} - {
+    '__init__',
+    'base',
+    'hf',
+  }  # hf takes a folder's size
   assert files == {name for name, _ in SIZES}
 
 
@@ -58,10 +68,16 @@ def test_a_config_builds_with_the_known_size(name, argument):
   assert config.differences(parsed, config.from_json(config.to_json(parsed))) == ([], [])
 
 
-@pytest.mark.parametrize(('name', 'argument', 'section', 'option', 'value'), [
-    ('bert_base', None, 'model', 'dim', 780), ('gpt2', 'small', 'model', 'layers', 11),
-    ('gpt2', 'small', 'tokenizer', 'vocab_size', 50_258), ('llama', '3.2-1b', 'model', 'kv_heads', 4),
-    ('llama', '2-7b', 'model', 'mlp_dim', 11_009)])
+@pytest.mark.parametrize(
+  ('name', 'argument', 'section', 'option', 'value'),
+  [
+    ('bert_base', None, 'model', 'dim', 780),
+    ('gpt2', 'small', 'model', 'layers', 11),
+    ('gpt2', 'small', 'tokenizer', 'vocab_size', 50_258),
+    ('llama', '3.2-1b', 'model', 'kv_heads', 4),
+    ('llama', '2-7b', 'model', 'mlp_dim', 11_009),
+  ],
+)
 def test_another_shape_has_another_size(name, argument, section, option, value):
   settings = read(name, argument)
   settings[section][option] = value
@@ -73,7 +89,9 @@ def test_an_unknown_argument_lists_the_known_ones(name):
   known = [argument for other, argument in SIZES if other == name and argument]
   with pytest.raises(ValueError) as raised:
     read(name, 'hug')
-  assert f'configs/{name}.py:hug' in str(raised.value) and all(argument in str(raised.value) for argument in known)
+  assert f'configs/{name}.py:hug' in str(raised.value) and all(
+    argument in str(raised.value) for argument in known
+  )
 
 
 def test_llama_is_trained_as_its_paper_says():
@@ -81,16 +99,26 @@ def test_llama_is_trained_as_its_paper_says():
   settings = read('llama', '2-7b')
   optimizer = settings.optimizer
   assert (optimizer.name, optimizer.b1, optimizer.b2, optimizer.eps) == ('adamw', 0.9, 0.95, 1e-5)
-  assert (optimizer.schedule, optimizer.warmup_steps, optimizer.warmup_fraction, optimizer.final_fraction) == (
-      'cosine', 2000, None, 0.1)
+  assert (
+    optimizer.schedule,
+    optimizer.warmup_steps,
+    optimizer.warmup_fraction,
+    optimizer.final_fraction,
+  ) == ('cosine', 2000, None, 0.1)
   assert (optimizer.learning_rate, optimizer.weight_decay, optimizer.clip_norm) == (3e-4, 0.1, 1.0)
-  assert settings.seq_len == 4096 and settings.batch_size * settings.seq_len == pytest.approx(4e6, rel=0.05)
+  assert settings.seq_len == 4096 and settings.batch_size * settings.seq_len == pytest.approx(
+    4e6, rel=0.05
+  )
   assert settings.steps * settings.batch_size * settings.seq_len == pytest.approx(2e12, rel=1e-3)
 
 
-@pytest.mark.parametrize(('argument', 'slice_name', 'chips'), [('3.2-1b', 'v5e:4x4', 16), ('2-7b', 'v5p:4x4x4', 64)])
+@pytest.mark.parametrize(
+  ('argument', 'slice_name', 'chips'), [('3.2-1b', 'v5e:4x4', 16), ('2-7b', 'v5p:4x4x4', 64)]
+)
 def test_the_large_ones_are_cut_over_all_chips(argument, slice_name, chips):
-  program = build.outline(config.parse(read('llama', argument).to_dict()), topology.devices(slice_name))
+  program = build.outline(
+    config.parse(read('llama', argument).to_dict()), topology.devices(slice_name)
+  )
   assert program.mesh.shape['fsdp'] == chips
   leaves = jax.tree.leaves((program.state.params, program.state.opt_state))
   held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves)

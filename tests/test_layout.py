@@ -1,54 +1,123 @@
-"""Layers import strictly downward: the table of the README, held against the imports of every module."""
+"""Rooms import downward only, and inside a room in no circle: held against the imports of every module."""
 
 import ast
 import pathlib
 
 PACKAGE = pathlib.Path(__file__).parents[1] / 'llm_jax'
-RANKS = {
-    **dict.fromkeys(('contracts', 'tree', 'plugins', 'config'), 0),
-    **dict.fromkeys(('layers', 'attention', 'ring_attention', 'splash_attention', 'cudnn_attention', 'scores', 'dropout',
-                     'sharding', 'fsdp', 'vocabulary', 'metrics', 'state', 'chips', 'hosts', 'hlo', 'topology', 'safetensors',
-                     'family', 'compilation', 'heap'), 1),
-    **dict.fromkeys(('heads', 'optim', 'checkpoint', 'logs', 'data'), 2),
-    **dict.fromkeys(('models', 'objectives', 'evaluators', 'hf'), 3),
-    **dict.fromkeys(('step', 'generate'), 4),
-    'build': 5,
-}
-# Of one rank, in the order in which they may use each other.
-TOP = ('runs', 'pretrained', 'prepare', 'evaluate', 'use', 'complete', 'memory', 'train', 'embed', 'plan', 'main')
-RANKS |= dict.fromkeys(TOP, 6)
+ROOMS = (  # from the ground up
+  'core',
+  'parallel',
+  'data',
+  'nn',
+  'models',
+  'objectives',
+  'adapters',
+  'evaluators',
+  'hf',
+  'programs',
+  'training',
+  'inference',
+  'planning',
+  'modes',
+  'main',
+)
+SIDE_BY_SIDE = (
+  'models',
+  'objectives',
+  'adapters',
+  'evaluators',
+)  # plug-ins: none knows another room
 
 
-def imports(path):
+def modules(package):
+  """Every module by its dotted name, without the package's own."""
+  for path in sorted(package.rglob('*.py')):
+    parts = path.relative_to(package).with_suffix('').parts
+    name = '.'.join(parts[:-1] if parts[-1] == '__init__' else parts)
+    if name:
+      yield name, path
+
+
+def imports(path, known):
+  """The modules of the package that a file imports, wherever in it the import stands."""
   for node in ast.walk(ast.parse(path.read_text())):
     if isinstance(node, ast.ImportFrom) and node.module and node.module.split('.')[0] == 'llm_jax':
-      tail = node.module.split('.')[1:]
-      yield from [tail] if tail else [[alias.name] for alias in node.names]
+      base = node.module.removeprefix('llm_jax').lstrip('.')
+      for alias in node.names:
+        whole = f'{base}.{alias.name}'.lstrip('.')
+        yield whole if whole in known else base
+    elif isinstance(node, ast.Import):
+      yield from (
+        alias.name.removeprefix('llm_jax.')
+        for alias in node.names
+        if alias.name.startswith('llm_jax.')
+      )
 
 
 def violations(package):
-  for path in sorted(package.rglob('*.py')):
-    module = path.relative_to(package).with_suffix('').parts
-    if module == ('__init__',):
-      continue
-    for other in imports(path):
-      mine, theirs = RANKS[module[0]], RANKS[other[0]]
-      same_package = module[0] == other[0] and mine == 2
-      in_order = mine == theirs == 6 and TOP.index(other[0]) < TOP.index(module[0])
-      below_in_rank = mine == theirs == 1 or module[0] == other[0] == 'plugins' or mine == theirs == 0
-      if not (theirs < mine or same_package or in_order or below_in_rank):
-        yield f'{"/".join(module)} imports {".".join(other)}'
+  """Imports that point upward or sideways, then circles inside rooms."""
+  known = dict(modules(package))
+  graph = {name: sorted(set(imports(path, known)) - {''}) for name, path in known.items()}
+  for name, others in graph.items():
+    room = name.split('.')[0]
+    for other in others:
+      theirs = other.split('.')[0]
+      sideways = room != theirs and room in SIDE_BY_SIDE and theirs in SIDE_BY_SIDE
+      if ROOMS.index(theirs) > ROOMS.index(room) or sideways:
+        yield f'{name} imports {other}'
+  yield from circles(graph)
 
 
-def test_imports_point_downward():
+def circles(graph):
+  """Each circle once, as 'a -> b -> a'."""
+  done, path = set(), []
+
+  def visit(name):
+    if name in path:
+      yield ' -> '.join([*path[path.index(name) :], name])
+      return
+    if name in done:
+      return
+    path.append(name)
+    for other in graph.get(name, ()):
+      yield from visit(other)
+    done.add(path.pop())
+
+  for name in graph:
+    yield from visit(name)
+
+
+def test_imports_point_downward_and_in_no_circle():
   assert list(violations(PACKAGE)) == []
 
 
-def test_the_check_finds_an_upward_import(tmp_path):
-  (tmp_path / 'tree.py').write_text('from llm_jax import build\nfrom llm_jax.data.cache import build as b\n')
-  assert list(violations(tmp_path)) == ['tree imports build', 'tree imports data.cache']
+def test_the_check_finds_what_it_must(tmp_path):
+  """An upward import, one inside a function, a plug-in that knows another room, and a circle in a room."""
+  files = {
+    'parallel/sharding.py': 'def f():\n  from llm_jax.nn import layers\n',
+    'nn/layers.py': 'from llm_jax.nn.stack import Stack\n',
+    'nn/stack.py': 'import llm_jax.nn.layers\n',
+    'models/encoder.py': '',
+    'objectives/mlm.py': 'from llm_jax.models import encoder\n',
+    'data/cache.py': 'from llm_jax.core.tree import nest\n',
+    'core/tree.py': '',
+  }
+  for name, text in files.items():
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+  assert list(violations(tmp_path)) == [
+    'objectives.mlm imports models.encoder',
+    'parallel.sharding imports nn.layers',
+    'nn.layers -> nn.stack -> nn.layers',
+  ]
 
 
-def test_only_build_loads_plugins():
+def test_rooms_and_files_can_be_taken_in_at_a_sitting():
+  rooms = {room: list((PACKAGE / room).glob('*.py')) for room in ROOMS if (PACKAGE / room).is_dir()}
+  assert {room: len(files) for room, files in rooms.items() if len(files) > 15} == {}
+  assert [name for name, _ in modules(PACKAGE) if 'util' in name] == []
+
+
+def test_one_module_loads_plugins():
   users = [path.name for path in PACKAGE.rglob('*.py') if 'plugins.load(' in path.read_text()]
-  assert users == ['build.py']
+  assert users == ['assemble.py']

@@ -13,50 +13,102 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def call(*arguments, cwd=ROOT):
-  return subprocess.run([sys.executable, '-m', 'llm_jax.main', *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu'}, check=False)
+  return subprocess.run(
+    [sys.executable, '-m', 'llm_jax.main', *map(str, arguments)],
+    cwd=cwd,
+    capture_output=True,
+    text=True,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+    check=False,
+  )
 
 
-@pytest.mark.parametrize(('arguments', 'message'), [
-    (['--config.optimizer.learning_rte=3'], "config.optimizer has no 'learning_rte'; did you mean 'learning_rate'?"),
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (
+      ['--config.optimizer.learning_rte=3'],
+      "config.optimizer has no 'learning_rte'; did you mean 'learning_rate'?",
+    ),
     (['--config.stepz=3'], "config has no 'stepz'; did you mean 'steps'?"),
-    (['--config.steps=many'], "--config.steps=many: invalid literal for int()"),
+    (['--config.steps=many'], '--config.steps=many: invalid literal for int()'),
     (['--config.data.source=text'], 'config.data needs path'),
     (['--config.data.source=text', '--config.data.path=/nowhere/*.txt'], '/nowhere/*.txt'),
     (['--config.objective.mask_rate=1.5'], 'objective.mask_rate=1.5 must be above 0'),
     (['--mode=predict'], '--mode=predict needs --input=x.jsonl and --output=y.jsonl'),
     (['--mode=eval'], 'holds no run'),
-    (['--mode=sing'], "sing"),
+    (['--mode=sing'], 'sing'),
     (['somewhere'], 'somewhere: not a flag'),
-    (['--wrkdir=x'], "Did you mean: workdir"),
-])
+    (['--wrkdir=x'], 'Did you mean: workdir'),
+  ],
+)
 def test_a_slip_is_one_message(tmp_path, arguments, message):
   began = time.perf_counter()
-  done = call('--config=configs/bert_tiny.py', f'--workdir={tmp_path / "w"}', f'--config.data.cache={tmp_path}', *arguments)
+  done = call(
+    '--config=configs/bert_tiny.py',
+    f'--workdir={tmp_path / "w"}',
+    f'--config.data.cache={tmp_path}',
+    *arguments,
+  )
   assert message in done.stderr and 'Traceback' not in done.stderr, done.stderr
-  assert done.returncode in (1, 2) and time.perf_counter() - began < 60  # generous: a machine that is busy with other tests
+  assert (
+    done.returncode in (1, 2) and time.perf_counter() - began < 60
+  )  # generous: a machine that is busy with other tests
 
 
 def test_no_config_no_workdir_no_file():
   assert '--workdir is needed' in call().stderr
-  assert '--config=configs/bert_tinny.py: no such file' in call('--config=configs/bert_tinny.py', '--workdir=/tmp/never').stderr
-  assert 'is not a size; there are tiny, small' in call('--config=configs/gpt2.py:huge', '--workdir=/tmp/never').stderr
+  assert (
+    '--config=configs/bert_tinny.py: no such file'
+    in call('--config=configs/bert_tinny.py', '--workdir=/tmp/never').stderr
+  )
+  assert (
+    'is not a size; there are tiny, small'
+    in call('--config=configs/gpt2.py:huge', '--workdir=/tmp/never').stderr
+  )
 
 
 def test_the_configs_work_from_any_folder_and_a_run_predicts(tmp_path):
-  rows = [f'{word * (i % 7 + 1)}{i},{kind}' for i in range(80) for word, kind in (('yes ', 'a'), ('no ', 'b'))]
+  rows = [
+    f'{word * (i % 7 + 1)}{i},{kind}'
+    for i in range(80)
+    for word, kind in (('yes ', 'a'), ('no ', 'b'))
+  ]
   (tmp_path / 'x.csv').write_text('text,kind\n' + '\n'.join(rows))
-  done = call(f'--config={ROOT}/configs/classify.py', '--workdir=w', '--config.data.source=csv', '--config.data.path=x.csv',
-              '--config.data.label=kind', '--config.data.cache=cache', '--config.tokenizer.vocab_size=300',
-              '--config.model.dim=32', '--config.model.layers=1', '--config.steps=30', '--config.seq_len=32', cwd=tmp_path)
+  done = call(
+    f'--config={ROOT}/configs/classify.py',
+    '--workdir=w',
+    '--config.data.source=csv',
+    '--config.data.path=x.csv',
+    '--config.data.label=kind',
+    '--config.data.cache=cache',
+    '--config.tokenizer.vocab_size=300',
+    '--config.model.dim=32',
+    '--config.model.layers=1',
+    '--config.steps=30',
+    '--config.seq_len=32',
+    cwd=tmp_path,
+  )
   assert done.returncode == 0, done.stderr
-  assert (tmp_path / 'w' / 'tensorboard').is_dir() and (tmp_path / 'w' / 'loss.png').stat().st_size > 10_000
+  assert (tmp_path / 'w' / 'tensorboard').is_dir() and (
+    tmp_path / 'w' / 'loss.png'
+  ).stat().st_size > 10_000
   (tmp_path / 'in.jsonl').write_text('{"text": "yes yes 7"}\n\n{"text": "no no 7"}\n')
   predict = ['--workdir=w', '--mode=predict', '--output=out.jsonl']
   assert call(*predict, '--input=in.jsonl', cwd=tmp_path).returncode == 0
-  assert [json.loads(line)['label'] for line in (tmp_path / 'out.jsonl').read_text().splitlines()] == ['a', 'b']
-  for content, message in (('{"txt": "yes"}', "no field 'text' (did you mean"), ('', 'empty'), ('{"text"', 'not a JSON object')):
+  assert [
+    json.loads(line)['label'] for line in (tmp_path / 'out.jsonl').read_text().splitlines()
+  ] == ['a', 'b']
+  for content, message in (
+    ('{"txt": "yes"}', "no field 'text' (did you mean"),
+    ('', 'empty'),
+    ('{"text"', 'not a JSON object'),
+  ):
     (tmp_path / 'bad.jsonl').write_text(content)
     done = call(*predict, '--input=bad.jsonl', cwd=tmp_path)
-    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr, done.stderr
-  assert len((tmp_path / 'out.jsonl').read_text().splitlines()) == 2  # the answers from before are not lost
+    assert done.returncode == 2 and message in done.stderr and 'Traceback' not in done.stderr, (
+      done.stderr
+    )
+  assert (
+    len((tmp_path / 'out.jsonl').read_text().splitlines()) == 2
+  )  # the answers from before are not lost

@@ -1,4 +1,6 @@
-"""The notebooks: they define nothing, hold no outputs, and run from end to end on a CPU, with figures and numbers."""
+"""The notebooks: they define nothing, hold no outputs, and run from end to end on a CPU, with
+figures and numbers.
+"""
 
 import ast
 import base64
@@ -41,23 +43,39 @@ def faults(book):
 
 def variables_cell(book):
   """The place of the cell with the notebook's variables, and their names."""
-  at, = (i for i, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', ()))
-  assigned = [node.targets for node in ast.walk(ast.parse(book.cells[at].source)) if isinstance(node, ast.Assign)]
+  (at,) = (i for i, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', ()))
+  assigned = [
+    node.targets
+    for node in ast.walk(ast.parse(book.cells[at].source))
+    if isinstance(node, ast.Assign)
+  ]
   return at, {target.id for targets in assigned for target in targets}
 
 
 def execute(name, folder, monkeypatch, last=None, **variables):
-  """Runs a notebook with some of its variables set anew, up to the cell that holds `last`; returns it with its outputs."""
+  """Runs a notebook with some of its variables set anew, up to the cell that holds `last`; returns
+  it with its outputs.
+  """
   monkeypatch.delenv('COLAB_RELEASE_TAG', raising=False)
   for variable in ('XDG_CACHE_HOME', 'IPYTHONDIR', 'JUPYTER_RUNTIME_DIR'):
     monkeypatch.setenv(variable, str(folder / variable.lower()))
   book = read(name)
   at, known = variables_cell(book)
   assert variables.keys() <= known
-  book.cells.insert(at + 1, nbformat.v4.new_code_cell('\n'.join(f'{key} = {value!r}' for key, value in variables.items())))
+  book.cells.insert(
+    at + 1,
+    nbformat.v4.new_code_cell('\n'.join(f'{key} = {value!r}' for key, value in variables.items())),
+  )
   if last is not None:
-    book.cells = book.cells[:1 + next(i for i, cell in enumerate(book.cells) if cell.cell_type == 'code' and last in cell.source)]
-  nbclient.NotebookClient(book, timeout=400, kernel_name='python3', resources={'metadata': {'path': str(folder)}}).execute()
+    book.cells = book.cells[
+      : 1
+      + next(
+        i for i, cell in enumerate(book.cells) if cell.cell_type == 'code' and last in cell.source
+      )
+    ]
+  nbclient.NotebookClient(
+    book, timeout=400, kernel_name='python3', resources={'metadata': {'path': str(folder)}}
+  ).execute()
   return book
 
 
@@ -70,11 +88,19 @@ def printed(book):
 
 
 def figures(book):
-  """The pictures under the cells, each checked to be a PNG of a size at which something can be seen."""
-  found = [base64.b64decode(output.data['image/png']) for output in outputs(book) if 'image/png' in output.get('data', ())]
+  """The pictures under the cells, each checked to be a PNG of a size at which something can be
+  seen.
+  """
+  found = [
+    base64.b64decode(output.data['image/png'])
+    for output in outputs(book)
+    if 'image/png' in output.get('data', ())
+  ]
   for picture in found:
-    width, height = (int.from_bytes(picture[i:i + 4], 'big') for i in (16, 20))
-    assert picture[:8] == b'\x89PNG\r\n\x1a\n' and width > 400 and height > 200 and len(picture) > 5000
+    width, height = (int.from_bytes(picture[i : i + 4], 'big') for i in (16, 20))
+    assert (
+      picture[:8] == b'\x89PNG\r\n\x1a\n' and width > 400 and height > 200 and len(picture) > 5000
+    )
   return found
 
 
@@ -89,7 +115,9 @@ def texts(tmp_path_factory):
   for path in pathlib.Path(sysconfig.get_path('stdlib')).glob('[a-g]*.py'):
     content = path.read_text(encoding='utf-8', errors='replace')
     for start in range(0, len(content), 2500):
-      (folder / f'{path.stem}_{start}.txt').write_text(content[start:start + 2500], encoding='utf-8')
+      (folder / f'{path.stem}_{start}.txt').write_text(
+        content[start : start + 2500], encoding='utf-8'
+      )
   return f'{folder}/*.txt'
 
 
@@ -102,7 +130,13 @@ def test_a_notebook_defines_nothing_and_holds_no_outputs(name):
 
 
 def test_the_check_finds_definitions_and_outputs():
-  cells = ['def f():\n  pass', '%pip install x\nclass A: pass', 'f = lambda x: x', 'async def g(): pass', 'print(1)']
+  cells = [
+    'def f():\n  pass',
+    '%pip install x\nclass A: pass',
+    'f = lambda x: x',
+    'async def g(): pass',
+    'print(1)',
+  ]
   book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in cells])
   assert len(list(faults(book))) == 4
   book.cells[-1].outputs = [nbformat.v4.new_output('stream', text='1')]
@@ -118,7 +152,13 @@ def test_pretraining(tmp_path, texts, monkeypatch):
   folder, said = tmp_path / 'runs' / 'bert_tiny', printed(book)
   pictures = figures(book)
   assert len(pictures) == 3 and pictures[-1] == (folder / 'loss.png').read_bytes() != pictures[-2]
-  assert [line['step'] for line in logs.read(folder) if line['split'] == 'validation'] == [5, 10, 15, 20, 25]
+  assert [line['step'] for line in logs.read(folder) if line['split'] == 'validation'] == [
+    5,
+    10,
+    15,
+    20,
+    25,
+  ]
   for split, least in (('train', 1.0), ('validation', 0.2)):  # the first validation is after step 5
     assert losses(folder, split)[0] > losses(folder, split)[-1] + least
   assert losses(folder, 'train')[0] < 1.1 * math.log(4096)
@@ -126,30 +166,50 @@ def test_pretraining(tmp_path, texts, monkeypatch):
   accuracy = float(re.search(r'mlm_accuracy (\S+)\n', said)[1])
   scores = json.loads((folder / 'eval.json').read_text())
   assert 0.02 < accuracy < 1 and scores['mlm_accuracy'] == pytest.approx(accuracy, rel=1e-4)
-  assert "'[MASK]' | " in said and len(re.findall(r' \| 0\.\d\d\n', said)) > 10  # holes before, and filled at the end
+  assert (
+    "'[MASK]' | " in said and len(re.findall(r' \| 0\.\d\d\n', said)) > 10
+  )  # holes before, and filled at the end
 
 
 def test_fine_tuning(tmp_path, texts, monkeypatch):
-  book = execute('finetune_gpt_tpu', tmp_path, monkeypatch, SIZE='tiny', STEPS=12, TUNING_STEPS=6, TEXT=texts)
-  pretrained, tuned, scratch = (tmp_path / 'runs' / f'gpt_tiny{suffix}' for suffix in ('', '_classify', '_scratch'))
+  book = execute(
+    'finetune_gpt_tpu', tmp_path, monkeypatch, SIZE='tiny', STEPS=12, TUNING_STEPS=6, TEXT=texts
+  )
+  pretrained, tuned, scratch = (
+    tmp_path / 'runs' / f'gpt_tiny{suffix}' for suffix in ('', '_classify', '_scratch')
+  )
   said, pictures = printed(book), figures(book)
-  assert len(pictures) == 4 and pictures[2] == (tuned / 'loss.png').read_bytes() and (scratch / 'loss.png').exists()
+  assert (
+    len(pictures) == 4
+    and pictures[2] == (tuned / 'loss.png').read_bytes()
+    and (scratch / 'loss.png').exists()
+  )
   assert losses(pretrained, 'train')[0] > losses(pretrained, 'train')[-1] + 0.5
   assert re.search(r'bits_per_byte \d\.\d+\n +clm', said) and 'xz_bits_per_byte' in said
   assert f'goes on at step 12, with example {12 * 16}' in said
   assert 'took 19 parameters' in said and 'heads_classifier/dense/kernel\n' in said
   answers = [json.loads(line) for line in (tuned / 'answers.jsonl').read_text().splitlines()]
   classes = answers[0]['probabilities']
-  assert len(answers) == 3 and len(classes) > 20 and sum(classes.values()) == pytest.approx(1, abs=1e-4)
+  assert (
+    len(answers) == 3 and len(classes) > 20 and sum(classes.values()) == pytest.approx(1, abs=1e-4)
+  )
   for folder in (tuned, scratch):
     assert min(losses(folder, 'validation')) < math.log(len(classes))  # an even guess
-    assert all(0 <= line['accuracy'] <= 1 for line in logs.read(folder) if line['split'] == 'validation')
+    assert all(
+      0 <= line['accuracy'] <= 1 for line in logs.read(folder) if line['split'] == 'validation'
+    )
   assert re.search(r' accuracy 0\.\d+\n +macro_f1', said) and 'weighted avg' in said
 
 
-@pytest.mark.parametrize(('name', 'variant'), [('pretrain_bert_tpu', 'bert_base'), ('finetune_gpt_tpu', 'gpt2_small')])
+@pytest.mark.parametrize(
+  ('name', 'variant'), [('pretrain_bert_tpu', 'bert_base'), ('finetune_gpt_tpu', 'gpt2_small')]
+)
 def test_the_size_for_tpus_is_a_config_that_can_be(tmp_path, monkeypatch, name, variant):
   book = execute(name, tmp_path, monkeypatch, last='build.check(', SIZE='base', STEPS=2000)
   last = code(book)[-1].outputs  # one print may come in several parts
-  shown = config.from_json(''.join(output.text for output in last if output.get('name') == 'stdout'))
-  assert shown.model['variant'] == variant and shown.model['dtype'] == 'bfloat16' and shown.steps == 2000
+  shown = config.from_json(
+    ''.join(output.text for output in last if output.get('name') == 'stdout')
+  )
+  assert (
+    shown.model['variant'] == variant and shown.model['dtype'] == 'bfloat16' and shown.steps == 2000
+  )

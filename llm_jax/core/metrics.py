@@ -1,6 +1,8 @@
-"""(sum, weight) pairs: kept apart on the device until the end, then divided once by the global weight.
+"""(sum, weight) pairs: kept apart on the device until the end, then divided once by the global
+weight.
 
-Pairs of parts of a batch (micro-batches, hosts, evaluation batches) add up to the pair of the whole, which means of parts
+Pairs of parts of a batch (micro-batches, hosts, evaluation batches) add up to the pair of the
+whole, which means of parts
 do not: a mean of means weighs a nearly empty part like a full one.
 """
 
@@ -15,16 +17,21 @@ from llm_jax.core.contracts import Pairs
 
 
 def divide(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-  """The means by name, of pairs that have been fetched to the host; NaN where the weight is 0, for then there is none."""
-  return {name: float(value) / float(weight) if weight else math.nan for name, (value, weight) in pairs.items()}
+  """The means by name, of pairs that have been fetched to the host; NaN where the weight is 0, for
+  then there is none.
+  """
+  return {
+    name: float(value) / float(weight) if weight else math.nan
+    for name, (value, weight) in pairs.items()
+  }
 
 
 def total(pairs: Pairs, terms: Mapping[str, float]) -> jax.Array:
-  """The loss: the sum over `terms` of coefficient * sum / weight, a term of weight 0 counting 0 (its gradient too).
+  """The loss: the sum over `terms` of coefficient * sum / weight, a term of weight 0 counting 0
+  (its gradient too).
 
-  Args:
-    pairs: (sum, weight) by name; for a part of a batch, the part's sum with the weight of the whole.
-    terms: coefficients by name of the pair.
+  Args: pairs: (sum, weight) by name; for a part of a batch, the part's sum with the weight of the
+    whole. terms: coefficients by name of the pair.
   """
   return sum(coefficient * _mean(*pairs[name], empty=0.0) for name, coefficient in terms.items())
 

@@ -1,4 +1,6 @@
-"""The state of a training run: everything that a step reads and writes besides the batch, and all that a checkpoint must hold."""
+"""The state of a training run: everything that a step reads and writes besides the batch, and all
+that a checkpoint must hold.
+"""
 
 from typing import Any
 

@@ -1,7 +1,8 @@
-"""Pytrees by path: 'model/layers/attention/query/kernel' names a leaf wherever the program speaks of one.
+"""Pytrees by path: 'model/layers/attention/query/kernel' names a leaf wherever the program speaks
+of one.
 
-A path joins the keys on the way to a leaf by '/', whatever the containers are (dictionaries, tuples, dataclasses); None and
-empty containers have no leaves, hence no paths.
+A path joins the keys on the way to a leaf by '/', whatever the containers are (dictionaries,
+tuples, dataclasses); None and empty containers have no leaves, hence no paths.
 """
 
 import difflib
@@ -22,8 +23,12 @@ def paths(tree: Any) -> list[str]:
 
 
 def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-  """A tree of `fn(path, leaf, *leaves of rest)`; the other trees may have subtrees where `tree` has leaves."""
-  return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(_join(path), *leaves), tree, *rest)
+  """A tree of `fn(path, leaf, *leaves of rest)`; the other trees may have subtrees where `tree` has
+  leaves.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, *leaves: fn(_join(path), *leaves), tree, *rest
+  )
 
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,15 +57,20 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
 
 
 def difference(expected: Any, found: Any) -> str:
-  """What separates two trees of arrays (or of anything with shape and dtype), a line a leaf; '' where nothing does.
+  """What separates two trees of arrays (or of anything with shape and dtype), a line a leaf; ''
+  where nothing does.
 
-  '- path' stands in `expected` only, '+ path' in `found` only, '! path' in both with another shape or type.
+  '- path' stands in `expected` only, '+ path' in `found` only, '! path' in both with another shape
+  or type.
   """
   expected, found = flatten(expected), flatten(found)
   lines = [f'- {path} {_describe(leaf)}' for path, leaf in expected.items() if path not in found]
   lines += [f'+ {path} {_describe(leaf)}' for path, leaf in found.items() if path not in expected]
-  lines += [f'! {path}: expected {_describe(leaf)}, found {_describe(found[path])}'
-            for path, leaf in expected.items() if path in found and _describe(leaf) != _describe(found[path])]
+  lines += [
+    f'! {path}: expected {_describe(leaf)}, found {_describe(found[path])}'
+    for path, leaf in expected.items()
+    if path in found and _describe(leaf) != _describe(found[path])
+  ]
   return '\n'.join(lines)
 
 

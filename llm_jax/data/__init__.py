@@ -1,1 +1,3 @@
-"""From documents to batches: sources, tokenizers, the token cache, packing and the example pipeline."""
+"""From documents to batches: sources, tokenizers, the token cache, packing and the example
+pipeline.
+"""

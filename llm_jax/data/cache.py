@@ -1,7 +1,9 @@
-"""The token cache: a corpus tokenized once, in parallel processes, into memory-mapped files; read by every later run.
+"""The token cache: a corpus tokenized once, in parallel processes, into memory-mapped files; read
+by every later run.
 
-One directory a corpus, named by a hash of the source's and the tokenizer's fingerprints. Columns are raw little files, an
-entry a document (a token for `tokens` and `pair_tokens`), so that building needs no more memory than a few chunks:
+One directory a corpus, named by a hash of the source's and the tokenizer's fingerprints. Columns
+are raw little files, an entry a document (a token for `tokens` and `pair_tokens`), so that building
+needs no more memory than a few chunks:
 
 | file | entries | meaning |
 |---|---|---|
@@ -38,17 +40,23 @@ from absl import logging
 from llm_jax.core.contracts import Source, Tokenizer
 
 FORMAT = 1
-IN_PROCESS_SECONDS = 2.0  # a corpus that is tokenized sooner than this is not worth starting processes for
+IN_PROCESS_SECONDS = (
+  2.0  # a corpus that is tokenized sooner than this is not worth starting processes for
+)
 CHUNK_SECONDS = 0.1
-CHUNK_DOCUMENTS = 256  # at most, whatever their speed: later documents may be far longer than the first
+CHUNK_DOCUMENTS = (
+  256  # at most, whatever their speed: later documents may be far longer than the first
+)
 LOG_SECONDS = 10.0
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def build(source: Source, tokenizer: Tokenizer, directory: str, workers: int = 0) -> 'Corpus':
-  """Opens the tokenized corpus in `directory`, tokenizing it first where it is not there or is damaged.
+  """Opens the tokenized corpus in `directory`, tokenizing it first where it is not there or is
+  damaged.
 
-  A second process that wants the same corpus waits for the first. The cache appears under its name only when it is whole.
+  A second process that wants the same corpus waits for the first. The cache appears under its name
+  only when it is whole.
 
   Args:
     source: the documents; sent to the worker processes, so it must pickle.
@@ -56,19 +64,23 @@ def build(source: Source, tokenizer: Tokenizer, directory: str, workers: int = 0
     directory: where caches are kept (`config.data.cache`); created if need be.
     workers: processes to tokenize with; 0 takes one a core.
 
-  Raises:
-    ValueError: no documents, no tokens in any of them, ids outside the vocabulary, a negative `workers`.
-    OSError: the disk is full; what was written is removed, and the message says how much is needed.
+  Raises: ValueError: no documents, no tokens in any of them, ids outside the vocabulary, a negative
+    `workers`. OSError: the disk is full; what was written is removed, and the message says how much
+    is needed.
   """
   if workers < 0:
     raise ValueError(f'workers={workers} must be at least 1, or 0 for one process a core.')
-  fingerprint = _digest(json.dumps([source.fingerprint, tokenizer.fingerprint, FORMAT]).encode(), size=16).hex()
+  fingerprint = _digest(
+    json.dumps([source.fingerprint, tokenizer.fingerprint, FORMAT]).encode(), size=16
+  ).hex()
   final = os.path.join(directory, fingerprint)
   if os.path.isdir(final) and not _damage(final):
     return Corpus(final)
   os.makedirs(directory, exist_ok=True)
   with open(f'{final}.lock', 'w') as lock:
-    fcntl.flock(lock, fcntl.LOCK_EX)  # released by the kernel when the process dies, however it dies
+    fcntl.flock(
+      lock, fcntl.LOCK_EX
+    )  # released by the kernel when the process dies, however it dies
     if os.path.isdir(final):
       damage = _damage(final)
       if not damage:
@@ -80,7 +92,9 @@ def build(source: Source, tokenizer: Tokenizer, directory: str, workers: int = 0
 
 
 def held_out(document: Mapping[str, Any], validation: float) -> bool:
-  """Whether a document is one of the share `validation`, by its hash: the rule of `Corpus.split`, before there is a corpus."""
+  """Whether a document is one of the share `validation`, by its hash: the rule of `Corpus.split`,
+  before there is a corpus.
+  """
   return bool(np.frombuffer(_hash(document), np.uint64)[0] < _threshold(validation))
 
 
@@ -126,19 +140,23 @@ class Corpus:
 
   @functools.cached_property
   def content(self) -> str:
-    """A hash of what the documents say, in order, and of their labels, wherever the files lie and whenever they were written."""
+    """A hash of what the documents say, in order, and of their labels, wherever the files lie and
+    whenever they were written.
+    """
     digest = hashlib.blake2b(self.hashes.tobytes(), digest_size=16)
     with open(os.path.join(self.directory, 'labels.jsonl'), 'rb') as file:
       digest.update(file.read())
     return digest.hexdigest()
 
   def split(self, validation: float) -> tuple['Split', 'Split']:
-    """Training and validation documents; a document is in validation when its hash, as a fraction, is below `validation`.
+    """Training and validation documents; a document is in validation when its hash, as a fraction,
+    is below `validation`.
 
-    So a document never changes sides when others are added or removed, and copies of it are all on the same side.
+    So a document never changes sides when others are added or removed, and copies of it are all on
+    the same side.
 
-    Raises:
-      ValueError: `validation` is not in [0, 1), or (when it is above 0) one side is left without a token.
+    Raises: ValueError: `validation` is not in [0, 1), or (when it is above 0) one side is left
+      without a token.
     """
     if not 0 <= validation < 1:
       raise ValueError(f'validation={validation} must be a share of the documents in [0, 1).')
@@ -146,10 +164,14 @@ class Corpus:
     sides = Split(self, np.flatnonzero(~held)), Split(self, np.flatnonzero(held))
     if validation and not all(side.tokens_total for side in sides):
       raise ValueError(
-          f'validation={validation} leaves {len(sides[0])} documents ({sides[0].tokens_total} tokens) for training and '
-          f'{len(sides[1])} ({sides[1].tokens_total} tokens) for validation, of {len(self)}; both need some. '
-          "Cut the corpus into more documents (unit='line' or unit='block' of text files), change the share, "
-          'or set it to 0 for no validation.')
+        f'validation={validation} leaves {len(sides[0])} documents ({sides[0].tokens_total} '
+        'tokens) for training and '
+        f'{len(sides[1])} ({sides[1].tokens_total} tokens) for validation, of {len(self)}; both '
+        'need some. '
+        "Cut the corpus into more documents (unit='line' or unit='block' of text files), change "
+        'the share, '
+        'or set it to 0 for no validation.'
+      )
     return sides
 
 
@@ -169,7 +191,9 @@ class Split:
     self.lengths = np.diff(corpus.offsets)[ids]
     self.pair_lengths = np.diff(corpus.pair_offsets)[ids] if corpus.has_pairs else None
     self.bytes = int(corpus.bytes[ids].sum())
-    self.tokens_total = int(self.lengths.sum()) + (int(self.pair_lengths.sum()) if corpus.has_pairs else 0)
+    self.tokens_total = int(self.lengths.sum()) + (
+      int(self.pair_lengths.sum()) if corpus.has_pairs else 0
+    )
 
   def __len__(self) -> int:
     return len(self.ids)
@@ -180,12 +204,18 @@ class Split:
     return None if labels is None else [labels[i] for i in self.ids.tolist()]
 
   def text(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-    """[stop - start] int32 ids of a part of one text; both ends are cut to the text, as in a Python slice."""
-    return _document(self.corpus.tokens, self.corpus.offsets, self.ids[index])[start:stop].astype(np.int32)
+    """[stop - start] int32 ids of a part of one text; both ends are cut to the text, as in a Python
+    slice.
+    """
+    return _document(self.corpus.tokens, self.corpus.offsets, self.ids[index])[start:stop].astype(
+      np.int32
+    )
 
   def pair(self, index: int) -> np.ndarray:
     """[n] int32 ids of the second text, empty where the document has none."""
-    return _document(self.corpus.pair_tokens, self.corpus.pair_offsets, self.ids[index]).astype(np.int32)
+    return _document(self.corpus.pair_tokens, self.corpus.pair_offsets, self.ids[index]).astype(
+      np.int32
+    )
 
 
 class _Chunk(NamedTuple):
@@ -220,7 +250,7 @@ class _Counts:
 
 
 def _document(tokens: np.ndarray, offsets: np.ndarray, index: int) -> np.ndarray:
-  return tokens[offsets[index]:offsets[index + 1]]
+  return tokens[offsets[index] : offsets[index + 1]]
 
 
 def _threshold(validation: float) -> np.uint64:
@@ -228,7 +258,9 @@ def _threshold(validation: float) -> np.uint64:
 
 
 def _hash(document: Mapping[str, Any]) -> bytes:
-  return _digest(b'\0'.join((document['text'].encode(), (document.get('pair') or '').encode())), size=8)
+  return _digest(
+    b'\0'.join((document['text'].encode(), (document.get('pair') or '').encode())), size=8
+  )
 
 
 def _digest(data: bytes, size: int) -> bytes:
@@ -239,7 +271,9 @@ def _column(directory: str, name: str, dtype: Any) -> np.ndarray:
   path = os.path.join(directory, name)
   if not os.path.getsize(path):  # an empty file cannot be mapped
     return np.zeros(0, dtype)
-  return np.memmap(path, dtype, mode='r').view(np.ndarray)  # plain arrays slice several times faster
+  return np.memmap(path, dtype, mode='r').view(
+    np.ndarray
+  )  # plain arrays slice several times faster
 
 
 def _damage(directory: str) -> str:
@@ -250,11 +284,17 @@ def _damage(directory: str) -> str:
     found = {name: os.path.getsize(os.path.join(directory, name)) for name in sizes}
   except (FileNotFoundError, ValueError, KeyError) as error:
     return f'{type(error).__name__}: {error}'
-  return '; '.join(f'{name} has {found[name]} bytes, not {size}' for name, size in sizes.items() if found[name] != size)
+  return '; '.join(
+    f'{name} has {found[name]} bytes, not {size}'
+    for name, size in sizes.items()
+    if found[name] != size
+  )
 
 
 def _build(source: Source, tokenizer: Tokenizer, final: str, workers: int) -> None:
-  """Tokenizes into a sibling directory and renames it to `final`; leaves nothing behind when that fails."""
+  """Tokenizes into a sibling directory and renames it to `final`; leaves nothing behind when that
+  fails.
+  """
   partial = f'{final}.building-{socket.gethostname()}'
   shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed: its lock is ours now
   os.mkdir(partial)
@@ -266,7 +306,9 @@ def _build(source: Source, tokenizer: Tokenizer, final: str, workers: int) -> No
     if error.errno not in DISK_FULL:
       raise
     shutil.rmtree(partial)
-    raise _disk_full(error, os.path.dirname(final), counts, len(source), _dtype(tokenizer).itemsize) from error
+    raise _disk_full(
+      error, os.path.dirname(final), counts, len(source), _dtype(tokenizer).itemsize
+    ) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
@@ -275,68 +317,113 @@ def _rename(partial: str, final: str) -> None:
   try:
     os.rename(partial, final)
   except OSError:
-    # Locks do not reach across hosts on every shared disk: another host may have finished the same corpus meanwhile.
+    # Locks do not reach across hosts on every shared disk: another host may have finished the same
+    # corpus meanwhile.
     if not os.path.isdir(final) or _damage(final):
       raise
 
 
-def _disk_full(error: OSError, directory: str, counts: _Counts, documents: int, itemsize: int) -> OSError:
-  each = ((counts.tokens + counts.pair_tokens) * itemsize + counts.documents * 32) / max(counts.documents, 1)
-  return OSError(error.errno, f'{error.strerror} while the token cache was written to {directory}: it needs about '
-                 f'{int(each * documents)} bytes, {shutil.disk_usage(directory).free} are free now that the unfinished build is '
-                 'removed. Make room, or set config.data.cache to a directory on another disk')
+def _disk_full(
+  error: OSError, directory: str, counts: _Counts, documents: int, itemsize: int
+) -> OSError:
+  each = ((counts.tokens + counts.pair_tokens) * itemsize + counts.documents * 32) / max(
+    counts.documents, 1
+  )
+  return OSError(
+    error.errno,
+    f'{error.strerror} while the token cache was written to {directory}: it needs about '
+    f'{int(each * documents)} bytes, {shutil.disk_usage(directory).free} are free now that the '
+    'unfinished build is '
+    'removed. Make room, or set config.data.cache to a directory on another disk',
+  )
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
   return np.min_scalar_type(tokenizer.vocab_size - 1)
 
 
-def _write(source: Source, tokenizer: Tokenizer, directory: str, workers: int, counts: _Counts) -> None:
+def _write(
+  source: Source, tokenizer: Tokenizer, directory: str, workers: int, counts: _Counts
+) -> None:
   """Tokenizes all documents into the files of `directory`, the description last."""
   began = time.monotonic()
-  names = ('tokens.bin', 'offsets.bin', 'pair_tokens.bin', 'pair_offsets.bin', 'hashes.bin', 'bytes.bin', 'labels.jsonl')
+  names = (
+    'tokens.bin',
+    'offsets.bin',
+    'pair_tokens.bin',
+    'pair_offsets.bin',
+    'hashes.bin',
+    'bytes.bin',
+    'labels.jsonl',
+  )
   with contextlib.ExitStack() as stack:
     files = {name: stack.enter_context(open(os.path.join(directory, name), 'wb')) for name in names}
     for name in ('offsets.bin', 'pair_offsets.bin'):
       files[name].write(np.zeros(1, np.int64).tobytes())
     for chunk in _shown(_chunks(source, tokenizer, workers), len(source), counts):
-      ends = counts.tokens + np.cumsum(chunk.lengths), counts.pair_tokens + np.cumsum(chunk.pair_lengths)
+      ends = (
+        counts.tokens + np.cumsum(chunk.lengths),
+        counts.pair_tokens + np.cumsum(chunk.pair_lengths),
+      )
       labels = ''.join(json.dumps(label) + '\n' for label in chunk.labels).encode()
       counts.add(chunk)
       columns = chunk.tokens, ends[0], chunk.pair_tokens, ends[1], chunk.hashes, chunk.bytes
       for name, data in zip(names, [c.tobytes() for c in columns] + [labels], strict=True):
         files[name].write(data)
   if not counts.tokens + counts.pair_tokens:
-    raise ValueError(f'empty corpus: {counts.documents} documents with {counts.bytes} bytes of text hold no token; '
-                     'check what config.data points at.')
+    raise ValueError(
+      f'empty corpus: {counts.documents} documents with {counts.bytes} bytes of text hold no '
+      'token; '
+      'check what config.data points at.'
+    )
   if not counts.has_labels:
     open(os.path.join(directory, 'labels.jsonl'), 'wb').close()
   meta = dict(
-      format=FORMAT, documents=counts.documents, tokens=counts.tokens + counts.pair_tokens, bytes=counts.bytes,
-      dtype=_dtype(tokenizer).name, has_pairs=counts.has_pairs, has_labels=counts.has_labels,
-      files={name: os.path.getsize(os.path.join(directory, name)) for name in names})
+    format=FORMAT,
+    documents=counts.documents,
+    tokens=counts.tokens + counts.pair_tokens,
+    bytes=counts.bytes,
+    dtype=_dtype(tokenizer).name,
+    has_pairs=counts.has_pairs,
+    has_labels=counts.has_labels,
+    files={name: os.path.getsize(os.path.join(directory, name)) for name in names},
+  )
   with open(os.path.join(directory, 'meta.json'), 'w') as file:
     json.dump(meta, file, indent=2)
   seconds = time.monotonic() - began
-  logging.info('Tokenized %d documents: %d tokens of %d bytes in %.1f s, %.0f tokens/s.',
-               counts.documents, meta['tokens'], counts.bytes, seconds, meta['tokens'] / seconds)
+  logging.info(
+    'Tokenized %d documents: %d tokens of %d bytes in %.1f s, %.0f tokens/s.',
+    counts.documents,
+    meta['tokens'],
+    counts.bytes,
+    seconds,
+    meta['tokens'] / seconds,
+  )
 
 
 def _shown(chunks: Iterator[_Chunk], documents: int, counts: _Counts) -> Iterator[_Chunk]:
-  """The same chunks, with a progress bar on a terminal and a log line now and then where there is none."""
+  """The same chunks, with a progress bar on a terminal and a log line now and then where there is
+  none.
+  """
   logged = time.monotonic()
-  with tqdm.tqdm(total=documents, desc='tokenizing', unit='doc', disable=not sys.stderr.isatty()) as bar:
+  with tqdm.tqdm(
+    total=documents, desc='tokenizing', unit='doc', disable=not sys.stderr.isatty()
+  ) as bar:
     for chunk in chunks:
       yield chunk
       bar.update(len(chunk.lengths))
       bar.set_postfix_str(f'{counts.tokens:,} tokens', refresh=False)
       if bar.disable and time.monotonic() - logged > LOG_SECONDS:
         logged = time.monotonic()
-        logging.info('Tokenizing: %d of %d documents, %d tokens.', counts.documents, documents, counts.tokens)
+        logging.info(
+          'Tokenizing: %d of %d documents, %d tokens.', counts.documents, documents, counts.tokens
+        )
 
 
 def _chunks(source: Source, tokenizer: Tokenizer, workers: int) -> Iterator[_Chunk]:
-  """All documents in order, in chunks of about CHUNK_SECONDS; processes are started only when it takes longer than a moment."""
+  """All documents in order, in chunks of about CHUNK_SECONDS; processes are started only when it
+  takes longer than a moment.
+  """
   total, done, began, size = len(source), 0, time.monotonic(), 16
   if not total:
     raise ValueError('empty corpus: the source has no documents; check what config.data points at.')
@@ -349,11 +436,19 @@ def _chunks(source: Source, tokenizer: Tokenizer, workers: int) -> Iterator[_Chu
     yield from _parallel(source, tokenizer, range(done, total, size), workers)
 
 
-def _parallel(source: Source, tokenizer: Tokenizer, starts: range, workers: int) -> Iterator[_Chunk]:
-  """Chunks in order, with only a few in flight, so that one slow document cannot pile up the others in memory."""
+def _parallel(
+  source: Source, tokenizer: Tokenizer, starts: range, workers: int
+) -> Iterator[_Chunk]:
+  """Chunks in order, with only a few in flight, so that one slow document cannot pile up the others
+  in memory.
+  """
   pending: collections.deque[concurrent.futures.Future] = collections.deque()
   pool = concurrent.futures.ProcessPoolExecutor(
-      workers, multiprocessing.get_context('spawn'), initializer=_start_worker, initargs=(source, tokenizer))
+    workers,
+    multiprocessing.get_context('spawn'),
+    initializer=_start_worker,
+    initargs=(source, tokenizer),
+  )
   try:
     for start in starts:
       pending.append(pool.submit(_work, start, min(start + starts.step, starts.stop)))
@@ -362,7 +457,9 @@ def _parallel(source: Source, tokenizer: Tokenizer, starts: range, workers: int)
     while pending:
       yield pending.popleft().result()
   except concurrent.futures.BrokenExecutor as error:
-    error.add_note('A process that tokenizes was killed, most often for want of memory: fewer workers need less.')
+    error.add_note(
+      'A process that tokenizes was killed, most often for want of memory: fewer workers need less.'
+    )
     raise
   finally:
     pool.shutdown(cancel_futures=True)
@@ -396,8 +493,15 @@ def _encode(source: Source, tokenizer: Tokenizer, start: int, stop: int) -> _Chu
     labels.append(document.get('label'))
     has_pairs |= pair is not None
   return _Chunk(
-      _narrow(texts, tokenizer, start), _lengths(texts), _narrow(pairs, tokenizer, start), _lengths(pairs),
-      np.frombuffer(b''.join(hashes), np.uint64), np.asarray(sizes, np.int64), labels, has_pairs)
+    _narrow(texts, tokenizer, start),
+    _lengths(texts),
+    _narrow(pairs, tokenizer, start),
+    _lengths(pairs),
+    np.frombuffer(b''.join(hashes), np.uint64),
+    np.asarray(sizes, np.int64),
+    labels,
+    has_pairs,
+  )
 
 
 def _lengths(texts: list[Any]) -> np.ndarray:
@@ -408,6 +512,9 @@ def _narrow(texts: list[Any], tokenizer: Tokenizer, start: int) -> np.ndarray:
   """Ids end to end in the cache's type."""
   ids = np.concatenate([np.asarray(t, np.int64) for t in texts])
   if ids.size and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
-    raise ValueError(f'the tokenizer gives ids {ids.min()} to {ids.max()} in documents {start} to {start + len(texts) - 1}; '
-                     f'they must be from 0 to {tokenizer.vocab_size - 1}.')
+    raise ValueError(
+      f'the tokenizer gives ids {ids.min()} to {ids.max()} in documents {start} to '
+      f'{start + len(texts) - 1}; '
+      f'they must be from 0 to {tokenizer.vocab_size - 1}.'
+    )
   return ids.astype(_dtype(tokenizer))

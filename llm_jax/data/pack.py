@@ -1,7 +1,9 @@
-"""Which pieces of which documents share a row: plans over lengths alone, and the row that a list of pieces makes.
+"""Which pieces of which documents share a row: plans over lengths alone, and the row that a list of
+pieces makes.
 
-A plan covers every token of every document exactly once. `best_fit` is best-fit decreasing (Johnson, 1974) on documents
-cut to at most a row, as in Ding et al., 2024, "Fewer Truncations Improve Language Modeling", https://arxiv.org/abs/2404.10830.
+A plan covers every token of every document exactly once. `best_fit` is best-fit decreasing
+(Johnson, 1974) on documents cut to at most a row, as in Ding et al., 2024, "Fewer Truncations
+Improve Language Modeling", https://arxiv.org/abs/2404.10830.
 """
 
 import dataclasses
@@ -33,11 +35,19 @@ class Plan:
     """The pieces (document, start, stop) of one row, in the order in which they stand."""
     index = range(len(self))[index]
     pieces = slice(self.offsets[index], self.offsets[index + 1])
-    return list(zip(self.document[pieces].tolist(), self.start[pieces].tolist(), self.stop[pieces].tolist(), strict=True))
+    return list(
+      zip(
+        self.document[pieces].tolist(),
+        self.start[pieces].tolist(),
+        self.stop[pieces].tolist(),
+        strict=True,
+      )
+    )
 
 
 def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
-  """Lays documents one after another and cuts wherever a row is full; a row whose rest cannot hold one token is closed.
+  """Lays documents one after another and cuts wherever a row is full; a row whose rest cannot hold
+  one token is closed.
 
   Args:
     lengths: [documents] integers, tokens of each document; empty documents yield no piece.
@@ -64,11 +74,14 @@ def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
   return Plan(document, start, stop, np.append(np.flatnonzero(begins), len(document)))
 
 
-def best_fit(lengths: np.ndarray, capacity: int, overhead: int = 0, most: int | None = None) -> Plan:
-  """Cuts documents longer than a row into full rows, then puts each remaining piece, longest first, where least room is left.
+def best_fit(
+  lengths: np.ndarray, capacity: int, overhead: int = 0, most: int | None = None
+) -> Plan:
+  """Cuts documents longer than a row into full rows, then puts each remaining piece, longest first,
+  where least room is left.
 
-  Documents that fit in a row are never cut. A row takes no more than `most` pieces, if that is given; the other arguments and
-  errors are those of `windows`.
+  Documents that fit in a row are never cut. A row takes no more than `most` pieces, if that is
+  given; the other arguments and errors are those of `windows`.
   """
   plan = one_per_row(lengths, capacity, overhead)
   sizes = plan.stop - plan.start
@@ -83,7 +96,9 @@ def best_fit(lengths: np.ndarray, capacity: int, overhead: int = 0, most: int | 
 
 
 def one_per_row(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
-  """Gives each document rows of its own, as many as its length needs. Arguments and errors as for `windows`."""
+  """Gives each document rows of its own, as many as its length needs. Arguments and errors as for
+  `windows`.
+  """
   room = _room(capacity, overhead)
   lengths = np.asarray(lengths, dtype=np.int64)
   kept = np.flatnonzero(lengths)
@@ -97,15 +112,18 @@ PACKINGS = {'windows': windows, 'best_fit': best_fit, 'none': one_per_row}
 def assemble(pieces: list[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
   """Concatenates pieces into one zero-padded row.
 
-  Returns:
-    `tokens`, `segments` (k + 1 on piece k) and `positions` (from 0 in each piece), each [seq_len] int32.
+  Returns: `tokens`, `segments` (k + 1 on piece k) and `positions` (from 0 in each piece), each
+    [seq_len] int32.
 
   Raises:
     ValueError: the pieces are longer than the row.
   """
   used = sum(map(len, pieces))
   if used > seq_len:
-    raise ValueError(f'pieces of {used} tokens do not fit in a row of {seq_len}; plan them with a capacity of at most {seq_len}.')
+    raise ValueError(
+      f'pieces of {used} tokens do not fit in a row of {seq_len}; plan them with a capacity of at '
+      f'most {seq_len}.'
+    )
   row = {key: np.zeros(seq_len, dtype=np.int32) for key in ('tokens', 'segments', 'positions')}
   start = 0
   for segment, piece in enumerate(pieces, 1):
@@ -124,25 +142,32 @@ def text_places(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
     lengths: places of each text, at most `slots` of them.
     slots: G.
 
-  Returns:
-    `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0 where there is no text.
+  Returns: `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0
+    where there is no text.
   """
   row = {key: np.zeros(slots, dtype=np.int32) for key in ('text_firsts', 'text_lasts')}
   ends = np.cumsum(lengths)
-  row['text_firsts'][:len(ends)] = ends - lengths
-  row['text_lasts'][:len(ends)] = ends - 1
+  row['text_firsts'][: len(ends)] = ends - lengths
+  row['text_lasts'][: len(ends)] = ends - 1
   return row
 
 
 def _room(capacity: int, overhead: int) -> int:
   if capacity <= overhead:
-    raise ValueError(f'a row of {capacity} places has no room for a token beside the {overhead} that each piece costs; '
-                     f'config.seq_len must be at least {overhead + 1}.')
+    raise ValueError(
+      f'a row of {capacity} places has no room for a token beside the {overhead} that each piece '
+      'costs; '
+      f'config.seq_len must be at least {overhead + 1}.'
+    )
   return capacity - overhead
 
 
-def _cut(lengths: np.ndarray, kept: np.ndarray, first: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(document, start, stop) of all pieces of the documents `kept`: `first` tokens each, then `room` at a time."""
+def _cut(
+  lengths: np.ndarray, kept: np.ndarray, first: np.ndarray, room: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(document, start, stop) of all pieces of the documents `kept`: `first` tokens each, then `room`
+  at a time.
+  """
   counts = 1 - (first - lengths[kept]) // room
   document = np.repeat(kept, counts)
   first = np.repeat(first, counts)
@@ -152,7 +177,9 @@ def _cut(lengths: np.ndarray, kept: np.ndarray, first: np.ndarray, room: int) ->
 
 
 def _best_fit_decreasing(costs: np.ndarray, capacity: int, most: int | None) -> np.ndarray:
-  """[pieces] row of each piece. Rows stand in one list per free space; the bits of `spaces` say which lists hold any."""
+  """[pieces] row of each piece. Rows stand in one list per free space; the bits of `spaces` say
+  which lists hold any.
+  """
   rows, pieces = np.empty(len(costs), dtype=np.int64), [0] * len(costs)
   waiting, spaces, opened = [[] for _ in range(capacity + 1)], 0, 0
   order = np.argsort(-costs, kind='stable')

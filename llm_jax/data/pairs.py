@@ -1,6 +1,8 @@
-"""Rows of one or two texts, as BERT reads them, and the chunks of documents that such pairs are made of.
+"""Rows of one or two texts, as BERT reads them, and the chunks of documents that such pairs are
+made of.
 
-Devlin et al. 2019, "BERT", section 3.1 and appendix A.1: [CLS] A [SEP] B [SEP], token type 0 up to the first [SEP], 1 after it.
+Devlin et al. 2019, "BERT", section 3.1 and appendix A.1: [CLS] A [SEP] B [SEP], token type 0 up to
+the first [SEP], 1 after it.
 """
 
 from collections.abc import Sequence
@@ -12,7 +14,8 @@ from llm_jax.data import pack
 
 
 class Chunks:
-  """Documents cut one after the other in chunks of `size` tokens; the last chunk of a document is what is left.
+  """Documents cut one after the other in chunks of `size` tokens; the last chunk of a document is
+  what is left.
 
   Args:
     documents: the documents; empty ones have no chunk.
@@ -21,9 +24,14 @@ class Chunks:
 
   def __init__(self, documents: Documents, size: int):
     if size < 1:
-      raise ValueError(f'chunks of {size} tokens: the row has no place for text beside its special tokens; use a longer seq_len.')
+      raise ValueError(
+        f'chunks of {size} tokens: the row has no place for text beside its special tokens; use a '
+        'longer seq_len.'
+      )
     self.documents, self.size = documents, size
-    self.first = np.concatenate([[0], np.cumsum(-(-np.asarray(documents.lengths) // size))])  # first chunk of each document
+    self.first = np.concatenate(
+      [[0], np.cumsum(-(-np.asarray(documents.lengths) // size))]
+    )  # first chunk of each document
 
   def __len__(self) -> int:
     return int(self.first[-1])
@@ -36,7 +44,9 @@ class Chunks:
     """The tokens of a chunk, [n] with 1 <= n <= size."""
     document = self.document(index)
     start = (index - int(self.first[document])) * self.size
-    return self.documents.text(document, start, min(start + self.size, int(self.documents.lengths[document])))
+    return self.documents.text(
+      document, start, min(start + self.size, int(self.documents.lengths[document]))
+    )
 
   def other(self, index: int, rng: np.random.Generator) -> int:
     """A chunk drawn evenly from all chunks of the other documents than the one of chunk `index`."""
@@ -46,50 +56,62 @@ class Chunks:
     return drawn if drawn < low else drawn + high - low
 
 
-def split(tokens: np.ndarray, short_rate: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts a chunk in two texts at a random place, each with at least one token (the second is empty for a chunk of one).
+def split(
+  tokens: np.ndarray, short_rate: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+  """Cuts a chunk in two texts at a random place, each with at least one token (the second is empty
+  for a chunk of one).
 
-  Args:
-    tokens: [n] ids.
-    short_rate: how often the chunk is first shortened to a random length from 2 on (BERT's short_seq_prob).
-    rng: where the randomness comes from.
+  Args: tokens: [n] ids. short_rate: how often the chunk is first shortened to a random length from
+    2 on (BERT's short_seq_prob). rng: where the randomness comes from.
   """
   if len(tokens) < 2:
     return tokens, tokens[:0]
   if rng.random() < short_rate:
-    tokens = tokens[:rng.integers(2, len(tokens) + 1)]
+    tokens = tokens[: rng.integers(2, len(tokens) + 1)]
   cut = rng.integers(1, len(tokens))
   return tokens[:cut], tokens[cut:]
 
 
-def row(first: np.ndarray, second: np.ndarray | None, seq_len: int, begin: int, between: int, end: int) -> dict[str, np.ndarray]:
+def row(
+  first: np.ndarray, second: np.ndarray | None, seq_len: int, begin: int, between: int, end: int
+) -> dict[str, np.ndarray]:
   """The row of one text, or of one pair; arguments, result and errors as for `packed`."""
   return packed([(first, second)], seq_len, begin, between, end)
 
 
-def packed(texts: Sequence[tuple[np.ndarray, np.ndarray | None]], seq_len: int, begin: int, between: int, end: int,
-           slots: int = 0) -> dict[str, np.ndarray]:
-  """Lays out texts one after another in a row padded with zeros, each a segment of its own with positions from 0.
+def packed(
+  texts: Sequence[tuple[np.ndarray, np.ndarray | None]],
+  seq_len: int,
+  begin: int,
+  between: int,
+  end: int,
+  slots: int = 0,
+) -> dict[str, np.ndarray]:
+  """Lays out texts one after another in a row padded with zeros, each a segment of its own with
+  positions from 0.
 
-  Args:
-    texts: ids of a text and None, which becomes `begin first end`; or of a pair, `begin first between second end`.
-    seq_len: T, at least the sum over all texts of n + 2 for one of n ids, or n + m + 3 for a pair.
-    begin: id before a text.
-    between: id between the two texts of a pair, of the first one's token type.
-    end: id after a text or a pair.
-    slots: G, at least as many as there are texts; 0 where nobody asks where each of them stands.
+  Args: texts: ids of a text and None, which becomes `begin first end`; or of a pair, `begin first
+    between second end`. seq_len: T, at least the sum over all texts of n + 2 for one of n ids, or n
+    + m + 3 for a pair. begin: id before a text. between: id between the two texts of a pair, of the
+    first one's token type. end: id after a text or a pair. slots: G, at least as many as there are
+    texts; 0 where nobody asks where each of them stands.
 
-  Returns:
-    tokens, segments, positions and token_types, each [T] int32; with slots also text_firsts and text_lasts, each [G] int32.
+  Returns: tokens, segments, positions and token_types, each [T] int32; with slots also text_firsts
+    and text_lasts, each [G] int32.
 
   Raises:
     ValueError: the texts are longer than the row.
   """
-  pieces = [np.concatenate([[begin], first, [end]] if second is None else [[begin], first, [between], second, [end]])
-            for first, second in texts]
+  pieces = [
+    np.concatenate(
+      [[begin], first, [end]] if second is None else [[begin], first, [between], second, [end]]
+    )
+    for first, second in texts
+  ]
   lengths = [len(piece) for piece in pieces]
   example = pack.assemble(pieces, seq_len) | {'token_types': np.zeros(seq_len, np.int32)}
   for stop, (_, second) in zip(np.cumsum(lengths), texts, strict=True):
     if second is not None:
-      example['token_types'][stop - len(second) - 1:stop] = 1
+      example['token_types'][stop - len(second) - 1 : stop] = 1
   return example | (pack.text_places(lengths, slots) if slots else {})

@@ -1,6 +1,8 @@
-"""From tokenized documents to batches: an endless, shuffled, weighted stream whose example i is a pure function of (seed, i).
+"""From tokenized documents to batches: an endless, shuffled, weighted stream whose example i is a
+pure function of (seed, i).
 
-Nothing here has state but an index: hosts, threads and restarts change who computes an example and when, never what it is.
+Nothing here has state but an index: hosts, threads and restarts change who computes an example and
+  when, never what it is.
 """
 
 import collections
@@ -20,16 +22,28 @@ from absl import logging
 from llm_jax.core.contracts import Documents, Objective, Rows
 
 Example = dict[str, np.ndarray]
-_TRAIN, _VALIDATION, _CHOICE, _SHUFFLE = 1, 2, 3, 4  # uses of the seed; the last and above: one a corpus
+_TRAIN, _VALIDATION, _CHOICE, _SHUFFLE = (
+  1,
+  2,
+  3,
+  4,
+)  # uses of the seed; the last and above: one a corpus
 
 
-def train_examples(splits: Sequence[Documents], weights: Sequence[float], objective: Objective, seq_len: int, seed: int,
-                   batch_size: int) -> grain.MapDataset:
+def train_examples(
+  splits: Sequence[Documents],
+  weights: Sequence[float],
+  objective: Objective,
+  seq_len: int,
+  seed: int,
+  batch_size: int,
+) -> grain.MapDataset:
   """The endless training stream.
 
-  Each corpus is laid out in rows by the objective, shuffled anew each epoch, and repeated; the corpora are interleaved so
-  that the first n examples hold n * share of each, give or take fewer than there are corpora. What an objective draws
-  (masking, say) depends on (seed, i), so that a row looks different each time it comes.
+  Each corpus is laid out in rows by the objective, shuffled anew each epoch, and repeated; the
+  corpora are interleaved so that the first n examples hold n * share of each, give or take fewer
+  than there are corpora. What an objective draws (masking, say) depends on (seed, i), so that a row
+  looks different each time it comes.
 
   Args:
     splits: training documents of each corpus.
@@ -42,23 +56,29 @@ def train_examples(splits: Sequence[Documents], weights: Sequence[float], object
   Returns:
     Dataset of length sys.maxsize; element i is a dict of arrays, a row of the batch.
 
-  Raises:
-    ValueError: weights that are not positive or not one a corpus, a negative seed, fewer rows than a batch in all corpora
+  Raises: ValueError: weights that are not positive or not one a corpus, a negative seed, fewer rows
+    than a batch in all corpora
       together or none in one of them.
   """
   shares = _shares(weights, len(splits))
   rows = [objective.rows(split, seq_len) for split in splits]
   _check_rows([len(r) for r in rows], batch_size, seq_len)
   streams = [
-      grain.MapDataset.range(len(r)).shuffle(seed=_derive(seed, _SHUFFLE + corpus)).repeat().map(functools.partial(_tag, corpus))
-      for corpus, r in enumerate(rows)]
+    grain.MapDataset.range(len(r))
+    .shuffle(seed=_derive(seed, _SHUFFLE + corpus))
+    .repeat()
+    .map(functools.partial(_tag, corpus))
+    for corpus, r in enumerate(rows)
+  ]
   chosen = grain.MapDataset.select_from_datasets(streams, _Interleaved(shares))
   return chosen.random_map(functools.partial(_example, rows, objective), seed=_derive(seed, _TRAIN))
 
 
-def validation_examples(splits: Sequence[Documents], objective: Objective, seq_len: int, seed: int, limit: int = 0
-                        ) -> grain.MapDataset:
-  """The validation set: finite, always in the same order and with the same random draws for a row, whatever the limit.
+def validation_examples(
+  splits: Sequence[Documents], objective: Objective, seq_len: int, seed: int, limit: int = 0
+) -> grain.MapDataset:
+  """The validation set: finite, always in the same order and with the same random draws for a row,
+  whatever the limit.
 
   Args:
     splits: validation documents of each corpus.
@@ -73,32 +93,47 @@ def validation_examples(splits: Sequence[Documents], objective: Objective, seq_l
   if limit < 0:
     raise ValueError(f'limit={limit} must be a number of validation rows, or 0 for all of them.')
   rows = [objective.rows(split, seq_len) for split in splits]
-  tags = [grain.MapDataset.range(len(r)).map(functools.partial(_tag, corpus)) for corpus, r in enumerate(rows)]
+  tags = [
+    grain.MapDataset.range(len(r)).map(functools.partial(_tag, corpus))
+    for corpus, r in enumerate(rows)
+  ]
   total = sum(map(len, rows))
   if not total:
-    raise ValueError(f'the validation documents give no row of seq_len={seq_len}; hold out a larger share of the corpus.')
+    raise ValueError(
+      f'the validation documents give no row of seq_len={seq_len}; hold out a larger share of the '
+      'corpus.'
+    )
   examples = grain.MapDataset.concatenate(tags).random_map(
-      functools.partial(_example, rows, objective), seed=_derive(seed, _VALIDATION))
+    functools.partial(_example, rows, objective), seed=_derive(seed, _VALIDATION)
+  )
   if not 0 < limit < total:
     return examples
-  chosen = np.sort(np.random.default_rng(_derive(seed, _CHOICE)).choice(total, limit, replace=False))
+  chosen = np.sort(
+    np.random.default_rng(_derive(seed, _CHOICE)).choice(total, limit, replace=False)
+  )
   return grain.MapDataset.source(chosen.tolist()).map(examples.__getitem__)
 
 
-def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: Sequence[int] | None = None, threads: int = 1,
-            put: Callable[[Example], Any] | None = None) -> Iterator[Any]:
-  """This host's rows of each global batch, from example `start` on, forever; made ahead of need by threads.
+def batches(
+  examples: grain.MapDataset,
+  batch_size: int,
+  start: int = 0,
+  rows: Sequence[int] | None = None,
+  threads: int = 1,
+  put: Callable[[Example], Any] | None = None,
+) -> Iterator[Any]:
+  """This host's rows of each global batch, from example `start` on, forever; made ahead of need by
+  threads.
 
-  Global batch s holds examples `start + s * batch_size` and following. Close the iterator (`.close()`) to stop the threads; an
-  exception in a transform, or in `put`, is raised by the `next` that wants its batch.
+  Global batch s holds examples `start + s * batch_size` and following. Close the iterator
+  (`.close()`) to stop the threads; an exception in a transform, or in `put`, is raised by the
+  `next` that wants its batch.
 
-  Args:
-    examples: an endless stream.
-    batch_size: rows of the global batch.
-    start: examples consumed before, any number.
-    rows: which rows of the global batch to make, in this order (`hosts.rows`); None for all.
-    threads: that make batches; they share Python's lock, so more than one only helps where reading waits for a disk.
-    put: what the threads do with a batch last (`Program.put`: it is on the devices before it is asked for); None for nothing.
+  Args: examples: an endless stream. batch_size: rows of the global batch. start: examples consumed
+    before, any number. rows: which rows of the global batch to make, in this order (`hosts.rows`);
+    None for all. threads: that make batches; they share Python's lock, so more than one only helps
+    where reading waits for a disk. put: what the threads do with a batch last (`Program.put`: it is
+    on the devices before it is asked for); None for nothing.
 
   Yields:
     Arrays with a leading axis as long as `rows`, or what `put` made of them.
@@ -110,11 +145,14 @@ def batches(examples: grain.MapDataset, batch_size: int, start: int = 0, rows: S
   if start < 0:
     raise ValueError(f'start={start} must be the number of examples consumed before, 0 or more.')
   load = _loader(examples, rows)
-  return _ahead((lambda first: put(load(first))) if put else load, itertools.count(start, batch_size), threads)
+  return _ahead(
+    (lambda first: put(load(first))) if put else load, itertools.count(start, batch_size), threads
+  )
 
 
-def padded_batches(examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None, threads: int = 1
-                   ) -> Iterator[Example]:
+def padded_batches(
+  examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None, threads: int = 1
+) -> Iterator[Example]:
   """This host's rows of each global batch of a finite set, once; rows of zeros fill up the last.
 
   Arguments, shapes and errors as for `batches`; every host yields the same number of batches.
@@ -122,15 +160,17 @@ def padded_batches(examples: grain.MapDataset, batch_size: int, rows: Sequence[i
   rows = _checked_rows(batch_size, rows)
   total = len(examples)
   empty = {key: np.zeros_like(value) for key, value in examples[0].items()}
-  load = lambda first: _stack([examples[first + row] if first + row < total else empty for row in rows])
+  load = lambda first: _stack(
+    [examples[first + row] if first + row < total else empty for row in rows]
+  )
   return _ahead(load, range(0, total, batch_size), threads)
 
 
 class _Interleaved(grain.transforms.DatasetSelectionMap):
   """Example i -> (corpus, index in it), by whole-number shares and without rounding.
 
-  `grain.MapDataset.mix` rounds weights to a hundredth of the smallest. Corpus 0 has ceil(n * share / total) of the first n
-  examples; the others divide what it leaves in the same way.
+  `grain.MapDataset.mix` rounds weights to a hundredth of the smallest. Corpus 0 has ceil(n * share
+  / total) of the first n examples; the others divide what it leaves in the same way.
   """
 
   def __init__(self, shares: Sequence[int]):
@@ -152,9 +192,13 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
 def _shares(weights: Sequence[float], corpora: int) -> list[int]:
   """Whole numbers in the ratio of the weights as they are written in decimals."""
   if len(weights) != corpora or not corpora:
-    raise ValueError(f'{len(weights)} weights {list(weights)} for {corpora} corpora; give one for each.')
+    raise ValueError(
+      f'{len(weights)} weights {list(weights)} for {corpora} corpora; give one for each.'
+    )
   if not all(0 < w < math.inf for w in weights):
-    raise ValueError(f'weights={list(weights)} must be positive numbers; leave out a corpus that is not wanted.')
+    raise ValueError(
+      f'weights={list(weights)} must be positive numbers; leave out a corpus that is not wanted.'
+    )
   exact = [fractions.Fraction(repr(float(w))) for w in weights]
   scale = math.lcm(*(w.denominator for w in exact))
   return [int(w * scale) for w in exact]
@@ -163,16 +207,27 @@ def _shares(weights: Sequence[float], corpora: int) -> list[int]:
 def _check_rows(counts: Sequence[int], batch_size: int, seq_len: int) -> None:
   if min(counts) == 0 or sum(counts) < batch_size:
     raise ValueError(
-        f'the training documents give {" + ".join(map(str, counts))} rows of seq_len={seq_len}; every corpus needs one, and '
-        f'batch_size={batch_size} needs as many in all. Lower config.batch_size or config.seq_len, hold out less for validation, '
-        'or add text.')
+      f'the training documents give {" + ".join(map(str, counts))} rows of seq_len={seq_len}; '
+      'every corpus needs one, and '
+      f'batch_size={batch_size} needs as many in all. Lower config.batch_size or config.seq_len, '
+      'hold out less for validation, '
+      'or add text.'
+    )
   for corpus, count in enumerate(counts):
-    logging.info('Training corpus %d: %d rows of %d tokens, %.1f batches of %d an epoch.',
-                 corpus, count, seq_len, count / batch_size, batch_size)
+    logging.info(
+      'Training corpus %d: %d rows of %d tokens, %.1f batches of %d an epoch.',
+      corpus,
+      count,
+      seq_len,
+      count / batch_size,
+      batch_size,
+    )
 
 
 def _derive(seed: int, stream: int) -> int:
-  """A 32-bit seed for one use of `seed`: neighbouring seeds, epochs (grain counts them up from it) and uses stay unrelated."""
+  """A 32-bit seed for one use of `seed`: neighbouring seeds, epochs (grain counts them up from it)
+  and uses stay unrelated.
+  """
   if seed < 0:
     raise ValueError(f'seed={seed} must not be negative.')
   return int(np.random.SeedSequence((stream, seed)).generate_state(1)[0])
@@ -182,7 +237,9 @@ def _tag(corpus: int, row: int) -> tuple[int, int]:
   return corpus, row
 
 
-def _example(rows: Sequence[Rows], objective: Objective, place: tuple[int, int], rng: np.random.Generator) -> Example:
+def _example(
+  rows: Sequence[Rows], objective: Objective, place: tuple[int, int], rng: np.random.Generator
+) -> Example:
   corpus, row = place
   return objective.transform(rows[corpus].example(row, rng), rng)
 
@@ -206,8 +263,10 @@ def _stack(rows: Sequence[Example]) -> Example:
   keys = rows[0].keys()
   for row in rows:
     if row.keys() != keys:
-      raise ValueError(f'rows of one batch hold different arrays, {sorted(keys)} and {sorted(row)}; '
-                       'an objective must give every row the same, with a weight of 0 where one does not count.')
+      raise ValueError(
+        f'rows of one batch hold different arrays, {sorted(keys)} and {sorted(row)}; '
+        'an objective must give every row the same, with a weight of 0 where one does not count.'
+      )
   return {key: np.stack([row[key] for row in rows]) for key in keys}
 
 

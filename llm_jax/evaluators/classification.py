@@ -10,25 +10,29 @@ from llm_jax.core.contracts import Batch
 from llm_jax.core.contracts import Objective as Classifier
 
 
-def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch],
-             objective: Classifier) -> tuple[dict[str, float], str]:
+def evaluate(
+  predict_step: Callable[[Batch], Mapping[str, Any]],
+  batches: Iterable[Batch],
+  objective: Classifier,
+) -> tuple[dict[str, float], str]:
   """Scores predictions against labels, text by text; those of label_weight 0 are left out.
 
-  Args:
-    predict_step: this host's rows of a batch -> what `objective.predict` gives for all hosts' rows, [B, G, ...], with the rows'
+  Args: predict_step: this host's rows of a batch -> what `objective.predict` gives for all hosts'
+    rows, [B, G, ...], with the rows'
       `label` and `label_weight`.
     batches: this host's rows of the validation set.
     objective: a `classify` objective (of a mix, that part).
 
-  Returns:
-    Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the classes that occur), mcc.
-    Multilabel: accuracy (all classes of a text right), micro_f1, macro_f1. Regression: pearson, spearman, mse; a correlation
-    with constant values is NaN.
+  Returns: Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the
+    classes that occur), mcc. Multilabel: accuracy (all classes of a text right), micro_f1,
+    macro_f1. Regression: pearson, spearman, mse; a correlation with constant values is NaN.
 
   Raises:
     ValueError: no text has a label.
   """
-  predicted, labels = _gather(predict_step, batches, 'values' if objective.task == 'regression' else 'probabilities')
+  predicted, labels = _gather(
+    predict_step, batches, 'values' if objective.task == 'regression' else 'probabilities'
+  )
   if objective.task == 'regression':
     return _regression(predicted, labels)
   if objective.task == 'multilabel':
@@ -36,8 +40,12 @@ def evaluate(predict_step: Callable[[Batch], Mapping[str, Any]], batches: Iterab
   return _classes(np.argmax(predicted, -1), labels, objective.classes)
 
 
-def _gather(predict_step: Callable, batches: Iterable[Batch], key: str) -> tuple[np.ndarray, np.ndarray]:
-  """Predictions and labels of the texts that count, [texts, ...]; slots are many, so that no batch's stay longer than needed."""
+def _gather(
+  predict_step: Callable, batches: Iterable[Batch], key: str
+) -> tuple[np.ndarray, np.ndarray]:
+  """Predictions and labels of the texts that count, [texts, ...]; slots are many, so that no
+  batch's stay longer than needed.
+  """
   kept, waiting = [], None
   for batch in batches:
     rows = predict_step(batch)
@@ -45,8 +53,10 @@ def _gather(predict_step: Callable, batches: Iterable[Batch], key: str) -> tuple
     waiting = rows
   kept += _labelled(waiting, key)
   if not sum(len(label) for _, label in kept):
-    raise ValueError('no text of the validation set has a label; give labels, or raise config.data.validation or '
-                     'config.evaluation.rows.')
+    raise ValueError(
+      'no text of the validation set has a label; give labels, or raise config.data.validation or '
+      'config.evaluation.rows.'
+    )
   return np.concatenate([p for p, _ in kept]), np.concatenate([label for _, label in kept])
 
 
@@ -57,36 +67,59 @@ def _labelled(rows: Mapping[str, Any] | None, key: str) -> list[tuple[np.ndarray
   return [(np.asarray(predicted)[weight > 0], np.asarray(label)[weight > 0])]
 
 
-def _classes(predicted_B: np.ndarray, labels_B: np.ndarray, classes: tuple[str, ...]) -> tuple[dict[str, float], str]:
+def _classes(
+  predicted_B: np.ndarray, labels_B: np.ndarray, classes: tuple[str, ...]
+) -> tuple[dict[str, float], str]:
   from sklearn import metrics
+
   present = np.union1d(predicted_B, labels_B)
   scores = {
-      'accuracy': float(metrics.accuracy_score(labels_B, predicted_B)),
-      'macro_f1': float(metrics.f1_score(labels_B, predicted_B, labels=present, average='macro', zero_division=0)),
-      'mcc': float(metrics.matthews_corrcoef(labels_B, predicted_B)),
+    'accuracy': float(metrics.accuracy_score(labels_B, predicted_B)),
+    'macro_f1': float(
+      metrics.f1_score(labels_B, predicted_B, labels=present, average='macro', zero_division=0)
+    ),
+    'mcc': float(metrics.matthews_corrcoef(labels_B, predicted_B)),
   }
-  return scores, metrics.classification_report(labels_B, predicted_B, labels=present, target_names=[classes[i] for i in present],
-                                               digits=4, zero_division=0)
+  return scores, metrics.classification_report(
+    labels_B,
+    predicted_B,
+    labels=present,
+    target_names=[classes[i] for i in present],
+    digits=4,
+    zero_division=0,
+  )
 
 
-def _multilabel(predicted_BC: np.ndarray, labels_BC: np.ndarray, classes: tuple[str, ...]) -> tuple[dict[str, float], str]:
+def _multilabel(
+  predicted_BC: np.ndarray, labels_BC: np.ndarray, classes: tuple[str, ...]
+) -> tuple[dict[str, float], str]:
   from sklearn import metrics
-  if len(classes) == 1:  # scikit-learn takes a single column for one label a row, and then refuses its report
+
+  if (
+    len(classes) == 1
+  ):  # scikit-learn takes a single column for one label a row, and then refuses its report
     f1 = float(metrics.f1_score(labels_BC[:, 0], predicted_BC[:, 0], zero_division=0))
     scores = {'accuracy': float(np.mean(predicted_BC == labels_BC)), 'micro_f1': f1, 'macro_f1': f1}
     return scores, f'{classes[0]}: f1 {f1:.4f} over {len(labels_BC)} rows'
   scores = {
-      'accuracy': float(metrics.accuracy_score(labels_BC, predicted_BC)),
-      'micro_f1': float(metrics.f1_score(labels_BC, predicted_BC, average='micro', zero_division=0)),
-      'macro_f1': float(metrics.f1_score(labels_BC, predicted_BC, average='macro', zero_division=0)),
+    'accuracy': float(metrics.accuracy_score(labels_BC, predicted_BC)),
+    'micro_f1': float(metrics.f1_score(labels_BC, predicted_BC, average='micro', zero_division=0)),
+    'macro_f1': float(metrics.f1_score(labels_BC, predicted_BC, average='macro', zero_division=0)),
   }
-  return scores, metrics.classification_report(labels_BC, predicted_BC, target_names=list(classes), digits=4, zero_division=0)
+  return scores, metrics.classification_report(
+    labels_BC, predicted_BC, target_names=list(classes), digits=4, zero_division=0
+  )
 
 
 def _regression(predicted_B: np.ndarray, labels_B: np.ndarray) -> tuple[dict[str, float], str]:
   from scipy import stats
+
   predicted_B, labels_B = predicted_B.astype(np.float64), labels_B.astype(np.float64)
-  scores = {'pearson': float('nan'), 'spearman': float('nan'), 'mse': float(np.mean((predicted_B - labels_B) ** 2))}
+  scores = {
+    'pearson': float('nan'),
+    'spearman': float('nan'),
+    'mse': float(np.mean((predicted_B - labels_B) ** 2)),
+  }
   if np.ptp(predicted_B) > 0 and np.ptp(labels_B) > 0:
     scores['pearson'] = float(stats.pearsonr(predicted_B, labels_B).statistic)
     scores['spearman'] = float(stats.spearmanr(predicted_B, labels_B).statistic)

@@ -1,8 +1,12 @@
-"""What a family of Hugging Face's models is to ours: its config.json as our options, its tensors as our parameters.
+"""What a family of Hugging Face's models is to ours: its config.json as our options, its tensors as
+our parameters.
 
-A model's module declares the families that it can hold in `HF`, as data; `hf` reads and writes folders by them. Their tensors are
-ours with other names and axes: linear weights lie [out, in], heads are not an axis of their own, queries, keys and values may be
-one matrix. `Tensor` says so by letters, and the same view of their array is read on the way in and filled on the way out.
+A model's module declares the families that it can hold in `HF`, as data; `hf` reads and writes
+folders by them. Their tensors are
+ours with other names and axes: linear weights lie [out, in], heads are not an axis of their own,
+  queries, keys and values may be
+one matrix. `Tensor` says so by letters, and the same view of their array is read on the way in and
+filled on the way out.
 """
 
 import dataclasses
@@ -13,17 +17,57 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-ACTIVATIONS = {'gelu': 'gelu', 'gelu_python': 'gelu', 'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh',
-               'gelu_fast': 'gelu_tanh', 'relu': 'relu', 'silu': 'silu', 'swish': 'silu'}
-NUMBERS = ('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_dim', 'max_len', 'positions', 'position_offset',
-           'rope_theta', 'rope_local_theta', 'rope_scaling', 'token_types', 'embedding_norm', 'norm', 'norm_order', 'norm_bias',
-           'norm_eps', 'bias', 'qkv_bias', 'qk_norm', 'activation', 'gated', 'window', 'global_every', 'tied')
-"""Options that decide what a model computes; the others say how it is initialised, trained or run."""
+ACTIVATIONS = {
+  'gelu': 'gelu',
+  'gelu_python': 'gelu',
+  'gelu_new': 'gelu_tanh',
+  'gelu_pytorch_tanh': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
+  'relu': 'relu',
+  'silu': 'silu',
+  'swish': 'silu',
+}
+NUMBERS = (
+  'vocab_size',
+  'dim',
+  'layers',
+  'heads',
+  'kv_heads',
+  'head_dim',
+  'mlp_dim',
+  'max_len',
+  'positions',
+  'position_offset',
+  'rope_theta',
+  'rope_local_theta',
+  'rope_scaling',
+  'token_types',
+  'embedding_norm',
+  'norm',
+  'norm_order',
+  'norm_bias',
+  'norm_eps',
+  'bias',
+  'qkv_bias',
+  'qk_norm',
+  'activation',
+  'gated',
+  'window',
+  'global_every',
+  'tied',
+)
+"""Options that decide what a model computes; the others say how it is initialised, trained or run.
+"""
 LINEAR = ('OI->IO', 'O->O')  # axes of a weight and of its bias
 HEADS_OUT = ('(NH)D->DNH', '(NH)->NH')
 HEADS_IN = ('D(NH)->NHD', 'D->D')
-_ALWAYS = {'quantization_config': None, 'is_encoder_decoder': False, 'is_decoder': False, 'add_cross_attention': False,
-           'pruned_heads': {}}
+_ALWAYS = {
+  'quantization_config': None,
+  'is_encoder_decoder': False,
+  'is_decoder': False,
+  'add_cross_attention': False,
+  'pruned_heads': {},
+}
 _MOST_LAYERS = 10_000  # so that a damaged number is an error and not a list of that length
 TOKEN, OUTPUT = 'model/embedder/token/embedding', 'model/output/kernel'
 _FIRST, _STACKED = 'model/stack/first/', 'model/stack/layers/'
@@ -33,9 +77,9 @@ _FIRST, _STACKED = 'model/stack/first/', 'model/stack/layers/'
 class Tensor:
   """One tensor of theirs, and the parameter or parameters of ours that it is.
 
-  Attributes:
-    name: theirs, without the prefix of the model's body; {} is the number of a layer.
-    axes: 'theirs->ours', a letter an axis; letters in brackets are one axis of theirs; S cuts theirs into equal parts, one for
+  Attributes: name: theirs, without the prefix of the model's body; {} is the number of a layer.
+    axes: 'theirs->ours', a letter an axis; letters in brackets are one axis of theirs; S cuts
+    theirs into equal parts, one for
       each path.
     paths: ours; where the name has {}, within a layer.
     beside: a head that must be there too, for this to be the place of the parameter; None: none.
@@ -54,10 +98,15 @@ class Tensor:
   def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
     """Their shape, by the shape of one of ours."""
     sizes = self._sizes(ours)
-    return tuple(math.prod(sizes[letter] for letter in axis.strip('()')) for axis in re.findall(r'\(\w+\)|\w', self._theirs))
+    return tuple(
+      math.prod(sizes[letter] for letter in axis.strip('()'))
+      for axis in re.findall(r'\(\w+\)|\w', self._theirs)
+    )
 
   def part(self, theirs: np.ndarray, path: str, ours: Sequence[int]) -> np.ndarray:
-    """The view of their array that is the parameter `path`, of shape `ours`; what is assigned to it stands in theirs."""
+    """The view of their array that is the parameter `path`, of shape `ours`; what is assigned to it
+    stands in theirs.
+    """
     sizes, letters = self._sizes(ours), re.sub(r'[()]', '', self._theirs)
     x = theirs.reshape([sizes[letter] for letter in letters])
     if 'S' in letters:
@@ -105,14 +154,16 @@ class Rule:
 class Family:
   """One `model_type`.
 
-  Attributes:
-    prefix: before the names of the body's tensors, in all classes but the last of `classes`.
-    fields: key of their config.json -> (our option, type or table of values[, default]). Without a default the key must be there;
-      a default of None allows null. Sizes (int) are at least 1. Keys that are one option must agree, if it is one of `NUMBERS`.
+  Attributes: prefix: before the names of the body's tensors, in all classes but the last of
+    `classes`. fields: key of their config.json -> (our option, type or table of values[, default]).
+    Without a default the key must be there;
+      a default of None allows null. Sizes (int) are at least 1. Keys that are one option must
+      agree, if it is one of `NUMBERS`.
     options: what the family fixes of ours.
     body: tensors under the prefix.
     heads: the other tensors; where two are one parameter, the first that fits is taken.
-    classes: their classes, the most special first, and the heads that each holds; 'vocabulary' is a decoder's projection.
+    classes: their classes, the most special first, and the heads that each holds; 'vocabulary' is a
+      decoder's projection.
     fixed: key -> (the value that it must have, what it is where it is left out).
     rules: the options that are not one field each.
     copies: other names of a tensor; both may be there, and are equal.
@@ -136,7 +187,9 @@ class Family:
     Raises:
       ValueError: a key that is missing or of the wrong type, or a value that our model cannot do.
     """
-    for key, (wanted, left_out) in ({key: (value, value) for key, value in _ALWAYS.items()} | dict(self.fixed)).items():
+    for key, (wanted, left_out) in (
+      {key: (value, value) for key, value in _ALWAYS.items()} | dict(self.fixed)
+    ).items():
       found = config.get(key, left_out)
       if found != wanted and (found or wanted):
         said = '' if key in config else ' (what it is where it is left out)'
@@ -145,7 +198,9 @@ class Family:
     for key, (option, kind, *default) in self.fields.items():
       value = field(config, key, kind, *default)
       if options.setdefault(option, value) != value and option in NUMBERS:
-        raise ValueError(f'{key}={value!r} cannot be done here together with {option}={options[option]!r}.')
+        raise ValueError(
+          f'{key}={value!r} cannot be done here together with {option}={options[option]!r}.'
+        )
     if options['layers'] > _MOST_LAYERS:
       raise ValueError(f'{options["layers"]} layers cannot be; at most {_MOST_LAYERS}.')
     for rule in self.rules:
@@ -153,17 +208,25 @@ class Family:
     return options
 
   def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json from options as `values` gives them; whether `read` gives the same again is for the caller to see."""
+    """A config.json from options as `values` gives them; whether `read` gives the same again is for
+    the caller to see.
+    """
     config = {key: wanted for key, (wanted, _) in self.fixed.items()}
     for key, (option, kind, *_) in self.fields.items():
       value = options.get(option)
-      config[key] = next((name for name, ours in kind.items() if ours == value), value) if isinstance(kind, Mapping) else value
+      config[key] = (
+        next((name for name, ours in kind.items() if ours == value), value)
+        if isinstance(kind, Mapping)
+        else value
+      )
     for rule in self.rules:
       config |= rule.write(options)
     return config
 
   def places(self, params: Mapping[str, Any]) -> dict[str, list[Place]]:
-    """Every place of each parameter, the most special first; `params` are all of the network, by path, with their shapes."""
+    """Every place of each parameter, the most special first; `params` are all of the network, by
+    path, with their shapes.
+    """
     parents = {path.split('/')[0] for path in params}
     tensors: dict[str, list[Tensor]] = {}
     for tensor in (*self.heads, *self.body):
@@ -171,12 +234,21 @@ class Family:
         for path in tensor.paths:
           tensors.setdefault(path, []).append(tensor)
     first = any(path.startswith(_FIRST) for path in params)
-    period = len({path.removeprefix(_STACKED).split('/')[0] for path in params if path.startswith(_STACKED)})
+    period = len(
+      {path.removeprefix(_STACKED).split('/')[0] for path in params if path.startswith(_STACKED)}
+    )
     found = {}
     for path, leaf in params.items():
       inner, layers = _layers(path, leaf, first, period)
-      found[path] = [Place(tensor, inner, tuple(tensor.name.format(i) for i in layers or (0,)), path.startswith(_STACKED))
-                     for tensor in tensors.get(inner, ())]
+      found[path] = [
+        Place(
+          tensor,
+          inner,
+          tuple(tensor.name.format(i) for i in layers or (0,)),
+          path.startswith(_STACKED),
+        )
+        for tensor in tensors.get(inner, ())
+      ]
     return found
 
   def tied(self, config: Mapping[str, Any]) -> bool:
@@ -184,7 +256,8 @@ class Family:
     return bool(config.get('tie_word_embeddings', self.fields['tie_word_embeddings'][2]))
 
   def canonical(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """The names of a folder's tensors by what they are called here: without prefix, norms' old `gamma` and `beta` as today.
+    """The names of a folder's tensors by what they are called here: without prefix, norms' old
+    `gamma` and `beta` as today.
 
     Raises:
       ValueError: two names of one tensor.
@@ -192,21 +265,31 @@ class Family:
     there: dict[str, str] = {}
     for name in names:
       short = name.removeprefix(self.prefix)
-      for old, new in (('LayerNorm.gamma', 'LayerNorm.weight'), ('LayerNorm.beta', 'LayerNorm.bias')):
+      for old, new in (
+        ('LayerNorm.gamma', 'LayerNorm.weight'),
+        ('LayerNorm.beta', 'LayerNorm.bias'),
+      ):
         short = short.removesuffix(old) + new if short.endswith(old) else short
       if short in there:
         raise ValueError(f'{there[short]!r} and {name!r} are two names of the same tensor.')
       there[short] = name
     for copy, name in self.equal(config).items():
-      # Where the projection is not tied, neither is its bias, and that of the projection is the one that counts.
-      if copy in there and (name not in there or (copy.endswith('.bias') and not self.tied(config))):
+      # Where the projection is not tied, neither is its bias, and that of the projection is the one
+      # that counts.
+      if copy in there and (
+        name not in there or (copy.endswith('.bias') and not self.tied(config))
+      ):
         there[name] = there.pop(copy)
     return there
 
   def equal(self, config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of tensors that are others under a second name, and the others'; a tied projection among them."""
-    table, projection = (next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
-                         for path in (TOKEN, OUTPUT))
+    """Names of tensors that are others under a second name, and the others'; a tied projection
+    among them.
+    """
+    table, projection = (
+      next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
+      for path in (TOKEN, OUTPUT)
+    )
     return {**self.copies} | ({projection: table} if self.tied(config) else {})
 
   def within_layers(self, name: str) -> bool:
@@ -217,7 +300,11 @@ class Family:
 
 def values(model: Any) -> dict[str, Any]:
   """All options of a model, with what is left open filled in."""
-  options = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in ('parent', 'name')}
+  options = {
+    f.name: getattr(model, f.name)
+    for f in dataclasses.fields(model)
+    if f.name not in ('parent', 'name')
+  }
   options['head_dim'] = model.options.head_dim
   options['kv_heads'] = options['kv_heads'] or options['heads']
   options['qkv_bias'] = options['bias'] if options['qkv_bias'] is None else options['qkv_bias']
@@ -225,13 +312,19 @@ def values(model: Any) -> dict[str, Any]:
 
 
 def differences(model: Any, other: Any) -> list[str]:
-  """The options by which two models compute different things, as the first has them: 'norm="rmsnorm"'."""
+  """The options by which two models compute different things, as the first has them:
+  'norm="rmsnorm"'.
+  """
   mine, theirs = (_relevant(values(each)) for each in (model, other))
-  return [f'{name}={mine[name]!r}' for name in mine if name in theirs and mine[name] != theirs[name]]
+  return [
+    f'{name}={mine[name]!r}' for name in mine if name in theirs and mine[name] != theirs[name]
+  ]
 
 
 def field(config: Mapping[str, Any], key: str, kind: Any, *default: Any) -> Any:
-  """The value of a key as `kind` (int, float, bool, or a table of allowed values) wants it; ValueError where it is not."""
+  """The value of a key as `kind` (int, float, bool, or a table of allowed values) wants it;
+  ValueError where it is not.
+  """
   if key not in config and not default:
     raise ValueError(f'{key} is missing.')
   value = config.get(key, *default)
@@ -247,7 +340,11 @@ def field(config: Mapping[str, Any], key: str, kind: Any, *default: Any) -> Any:
     return value
   if kind is float and type(value) in (int, float) and 0 <= value < math.inf:
     return float(value)
-  wanted = {bool: 'true or false', int: 'a whole number, at least 1', float: 'a number, at least 0'}[kind]
+  wanted = {
+    bool: 'true or false',
+    int: 'a whole number, at least 1',
+    float: 'a number, at least 0',
+  }[kind]
   raise ValueError(f'{key}={value!r} must be {wanted}.')
 
 
@@ -256,15 +353,22 @@ def table(name: str, path: str) -> tuple[Tensor, ...]:
   return (Tensor(f'{name}.weight', 'VD->VD', (f'{path}/embedding',)),)
 
 
-def linear(name: str, *paths: str, axes: tuple[str, str] = LINEAR, beside: str | None = None) -> tuple[Tensor, ...]:
+def linear(
+  name: str, *paths: str, axes: tuple[str, str] = LINEAR, beside: str | None = None
+) -> tuple[Tensor, ...]:
   """Weight and bias of their layer `name`, which is one linear layer of ours, or several."""
-  return tuple(Tensor(f'{name}.{theirs}', letters, tuple(f'{path}/{ours}' for path in paths), beside)
-               for theirs, ours, letters in zip(('weight', 'bias'), ('kernel', 'bias'), axes, strict=True))
+  return tuple(
+    Tensor(f'{name}.{theirs}', letters, tuple(f'{path}/{ours}' for path in paths), beside)
+    for theirs, ours, letters in zip(('weight', 'bias'), ('kernel', 'bias'), axes, strict=True)
+  )
 
 
 def norm(name: str, path: str) -> tuple[Tensor, ...]:
   """Weight and bias of their norm `name`."""
-  return (Tensor(f'{name}.weight', 'D->D', (f'{path}/scale',)), Tensor(f'{name}.bias', 'D->D', (f'{path}/bias',)))
+  return (
+    Tensor(f'{name}.weight', 'D->D', (f'{path}/scale',)),
+    Tensor(f'{name}.bias', 'D->D', (f'{path}/bias',)),
+  )
 
 
 def bias(name: str, path: str) -> tuple[Tensor, ...]:
@@ -278,14 +382,15 @@ def vocabulary(name: str) -> tuple[Tensor, ...]:
 
 
 def rope(config: Mapping[str, Any], theta: Any) -> tuple[float, tuple[float, ...] | None]:
-  """Base and scaling of rotary positions, in the spelling of transformers 5 (`rope_parameters`) or 4 (`rope_scaling`).
+  """Base and scaling of rotary positions, in the spelling of transformers 5 (`rope_parameters`) or
+  4 (`rope_scaling`).
 
   Args:
     config: with these keys.
     theta: the base where they do not say it.
 
-  Raises:
-    ValueError: a kind of rotation other than 'default', 'linear' and 'llama3', or a part of the dimensions only.
+  Raises: ValueError: a kind of rotation other than 'default', 'linear' and 'llama3', or a part of
+    the dimensions only.
   """
   said = config.get('rope_parameters') or config.get('rope_scaling') or {}
   if not isinstance(said, dict):
@@ -304,8 +409,17 @@ def rope(config: Mapping[str, Any], theta: Any) -> tuple[float, tuple[float, ...
     scaling = (number('factor'),)
   elif kind == 'llama3':
     key = 'original_max_position_embeddings'
-    length = field({key: config.get('max_position_embeddings')} | {k: config[k] for k in config if k == key} | said, key, int)
-    scaling = (*(number(key) for key in ('factor', 'low_freq_factor', 'high_freq_factor')), float(length))
+    length = field(
+      {key: config.get('max_position_embeddings')}
+      | {k: config[k] for k in config if k == key}
+      | said,
+      key,
+      int,
+    )
+    scaling = (
+      *(number(key) for key in ('factor', 'low_freq_factor', 'high_freq_factor')),
+      float(length),
+    )
   else:
     raise ValueError(f'rope_type={kind!r} cannot be done here; known: default, linear, llama3.')
   if scaling[0] < 1:
@@ -338,7 +452,9 @@ def _relevant(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(path: str, leaf: Any, first: bool, period: int) -> tuple[str, Sequence[int]]:
-  """The name of a parameter within its layer, and the numbers of the layers that it is stacked of (see `layers.Stack`)."""
+  """The name of a parameter within its layer, and the numbers of the layers that it is stacked of
+  (see `layers.Stack`).
+  """
   if path.startswith(_FIRST):
     return path.removeprefix(_FIRST), (0,)
   if not path.startswith(_STACKED):

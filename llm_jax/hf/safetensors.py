@@ -1,12 +1,14 @@
-"""The safetensors format: named arrays in one file, or in several with an index. Reading executes nothing, unlike pickle.
+"""The safetensors format: named arrays in one file, or in several with an index. Reading executes
+nothing, unlike pickle.
 
-A file is 8 bytes, the length N of the header as little-endian integer; N bytes of JSON, {name: {"dtype", "shape",
-"data_offsets"}} and "__metadata__" (a dictionary of strings); then the arrays, little-endian, row-major, one after the other
-without holes.
-A folder holds `model.safetensors`, or shards named by the "weight_map" of `model.safetensors.index.json`.
-(Format: huggingface.co/docs/safetensors.)
+A file is 8 bytes, the length N of the header as little-endian integer; N bytes of JSON, {name:
+{"dtype", "shape", "data_offsets"}} and "__metadata__" (a dictionary of strings); then the arrays,
+little-endian, row-major, one after the other without holes. A folder holds `model.safetensors`, or
+shards named by the "weight_map" of `model.safetensors.index.json`. (Format:
+huggingface.co/docs/safetensors.)
 
-What a header says is checked before anything of it is used; a wrong one is a ValueError that names the file.
+What a header says is checked before anything of it is used; a wrong one is a ValueError that names
+the file.
 """
 
 import collections
@@ -21,10 +23,26 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-DTYPES = {name: np.dtype(dtype) for name, dtype in {
-    'F64': '<f8', 'F32': '<f4', 'F16': '<f2', 'BF16': ml_dtypes.bfloat16, 'F8_E4M3': ml_dtypes.float8_e4m3fn,
-    'F8_E5M2': ml_dtypes.float8_e5m2, 'I64': '<i8', 'I32': '<i4', 'I16': '<i2', 'I8': 'i1', 'U64': '<u8', 'U32': '<u4',
-    'U16': '<u2', 'U8': 'u1', 'BOOL': '?'}.items()}
+DTYPES = {
+  name: np.dtype(dtype)
+  for name, dtype in {
+    'F64': '<f8',
+    'F32': '<f4',
+    'F16': '<f2',
+    'BF16': ml_dtypes.bfloat16,
+    'F8_E4M3': ml_dtypes.float8_e4m3fn,
+    'F8_E5M2': ml_dtypes.float8_e5m2,
+    'I64': '<i8',
+    'I32': '<i4',
+    'I16': '<i2',
+    'I8': 'i1',
+    'U64': '<u8',
+    'U32': '<u4',
+    'U16': '<u2',
+    'U8': 'u1',
+    'BOOL': '?',
+  }.items()
+}
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
 SHARD_BYTES = 5 * 10**9
 _LONGEST_HEADER = 10**8  # bytes, as in the reference implementation
@@ -65,7 +83,11 @@ class Tensors:
     """The array `name`, read-only and memory-mapped: it takes no memory of its own."""
     entry = self._entries[name]
     count = math.prod(entry.shape)
-    flat = np.frombuffer(entry.data, entry.dtype, count, entry.start) if count else np.zeros(0, entry.dtype)
+    flat = (
+      np.frombuffer(entry.data, entry.dtype, count, entry.start)
+      if count
+      else np.zeros(0, entry.dtype)
+    )
     return flat.reshape(entry.shape)
 
 
@@ -79,17 +101,26 @@ def read(path: str) -> Tensors:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), 'little')
     if size < 8 or length > size - 8:
-      raise ValueError(f'{path}: the file ends within its header ({size} bytes); it was cut off, fetch it again.')
+      raise ValueError(
+        f'{path}: the file ends within its header ({size} bytes); it was cut off, fetch it again.'
+      )
     if length > _LONGEST_HEADER:
-      raise ValueError(f'{path}: a header of {length} bytes is longer than the format allows, {_LONGEST_HEADER}.')
+      raise ValueError(
+        f'{path}: a header of {length} bytes is longer than the format allows, {_LONGEST_HEADER}.'
+      )
     header = _header(path, file.read(length))
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
   entries = {name: _entry(path, name, said, data, 8 + length) for name, said in header.items()}
   end = 8 + length
-  for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, math.prod(item[1].shape))):
+  for name, entry in sorted(
+    entries.items(), key=lambda item: (item[1].start, math.prod(item[1].shape))
+  ):
     if entry.start != end:
-      raise ValueError(f'{path}: the bytes of {name!r} {"overlap those before" if entry.start < end else "leave a hole before"}; '
-                       'the header is wrong.')
+      raise ValueError(
+        f'{path}: the bytes of {name!r} '
+        f'{"overlap those before" if entry.start < end else "leave a hole before"}; '
+        'the header is wrong.'
+      )
     end += math.prod(entry.shape) * entry.dtype.itemsize
   if end != size:
     said = 'it was cut off, fetch it again' if end > size else 'the header is wrong'
@@ -100,8 +131,8 @@ def read(path: str) -> Tensors:
 def read_folder(directory: str) -> Tensors:
   """The arrays of a folder, from `model.safetensors` or from the shards that its index names.
 
-  Raises:
-    ValueError: neither is there; a shard is missing, or does not hold what the index says; whatever `read` raises.
+  Raises: ValueError: neither is there; a shard is missing, or does not hold what the index says;
+    whatever `read` raises.
   """
   single, index = (os.path.join(directory, name) for name in (SINGLE, INDEX))
   if os.path.exists(single):
@@ -141,7 +172,11 @@ def write(path: str, tensors: Shapes, produce: Callable[[str], np.ndarray]) -> N
   end = 0
   for name, (dtype, shape) in tensors.items():
     start, end = end, end + _bytes(dtype, shape)
-    header[name] = {'dtype': codes[np.dtype(dtype)], 'shape': list(shape), 'data_offsets': [start, end]}
+    header[name] = {
+      'dtype': codes[np.dtype(dtype)],
+      'shape': list(shape),
+      'data_offsets': [start, end],
+    }
   text = json.dumps(header, separators=(',', ':')).encode()
   text += b' ' * (-len(text) % 8)
   partial = f'{path}.partial'
@@ -151,8 +186,10 @@ def write(path: str, tensors: Shapes, produce: Callable[[str], np.ndarray]) -> N
       for name, (dtype, shape) in tensors.items():
         array = produce(name)
         if array.dtype != dtype or array.shape != tuple(shape):
-          raise ValueError(f'{path}: {name!r} was announced as {np.dtype(dtype)}{list(shape)} and became '
-                           f'{array.dtype}{list(array.shape)}.')
+          raise ValueError(
+            f'{path}: {name!r} was announced as {np.dtype(dtype)}{list(shape)} and became '
+            f'{array.dtype}{list(array.shape)}.'
+          )
         file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
       file.flush()
       os.fsync(file.fileno())
@@ -163,8 +200,15 @@ def write(path: str, tensors: Shapes, produce: Callable[[str], np.ndarray]) -> N
     raise
 
 
-def write_folder(directory: str, tensors: Shapes, produce: Callable[[str], np.ndarray], shard_bytes: int = SHARD_BYTES) -> None:
-  """Writes `model.safetensors`, or shards of at most `shard_bytes` (but for larger arrays) and their index, the index last."""
+def write_folder(
+  directory: str,
+  tensors: Shapes,
+  produce: Callable[[str], np.ndarray],
+  shard_bytes: int = SHARD_BYTES,
+) -> None:
+  """Writes `model.safetensors`, or shards of at most `shard_bytes` (but for larger arrays) and
+  their index, the index last.
+  """
   shards: list[dict[str, Any]] = [{}]
   held = 0
   for name, (dtype, shape) in tensors.items():
@@ -180,14 +224,18 @@ def write_folder(directory: str, tensors: Shapes, produce: Callable[[str], np.nd
   files = [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
   for file, shard in zip(files, shards, strict=True):
     write(os.path.join(directory, file), shard, produce)
-  index = {'metadata': {'total_size': sum(_bytes(*said) for said in tensors.values())},
-           'weight_map': {name: file for file, shard in zip(files, shards, strict=True) for name in shard}}
+  index = {
+    'metadata': {'total_size': sum(_bytes(*said) for said in tensors.values())},
+    'weight_map': {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
+  }
   with open(os.path.join(directory, INDEX), 'w') as file:
     json.dump(index, file, indent=2)
 
 
 def read_json(path: str) -> Any:
-  """What a JSON file holds; a ValueError that names the file where it is broken, or says a name twice."""
+  """What a JSON file holds; a ValueError that names the file where it is broken, or says a name
+  twice.
+  """
   with open(path, 'rb') as file:
     return _parse(path, file.read())
 
@@ -197,7 +245,9 @@ def _header(path: str, text: bytes) -> dict[str, Any]:
     raise ValueError(f'{path}: the header does not begin with {{; this is no safetensors file.')
   header = _parse(path, text)
   metadata = header.pop('__metadata__', {})
-  if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+  if not isinstance(metadata, dict) or not all(
+    isinstance(value, str) for value in metadata.values()
+  ):
     raise ValueError(f'{path}: __metadata__ in the header must be a dictionary of strings.')
   return header
 
@@ -225,14 +275,21 @@ def _entry(path: str, name: str, said: Any, data: mmap.mmap, offset: int) -> Ent
   if not isinstance(said, dict) or set(said) != {'dtype', 'shape', 'data_offsets'}:
     raise ValueError(f'{where} must have dtype, shape and data_offsets.')
   if not isinstance(said['dtype'], str) or said['dtype'] not in DTYPES:
-    raise ValueError(f'{where} has the type {said["dtype"]!r}, which is not known; known: {", ".join(DTYPES)}.')
+    raise ValueError(
+      f'{where} has the type {said["dtype"]!r}, which is not known; known: {", ".join(DTYPES)}.'
+    )
   shape, offsets = said['shape'], said['data_offsets']
   for numbers in (shape, offsets):
     if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-      raise ValueError(f'{where}: shape and data_offsets must be lists of whole numbers, not {numbers!r}.')
+      raise ValueError(
+        f'{where}: shape and data_offsets must be lists of whole numbers, not {numbers!r}.'
+      )
   dtype = DTYPES[said['dtype']]
   if len(offsets) != 2 or offsets[1] - offsets[0] != _bytes(dtype, shape):
-    raise ValueError(f'{where}: {said["dtype"]}{shape} takes {_bytes(dtype, shape)} bytes, and data_offsets={offsets}.')
+    raise ValueError(
+      f'{where}: {said["dtype"]}{shape} takes {_bytes(dtype, shape)} bytes, and '
+      f'data_offsets={offsets}.'
+    )
   if len(shape) > 32:
     raise ValueError(f'{where} has {len(shape)} dimensions; at most 32 can be read.')
   return Entry(dtype, tuple(shape), path, data, offset + offsets[0])
@@ -241,11 +298,17 @@ def _entry(path: str, name: str, said: Any, data: mmap.mmap, offset: int) -> Ent
 def _weight_map(index: str) -> dict[str, str]:
   said = read_json(index)
   where = said.get('weight_map') if isinstance(said, dict) else None
-  if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
+  if (
+    not isinstance(where, dict)
+    or not where
+    or not all(isinstance(file, str) for file in where.values())
+  ):
     raise ValueError(f'{index} must have a "weight_map" that gives the file of each array.')
   for file in where.values():
     if os.path.basename(file) != file or not file.endswith('.safetensors'):
-      raise ValueError(f'{index}: the shard {file!r} must be a .safetensors file of the same folder.')
+      raise ValueError(
+        f'{index}: the shard {file!r} must be a .safetensors file of the same folder.'
+      )
   return where
 
 

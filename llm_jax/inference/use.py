@@ -1,4 +1,6 @@
-"""What a trained model is for besides going on: its numbers on a validation set, its answers to new texts, its export."""
+"""What a trained model is for besides going on: its numbers on a validation set, its answers to new
+texts, its export.
+"""
 
 import concurrent.futures
 import dataclasses
@@ -28,8 +30,13 @@ from llm_jax.training import corpora as prepare
 from llm_jax.training import evaluation as scores
 
 # Our task -> what Hugging Face calls it in config.json.
-PROBLEMS = {'regression': 'regression', 'multilabel': 'multi_label_classification', 'multiclass': 'single_label_classification'}
-# Texts that predict lays out together: at least so many, and of so many batches if each had a row of its own.
+PROBLEMS = {
+  'regression': 'regression',
+  'multilabel': 'multi_label_classification',
+  'multiclass': 'single_label_classification',
+}
+# Texts that predict lays out together: at least so many, and of so many batches if each had a row
+# of its own.
 LEAST_BLOCK, BLOCK_BATCHES = 4096, 64
 
 
@@ -45,16 +52,19 @@ class Opened:
 def open_model(workdir: pathlib.Path | None, given: Config | None = None) -> Opened:
   """Opens what `config.init_from` names, or else the run in the workdir.
 
-  Args:
-    workdir: of a run; None where the config names a folder.
-    given: a config. Where it names no folder, its data, evaluation and batch size go before the run's own.
+  Args: workdir: of a run; None where the config names a folder. given: a config. Where it names no
+    folder, its data, evaluation and batch size go before the run's own.
 
   Raises:
     ValueError: no such run or folder, or a tokenizer that does not belong to it.
   """
   if given is not None and given.init_from:
     tokenizer = pretrained.load_tokenizer(given)
-    return Opened(pathlib.Path(given.init_from), build.resolve(given, tokenizer.vocab_size, build.class_names(given)), tokenizer)
+    return Opened(
+      pathlib.Path(given.init_from),
+      build.resolve(given, tokenizer.vocab_size, build.class_names(given)),
+      tokenizer,
+    )
   config = runs.read_config(workdir)
   if given is not None:
     config = _with_data_of(given, config)
@@ -78,7 +88,9 @@ def load_params(program: Program, origin: pathlib.Path, heads: bool = True) -> A
     logging.info('%s has no %s.', origin, ', '.join(sorted(missing)))
   elif loaded.new:
     raise ValueError(f'{origin} lacks parameters that this needs:\n  ' + '\n  '.join(loaded.new))
-  logging.info('Parameters of %s%s.', origin, '' if loaded.step is None else f', step {loaded.step}')
+  logging.info(
+    'Parameters of %s%s.', origin, '' if loaded.step is None else f', step {loaded.step}'
+  )
   if loaded.unused:
     logging.info('Not used: %s.', ', '.join(loaded.unused))
   return tree.nest(loaded.params)
@@ -92,18 +104,24 @@ def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple
 
 
 def texts(source: pathlib.Path, field: str) -> Source:
-  """The texts of one file: .jsonl, in the field of that name; or .txt, a text a line, lines of white space left out.
+  """The texts of one file: .jsonl, in the field of that name; or .txt, a text a line, lines of
+  white space left out.
 
   Raises:
     ValueError: no such file.
   """
   if source.suffix not in ('.jsonl', '.txt') or not source.is_file():
     raise ValueError(f'--input={source} must be a .jsonl or .txt file that exists.')
-  return jsonl.Source(str(source), field) if source.suffix == '.jsonl' else text.Source(str(source), unit='line')
+  return (
+    jsonl.Source(str(source), field)
+    if source.suffix == '.jsonl'
+    else text.Source(str(source), unit='line')
+  )
 
 
 def evaluate(opened: Opened, workdir: pathlib.Path | None = None) -> dict[str, float]:
-  """Prints, and writes to `eval.json` in the workdir, a model's numbers on a validation set; data.validation=0: on all documents.
+  """Prints, and writes to `eval.json` in the workdir, a model's numbers on a validation set;
+  data.validation=0: on all documents.
 
   Args:
     opened: the model, and in its config the data.
@@ -116,7 +134,9 @@ def evaluate(opened: Opened, workdir: pathlib.Path | None = None) -> dict[str, f
   documents = prepare.documents(config, tokenizer)
   chosen = documents.validation if config.data['validation'] else documents.train
   objective = build.create_objective(config, tokenizer)
-  examples = pipeline.validation_examples(chosen, objective, config.seq_len, config.seed, config.evaluation.rows)
+  examples = pipeline.validation_examples(
+    chosen, objective, config.seq_len, config.seed, config.evaluation.rows
+  )
   program = build.build(dataclasses.replace(config, micro_batches=1), tokenizer, examples[0])
   params = load_params(program, opened.origin)
   values = scores.scores(program, params, examples, workdir and workdir / 'eval_report.txt')
@@ -125,15 +145,21 @@ def evaluate(opened: Opened, workdir: pathlib.Path | None = None) -> dict[str, f
     for name, value in values.items():
       print(f'{name:>24} {value:.6g}')
     if workdir:
-      (workdir / 'eval.json').write_text(json.dumps({'model': str(opened.origin), 'data': config.data} | values, indent=2))
+      (workdir / 'eval.json').write_text(
+        json.dumps({'model': str(opened.origin), 'data': config.data} | values, indent=2)
+      )
   return values
 
 
 def _with_data_of(given: Config, config: Config) -> Config:
   if (given.data.get('pair') is None) != (config.data.get('pair') is None):
-    raise ValueError(f'the run read config.data.pair={config.data.get("pair")!r}, and is to be evaluated on '
-                     f'config.data.pair={given.data.get("pair")!r}; both need pairs, or neither.')
-  chosen = dataclasses.replace(config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size)
+    raise ValueError(
+      f'the run read config.data.pair={config.data.get("pair")!r}, and is to be evaluated on '
+      f'config.data.pair={given.data.get("pair")!r}; both need pairs, or neither.'
+    )
+  chosen = dataclasses.replace(
+    config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size
+  )
   for line in sum(config_lib.differences(chosen, given), []):
     logging.info('as in the run, not as in --config: %s', line)
   return chosen
@@ -146,63 +172,96 @@ def export(opened: Opened, target: pathlib.Path) -> None:
     opened: a run or a Hugging Face folder.
     target: a folder that is empty or not there yet.
 
-  Raises:
-    ValueError: a model that none of their architectures holds, parameters that are missing, a folder that holds something.
+  Raises: ValueError: a model that none of their architectures holds, parameters that are missing, a
+    folder that holds something.
   """
   config = dataclasses.replace(opened.config, micro_batches=1)
   program = build.outline(config, jax.devices(), opened.tokenizer)
   params, model = load_params(program, opened.origin, heads=False), program.network.model
-  tokenizer = functools.partial(opened.tokenizer.export, causal=model.causal, max_len=model.max_len,
-                                token_types=getattr(model, 'token_types', 0) > 1)
-  ids = {f'{name}_token_id': getattr(opened.tokenizer, f'{name}_id') for name in ('pad', 'bos', 'eos')[:3 if model.causal else 1]}
+  tokenizer = functools.partial(
+    opened.tokenizer.export,
+    causal=model.causal,
+    max_len=model.max_len,
+    token_types=getattr(model, 'token_types', 0) > 1,
+  )
+  ids = {
+    f'{name}_token_id': getattr(opened.tokenizer, f'{name}_id')
+    for name in ('pad', 'bos', 'eos')[: 3 if model.causal else 1]
+  }
   task = PROBLEMS.get(getattr(program.objective.predictor, 'task', None))
-  hf.save(str(target), pretrained.families(), config.model['name'], model, params, classes=build.class_names(config),
-          extra=ids | {'problem_type': task}, also=tokenizer)
+  hf.save(
+    str(target),
+    pretrained.families(),
+    config.model['name'],
+    model,
+    params,
+    classes=build.class_names(config),
+    extra=ids | {'problem_type': task},
+    also=tokenizer,
+  )
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
 
 
 def predict(opened: Opened, source: pathlib.Path, target: pathlib.Path) -> None:
   """Labels the texts of a jsonl file: each line again, with the prediction in it.
 
-  The text stands in the field that the run was trained on (`text` by default), the second of a pair likewise. A field that the
-  prediction brings too (`label`, say) is kept as `input_label`.
+  The text stands in the field that the run was trained on (`text` by default), the second of a pair
+  likewise. A field that the prediction brings too (`label`, say) is kept as `input_label`.
 
   Args:
     opened: a model whose objective is, or contains, `classify`.
     source: the lines.
     target: written whole or not at all.
 
-  Raises:
-    ValueError: no such run, an objective that predicts no labels, a line that is not as it should be.
+  Raises: ValueError: no such run, an objective that predicts no labels, a line that is not as it
+    should be.
   """
   if source.suffix != '.jsonl' or not source.is_file():
     raise ValueError(f'--input={source} must be one .jsonl file that exists.')
   if target.is_dir() or not target.absolute().parent.is_dir():
     raise ValueError(f'--output={target} must be a file in a folder that exists.')
   tokenizer = opened.tokenizer
-  config = dataclasses.replace(opened.config, objective=build.predictor_section(opened.config), micro_batches=1)
+  config = dataclasses.replace(
+    opened.config, objective=build.predictor_section(opened.config), micro_batches=1
+  )
   objective = build.create_objective(config, tokenizer)
   lines = jsonl.Source(str(source), config.data.get('text') or 'text', config.data.get('pair'))
-  blocks = _blocks(lines, tokenizer, objective, config.seq_len, max(LEAST_BLOCK, BLOCK_BATCHES * config.batch_size))
+  blocks = _blocks(
+    lines, tokenizer, objective, config.seq_len, max(LEAST_BLOCK, BLOCK_BATCHES * config.batch_size)
+  )
   first = next(blocks)
   program = build.build(config, tokenizer, first[0])
   predict = scores.predictions(program, load_params(program, opened.origin), ())
-  answered = ((block, _answers(program, predict, block)) for block in itertools.chain([first], blocks))
+  answered = (
+    (block, _answers(program, predict, block)) for block in itertools.chain([first], blocks)
+  )
   if not hosts.primary():
     for _ in answered:  # the devices of all processes are needed for each
       pass
     return
   partial, cut = target.with_name(f'{target.name}.partial'), 0
-  with open(source, encoding='utf-8-sig', newline='\n') as given, open(partial, 'w', encoding='utf-8') as file:
+  with (
+    open(source, encoding='utf-8-sig', newline='\n') as given,
+    open(partial, 'w', encoding='utf-8') as file,
+  ):
     unread = filter(str.strip, given)
     for block, answers in answered:
       cut += block.rows.cut
       for answer in answers:
-        file.write(json.dumps(_merged(json.loads(next(unread)), objective.describe(answer)), ensure_ascii=False) + '\n')
+        file.write(
+          json.dumps(
+            _merged(json.loads(next(unread)), objective.describe(answer)), ensure_ascii=False
+          )
+          + '\n'
+        )
   partial.rename(target)
   if cut:
-    logging.warning('%d of %d texts are longer than seq_len=%d allows; their ends were not read.', cut, len(lines),
-                    config.seq_len)
+    logging.warning(
+      '%d of %d texts are longer than seq_len=%d allows; their ends were not read.',
+      cut,
+      len(lines),
+      config.seq_len,
+    )
   logging.info('%d predictions in %s.', len(lines), target)
 
 
@@ -211,15 +270,23 @@ def _merged(line: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Block:
-  """Some texts after one another in a source, tokenized: documents without labels; and as a sequence, their rows."""
+  """Some texts after one another in a source, tokenized: documents without labels; and as a
+  sequence, their rows.
+  """
 
   labels = None
 
-  def __init__(self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, objective: Any, seq_len: int):
+  def __init__(
+    self, texts: Sequence[Mapping[str, str]], tokenizer: Tokenizer, objective: Any, seq_len: int
+  ):
     self._first = [tokenizer.encode(text['text']) for text in texts]
-    self._second = [tokenizer.encode(text['pair']) for text in texts] if 'pair' in texts[0] else None
+    self._second = (
+      [tokenizer.encode(text['pair']) for text in texts] if 'pair' in texts[0] else None
+    )
     self.ids, self.lengths = np.arange(len(texts)), np.array([len(ids) for ids in self._first])
-    self.pair_lengths = None if self._second is None else np.array([len(ids) for ids in self._second])
+    self.pair_lengths = (
+      None if self._second is None else np.array([len(ids) for ids in self._second])
+    )
     self.rows = objective.encode(self, seq_len)
 
   def text(self, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -235,9 +302,15 @@ class _Block:
     return self.rows.example(index, np.random.default_rng(0))
 
 
-def _blocks(source: Source, tokenizer: Tokenizer, objective: Any, seq_len: int, size: int) -> Iterator[_Block]:
-  """The texts of a source, `size` at a time: few enough for any memory, many enough to fill rows; made ahead by a thread."""
-  load = lambda first: _Block([source[i] for i in range(first, min(first + size, len(source)))], tokenizer, objective, seq_len)
+def _blocks(
+  source: Source, tokenizer: Tokenizer, objective: Any, seq_len: int, size: int
+) -> Iterator[_Block]:
+  """The texts of a source, `size` at a time: few enough for any memory, many enough to fill rows;
+  made ahead by a thread.
+  """
+  load = lambda first: _Block(
+    [source[i] for i in range(first, min(first + size, len(source)))], tokenizer, objective, seq_len
+  )
   with concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='texts') as pool:
     waiting = pool.submit(load, 0)
     for start in range(size, len(source), size):
@@ -251,7 +324,9 @@ def _answers(program: Program, predict: Any, block: _Block) -> list[dict[str, np
   answers: list[Any] = [None] * len(block.ids)
   row = 0
   for batch in map(jax.device_get, map(predict, scores.batches(program, block))):
-    for index in range(row, min(row + program.config.batch_size, len(block))):  # the last batch is filled up
+    for index in range(
+      row, min(row + program.config.batch_size, len(block))
+    ):  # the last batch is filled up
       for slot, number in enumerate(block.rows.texts(index)):
         answers[number] = {key: values[index - row, slot] for key, values in batch.items()}
     row += program.config.batch_size

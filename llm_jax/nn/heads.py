@@ -1,4 +1,6 @@
-"""Heads: hidden states to what one objective reads from them. Each takes the model's `options` for types and sizes."""
+"""Heads: hidden states to what one objective reads from them. Each takes the model's `options` for
+types and sizes.
+"""
 
 import flax.linen as nn
 import jax
@@ -8,7 +10,9 @@ from llm_jax.core.contracts import Batch
 from llm_jax.nn.layers import ACTIVATIONS, Linear, Norm, Options, drop, parameter
 
 POOLS = {'cls': 'text_firsts', 'mean': None, 'last': 'text_lasts'}
-"""Where one vector a text comes from, and the array of a batch that says which places: its first, all (their mean), its last."""
+"""Where one vector a text comes from, and the array of a batch that says which places: its first,
+all (their mean), its last.
+"""
 
 
 def pool_places(batch: Batch, how: str) -> jax.Array | None:
@@ -19,15 +23,16 @@ def pool_places(batch: Batch, how: str) -> jax.Array | None:
 def pool(hidden_BPD: jax.Array, batch: Batch, how: str) -> jax.Array:
   """One vector a text, [B, G, D]; anything finite where a row has fewer texts.
 
-  Args:
-    hidden_BPD: hidden states of the row that holds the texts, at `pool_places`.
-    batch: its `segments`, where text g has the number g + 1, and its `text_firsts`, [B, G].
-    how: one of `POOLS`; 'mean' is over all places of a text, special tokens included (Reimers and Gurevych 2019,
+  Args: hidden_BPD: hidden states of the row that holds the texts, at `pool_places`. batch: its
+    `segments`, where text g has the number g + 1, and its `text_firsts`, [B, G]. how: one of
+    `POOLS`; 'mean' is over all places of a text, special tokens included (Reimers and Gurevych
+    2019,
       arXiv:1908.10084, section 3), at least float32.
   """
   if how != 'mean':
     return hidden_BPD
-  # A sum over one text alone, not a difference of running sums: what stands in another text changes it by exactly nothing.
+  # A sum over one text alone, not a difference of running sums: what stands in another text changes
+  # it by exactly nothing.
   x_BTD = hidden_BPD.astype(jnp.promote_types(hidden_BPD.dtype, jnp.float32))
   texts = 1 + jnp.arange(batch['text_firsts'].shape[1])
   inside_BTG = (batch['segments'][..., None] == texts[None, None]).astype(x_BTD.dtype)
@@ -36,7 +41,9 @@ def pool(hidden_BPD: jax.Array, batch: Batch, how: str) -> jax.Array:
 
 
 class MLMHead(nn.Module):
-  """BERT's masked-LM head (arXiv:1810.04805): linear, activation, norm; the model's vocabulary projection; a bias a token."""
+  """BERT's masked-LM head (arXiv:1810.04805): linear, activation, norm; the model's vocabulary
+  projection; a bias a token.
+  """
 
   options: Options
   vocab_size: int
@@ -45,7 +52,9 @@ class MLMHead(nn.Module):
   def __call__(self, x_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the vocabulary projection is applied to, [B, M, D], and the bias of the logits, [V]."""
     options = self.options
-    x_BMD = Linear('...D,DF->...F', (options.dim, options.dim), options, options.bias, name='dense')(x_BMD)
+    x_BMD = Linear(
+      '...D,DF->...F', (options.dim, options.dim), options, options.bias, name='dense'
+    )(x_BMD)
     x_BMD = Norm(options, name='norm')(ACTIVATIONS[options.activation](x_BMD))
     return x_BMD, parameter(self, 'bias', 'V', (self.vocab_size,), options)
 
@@ -58,11 +67,16 @@ class Pooler(nn.Module):
   @nn.compact
   def __call__(self, x_BGD: jax.Array) -> jax.Array:
     """The pooled vectors, [B, G, D]; with any axes before the last in place of B and G."""
-    return jnp.tanh(Linear('...D,DF->...F', (self.options.dim, self.options.dim), self.options, True, name='dense')(x_BGD))
+    return jnp.tanh(
+      Linear(
+        '...D,DF->...F', (self.options.dim, self.options.dim), self.options, True, name='dense'
+      )(x_BGD)
+    )
 
 
 class ClassifierHead(nn.Module):
-  """Dropout and a linear map to `classes` logits; the dropout acts where the stream `dropout` is given.
+  """Dropout and a linear map to `classes` logits; the dropout acts where the stream `dropout` is
+  given.
 
   Attributes:
     options: shared options.
@@ -80,16 +94,26 @@ class ClassifierHead(nn.Module):
   def __call__(self, x_BGD: jax.Array) -> jax.Array:
     """Logits [B, G, C], at least float32; with any axes before the last in place of B and G."""
     x_BGD = drop(self, x_BGD, self.dropout, train=self.has_rng('dropout'))
-    return Linear('...D,DC->...C', (self.options.dim, self.classes), self.options, self.bias, wide=True,
-                  name='dense')(x_BGD)
+    return Linear(
+      '...D,DC->...C',
+      (self.options.dim, self.classes),
+      self.options,
+      self.bias,
+      wide=True,
+      name='dense',
+    )(x_BGD)
 
 
 class PairHead(nn.Module):
-  """Linear map to two logits: are two texts what they should be to each other (next sentence, sentence order)."""
+  """Linear map to two logits: are two texts what they should be to each other (next sentence,
+  sentence order).
+  """
 
   options: Options
 
   @nn.compact
   def __call__(self, x_BD: jax.Array) -> jax.Array:
     """Logits [B, 2], at least float32."""
-    return Linear('...D,DC->...C', (self.options.dim, 2), self.options, True, wide=True, name='dense')(x_BD)
+    return Linear(
+      '...D,DC->...C', (self.options.dim, 2), self.options, True, wide=True, name='dense'
+    )(x_BD)

@@ -1,9 +1,11 @@
-"""The two ends of a language model, where one dimension is the vocabulary: looking tokens up, and the loss over all tokens.
+"""The two ends of a language model, where one dimension is the vocabulary: looking tokens up, and
+the loss over all tokens.
 
-Both know how the table lies on the mesh (vocabulary over `tensor`, model dimension over `fsdp`) and say themselves what is sent:
-the lookup sends the tokens' vectors, never the table; the loss gathers the table once, goes through the tokens in chunks, so that
-logits are never whole, and takes the gradient on the way, so that nothing is computed twice. A vocabulary that `tensor` does not
-divide is padded here, in the computation; parameters keep their size.
+Both know how the table lies on the mesh (vocabulary over `tensor`, model dimension over `fsdp`) and
+say themselves what is sent: the lookup sends the tokens' vectors, never the table; the loss gathers
+the table once, goes through the tokens in chunks, so that logits are never whole, and takes the
+gradient on the way, so that nothing is computed twice. A vocabulary that `tensor` does not divide
+is padded here, in the computation; parameters keep their size.
 """
 
 import functools
@@ -22,8 +24,8 @@ CHUNK_BYTES = 1 << 28  # of logits at once on a device
 class Sums(NamedTuple):
   """Weighted sums over places, at least float32. Only `loss` has a gradient.
 
-  Attributes:
-    loss: what is trained: (1 - label_smoothing) * nll + label_smoothing * (mean of -log p over the vocabulary; arXiv:1512.00567,
+  Attributes: loss: what is trained: (1 - label_smoothing) * nll + label_smoothing * (mean of -log p
+    over the vocabulary; arXiv:1512.00567,
       section 7) + z_loss * (log of the sum of exponentials)^2 (arXiv:2204.02311, section 5).
     nll: the cross-entropy in nats, without either.
     right: how often the target has the highest logit.
@@ -43,7 +45,8 @@ class _Loss(NamedTuple):
 
 
 class _Axes(NamedTuple):
-  """Mesh axes that cut the tokens, the vocabulary, and the model dimension of the table; the two latter None where whole.
+  """Mesh axes that cut the tokens, the vocabulary, and the model dimension of the table; the two
+  latter None where whole.
 
   `line` is that of `llm_jax.parallel.fsdp`.
   """
@@ -55,12 +58,21 @@ class _Axes(NamedTuple):
 
 
 def lookup(table_VD: jax.Array, ids_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
-  """Vectors of `ids_BT` in `dtype`, [B, T, D]; their gradients are added up in the table's own type."""
+  """Vectors of `ids_BT` in `dtype`, [B, T, D]; their gradients are added up in the table's own
+  type.
+  """
   return _lookup(sharding.current(), dtype, *_padded(table_VD), ids_BT)
 
 
-def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
-                  bias_V: jax.Array | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Sums:
+def cross_entropy(
+  x_BTD: jax.Array,
+  table_VD: jax.Array,
+  targets_BT: jax.Array,
+  weights_BT: jax.Array,
+  bias_V: jax.Array | None = None,
+  label_smoothing: float = 0.0,
+  z_loss: float = 0.0,
+) -> Sums:
   """The cross-entropy over the vocabulary, and what is counted beside it.
 
   Logits are x W^T + b, at least float32. Differentiable by x, table and bias, not by the weights.
@@ -85,16 +97,29 @@ def cross_entropy(x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, 
 
 
 def check_loss(label_smoothing: float, z_loss: float) -> None:
-  """Raises ValueError unless both are what `cross_entropy` may be given by an objective's section of the config."""
+  """Raises ValueError unless both are what `cross_entropy` may be given by an objective's section
+  of the config.
+  """
   if not 0 <= label_smoothing < 1:
-    raise ValueError(f'objective.label_smoothing={label_smoothing} must be at least 0 and below 1; 0.1 is usual, 0 none.')
+    raise ValueError(
+      f'objective.label_smoothing={label_smoothing} must be at least 0 and below 1; 0.1 is usual, '
+      '0 none.'
+    )
   if not 0 <= z_loss < math.inf:
-    raise ValueError(f'objective.z_loss={z_loss} must be a number of at least 0; 1e-4 is usual, 0 none.')
+    raise ValueError(
+      f'objective.z_loss={z_loss} must be a number of at least 0; 1e-4 is usual, 0 none.'
+    )
 
 
 def pairs(name: str, sums: Sums, weight: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """What an objective of this name returns: its loss, its cross-entropy without smoothing (`<name>_nll`), its accuracy."""
-  return {name: (sums.loss, weight), f'{name}_nll': (sums.nll, weight), f'{name}_accuracy': (sums.right, weight)}
+  """What an objective of this name returns: its loss, its cross-entropy without smoothing
+  (`<name>_nll`), its accuracy.
+  """
+  return {
+    name: (sums.loss, weight),
+    f'{name}_nll': (sums.nll, weight),
+    f'{name}_accuracy': (sums.right, weight),
+  }
 
 
 def _padded(table_VD: jax.Array) -> tuple[jax.Array, int]:
@@ -106,10 +131,14 @@ def _padded(table_VD: jax.Array) -> tuple[jax.Array, int]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 3))
-def _lookup(layout: sharding.Layout | None, dtype: Any, table_VD: jax.Array, vocab: int, ids_BT: jax.Array) -> jax.Array:
+def _lookup(
+  layout: sharding.Layout | None, dtype: Any, table_VD: jax.Array, vocab: int, ids_BT: jax.Array
+) -> jax.Array:
   del vocab
   run = lambda axes: functools.partial(_gather, axes=axes, dtype=dtype)
-  return _on_mesh(layout, run, ids_BT.shape, table_VD.shape, ('table', 'ids'), ('vectors',))(table_VD, ids_BT)
+  return _on_mesh(layout, run, ids_BT.shape, table_VD.shape, ('table', 'ids'), ('vectors',))(
+    table_VD, ids_BT
+  )
 
 
 def _lookup_forward(layout, dtype, table_VD, vocab, ids_BT):
@@ -120,28 +149,42 @@ def _lookup_backward(layout, dtype, vocab, residuals, g_BTD):
   ids_BT, like = residuals
   parts = 1 if layout is None else layout.mesh.shape['tensor']
   shape = (vocab + -vocab % parts, g_BTD.shape[-1])
-  run = lambda axes: functools.partial(_scatter, axes=axes, shape=shape, dtype=like.dtype, mesh=layout and layout.mesh)
-  return _on_mesh(layout, run, ids_BT.shape, shape, ('vectors', 'ids'), ('table',))(g_BTD, ids_BT), None
+  run = lambda axes: functools.partial(
+    _scatter, axes=axes, shape=shape, dtype=like.dtype, mesh=layout and layout.mesh
+  )
+  return _on_mesh(layout, run, ids_BT.shape, shape, ('vectors', 'ids'), ('table',))(
+    g_BTD, ids_BT
+  ), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
 def _gather(table_VD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, dtype: Any) -> jax.Array:
-  """On each device: its columns of the vectors of all devices' tokens, sent to whose tokens they are."""
+  """On each device: its columns of the vectors of all devices' tokens, sent to whose tokens they
+  are.
+  """
   if axes.embed:
     ids_BT = jax.lax.all_gather(ids_BT, axes.embed, axis=0, tiled=True)
   x_BTD = table_VD.astype(dtype)
   if axes.vocab:
     local_BT = ids_BT - jax.lax.axis_index(axes.vocab) * table_VD.shape[0]
     inside_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    x_BTD = jax.lax.psum(jnp.where(inside_BT[..., None], x_BTD[jnp.where(inside_BT, local_BT, 0)], 0), axes.vocab)
+    x_BTD = jax.lax.psum(
+      jnp.where(inside_BT[..., None], x_BTD[jnp.where(inside_BT, local_BT, 0)], 0), axes.vocab
+    )
   else:
     x_BTD = x_BTD[ids_BT]
-  return jax.lax.all_to_all(x_BTD, axes.embed, split_axis=0, concat_axis=2, tiled=True) if axes.embed else x_BTD
+  return (
+    jax.lax.all_to_all(x_BTD, axes.embed, split_axis=0, concat_axis=2, tiled=True)
+    if axes.embed
+    else x_BTD
+  )
 
 
-def _scatter(g_BTD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, shape: tuple[int, int], dtype: Any, mesh: Any) -> jax.Array:
+def _scatter(
+  g_BTD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, shape: tuple[int, int], dtype: Any, mesh: Any
+) -> jax.Array:
   """The transpose of `_gather`, in the table's type."""
   size = lambda axis: mesh.shape[axis] if axis else 1
   if axes.embed:
@@ -151,7 +194,11 @@ def _scatter(g_BTD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, shape: tuple[i
   if axes.vocab:
     ids_BT = ids_BT - jax.lax.axis_index(axes.vocab) * rows
     ids_BT = jnp.where(ids_BT < 0, rows, ids_BT)  # what lies outside is dropped
-  grad_VD = jnp.zeros((rows, shape[1] // size(axes.embed)), dtype).at[ids_BT].add(g_BTD.astype(dtype), mode='drop')
+  grad_VD = (
+    jnp.zeros((rows, shape[1] // size(axes.embed)), dtype)
+    .at[ids_BT]
+    .add(g_BTD.astype(dtype), mode='drop')
+  )
   return _sum(grad_VD, [axis for axis in axes.tokens if axis != axes.embed])
 
 
@@ -166,7 +213,11 @@ def _cross_entropy_forward(layout, loss, *arrays):
 
 
 def _cross_entropy_backward(layout, loss, gradients, cotangents):
-  return *((cotangents.loss * gradient).astype(gradient.dtype) for gradient in gradients), None, None
+  return (
+    *((cotangents.loss * gradient).astype(gradient.dtype) for gradient in gradients),
+    None,
+    None,
+  )
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
@@ -179,8 +230,12 @@ def _losses(layout, loss, gradient, x_BTD, table_VD, *rest):
   return _on_mesh(layout, run, x_BTD.shape[:2], table_VD.shape, arrays, out)(x_BTD, table_VD, *rest)
 
 
-def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axes, loss: _Loss, gradient: bool):
-  """On each device: its tokens, its part of the vocabulary. With `gradient` also those by x, table and bias."""
+def _local_losses(
+  x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axes, loss: _Loss, gradient: bool
+):
+  """On each device: its tokens, its part of the vocabulary. With `gradient` also those by x, table
+  and bias.
+  """
   dtype, wide = x_BTD.dtype, jnp.promote_types(x_BTD.dtype, jnp.float32)
   W_VD = table_VD.astype(dtype)
   if axes.embed:
@@ -215,10 +270,17 @@ def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axe
     dbias_V = jnp.sum(d_TV, axis=0)
     d_TV = d_TV.astype(dtype)
     dW_VD = jnp.einsum('TV,TD->VD', d_TV, x_TD, preferred_element_type=wide)
-    return jax.tree.map(jnp.add, carry, (*sums, dW_VD, dbias_V)), jnp.einsum('TV,VD->TD', d_TV, W_VD)
+    return jax.tree.map(jnp.add, carry, (*sums, dW_VD, dbias_V)), jnp.einsum(
+      'TV,VD->TD', d_TV, W_VD
+    )
 
-  parts = tuple(_chunked(x, x_BTD.shape[:2], len(W_VD) * wide.itemsize) for x in (x_BTD, targets_BT, weights_BT.astype(wide)))
-  zeros = (jnp.zeros((), wide),) * 3 + ((jnp.zeros(W_VD.shape, wide), jnp.zeros(bias_V.shape, wide)) if gradient else ())
+  parts = tuple(
+    _chunked(x, x_BTD.shape[:2], len(W_VD) * wide.itemsize)
+    for x in (x_BTD, targets_BT, weights_BT.astype(wide))
+  )
+  zeros = (jnp.zeros((), wide),) * 3 + (
+    (jnp.zeros(W_VD.shape, wide), jnp.zeros(bias_V.shape, wide)) if gradient else ()
+  )
   if len(parts[0]) == 1:
     carry, dx_TD = chunk(zeros, tuple(part[0] for part in parts))
   else:
@@ -226,12 +288,16 @@ def _local_losses(x_BTD, table_VD, bias_V, targets_BT, weights_BT, *, axes: _Axe
   sums = tuple(_sum(x, axes.tokens) for x in carry[:3])
   if not gradient:
     return sums
-  dx_BTD = dx_TD.reshape(-1, x_BTD.shape[-1])[:math.prod(x_BTD.shape[:2])].reshape(x_BTD.shape)
+  dx_BTD = dx_TD.reshape(-1, x_BTD.shape[-1])[: math.prod(x_BTD.shape[:2])].reshape(x_BTD.shape)
   dW_VD, others = carry[3], [axis for axis in axes.tokens if axis != axes.embed]
   if axes.embed:
     dW_VD = fsdp.scatter_sum(dW_VD.T, jax.lax.axis_size(axes.embed), axes.line).T
-  return (*sums, _sum(dx_BTD, axes.vocab), _sum(dW_VD, others).astype(table_VD.dtype),
-          _sum(carry[4], axes.tokens).astype(table_VD.dtype))
+  return (
+    *sums,
+    _sum(dx_BTD, axes.vocab),
+    _sum(dW_VD, others).astype(table_VD.dtype),
+    _sum(carry[4], axes.tokens).astype(table_VD.dtype),
+  )
 
 
 def _chunked(x, rows_and_places: tuple[int, int], bytes_a_token: int) -> jax.Array:
@@ -242,7 +308,9 @@ def _chunked(x, rows_and_places: tuple[int, int], bytes_a_token: int) -> jax.Arr
   size = size if count == 1 else -(-size // 128) * 128  # whole tiles of a matrix unit
   count = -(-tokens // size)
   x = x.reshape(tokens, *x.shape[2:])
-  return jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1))).reshape(count, size, *x.shape[1:])
+  return jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1))).reshape(
+    count, size, *x.shape[1:]
+  )
 
 
 def _on_mesh(layout, run, tokens_shape, table_shape, arrays, out):
@@ -251,13 +319,28 @@ def _on_mesh(layout, run, tokens_shape, table_shape, arrays, out):
     return run(_Axes())
   tokens = layout.spec(('batch', 'length'), tokens_shape)
   table = layout.parameter_spec(('vocab', 'embed'), table_shape)
-  specs = {'ids': tokens, 'vectors': P(*tokens, None), 'table': table, 'bias': P(table[0]), 'scalar': P()}
-  cut = tuple(axis for entry in tokens for axis in ((entry,) if isinstance(entry, str) else entry or ()))
+  specs = {
+    'ids': tokens,
+    'vectors': P(*tokens, None),
+    'table': table,
+    'bias': P(table[0]),
+    'scalar': P(),
+  }
+  cut = tuple(
+    axis for entry in tokens for axis in ((entry,) if isinstance(entry, str) else entry or ())
+  )
   if table[1] is not None and table[1] not in cut:
-    raise ValueError(f'{tokens_shape[0]} rows do not divide over the mesh {dict(layout.mesh.shape)}.')
+    raise ValueError(
+      f'{tokens_shape[0]} rows do not divide over the mesh {dict(layout.mesh.shape)}.'
+    )
   axes = _Axes(cut, *table, fsdp.line(layout.mesh))
-  return jax.shard_map(run(axes), mesh=layout.mesh, in_specs=tuple(specs[name] for name in arrays),
-                       out_specs=tuple(specs[name] for name in out) if len(out) > 1 else specs[out[0]], check_vma=False)
+  return jax.shard_map(
+    run(axes),
+    mesh=layout.mesh,
+    in_specs=tuple(specs[name] for name in arrays),
+    out_specs=tuple(specs[name] for name in out) if len(out) > 1 else specs[out[0]],
+    check_vma=False,
+  )
 
 
 def _sum(x, axes):

@@ -1,1 +1,3 @@
-"""Objectives: each module has `Objective`, which lays out rows, makes examples of them, and gives their loss."""
+"""Objectives: each module has `Objective`, which lays out rows, makes examples of them, and gives
+their loss.
+"""

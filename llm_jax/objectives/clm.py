@@ -1,6 +1,7 @@
 """Causal language modelling: each token of a document is predicted from those before it.
 
-Radford et al. 2019, "GPT-2". A document is read as BOS, its tokens, EOS; documents that share a row do not see each other.
+Radford et al. 2019, "GPT-2". A document is read as BOS, its tokens, EOS; documents that share a row
+do not see each other.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,13 @@ class Objective:
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
 
-  def __init__(self, tokenizer: Tokenizer, packing: str = 'windows', label_smoothing: float = 0.0, z_loss: float = 0.0):
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    packing: str = 'windows',
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+  ):
     if packing not in pack.PACKINGS:
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
     vocabulary.check_loss(label_smoothing, z_loss)
@@ -38,10 +45,15 @@ class Objective:
     """Rows of pieces of documents."""
     return _Rows(self, documents, seq_len)
 
-  def transform(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def transform(
+    self, example: dict[str, np.ndarray], rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
     """Nothing to add: the targets come with the row."""
     if 'targets' not in example:
-      raise ValueError("objective clm takes its targets only from rows that it lays out itself; in a mix, set rows='clm'.")
+      raise ValueError(
+        'objective clm takes its targets only from rows that it lays out itself; in a mix, set '
+        "rows='clm'."
+      )
     return example
 
   def heads(self, model: Any) -> dict[str, Any]:
@@ -53,8 +65,12 @@ class Objective:
     return None
 
   def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
-    """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the targets spell."""
-    sums = vocabulary.cross_entropy(hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed)
+    """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the
+    targets spell.
+    """
+    sums = vocabulary.cross_entropy(
+      hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed
+    )
     bits = sums.nll / np.log(2), jnp.sum(batch['bytes'])
     return vocabulary.pairs('clm', sums, jnp.sum(batch['weights'])) | {'bits_per_byte': bits}
 
@@ -68,7 +84,6 @@ class Objective:
 
 
 class _Rows:
-
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
     self.objective, self.documents, self.seq_len = objective, documents, seq_len
     lengths = np.asarray(documents.lengths)
@@ -82,18 +97,23 @@ class _Rows:
     example = pack.assemble([ids[:-1] for ids in pieces], self.seq_len)
     counted = np.concatenate([ids[1:] for ids in pieces])
     targets_T, weights_T = np.zeros(self.seq_len, np.int32), np.zeros(self.seq_len, np.float32)
-    targets_T[:len(counted)] = counted
-    weights_T[:len(counted)] = 1.0
-    return example | {'targets': targets_T, 'weights': weights_T,
-                      'bytes': np.float32(np.sum(self.objective.tokenizer.token_bytes[counted]))}
+    targets_T[: len(counted)] = counted
+    weights_T[: len(counted)] = 1.0
+    return example | {
+      'targets': targets_T,
+      'weights': weights_T,
+      'bytes': np.float32(np.sum(self.objective.tokenizer.token_bytes[counted])),
+    }
 
   def ids(self, document: int, start: int, stop: int) -> np.ndarray:
-    """Ids start to stop, inclusive, of BOS document EOS: stop - start inputs, and the target of the last."""
+    """Ids start to stop, inclusive, of BOS document EOS: stop - start inputs, and the target of the
+    last.
+    """
     length, tokenizer = int(self.documents.lengths[document]), self.objective.tokenizer
     text = self.documents.text(document, max(start - 1, 0), min(stop, length))
     ids = np.empty(stop - start + 1, np.int32)
     first = int(start == 0)
-    ids[first:first + len(text)] = text
+    ids[first : first + len(text)] = text
     if start == 0:
       ids[0] = tokenizer.bos_id
     if stop == length + 1:

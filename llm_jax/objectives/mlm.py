@@ -1,8 +1,9 @@
 """Masked language modelling: some tokens of a row are hidden and predicted from both sides.
 
-Devlin et al. 2019, "BERT", section 3.1 (15 % of the tokens; 80 % of them become [MASK], 10 % a random token, 10 % stay) and
-its later whole-word variant; Joshi et al. 2020, "SpanBERT", section 3.1 (spans of whole words, replaced as a whole). The
-projection on the vocabulary is computed at the masked places only.
+Devlin et al. 2019, "BERT", section 3.1 (15 % of the tokens; 80 % of them become [MASK], 10 % a
+random token, 10 % stay) and its later whole-word variant; Joshi et al. 2020, "SpanBERT", section
+3.1 (spans of whole words, replaced as a whole). The projection on the vocabulary is computed at the
+masked places only.
 """
 
 import math
@@ -18,7 +19,8 @@ from llm_jax.data import pack
 from llm_jax.nn import heads, vocabulary
 
 MASKINGS = ('token', 'word', 'span')
-LONGEST_WORD = 10  # tokens; a longer run without a word start (a URL, Chinese) counts as so many words of one token
+# tokens; a longer run without a word start (a URL, Chinese) counts as so many words of one token
+LONGEST_WORD = 10
 LONGEST_SPAN = 10  # words, as in SpanBERT
 SPAN_P = 0.2  # parameter of the geometric distribution of span lengths, as in SpanBERT
 
@@ -26,36 +28,60 @@ SPAN_P = 0.2  # parameter of the geometric distribution of span lengths, as in S
 class Objective:
   """Masked language modelling.
 
-  Exactly round(mask_rate * n) of the n ordinary tokens of a row are masked, and at least one. Words are never masked by
-  half: where only longer words are left, the masked tokens may be fewer by less than a word, and a row whose words are all
+  Exactly round(mask_rate * n) of the n ordinary tokens of a row are masked, and at least one. Words
+  are never masked by
+  half: where only longer words are left, the masked tokens may be fewer by less than a word, and a
+    row whose words are all
   longer than M = ceil(mask_rate * seq_len) has none.
 
-  Args:
-    tokenizer: gives the special ids and where words start.
-    mask_rate: share of the ordinary tokens that is predicted, in (0, 1].
-    masking: 'token', 'word' (all tokens of a word) or 'span' (runs of words, lengths geometric up to 10 with mean 3.8).
-    mask_token_rate: share of the predicted tokens that is replaced by the mask token.
-    random_token_rate: share of them that is replaced by a random ordinary token; the rest stays. Drawn for each token,
+  Args: tokenizer: gives the special ids and where words start. mask_rate: share of the ordinary
+    tokens that is predicted, in (0, 1]. masking: 'token', 'word' (all tokens of a word) or 'span'
+    (runs of words, lengths geometric up to 10 with mean 3.8). mask_token_rate: share of the
+    predicted tokens that is replaced by the mask token. random_token_rate: share of them that is
+    replaced by a random ordinary token; the rest stays. Drawn for each token,
       with 'span' for each span.
-    packing: how documents fill rows: 'windows', 'best_fit' or 'none'. Each piece of a document stands as [CLS] piece [SEP].
+    packing: how documents fill rows: 'windows', 'best_fit' or 'none'. Each piece of a document
+      stands as [CLS] piece [SEP].
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
 
-  def __init__(self, tokenizer: Tokenizer, mask_rate: float = 0.15, masking: str = 'token', mask_token_rate: float = 0.8,
-               random_token_rate: float = 0.1, packing: str = 'best_fit', label_smoothing: float = 0.0, z_loss: float = 0.0):
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    mask_rate: float = 0.15,
+    masking: str = 'token',
+    mask_token_rate: float = 0.8,
+    random_token_rate: float = 0.1,
+    packing: str = 'best_fit',
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+  ):
     if not 0 < mask_rate <= 1:
-      raise ValueError(f'objective.mask_rate={mask_rate} must be above 0 and at most 1; BERT has 0.15.')
+      raise ValueError(
+        f'objective.mask_rate={mask_rate} must be above 0 and at most 1; BERT has 0.15.'
+      )
     if masking not in MASKINGS:
       raise ValueError(f'objective.masking={masking!r} must be one of {", ".join(MASKINGS)}.')
     if min(mask_token_rate, random_token_rate) < 0 or mask_token_rate + random_token_rate > 1:
-      raise ValueError(f'objective.mask_token_rate={mask_token_rate} and random_token_rate={random_token_rate} are shares: '
-                       'none below 0, together at most 1; BERT has 0.8 and 0.1.')
+      raise ValueError(
+        f'objective.mask_token_rate={mask_token_rate} and random_token_rate={random_token_rate} '
+        'are shares: '
+        'none below 0, together at most 1; BERT has 0.8 and 0.1.'
+      )
     if packing not in pack.PACKINGS:
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
     if tokenizer.mask_id is None:
-      raise ValueError("objective.name='mlm' needs a mask token, which this tokenizer lacks; take the folder of an encoder, or "
-                       "objective.name='clm'.")
-    self.tokenizer, self.mask_rate, self.masking, self.packing = tokenizer, mask_rate, masking, packing
+      raise ValueError(
+        "objective.name='mlm' needs a mask token, which this tokenizer lacks; take the folder of "
+        'an encoder, or '
+        "objective.name='clm'."
+      )
+    self.tokenizer, self.mask_rate, self.masking, self.packing = (
+      tokenizer,
+      mask_rate,
+      masking,
+      packing,
+    )
     vocabulary.check_loss(label_smoothing, z_loss)
     self.mask_token_rate, self.random_token_rate = mask_token_rate, random_token_rate
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
@@ -68,8 +94,12 @@ class Objective:
     """Rows of pieces of documents, each as [CLS] piece [SEP]."""
     return _Rows(self, documents, seq_len)
 
-  def transform(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Masks a row: replaces tokens, adds mask_positions (rising), mask_targets, mask_weights, each [M]."""
+  def transform(
+    self, example: dict[str, np.ndarray], rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
+    """Masks a row: replaces tokens, adds mask_positions (rising), mask_targets, mask_weights, each
+    [M].
+    """
     tokens = example['tokens']
     ordinary = ~self.special[tokens] & (example['segments'] > 0)
     room = math.ceil(self.mask_rate * len(tokens) - 1e-9)
@@ -78,16 +108,26 @@ class Objective:
     masked = tokens.copy()
     hide, randomise = draw < self.mask_token_rate, draw >= 1 - self.random_token_rate
     masked[positions[hide]] = self.tokenizer.mask_id
-    masked[positions[randomise]] = self.ordinary[rng.integers(len(self.ordinary), size=np.count_nonzero(randomise))]
-    positions_M, targets_M = np.zeros((2, room), np.int32)  # not np.pad, which takes longer than all else here
+    masked[positions[randomise]] = self.ordinary[
+      rng.integers(len(self.ordinary), size=np.count_nonzero(randomise))
+    ]
+    positions_M, targets_M = np.zeros(
+      (2, room), np.int32
+    )  # not np.pad, which takes longer than all else here
     weights_M = np.zeros(room, np.float32)
-    positions_M[:len(positions)] = positions
-    targets_M[:len(positions)] = tokens[positions]
-    weights_M[:len(positions)] = 1.0
-    return example | {'tokens': masked, 'mask_positions': positions_M, 'mask_targets': targets_M, 'mask_weights': weights_M}
+    positions_M[: len(positions)] = positions
+    targets_M[: len(positions)] = tokens[positions]
+    weights_M[: len(positions)] = 1.0
+    return example | {
+      'tokens': masked,
+      'mask_positions': positions_M,
+      'mask_targets': targets_M,
+      'mask_weights': weights_M,
+    }
 
-  def choose(self, tokens: np.ndarray, ordinary: np.ndarray, room: int,
-             rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+  def choose(
+    self, tokens: np.ndarray, ordinary: np.ndarray, room: int, rng: np.random.Generator
+  ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the places to predict in a row.
 
     Args:
@@ -104,10 +144,14 @@ class Objective:
       positions = np.sort(rng.permutation(np.flatnonzero(ordinary))[:count])
       return positions, np.arange(len(positions))
     start, length = words(ordinary, np.asarray(self.tokenizer.word_start)[tokens])
-    if len(length) and length.min() > count:  # not one word fits: the shortest one, if the row has room for it
+    if (
+      len(length) and length.min() > count
+    ):  # not one word fits: the shortest one, if the row has room for it
       count = min(int(length.min()), room)
     spans = _choose_spans(start, length, count, 1 if self.masking == 'word' else LONGEST_SPAN, rng)
-    positions = np.concatenate([np.arange(start[w], start[w] + length[w]) for w, _ in spans] or [np.zeros(0, np.int64)])
+    positions = np.concatenate(
+      [np.arange(start[w], start[w] + length[w]) for w, _ in spans] or [np.zeros(0, np.int64)]
+    )
     group = np.repeat([g for _, g in spans], [length[w] for w, _ in spans]) if spans else positions
     order = np.argsort(positions)
     return positions[order], group[order] if self.masking == 'span' else np.arange(len(positions))
@@ -124,7 +168,9 @@ class Objective:
     """Cross-entropy in nats and accuracy at the masked places."""
     x_BMD, bias_V = net.heads['mlm'](hidden_BMD)
     weights_BM = batch['mask_weights']
-    sums = vocabulary.cross_entropy(x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V, **self.smoothed)
+    sums = vocabulary.cross_entropy(
+      x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V, **self.smoothed
+    )
     return vocabulary.pairs('mlm', sums, jnp.sum(weights_BM))
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -137,7 +183,6 @@ class Objective:
 
 
 class _Rows:
-
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
     self.objective, self.documents, self.seq_len = objective, documents, seq_len
     self.plan = pack.PACKINGS[objective.packing](documents.lengths, seq_len, overhead=2)
@@ -148,15 +193,17 @@ class _Rows:
 
   def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     begin, end = self.edges
-    pieces = [np.concatenate([begin, self.documents.text(*piece), end]) for piece in self.plan[index]]
+    pieces = [
+      np.concatenate([begin, self.documents.text(*piece), end]) for piece in self.plan[index]
+    ]
     return pack.assemble(pieces, self.seq_len)
 
 
 def words(ordinary: np.ndarray, word_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   """Finds the words of a row.
 
-  A word begins where a token says so and after every special token, and ends before the next one; a run of more than
-  `LONGEST_WORD` tokens is taken token by token.
+  A word begins where a token says so and after every special token, and ends before the next one; a
+  run of more than `LONGEST_WORD` tokens is taken token by token.
 
   Args:
     ordinary: [T] bool, True for tokens of text, False for special ones and padding.
@@ -174,16 +221,20 @@ def words(ordinary: np.ndarray, word_start: np.ndarray) -> tuple[np.ndarray, np.
   return np.flatnonzero(begin), length
 
 
-def _choose_spans(start: np.ndarray, length: np.ndarray, count: int, longest: int,
-                  rng: np.random.Generator) -> list[tuple[int, int]]:
+def _choose_spans(
+  start: np.ndarray, length: np.ndarray, count: int, longest: int, rng: np.random.Generator
+) -> list[tuple[int, int]]:
   """Words to mask, `count` tokens or a little less in all: pairs of word and number of its span.
 
-  Every word is tried as a start in random order, so that the end is reached even where nearly all is masked. A span ends
-  early at a special token, at a word already taken, and at one that is too long for what is left.
+  Every word is tried as a start in random order, so that the end is reached even where nearly all
+  is masked. A span ends early at a special token, at a word already taken, and at one that is too
+  long for what is left.
   """
   chosen: dict[int, int] = {}
   odds = np.cumsum((1 - SPAN_P) ** np.arange(longest))
-  sizes = 1 + np.searchsorted(odds[:-1] / odds[-1], rng.random(len(start)))  # truncated, not clipped: mean 3.8
+  sizes = 1 + np.searchsorted(
+    odds[:-1] / odds[-1], rng.random(len(start))
+  )  # truncated, not clipped: mean 3.8
   for span, first in enumerate(rng.permutation(len(start))):
     for word in range(first, min(first + sizes[span], len(start))):
       apart = word > first and start[word] != start[word - 1] + length[word - 1]

@@ -1,6 +1,7 @@
 """Sentence order prediction: do two consecutive texts stand in their order, or swapped?
 
-Lan et al. 2020, "ALBERT", section 3.1: half of the pairs are in order (label 0), half are swapped (label 1).
+Lan et al. 2020, "ALBERT", section 3.1: half of the pairs are in order (label 0), half are swapped
+(label 1).
 """
 
 from collections.abc import Mapping
@@ -19,17 +20,18 @@ from llm_jax.nn import heads
 class Objective:
   """Sentence order prediction.
 
-  Documents are cut in chunks of seq_len - 3 tokens, one a row, and each chunk in two at a random place: every token is in
-  one row of an epoch. A chunk of one token counts for nothing.
+  Documents are cut in chunks of seq_len - 3 tokens, one a row, and each chunk in two at a random
+  place: every token is in one row of an epoch. A chunk of one token counts for nothing.
 
-  Args:
-    tokenizer: gives the special ids.
-    short_seq_rate: how often a chunk is shortened to a random length (0.1 in ALBERT, so that short texts are seen too).
+  Args: tokenizer: gives the special ids. short_seq_rate: how often a chunk is shortened to a random
+    length (0.1 in ALBERT, so that short texts are seen too).
   """
 
   def __init__(self, tokenizer: Tokenizer, short_seq_rate: float = 0.0):
     if not 0 <= short_seq_rate <= 1:
-      raise ValueError(f'objective.short_seq_rate={short_seq_rate} must be from 0 to 1; ALBERT has 0.1.')
+      raise ValueError(
+        f'objective.short_seq_rate={short_seq_rate} must be from 0 to 1; ALBERT has 0.1.'
+      )
     self.tokenizer, self.short_seq_rate = tokenizer, short_seq_rate
     self.terms = {'sop': 1.0}
     self.predictor = None
@@ -38,10 +40,14 @@ class Objective:
     """One chunk a row."""
     return _Rows(self, documents, seq_len)
 
-  def transform(self, example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def transform(
+    self, example: dict[str, np.ndarray], rng: np.random.Generator
+  ) -> dict[str, np.ndarray]:
     """Nothing to add: the label comes with the row."""
     if 'sop_label' not in example:
-      raise ValueError("objective sop labels only rows that it lays out itself; in a mix, set rows='sop'.")
+      raise ValueError(
+        "objective sop labels only rows that it lays out itself; in a mix, set rows='sop'."
+      )
     return example
 
   def heads(self, model: Any) -> dict[str, Any]:
@@ -60,7 +66,10 @@ class Objective:
     nll_B = optax.softmax_cross_entropy_with_integer_labels(logits_BC, label_B)
     right_B = jnp.argmax(logits_BC, -1) == label_B
     weight = jnp.sum(weight_B)
-    return {'sop': (jnp.sum(nll_B * weight_B), weight), 'sop_accuracy': (jnp.sum(right_B * weight_B), weight)}
+    return {
+      'sop': (jnp.sum(nll_B * weight_B), weight),
+      'sop_accuracy': (jnp.sum(right_B * weight_B), weight),
+    }
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Nothing beyond the loss and the accuracy."""
@@ -72,7 +81,6 @@ class Objective:
 
 
 class _Rows:
-
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
     self.objective, self.seq_len = objective, seq_len
     self.chunks = pairs.Chunks(documents, seq_len - 3)
@@ -87,5 +95,7 @@ class _Rows:
     swapped = paired and rng.random() < 0.5
     if swapped:
       first, second = second, first
-    example = pairs.row(first, second, self.seq_len, tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id)
+    example = pairs.row(
+      first, second, self.seq_len, tokenizer.cls_id, tokenizer.sep_id, tokenizer.sep_id
+    )
     return example | {'sop_label': np.int32(swapped), 'sop_weight': np.float32(paired)}

@@ -1,11 +1,14 @@
-"""Fully sharded data parallel (arXiv:2304.11277) by hand, for the machines whose compiler does not get there.
+"""Fully sharded data parallel (arXiv:2304.11277) by hand, for the machines whose compiler does not
+get there.
 
-A weight that is cut over the mesh axis `fsdp` is gathered where it is used, and its gradient is summed over the devices so that
-each keeps its part (reduce-scatter). XLA finds both by itself, and overlaps them with the products, on most machines. On the
-three-dimensional torus of TPU v4 and v5p it does not: for a group that is a whole torus it expects to all-reduce by an algorithm
-of all dimensions at once, takes no reduce-scatter, and so sums whole gradients on each device, twice the traffic. Here the
-reduce-scatter is taken in two rounds, each over a part of the torus where the compiler takes it as it is: over planes, then over
-lines. Its operands are matrices whose rows are what is cut, as other shapes come out padded and shifted.
+A weight that is cut over the mesh axis `fsdp` is gathered where it is used, and its gradient is
+summed over the devices so that each keeps its part (reduce-scatter). XLA finds both by itself, and
+overlaps them with the products, on most machines. On the three-dimensional torus of TPU v4 and v5p
+it does not: for a group that is a whole torus it expects to all-reduce by an algorithm of all
+dimensions at once, takes no reduce-scatter, and so sums whole gradients on each device, twice the
+traffic. Here the reduce-scatter is taken in two rounds, each over a part of the torus where the
+compiler takes it as it is: over planes, then over lines. Its operands are matrices whose rows are
+what is cut, as other shapes come out padded and shifted.
 
 Letters are those of `llm_jax.nn.layers`.
 """
@@ -27,20 +30,27 @@ AXIS = 'fsdp'
 TILE = 8, 128  # of a matrix in a TPU's memory
 TILES = 32  # each device's part of a plane's sum must be a multiple of so many tiles
 TORI = ('TPU v4', 'TPU v5', 'TPU v5p')
-# All transfers of weights and gradients by the sparse cores, beside the products on the tensor core.
+# All transfers of weights and gradients by the sparse cores, beside the products on the tensor
+# core.
 _OFFLOAD = 'xla_tpu_enable_sparse_core_collective_offload'
-ASYNCHRONOUS = {f'{_OFFLOAD}_{which}': True for which in ('all_gather', '3d_all_gather', 'reduce_scatter')}
+ASYNCHRONOUS = {
+  f'{_OFFLOAD}_{which}': True for which in ('all_gather', '3d_all_gather', 'reduce_scatter')
+}
 
 
 def line(mesh: Mesh) -> int | None:
-  """How many neighbours on the axis are a line of a three-dimensional torus that the axis covers; None where it covers none."""
+  """How many neighbours on the axis are a line of a three-dimensional torus that the axis covers;
+  None where it covers none.
+  """
   devices = mesh.devices.reshape(mesh.devices.shape[0], mesh.shape[AXIS], -1)
   if devices.shape[2] > 1 or devices.flat[0].device_kind not in TORI:
     return None
   if len({getattr(device, 'slice_index', 0) for device in devices[0, :, 0]}) > 1:
     return None
   places = np.array([device.coords for device in devices[0, :, 0]])
-  if min(len(set(places[:, d])) for d in range(3)) < 4:  # shorter ones have no links that close the ring
+  if (
+    min(len(set(places[:, d])) for d in range(3)) < 4
+  ):  # shorter ones have no links that close the ring
     return None
   along = places[1] != places[0]
   return int(np.argmax(np.any((places != places[0])[:, ~along], axis=1)))
@@ -51,10 +61,14 @@ def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
   return ASYNCHRONOUS if mesh.devices.flat[0].device_kind != 'TPU v4' and line(mesh) else None
 
 
-def product(spec: str, x: jax.Array, kernel: jax.Array, names: Sequence[str | None], dtype: Any, result: Any) -> jax.Array:
-  """The einsum `spec` of `x` and `kernel` in `dtype`, into `result`; the first dimension of `x` is rows of the batch.
+def product(
+  spec: str, x: jax.Array, kernel: jax.Array, names: Sequence[str | None], dtype: Any, result: Any
+) -> jax.Array:
+  """The einsum `spec` of `x` and `kernel` in `dtype`, into `result`; the first dimension of `x` is
+  rows of the batch.
 
-  On one CPU it is a product of two matrices, since XLA copies the operands of others there to transpose them.
+  On one CPU it is a product of two matrices, since XLA copies the operands of others there to
+  transpose them.
 
   Args:
     spec: as '...D,DNH->...NH'.
@@ -76,14 +90,22 @@ def product(spec: str, x: jax.Array, kernel: jax.Array, names: Sequence[str | No
   dimension = next((d for d, axes in enumerate(cut) if axes in (AXIS, (AXIS,))), None)
   if dimension is None or rows is None:
     return plain(x.astype(dtype), kernel.astype(dtype))
-  run = functools.partial(_local, spec=_cut_first(spec, dimension), dimension=dimension, result=result, line=length,
-                          size=layout.mesh.shape[AXIS])
-  return jax.shard_map(run, mesh=layout.mesh, in_specs=(P(rows), cut), out_specs=P(rows), check_vma=False)(
-      x.astype(dtype), kernel.astype(dtype))
+  run = functools.partial(
+    _local,
+    spec=_cut_first(spec, dimension),
+    dimension=dimension,
+    result=result,
+    line=length,
+    size=layout.mesh.shape[AXIS],
+  )
+  return jax.shard_map(
+    run, mesh=layout.mesh, in_specs=(P(rows), cut), out_specs=P(rows), check_vma=False
+  )(x.astype(dtype), kernel.astype(dtype))
 
 
 def scatter_sum(x: jax.Array, size: int, length: int | None) -> jax.Array:
-  """In shard_map: the sum over the axis of all devices' `x` [n r, ...], of which each keeps its own part [r, ...].
+  """In shard_map: the sum over the axis of all devices' `x` [n r, ...], of which each keeps its own
+  part [r, ...].
 
   Args:
     x: the same shape on each device.
@@ -98,12 +120,16 @@ def scatter_sum(x: jax.Array, size: int, length: int | None) -> jax.Array:
   columns = matrix.shape[1]
   matrix = jnp.pad(matrix, ((0, 0), (0, -columns % _columns(x.shape[0] * length // size))))
   for groups in (planes, lines):
-    matrix = jax.lax.psum_scatter(matrix, AXIS, scatter_dimension=0, axis_index_groups=groups, tiled=True)
+    matrix = jax.lax.psum_scatter(
+      matrix, AXIS, scatter_dimension=0, axis_index_groups=groups, tiled=True
+    )
   return matrix[:, :columns].reshape(-1, *x.shape[1:])
 
 
 def _columns(rows: int) -> int:
-  """What the columns of a matrix must be a multiple of, so that `rows` of it are whole, and enough, tiles."""
+  """What the columns of a matrix must be a multiple of, so that `rows` of it are whole, and enough,
+  tiles.
+  """
   tiles = math.gcd(TILES, max(rows // TILE[0], 1))
   return TILE[1] * TILES // tiles
 
@@ -121,10 +147,12 @@ def _cut_first(spec: str, dimension: int) -> str:
   """The einsum for a kernel whose `dimension` has become its first."""
   left, _, rest = spec.partition(',')
   letters, _, out = rest.partition('->')
-  return f'{left},{letters[dimension]}{letters[:dimension]}{letters[dimension + 1:]}->{out}'
+  return f'{left},{letters[dimension]}{letters[:dimension]}{letters[dimension + 1 :]}->{out}'
 
 
-def _local(x: jax.Array, kernel: jax.Array, *, spec: str, dimension: int, result: Any, line: int, size: int) -> jax.Array:
+def _local(
+  x: jax.Array, kernel: jax.Array, *, spec: str, dimension: int, result: Any, line: int, size: int
+) -> jax.Array:
   """On each device: its rows with the whole weight."""
   part = jnp.moveaxis(kernel, dimension, 0)
   whole = _gathered(size, line, part.reshape(part.shape[0], -1))
@@ -133,7 +161,9 @@ def _local(x: jax.Array, kernel: jax.Array, *, spec: str, dimension: int, result
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _gathered(size: int, line: int, part: jax.Array) -> jax.Array:
-  """All devices' rows of a matrix; differentiated, the sum of their gradients, of which each device keeps its rows'."""
+  """All devices' rows of a matrix; differentiated, the sum of their gradients, of which each device
+  keeps its rows'.
+  """
   del size, line
   return jax.lax.all_gather(part, AXIS, axis=0, tiled=True)
 

@@ -1,7 +1,10 @@
-"""Memory that the C library keeps, instead of giving it back to the system after each step and asking for it again.
+"""Memory that the C library keeps, instead of giving it back to the system after each step and
+asking for it again.
 
-On a CPU the activations of a step are one block of some GB, which the system would hand out anew each time, page by page and
-zeroed: a fifth of the time of a BERT-base step. Imports nothing that takes long, since it must come before JAX.
+On a CPU the activations of a step are one block of some GB, which the system would hand out anew
+each time, page by page and
+zeroed: a fifth of the time of a BERT-base step. Imports nothing that takes long, since it must come
+  before JAX.
 """
 
 import ctypes
@@ -14,7 +17,8 @@ _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
 
 def keep() -> bool:
-  """Has this process keep what it frees, where it will compute on a CPU and its C library is glibc; returns whether it will.
+  """Has this process keep what it frees, where it will compute on a CPU and its C library is glibc;
+  returns whether it will.
 
   To be called before JAX's first array: each of its threads takes what it knows then.
   """

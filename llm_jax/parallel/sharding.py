@@ -1,4 +1,5 @@
-"""The mesh of devices, and the rules that lay logical axes on it. Models name logical axes only; mesh axes live here.
+"""The mesh of devices, and the rules that lay logical axes on it. Models name logical axes only;
+mesh axes live here.
 
 Mesh axes, from the slowest links to the fastest:
 
@@ -31,33 +32,48 @@ from llm_jax.core import plugins
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
 BATCH = ('data', 'fsdp')  # mesh axes that share out the rows of a batch
 TENSOR = {axis: ('tensor',) for axis in ('mlp', 'heads', 'kv_heads', 'vocab')}
-ACTIVATIONS = TENSOR | {'batch': BATCH, 'length': ('sequence',), 'norm_length': ('sequence', 'tensor')}
+ACTIVATIONS = TENSOR | {
+  'batch': BATCH,
+  'length': ('sequence',),
+  'norm_length': ('sequence', 'tensor'),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Mesh axes by logical axis: of parameters, and of the optimizer's state and the gradients that it takes."""
+  """Mesh axes by logical axis: of parameters, and of the optimizer's state and the gradients that
+  it takes.
+  """
 
   parameters: Mapping[str, tuple[str, ...]]
   optimizer: Mapping[str, tuple[str, ...]]
 
 
 RULES = {
-    # ZeRO stage 3 (arXiv:1910.02054), "fully sharded": all that is kept of a parameter is cut over `fsdp`.
-    'fsdp': Rules(TENSOR | {'embed': ('fsdp',)}, TENSOR | {'embed': ('fsdp',)}),
-    # ZeRO stage 1: parameters whole on each device, the optimizer's state cut over all that share out the batch.
-    'zero1': Rules(TENSOR, TENSOR | {'embed': BATCH}),
+  # ZeRO stage 3 (arXiv:1910.02054), "fully sharded": all that is kept of a parameter is cut over
+  # `fsdp`.
+  'fsdp': Rules(TENSOR | {'embed': ('fsdp',)}, TENSOR | {'embed': ('fsdp',)}),
+  # ZeRO stage 1: parameters whole on each device, the optimizer's state cut over all that share out
+  # the batch.
+  'zero1': Rules(TENSOR, TENSOR | {'embed': BATCH}),
 }
 
 
-def create_mesh(data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, dcn_data: int = 1, dcn_fsdp: int = 1, *,
-                devices: Sequence[Any] | None = None) -> Mesh:
+def create_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  sequence: int = 1,
+  tensor: int = 1,
+  dcn_data: int = 1,
+  dcn_fsdp: int = 1,
+  *,
+  devices: Sequence[Any] | None = None,
+) -> Mesh:
   """A mesh over all devices (or `devices`), neighbours on it close to each other in the machine.
 
-  Args:
-    data, fsdp, sequence, tensor: sizes within one slice (or node); one may be -1, and takes what the others leave.
-    dcn_data, dcn_fsdp: how many times larger `data` and `fsdp` are across slices, over the data centre's network.
-    devices: all by default.
+  Args: data, fsdp, sequence, tensor: sizes within one slice (or node); one may be -1, and takes
+    what the others leave. dcn_data, dcn_fsdp: how many times larger `data` and `fsdp` are across
+    slices, over the data centre's network. devices: all by default.
 
   Raises:
     ValueError: sizes whose product is not the number of devices.
@@ -65,41 +81,73 @@ def create_mesh(data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 
   devices = list(jax.devices() if devices is None else devices)
   sizes = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
   slices = {'dcn_data': dcn_data, 'dcn_fsdp': dcn_fsdp}
-  if (any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1
-      or min(slices.values()) < 1):
-    raise ValueError(f'config.mesh={sizes | slices}: sizes are at least 1, and at most one of {", ".join(sizes)} is -1 '
-                     '(what is left).')
+  if (
+    any(size < 1 and size != -1 for size in sizes.values())
+    or list(sizes.values()).count(-1) > 1
+    or min(slices.values()) < 1
+  ):
+    raise ValueError(
+      f'config.mesh={sizes | slices}: sizes are at least 1, and at most one of {", ".join(sizes)} '
+      'is -1 '
+      '(what is left).'
+    )
   known = math.prod(size for size in sizes.values() if size != -1) * math.prod(slices.values())
   open_axis = [axis for axis, size in sizes.items() if size == -1]
   if len(devices) % known or (not open_axis and known != len(devices)):
     multiple = 'a multiple of ' if open_axis else ''
-    raise ValueError(f'config.mesh={sizes | slices} wants {multiple}{known} devices; there are {len(devices)}. '
-                     'Set one axis to -1 to take what is left.')
+    raise ValueError(
+      f'config.mesh={sizes | slices} wants {multiple}{known} devices; there are {len(devices)}. '
+      'Set one axis to -1 to take what is left.'
+    )
   if open_axis:
     sizes[open_axis[0]] = len(devices) // known
-  return Mesh(_arranged(list(sizes.values()), [dcn_data, dcn_fsdp, 1, 1], devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  return Mesh(
+    _arranged(list(sizes.values()), [dcn_data, dcn_fsdp, 1, 1], devices),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
 
 
 def _arranged(within: Sequence[int], across: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
-  """Devices by mesh position; slices (or hosts, where no slices are known) are the outer part of each axis."""
+  """Devices by mesh position; slices (or hosts, where no slices are known) are the outer part of
+  each axis.
+  """
   shape = [a * b for a, b in zip(within, across, strict=True)]
   if math.prod(across) == 1:
     if devices[0].platform != 'tpu':
       return np.array(devices).reshape(shape)
     return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
   if len({getattr(device, 'slice_index', 0) for device in devices}) > 1:
-    return mesh_utils.create_hybrid_device_mesh(within, across, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+      within, across, devices, allow_split_physical_axes=True
+    )
   parts = np.array(devices).reshape(*across, *within)  # one slice, or hosts in order
   order = [axis for i in range(len(AXES)) for axis in (i, i + len(AXES))]
   return parts.transpose(order).reshape(shape)
 
 
-def create_layout(data: int = -1, fsdp: int = 1, sequence: int = 1, tensor: int = 1, dcn_data: int = 1, dcn_fsdp: int = 1,
-                  rules: str = 'fsdp', *, devices: Sequence[Any] | None = None) -> 'Layout':
-  """The mesh of `create_mesh` with the rule set of a name, one of `RULES`; `config.mesh` are its arguments."""
+def create_layout(
+  data: int = -1,
+  fsdp: int = 1,
+  sequence: int = 1,
+  tensor: int = 1,
+  dcn_data: int = 1,
+  dcn_fsdp: int = 1,
+  rules: str = 'fsdp',
+  *,
+  devices: Sequence[Any] | None = None,
+) -> 'Layout':
+  """The mesh of `create_mesh` with the rule set of a name, one of `RULES`; `config.mesh` are its
+  arguments.
+  """
   if rules not in RULES:
-    raise ValueError(f'config.mesh.rules={rules!r} is not known{plugins.nearest(rules, RULES)}; known: {", ".join(RULES)}.')
-  return Layout(create_mesh(data, fsdp, sequence, tensor, dcn_data, dcn_fsdp, devices=devices), RULES[rules])
+    raise ValueError(
+      f'config.mesh.rules={rules!r} is not known{plugins.nearest(rules, RULES)}; known: '
+      f'{", ".join(RULES)}.'
+    )
+  return Layout(
+    create_mesh(data, fsdp, sequence, tensor, dcn_data, dcn_fsdp, devices=devices), RULES[rules]
+  )
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -126,34 +174,57 @@ class Layout:
 
   @property
   def platform(self) -> str:
-    """Of the mesh's devices, which may be descriptions of devices that are elsewhere: 'cpu', 'gpu', 'tpu'."""
+    """Of the mesh's devices, which may be descriptions of devices that are elsewhere: 'cpu', 'gpu',
+    'tpu'.
+    """
     return self.mesh.devices.flat[0].platform
 
   def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """Where an activation lies, by the logical names of its dimensions."""
-    return PartitionSpec(*(self._cut(ACTIVATIONS.get(name, ()), name, size) for name, size in zip(names, shape, strict=True)))
+    return PartitionSpec(
+      *(
+        self._cut(ACTIVATIONS.get(name, ()), name, size)
+        for name, size in zip(names, shape, strict=True)
+      )
+    )
 
-  def parameter_spec(self, names: Sequence[str | None], shape: Sequence[int], optimizer: bool = False) -> PartitionSpec:
-    """Where a parameter (or what the optimizer keeps for it) lies, by the logical names of its dimensions.
+  def parameter_spec(
+    self, names: Sequence[str | None], shape: Sequence[int], optimizer: bool = False
+  ) -> PartitionSpec:
+    """Where a parameter (or what the optimizer keeps for it) lies, by the logical names of its
+    dimensions.
 
-    Axes that cannot cut their own dimension cut `embed` as well, where there is one: nothing is kept twice for being odd.
+    Axes that cannot cut their own dimension cut `embed` as well, where there is one: nothing is
+      kept twice for being odd.
     """
     rules = self.rules.optimizer if optimizer else self.rules.parameters
     axes = [rules.get(name, ()) for name in names]
-    left = [axis for wanted, size in zip(axes, shape, strict=True) if size % self._parts(wanted) for axis in wanted]
+    left = [
+      axis
+      for wanted, size in zip(axes, shape, strict=True)
+      if size % self._parts(wanted)
+      for axis in wanted
+    ]
     for i, (name, size) in enumerate(zip(names, shape, strict=True)):
       if name == 'embed' and left and size % self._parts((*axes[i], *left)) == 0:
         axes[i] = (*axes[i], *left)
-    return PartitionSpec(*(self._cut(*dimension) for dimension in zip(axes, names, shape, strict=True)))
+    return PartitionSpec(
+      *(self._cut(*dimension) for dimension in zip(axes, names, shape, strict=True))
+    )
 
   def _parts(self, axes: Sequence[str]) -> int:
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
   def _cut(self, axes: Sequence[str], name: str | None, size: int) -> Any:
-    """The axes that cut a dimension, as PartitionSpec writes them; the last are left out until the rest divides it."""
+    """The axes that cut a dimension, as PartitionSpec writes them; the last are left out until the
+    rest divides it.
+    """
     kept = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
     while kept and size % self._parts(kept):
-      _report(f'{name} of size {size} does not divide by {" x ".join(kept)} = {self._parts(kept)} and is not cut by {kept[-1]}')
+      _report(
+        f'{name} of size {size} does not divide by {" x ".join(kept)} = {self._parts(kept)} and is '
+        f'not cut by {kept[-1]}'
+      )
       kept = kept[:-1]
     return kept[0] if len(kept) == 1 else kept or None
 
@@ -187,11 +258,14 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   layout = current()
   if layout is None:
     return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(layout.mesh, layout.spec(names, x.shape)))
+  return jax.lax.with_sharding_constraint(
+    x, NamedSharding(layout.mesh, layout.spec(names, x.shape))
+  )
 
 
 def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
-  """Key or value heads, repeated so far that the axes which cut `heads` query heads cut them too; unchanged where they do.
+  """Key or value heads, repeated so far that the axes which cut `heads` query heads cut them too;
+  unchanged where they do.
 
   Query head n reads head n // G before and after.
   """
@@ -203,7 +277,8 @@ def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
 
 
 def parameter_shardings(layout: Layout, boxed_params: Any, optimizer: bool = False) -> Any:
-  """Shardings for parameters that carry logical axis names (`flax.linen.with_logical_partitioning`).
+  """Shardings for parameters that carry logical axis names
+  (`flax.linen.with_logical_partitioning`).
 
   Args:
     layout: mesh and rules.
@@ -217,13 +292,16 @@ def parameter_shardings(layout: Layout, boxed_params: Any, optimizer: bool = Fal
   def leaf(boxed):
     if not isinstance(boxed, nn.LogicallyPartitioned):
       return replicated(layout.mesh)
-    return NamedSharding(layout.mesh, layout.parameter_spec(boxed.names, boxed.value.shape, optimizer))
+    return NamedSharding(
+      layout.mesh, layout.parameter_spec(boxed.names, boxed.value.shape, optimizer)
+    )
 
   return jax.tree.map(leaf, boxed_params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any) -> Any:
-  """Shardings for an optimizer's state: a leaf that mirrors a parameter (path and shape) lies as given, the rest is replicated.
+  """Shardings for an optimizer's state: a leaf that mirrors a parameter (path and shape) lies as
+  given, the rest is replicated.
 
   Args:
     mesh: the mesh.
@@ -232,11 +310,19 @@ def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any)
     opt_state: the state's shapes.
   """
   where = jax.tree_util.tree_leaves(shardings)
-  mirrored = {(path, leaf.shape): sharding
-              for (path, leaf), sharding in zip(jax.tree_util.tree_leaves_with_path(params), where, strict=True)}
+  mirrored = {
+    (path, leaf.shape): sharding
+    for (path, leaf), sharding in zip(
+      jax.tree_util.tree_leaves_with_path(params), where, strict=True
+    )
+  }
 
   def leaf(path, array):
-    matches = (mirrored[path[i:], array.shape] for i in range(len(path)) if (path[i:], array.shape) in mirrored)
+    matches = (
+      mirrored[path[i:], array.shape]
+      for i in range(len(path))
+      if (path[i:], array.shape) in mirrored
+    )
     return next(matches, replicated(mesh))
 
   return jax.tree_util.tree_map_with_path(leaf, opt_state)

@@ -1,12 +1,17 @@
-"""Checkpoints: state, data position, and all else that a run needs to go on, written by Orbax while the training runs.
+"""Checkpoints: state, data position, and all else that a run needs to go on, written by Orbax while
+the training runs.
 
-A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`: the size and SHA-256 of every
-file, and the validation metrics. The seal is written last, so a folder without one is a save that did not end (as if it had never
-begun), and a folder that does not agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this
-alone: whatever agrees with its seal and still does not fit the model is another model's checkpoint, which is an error and never a
+A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`:
+  the size and SHA-256 of every
+file, and the validation metrics. The seal is written last, so a folder without one is a save that
+did not end (as if it had never begun), and a folder that does not agree with its seal is damaged;
+neither is ever read. Damage is told from a mismatch by this
+alone: whatever agrees with its seal and still does not fit the model is another model's checkpoint,
+  which is an error and never a
 reason to fall back.
 
-The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the arrays are written by all.
+The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the
+arrays are written by all.
 """
 
 import concurrent.futures
@@ -26,12 +31,17 @@ from llm_jax.core import tree
 from llm_jax.parallel import hosts
 
 SEAL = 'seal.json'
-DAMAGED, UNFINISHED = 'damaged', 'unfinished'  # folders for checkpoints that are not used: cut short; without a seal
+DAMAGED, UNFINISHED = (
+  'damaged',
+  'unfinished',
+)  # folders for checkpoints that are not used: cut short; without a seal
 _NONE, _NONE_LEFT = -1, -2  # in the place of a step, agreed on by all processes
 
 
 class Restored(NamedTuple):
-  """A state as it was saved, the number of examples consumed by then, what was saved beside it, and its step."""
+  """A state as it was saved, the number of examples consumed by then, what was saved beside it, and
+  its step.
+  """
 
   state: Any
   position: int
@@ -59,7 +69,8 @@ class Checkpoints:
   """The checkpoints of one run: the `keep` newest, and the one with the lowest validation loss."""
 
   def __init__(self, directory: str | pathlib.Path, keep: int):
-    """Opens the folder, which is made where it is not there, and clears it of saves that did not end.
+    """Opens the folder, which is made where it is not there, and clears it of saves that did not
+    end.
 
     Args:
       directory: where the checkpoints are, shared by all hosts.
@@ -72,12 +83,19 @@ class Checkpoints:
     self._pending: concurrent.futures.Future | None = None
     hosts.agree(self._clear)
 
-  def save(self, step: int, state: Any, position: int, meta: Mapping[str, Any],
-           metrics: Mapping[str, float] | None = None) -> bool:
+  def save(
+    self,
+    step: int,
+    state: Any,
+    position: int,
+    meta: Mapping[str, Any],
+    metrics: Mapping[str, float] | None = None,
+  ) -> bool:
     """Saves a step, once; returns whether it does.
 
-    The arrays are copied before this returns, so the state may be donated; they are written, sealed and the older ones deleted in
-    the background. An error there is raised by the next `save`, `wait` or `close`.
+    The arrays are copied before this returns, so the state may be donated; they are written, sealed
+    and the older ones deleted in the background. An error there is raised by the next `save`,
+    `wait` or `close`.
 
     Args:
       step: optimizer steps taken, as in the state.
@@ -86,8 +104,8 @@ class Checkpoints:
       meta: whatever JSON can hold.
       metrics: validation metrics at this step; `loss` decides which checkpoint is the best.
 
-    Raises:
-      OSError: this save or the one before it failed (a full disk, say); earlier checkpoints are as they were.
+    Raises: OSError: this save or the one before it failed (a full disk, say); earlier checkpoints
+      are as they were.
     """
     self.wait()
     path = self._directory / str(step)
@@ -95,11 +113,17 @@ class Checkpoints:
       return False
     record = {'position': int(position), 'meta': dict(meta)}
     try:
-      self._orbax.save(path, args=ocp.args.Composite(state=ocp.args.PyTreeSave(tree.nest(tree.flatten(state))),
-                                                     meta=ocp.args.JsonSave(record)))
+      self._orbax.save(
+        path,
+        args=ocp.args.Composite(
+          state=ocp.args.PyTreeSave(tree.nest(tree.flatten(state))), meta=ocp.args.JsonSave(record)
+        ),
+      )
     except Exception as error:
       raise self._failure(step, error) from error
-    self._pending = self._worker.submit(self._finish, step, None if metrics is None else dict(metrics))
+    self._pending = self._worker.submit(
+      self._finish, step, None if metrics is None else dict(metrics)
+    )
     return True
 
   def wait(self) -> None:
@@ -127,26 +151,33 @@ class Checkpoints:
   def restore(self, abstract_state: Any) -> Restored | None:
     """Reads the newest checkpoint that is whole; None in a folder that never had one.
 
-    Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to `unfinished/<step>`, with an error in the log.
+    Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to
+    `unfinished/<step>`, with an error in the log.
 
-    Args:
-      abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding need not be that of the save.
+    Args: abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding
+      need not be that of the save.
 
-    Raises:
-      ValueError: no checkpoint is left whole; or the newest does not fit, listing '-' parameters that it lacks, '+' those that
+    Raises: ValueError: no checkpoint is left whole; or the newest does not fit, listing '-'
+      parameters that it lacks, '+' those that
         it has beyond, '!' those of another shape or type.
     """
     step = hosts.agree(self._newest_whole)
     if step == _NONE:
       return None
     if step == _NONE_LEFT:
-      raise ValueError(f'No whole checkpoint is left in {self._directory}: all were damaged and are now in {DAMAGED}/. '
-                       f'Put one back that you trust, or start over in another workdir.')
+      raise ValueError(
+        f'No whole checkpoint is left in {self._directory}: all were damaged and are now in '
+        f'{DAMAGED}/. '
+        f'Put one back that you trust, or start over in another workdir.'
+      )
     path = self._directory / str(step)
     wanted = tree.flatten(abstract_state)
     difference = tree.difference(wanted, _stored(self._orbax, path))
     if difference:
-      raise ValueError(f'Checkpoint {path} does not fit the state wanted (- it lacks, + it has beyond, ! differs):\n{difference}')
+      raise ValueError(
+        f'Checkpoint {path} does not fit the state wanted (- it lacks, + it has beyond, ! '
+        f'differs):\n{difference}'
+      )
     leaves = _read(self._orbax, path, wanted)
     record = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     return Restored(tree.replace(abstract_state, leaves), record['position'], record['meta'], step)
@@ -170,7 +201,9 @@ class Checkpoints:
   def _set_aside(self, step: int, kind: str) -> pathlib.Path:
     aside = self._directory / kind
     if kind == UNFINISHED:
-      shutil.rmtree(aside, ignore_errors=True)  # of interrupted saves the last is kept, in case its seal alone was lost
+      shutil.rmtree(
+        aside, ignore_errors=True
+      )  # of interrupted saves the last is kept, in case its seal alone was lost
     aside.mkdir(exist_ok=True)
     copies = sum(child.name.split('.')[0] == str(step) for child in aside.iterdir())
     target = aside / (f'{step}.{copies}' if copies else str(step))
@@ -188,20 +221,30 @@ class Checkpoints:
 
   def _delete_old(self) -> None:
     seals = _seals(self._directory)
-    kept = {*sorted(seals)[-self._keep:], _best(seals)}
+    kept = {*sorted(seals)[-self._keep :], _best(seals)}
     for step in seals.keys() - kept:
-      doomed = self._directory / f'{step}.deleting'  # renamed first: a kill in between must not leave half a checkpoint
+      doomed = (
+        self._directory / f'{step}.deleting'
+      )  # renamed first: a kill in between must not leave half a checkpoint
       (self._directory / str(step)).rename(doomed)
       shutil.rmtree(doomed)
 
   def _failure(self, step: int, error: Exception) -> OSError:
     steps = self.steps()
-    newest = f'the newest good checkpoint is that of step {steps[-1]}' if steps else 'there is no good checkpoint yet'
-    return OSError(f'Saving the checkpoint of step {step} in {self._directory} failed; {newest}. Cause: {error}')
+    newest = (
+      f'the newest good checkpoint is that of step {steps[-1]}'
+      if steps
+      else 'there is no good checkpoint yet'
+    )
+    return OSError(
+      f'Saving the checkpoint of step {step} in {self._directory} failed; {newest}. Cause: {error}'
+    )
 
 
 def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dict[str, Any], int]:
-  """What was saved beside the state by a run whose checkpoints are in `directory`, and the step; see `restore_params`."""
+  """What was saved beside the state by a run whose checkpoints are in `directory`, and the step;
+  see `restore_params`.
+  """
   orbax = _orbax()
   path = _choose(pathlib.Path(directory).absolute(), which)
   record = orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
@@ -209,13 +252,14 @@ def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dic
   return record['meta'], int(path.name)
 
 
-def restore_params(directory: str | pathlib.Path, abstract_params: Any, which: str = 'best') -> Loaded:
+def restore_params(
+  directory: str | pathlib.Path, abstract_params: Any, which: str = 'best'
+) -> Loaded:
   """Reads parameters of another run, by path; that run's folder is not changed.
 
-  Args:
-    directory: the checkpoints of that run.
-    abstract_params: parameters wanted, each leaf with shape, dtype and sharding.
-    which: 'best' (lowest validation loss; the latest where none was measured) or 'latest'. A checkpoint that is damaged is
+  Args: directory: the checkpoints of that run. abstract_params: parameters wanted, each leaf with
+    shape, dtype and sharding. which: 'best' (lowest validation loss; the latest where none was
+    measured) or 'latest'. A checkpoint that is damaged is
       passed over, with an error in the log.
 
   Raises:
@@ -223,18 +267,30 @@ def restore_params(directory: str | pathlib.Path, abstract_params: Any, which: s
   """
   orbax = _orbax()
   path = _choose(pathlib.Path(directory).absolute(), which)
-  stored = {name.removeprefix('params/'): leaf for name, leaf in _stored(orbax, path).items() if name.startswith('params/')}
+  stored = {
+    name.removeprefix('params/'): leaf
+    for name, leaf in _stored(orbax, path).items()
+    if name.startswith('params/')
+  }
   wanted = tree.flatten(abstract_params)
   shared = {name: leaf for name, leaf in wanted.items() if name in stored}
   difference = tree.difference(shared, {name: stored[name] for name in shared})
   if difference:
-    raise ValueError(f'Parameters of {path} do not fit the model; give both runs the same shapes, or start from another run:\n'
-                     f'{difference}')
-  leaves = _read(orbax, path, {f'params/{name}': leaf for name, leaf in shared.items()}) if shared else {}
+    raise ValueError(
+      f'Parameters of {path} do not fit the model; give both runs the same shapes, or start from '
+      'another run:\n'
+      f'{difference}'
+    )
+  leaves = (
+    _read(orbax, path, {f'params/{name}': leaf for name, leaf in shared.items()}) if shared else {}
+  )
   orbax.close()
-  return Loaded(params={name.removeprefix('params/'): leaf for name, leaf in leaves.items()},
-                new=[name for name in wanted if name not in stored], unused=[name for name in stored if name not in wanted],
-                step=int(path.name))
+  return Loaded(
+    params={name.removeprefix('params/'): leaf for name, leaf in leaves.items()},
+    new=[name for name in wanted if name not in stored],
+    unused=[name for name in stored if name not in wanted],
+    step=int(path.name),
+  )
 
 
 def _orbax() -> ocp.AsyncCheckpointer:
@@ -244,15 +300,24 @@ def _orbax() -> ocp.AsyncCheckpointer:
 
 def _stored(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, jax.ShapeDtypeStruct]:
   metadata = orbax.metadata(path).item_metadata['state']
-  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in tree.flatten(metadata.tree).items()}
+  return {
+    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    for name, leaf in tree.flatten(metadata.tree).items()
+  }
 
 
-def _read(orbax: ocp.AsyncCheckpointer, path: pathlib.Path, wanted: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _read(
+  orbax: ocp.AsyncCheckpointer, path: pathlib.Path, wanted: Mapping[str, Any]
+) -> dict[str, jax.Array]:
   bare = [name for name, leaf in wanted.items() if leaf.sharding is None]
   if bare:
-    raise ValueError(f'{bare[0]} has no sharding: a checkpoint is read straight to the devices where it shall lie.')
+    raise ValueError(
+      f'{bare[0]} has no sharding: a checkpoint is read straight to the devices where it shall lie.'
+    )
   nested = tree.nest(wanted)
-  restore = ocp.args.PyTreeRestore(nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=True)
+  restore = ocp.args.PyTreeRestore(
+    nested, restore_args=ocp.checkpoint_utils.construct_restore_args(nested), partial_restore=True
+  )
   return tree.flatten(orbax.restore(path, args=ocp.args.Composite(state=restore)).state)
 
 
@@ -261,7 +326,10 @@ def _choose(directory: pathlib.Path, which: str) -> pathlib.Path:
     raise ValueError(f"which={which!r} must be 'best' or 'latest'.")
   step = hosts.agree(lambda: _whole(directory, which))
   if step == _NONE:
-    raise ValueError(f'{directory} holds no whole checkpoint; train there first, or name the workdir of another run.')
+    raise ValueError(
+      f'{directory} holds no whole checkpoint; train there first, or name the workdir of another '
+      'run.'
+    )
   return directory / str(step)
 
 
@@ -281,7 +349,11 @@ def _whole(directory: pathlib.Path, which: str) -> int:
 def _seal(path: pathlib.Path, metrics: dict[str, float] | None) -> None:
   names = [str(p.relative_to(path)) for p in sorted(path.rglob('*')) if p.is_file()]
   partial = path / f'{SEAL}.partial'
-  partial.write_text(json.dumps({'metrics': metrics, 'files': dict(zip(names, _fingerprints(path, names), strict=True))}))
+  partial.write_text(
+    json.dumps(
+      {'metrics': metrics, 'files': dict(zip(names, _fingerprints(path, names), strict=True))}
+    )
+  )
   partial.rename(path / SEAL)
 
 
@@ -307,7 +379,11 @@ def _fault(path: pathlib.Path) -> str | None:
   """What is wrong with a checkpoint, None where it agrees with its seal."""
   seal = _read_seal(path)
   if seal is None:
-    return f'its {SEAL} cannot be read' if (path / SEAL).exists() else f'it has no {SEAL}: its save did not end'
+    return (
+      f'its {SEAL} cannot be read'
+      if (path / SEAL).exists()
+      else f'it has no {SEAL}: its save did not end'
+    )
   missing = [name for name in seal['files'] if not (path / name).is_file()]
   if missing:
     return f'{missing[0]} is missing'
@@ -315,7 +391,9 @@ def _fault(path: pathlib.Path) -> str | None:
     found = (path / name).stat().st_size
     if found != size:
       return f'{name} has {found} bytes and should have {size}'
-  for (name, expected), found in zip(seal['files'].items(), _fingerprints(path, list(seal['files'])), strict=True):
+  for (name, expected), found in zip(
+    seal['files'].items(), _fingerprints(path, list(seal['files'])), strict=True
+  ):
     if found != expected:
       return f'{name} is not what was written'
   return None

@@ -1,6 +1,8 @@
-"""Compiled programs kept on disk by JAX's persistent compilation cache, so that a run goes on without compiling again.
+"""Compiled programs kept on disk by JAX's persistent compilation cache, so that a run goes on
+without compiling again.
 
-Entries are keyed by the program, its options, the devices and the versions of JAX and XLA. Process 0 writes them, all read them.
+Entries are keyed by the program, its options, the devices and the versions of JAX and XLA. Process
+0 writes them, all read them.
 """
 
 import contextlib
@@ -19,10 +21,11 @@ FOLDER = 'xla_cache'
 
 
 def keep(directory: pathlib.Path) -> None:
-  """Keeps what is compiled from now on under `directory / FOLDER`, and takes it from there; small programs too.
+  """Keeps what is compiled from now on under `directory / FOLDER`, and takes it from there; small
+  programs too.
 
-  The folder is made when there is something to keep. One that JAX was given by other means (JAX_COMPILATION_CACHE_DIR) goes
-  first. Must come after `hosts.start`.
+  The folder is made when there is something to keep. One that JAX was given by other means
+  (JAX_COMPILATION_CACHE_DIR) goes first. Must come after `hosts.start`.
 
   Args:
     directory: the folder of a run, or the user's cache; several processes may share it.
@@ -34,25 +37,33 @@ def keep(directory: pathlib.Path) -> None:
     if hosts.primary():
       _drop_damaged(folder)
     jax.config.update('jax_compilation_cache_dir', str(folder))
-    if jax.default_backend() != 'gpu':  # a cache for GPUs alone, whose path goes into every key: the folder could not be moved
+    if (
+      jax.default_backend() != 'gpu'
+    ):  # a cache for GPUs alone, whose path goes into every key: the folder could not be moved
       jax.config.update('jax_persistent_cache_enable_xla_caches', 'none')
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
   jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
 def _processor() -> str:
-  """A name for this processor: machine code for one may not run on another, and is cut for the number of its cores."""
+  """A name for this processor: machine code for one may not run on another, and is cut for the
+  number of its cores.
+  """
   known = [platform.machine(), str(os.cpu_count())]
   try:
     lines = pathlib.Path('/proc/cpuinfo').read_text().splitlines()
-    known += sorted({line for line in lines if line.startswith(('model name', 'flags', 'Features', 'CPU part'))})
+    known += sorted(
+      {line for line in lines if line.startswith(('model name', 'flags', 'Features', 'CPU part'))}
+    )
   except OSError:
     known += [platform.node(), platform.processor()]
   return hashlib.sha256('\n'.join(known).encode()).hexdigest()[:16]
 
 
 def _drop_damaged(folder: pathlib.Path) -> None:
-  """Removes entries that were cut short, by a full disk or the death of a process: JAX compiles anew, but never replaces them."""
+  """Removes entries that were cut short, by a full disk or the death of a process: JAX compiles
+  anew, but never replaces them.
+  """
   for path in folder.glob('*-cache'):
     try:
       compilation_cache.decompress_executable(path.read_bytes())

@@ -1,4 +1,6 @@
-"""The folder of a run: its resolved config and its tokenizer, written whole or not at all, found again where one is lost."""
+"""The folder of a run: its resolved config and its tokenizer, written whole or not at all, found
+again where one is lost.
+"""
 
 import base64
 import pathlib
@@ -17,15 +19,19 @@ from llm_jax.programs import checkpoints as checkpoint
 
 
 def open_workdir(workdir: pathlib.Path) -> None:
-  """Makes the folder where it is not there, and checks that it can be written to, and that all processes see the same one.
+  """Makes the folder where it is not there, and checks that it can be written to, and that all
+  processes see the same one.
 
   Raises:
     ValueError: it cannot, or they do not.
   """
   probe = workdir / hosts.agree(lambda: _probe(workdir))
   if not probe.exists():
-    raise ValueError(f'--workdir={workdir}: process {jax.process_index()} does not see what process 0 wrote there; give a folder '
-                     'on a file system that all hosts share.')
+    raise ValueError(
+      f'--workdir={workdir}: process {jax.process_index()} does not see what process 0 wrote '
+      'there; give a folder '
+      'on a file system that all hosts share.'
+    )
   hosts.barrier()
   if hosts.primary():
     probe.unlink()
@@ -37,7 +43,9 @@ def _probe(workdir: pathlib.Path) -> str:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / name).touch()
   except OSError as error:
-    raise ValueError(f'--workdir={workdir} cannot be written to ({error.strerror}); give a folder of your own.') from error
+    raise ValueError(
+      f'--workdir={workdir} cannot be written to ({error.strerror}); give a folder of your own.'
+    ) from error
   return name
 
 
@@ -58,12 +66,17 @@ def read_config(workdir: pathlib.Path) -> Config:
   if lost and hosts.agree(lambda: has_checkpoints(workdir)):
     return config_lib.parse(checkpoint.read_meta(workdir / 'checkpoints')[0]['config'])
   if lost:
-    raise ValueError(f'{workdir} holds no run: there is no config.json. Train one there first, or name the workdir of one.')
+    raise ValueError(
+      f'{workdir} holds no run: there is no config.json. Train one there first, or name the '
+      'workdir of one.'
+    )
   try:
     return config_lib.from_json(path.read_text())
   except (ValueError, TypeError) as error:
-    raise ValueError(f'{path} is not the config of a run ({error}); remove it, and that of the newest checkpoint is used.'
-                     ) from error
+    raise ValueError(
+      f'{path} is not the config of a run ({error}); remove it, and that of the newest checkpoint '
+      'is used.'
+    ) from error
 
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
@@ -91,7 +104,10 @@ def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
 
 def pack_tokenizer(workdir: pathlib.Path) -> dict[str, str]:
   """The files of the run's tokenizer by name, in base64: what a checkpoint keeps of it."""
-  return {file.name: base64.b64encode(file.read_bytes()).decode() for file in sorted((workdir / 'tokenizer').iterdir())}
+  return {
+    file.name: base64.b64encode(file.read_bytes()).decode()
+    for file in sorted((workdir / 'tokenizer').iterdir())
+  }
 
 
 def unpack_tokenizer(packed: Mapping[str, str], workdir: pathlib.Path) -> None:

@@ -1,4 +1,6 @@
-"""Everything between a config and the first batch: the tokenizer in its folder, and the tokenized corpora."""
+"""Everything between a config and the first batch: the tokenizer in its folder, and the tokenized
+corpora.
+"""
 
 import dataclasses
 import functools
@@ -36,7 +38,9 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """Training and validation documents of each source, the sources' weights, and a hash of what the documents say."""
+  """Training and validation documents of each source, the sources' weights, and a hash of what the
+  documents say.
+  """
 
   train: Sequence[Documents]
   validation: Sequence[Documents]
@@ -45,10 +49,11 @@ class Splits:
 
 
 def load(config: Config, workdir: pathlib.Path) -> Data:
-  """Tokenizes what is not in the cache yet, and gives the splits; of several processes, process 0 goes first.
+  """Tokenizes what is not in the cache yet, and gives the splits; of several processes, process 0
+  goes first.
 
-  Raises:
-    ValueError: an unusable source, an empty corpus, a label that is not one, a config that the workdir's run cannot go on with,
+  Raises: ValueError: an unusable source, an empty corpus, a label that is not one, a config that
+    the workdir's run cannot go on with,
       processes that were given different configs or read different documents.
   """
   saved = runs.read_config(workdir) if hosts.agree(lambda: runs.has_checkpoints(workdir)) else None
@@ -56,44 +61,68 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
   hosts.check_same('a config', config_lib.to_json(config))
   if saved:
     config = dataclasses.replace(config, tokenizer=saved.tokenizer)
-    _check_same(build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir)
+    _check_same(
+      build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir
+    )
   if config.data['source'] in ('stdlib', 'docstrings'):
-    logging.warning('EMBEDDED CORPUS: this run reads the source and documentation of the Python standard library. Your own text '
-                    "is one flag: --config.data.source=text --config.data.path='/data/*.txt'")
+    logging.warning(
+      'EMBEDDED CORPUS: this run reads the source and documentation of the Python standard '
+      'library. Your own text '
+      "is one flag: --config.data.source=text --config.data.path='/data/*.txt'"
+    )
   tokenizer = _tokenizer(config, workdir, bool(saved))
   splits = documents(config, tokenizer)
-  classes = build.class_names(saved or config) or build.collect_classes(config, _labels(splits.train))
+  classes = build.class_names(saved or config) or build.collect_classes(
+    config, _labels(splits.train)
+  )
   return Data(build.resolve(config, tokenizer.vocab_size, classes), tokenizer, splits)
 
 
 def documents(config: Config, tokenizer: Tokenizer) -> Splits:
-  """The documents of the config's data, tokenized; by process 0 first, for the cache may be on a disk that all share."""
+  """The documents of the config's data, tokenized; by process 0 first, for the cache may be on a
+  disk that all share.
+  """
   sources, weights = build.sources(config)
   folder = str(cache_directory(config) / 'tokens')
   corpora = hosts.first(
-      lambda: [cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources])
-  train, validation = zip(*(corpus.split(config.data['validation']) for corpus in corpora), strict=True)
+    lambda: [
+      cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources
+    ]
+  )
+  train, validation = zip(
+    *(corpus.split(config.data['validation']) for corpus in corpora), strict=True
+  )
   fingerprint = ' '.join(corpus.content for corpus in corpora)
   hosts.check_same('documents of config.data', fingerprint)
   return Splits(train, validation, weights, fingerprint)
 
 
 def cache_directory(config: Config) -> pathlib.Path:
-  """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache folder."""
-  default = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'llm_jax'
+  """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache
+  folder.
+  """
+  default = (
+    pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'llm_jax'
+  )
   folder = pathlib.Path(config.data.get('cache') or default).expanduser()
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
-    raise ValueError(f'config.data.cache={folder} cannot be used ({error.strerror}); name a folder that can be written to.'
-                     ) from error
+    raise ValueError(
+      f'config.data.cache={folder} cannot be used ({error.strerror}); name a folder that can be '
+      'written to.'
+    ) from error
   return folder
 
 
 def _absolute(config: Config) -> Config:
   """The config with its paths made whole, so that a run can be used from any folder."""
-  whole = lambda path: path and ','.join(os.path.abspath(os.path.expanduser(part)) for part in path.split(','))
-  section = lambda part: part | {key: whole(part[key]) for key in ('path', 'data_dir') if part.get(key)}
+  whole = lambda path: (
+    path and ','.join(os.path.abspath(os.path.expanduser(part)) for part in path.split(','))
+  )
+  section = lambda part: (
+    part | {key: whole(part[key]) for key in ('path', 'data_dir') if part.get(key)}
+  )
   data = section(config.data)
   if data.get('parts'):
     data['parts'] = {name: section(part) for name, part in data['parts'].items()}
@@ -103,8 +132,11 @@ def _absolute(config: Config) -> Config:
 def _check_same(config: Config, saved: Config, workdir: pathlib.Path) -> None:
   forbidden, allowed = config_lib.differences(saved, config)
   if forbidden:
-    raise ValueError(f'{workdir} holds a run of another config:\n  ' + '\n  '.join(forbidden) +
-                     '\nGive this one a --workdir of its own, or the config it was started with.')
+    raise ValueError(
+      f'{workdir} holds a run of another config:\n  '
+      + '\n  '.join(forbidden)
+      + '\nGive this one a --workdir of its own, or the config it was started with.'
+    )
   for line in allowed:
     logging.warning('changed since the last start: %s', line)
 
@@ -121,8 +153,12 @@ def _new_tokenizer(config: Config) -> Tokenizer:
     return pretrained.load_tokenizer(config)  # it comes along with the weights
   sources, _ = build.sources(config)
   texts = functools.partial(_training_texts, sources, config.data['validation'])
-  fingerprint = ' '.join([*(source.fingerprint for source in sources), str(config.data['validation'])])
-  return build.create_tokenizer(config, texts, fingerprint, str(cache_directory(config) / 'tokenizers'))
+  fingerprint = ' '.join(
+    [*(source.fingerprint for source in sources), str(config.data['validation'])]
+  )
+  return build.create_tokenizer(
+    config, texts, fingerprint, str(cache_directory(config) / 'tokenizers')
+  )
 
 
 def _labels(splits: Sequence[Documents]) -> Iterator[Any]:
@@ -130,7 +166,9 @@ def _labels(splits: Sequence[Documents]) -> Iterator[Any]:
 
 
 def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[str]:
-  documents = itertools.chain.from_iterable((source[i] for i in range(len(source))) for source in sources)
+  documents = itertools.chain.from_iterable(
+    (source[i] for i in range(len(source))) for source in sources
+  )
   for document in documents:
     if not cache.held_out(document, validation):
       yield document['text']

@@ -1,9 +1,11 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, Weights & Biases, a progress bar or plain lines, and loss.png at the end.
+"""What a run tells: metrics.jsonl, TensorBoard events, Weights & Biases, a progress bar or plain
+lines, and loss.png at the end.
 
-`metrics.jsonl` has one JSON object a line: `step`, `split`, then numbers by name; a number that is not finite is null. Only the
-primary process writes. A resumed run drops the lines after the step that it goes on from and says them again, so its file ends
-like that of a run that was never disturbed, timings aside; for that, everything up to a step must be written before its
-checkpoint is.
+`metrics.jsonl` has one JSON object a line: `step`, `split`, then numbers by name; a number that is
+  not finite is null. Only the
+primary process writes. A resumed run drops the lines after the step that it goes on from and says
+them again, so its file ends like that of a run that was never disturbed, timings aside; for that,
+everything up to a step must be written before its checkpoint is.
 """
 
 import json
@@ -28,8 +30,17 @@ DAY = 86400
 class Log:
   """The records of one run."""
 
-  def __init__(self, workdir: str | pathlib.Path, *, primary: bool, steps: int, resume_step: int = 0, tensorboard: bool = True,
-               wandb: str | None = None, config: Mapping[str, Any] | None = None):
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    primary: bool,
+    steps: int,
+    resume_step: int = 0,
+    tensorboard: bool = True,
+    wandb: str | None = None,
+    config: Mapping[str, Any] | None = None,
+  ):
     """Opens the records, and takes back what was written after `resume_step`.
 
     Args:
@@ -55,15 +66,27 @@ class Log:
     self._file = open(path, 'a')
     if tensorboard:
       import tensorboardX  # takes seconds to import
-      self._board = tensorboardX.SummaryWriter(str(self._workdir / 'tensorboard'), purge_step=resume_step + 1)
+
+      self._board = tensorboardX.SummaryWriter(
+        str(self._workdir / 'tensorboard'), purge_step=resume_step + 1
+      )
     if wandb is not None:
       self._wandb = _start_wandb(self._workdir, wandb, config)
     if sys.stderr.isatty():
-      self._bar = tqdm(total=steps, initial=resume_step, unit='step', dynamic_ncols=True, bar_format=(
-          '{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} left{postfix}]'))
+      self._bar = tqdm(
+        total=steps,
+        initial=resume_step,
+        unit='step',
+        dynamic_ncols=True,
+        bar_format=(
+          '{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} '
+          'left{postfix}]'
+        ),
+      )
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-    """Records numbers of one step: a line of metrics.jsonl, on disk when this returns, and a point in each chart.
+    """Records numbers of one step: a line of metrics.jsonl, on disk when this returns, and a point
+    in each chart.
 
     Args:
       step: optimizer steps taken.
@@ -74,7 +97,10 @@ class Log:
       return
     numbers = {name: float(value) for name, value in values.items()}
     finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-    self._file.write(json.dumps({'step': step, 'split': split} | {name: finite.get(name) for name in numbers}) + '\n')
+    self._file.write(
+      json.dumps({'step': step, 'split': split} | {name: finite.get(name) for name in numbers})
+      + '\n'
+    )
     self._file.flush()
     if self._board is not None:
       for name, value in numbers.items():
@@ -82,14 +108,25 @@ class Log:
     if self._wandb is not None:
       self._wandb.log({f'{split}/{name}': value for name, value in numbers.items()}, step=step)
 
-  def progress(self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float) -> None:
+  def progress(
+    self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float
+  ) -> None:
     """Shows how far the run is: on a terminal in the bar, elsewhere in a line of the log."""
     if self._bar is not None:
-      self._bar.set_postfix_str(f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s', refresh=False)
+      self._bar.set_postfix_str(
+        f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s', refresh=False
+      )
       self._bar.update(step - self._bar.n)
     elif self._primary:
       left = duration(seconds_per_step * (self._steps - step))
-      logging.info('step %d/%d  loss %.4f  %s tokens/s  %s left', step, self._steps, loss, f'{tokens_per_second:,.0f}', left)
+      logging.info(
+        'step %d/%d  loss %.4f  %s tokens/s  %s left',
+        step,
+        self._steps,
+        loss,
+        f'{tokens_per_second:,.0f}',
+        left,
+      )
 
   def say(self, message: str, *args: Any) -> None:
     """A line of the log (with `logging`'s arguments) that does not tear the progress bar."""
@@ -112,7 +149,9 @@ class Log:
 
 
 def show() -> None:
-  """Makes the log's lines visible, on standard error or under the cell of a notebook; those of Orbax only from warnings on."""
+  """Makes the log's lines visible, on standard error or under the cell of a notebook; those of
+  Orbax only from warnings on.
+  """
   logging.use_absl_handler()
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
   handler = logging.get_absl_handler()
@@ -126,22 +165,30 @@ def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def plot(workdir: str | pathlib.Path) -> None:
-  """Draws loss.png: training and validation loss over steps, and the unigram loss where it was measured."""
+  """Draws loss.png: training and validation loss over steps, and the unigram loss where it was
+  measured.
+  """
   import matplotlib
   from matplotlib.figure import Figure
 
   lines = [line for line in read(workdir) if line.get('loss') is not None]
-  with matplotlib.rc_context({'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False}):
+  with matplotlib.rc_context(
+    {'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False}
+  ):
     figure = Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
     axes = figure.add_subplot()
-    for split, style in (('train', {'color': '#9db8d9', 'linewidth': 1.2}),
-                         ('validation', {'color': '#c8553d', 'linewidth': 2, 'marker': 'o', 'markersize': 4})):
+    for split, style in (
+      ('train', {'color': '#9db8d9', 'linewidth': 1.2}),
+      ('validation', {'color': '#c8553d', 'linewidth': 2, 'marker': 'o', 'markersize': 4}),
+    ):
       points = [(line['step'], line['loss']) for line in lines if line['split'] == split]
       if points:
         axes.plot(*zip(*points, strict=True), label=split, **style)
     unigram = [line['unigram_loss'] for line in lines if line.get('unigram_loss') is not None]
     if unigram:
-      axes.axhline(unigram[-1], color='#555555', linestyle='--', linewidth=1, label='unigram entropy')
+      axes.axhline(
+        unigram[-1], color='#555555', linestyle='--', linewidth=1, label='unigram entropy'
+      )
     axes.set(xlabel='step', ylabel='loss')
     axes.margins(x=0.02)
     axes.grid(alpha=0.25)
@@ -151,20 +198,35 @@ def plot(workdir: str | pathlib.Path) -> None:
 
 
 def parameter_overview(params: Any) -> str:
-  """A table of (abstract) parameters: path, shape, type, count, and sharding where they have one; the sum below."""
-  rows = [(path, ' x '.join(map(str, leaf.shape)) or 'scalar', str(leaf.dtype), f'{math.prod(leaf.shape):,}', _spec(leaf))
-          for path, leaf in tree.flatten(params).items()]
+  """A table of (abstract) parameters: path, shape, type, count, and sharding where they have one;
+  the sum below.
+  """
+  rows = [
+    (
+      path,
+      ' x '.join(map(str, leaf.shape)) or 'scalar',
+      str(leaf.dtype),
+      f'{math.prod(leaf.shape):,}',
+      _spec(leaf),
+    )
+    for path, leaf in tree.flatten(params).items()
+  ]
   header = ('parameter', 'shape', 'type', 'count', 'sharding')
   columns = len(header) if any(row[-1] for row in rows) else len(header) - 1
   widths = [max(len(row[i]) for row in (header, *rows)) for i in range(columns)]
   align = [str.rjust if name == 'count' else str.ljust for name in header[:columns]]
-  lines = ['  '.join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=False)) for row in (header, *rows)]
+  lines = [
+    '  '.join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=False))
+    for row in (header, *rows)
+  ]
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
   return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], f'{total:,} parameters'])
 
 
 def duration(seconds: float) -> str:
-  """A length of time as people say it, in its two largest units: '3 days 4 h', '4 h 5 min', '5 min 6 s', '6 s'."""
+  """A length of time as people say it, in its two largest units: '3 days 4 h', '4 h 5 min', '5 min
+  6 s', '6 s'.
+  """
   seconds = round(seconds)
   days, hours, minutes = seconds // DAY, seconds // 3600 % 24, seconds // 60 % 60
   if days:
@@ -185,7 +247,9 @@ def estimate(seconds_per_step: float, steps_left: int, tiny: str) -> str:
   seconds = seconds_per_step * steps_left
   message = f'{steps_left:,} steps at {seconds_per_step:.3g} s a step will take about {duration(seconds)} on this machine.'
   if seconds > DAY:
-    message += f' THAT IS DAYS: for a run of minutes use --config={tiny}, or set fewer --config.steps.'
+    message += (
+      f' THAT IS DAYS: for a run of minutes use --config={tiny}, or set fewer --config.steps.'
+    )
   return message
 
 
@@ -194,14 +258,20 @@ def _of_the_run(record: levels.LogRecord) -> bool:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Rewrites metrics.jsonl, whole or not at all, without the lines after `step` and without a last line that was cut short."""
+  """Rewrites metrics.jsonl, whole or not at all, without the lines after `step` and without a last
+  line that was cut short.
+  """
   if not path.exists():
     return
-  *lines, last = path.read_text().split('\n')  # a file that ends as it should has nothing after its last line end
+  *lines, last = path.read_text().split(
+    '\n'
+  )  # a file that ends as it should has nothing after its last line end
   kept = [line for line in lines if json.loads(line)['step'] <= step]
   dropped = len(lines) - len(kept) + bool(last)
   if dropped:
-    logging.info('%s: dropped %d lines of steps after %d, which will be run again.', path, dropped, step)
+    logging.info(
+      '%s: dropped %d lines of steps after %d, which will be run again.', path, dropped, step
+    )
   partial = path.with_suffix('.partial')
   partial.write_text(''.join(line + '\n' for line in kept))
   partial.replace(path)
@@ -211,14 +281,22 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
   try:
     import wandb
   except ImportError as error:
-    raise ValueError(f'config.logging.wandb={project!r} needs the package wandb: pip install llm_jax[wandb], '
-                     f'or unset it.') from error
+    raise ValueError(
+      f'config.logging.wandb={project!r} needs the package wandb: pip install llm_jax[wandb], '
+      f'or unset it.'
+    ) from error
   name = workdir / 'wandb_id'
   if not name.exists():
     name.write_text(wandb.util.generate_id())
-  return wandb.init(project=project, id=name.read_text(), resume='allow', dir=str(workdir), config=config)
+  return wandb.init(
+    project=project, id=name.read_text(), resume='allow', dir=str(workdir), config=config
+  )
 
 
 def _spec(leaf: Any) -> str:
   spec = getattr(getattr(leaf, 'sharding', None), 'spec', None)
-  return '' if spec is None else ', '.join('-' if axis is None else str(axis) for axis in spec) or 'replicated'
+  return (
+    ''
+    if spec is None
+    else ', '.join('-' if axis is None else str(axis) for axis in spec) or 'replicated'
+  )

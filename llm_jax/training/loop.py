@@ -1,4 +1,6 @@
-"""The host loop: next batch, step, log, evaluate, save. Numbers of step n are fetched after step n + 1 is dispatched."""
+"""The host loop: next batch, step, log, evaluate, save. Numbers of step n are fetched after step n
++ 1 is dispatched.
+"""
 
 import contextlib
 import dataclasses
@@ -29,7 +31,10 @@ from llm_jax.training import logs, memory
 SAMPLES = 'samples.txt'
 PROFILE = 'profile'
 STEPS_TO_ESTIMATE = 3  # after the first, which compiles
-TINY = {'encoder': 'configs/bert_tiny.py', 'decoder': 'configs/gpt_tiny.py'}  # what to try where a run would take days
+TINY = {
+  'encoder': 'configs/bert_tiny.py',
+  'decoder': 'configs/gpt_tiny.py',
+}  # what to try where a run would take days
 
 
 @dataclasses.dataclass
@@ -55,7 +60,8 @@ class Run:
 
 @dataclasses.dataclass
 class Patience:
-  """Early stopping: the best validation loss so far, and for how many evaluations it has not been beaten.
+  """Early stopping: the best validation loss so far, and for how many evaluations it has not been
+  beaten.
 
   Attributes:
     limit: evaluations without a better loss after which to stop; 0 for never.
@@ -80,13 +86,17 @@ class Patience:
 def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
   """Builds the program and restores the newest checkpoint, or makes a first state.
 
-  Raises:
-    ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does not fit.
+  Raises: ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does
+    not fit.
   """
   config = data.config
   objective, splits = build.create_objective(config, data.tokenizer), data.splits
-  train = pipeline.train_examples(splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size)
-  validation = pipeline.validation_examples(splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows)
+  train = pipeline.train_examples(
+    splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size
+  )
+  validation = pipeline.validation_examples(
+    splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows
+  )
   example = train[0]
   program = memory.fitting(config, lambda config: build.build(config, data.tokenizer, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
@@ -98,9 +108,13 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
   else:
     state, position = restored.state, restored.position
     if restored.meta['corpus'] != splits.fingerprint:
-      raise ValueError(f'the documents of config.data have changed since the checkpoint of step {restored.step} was saved, so '
-                       'the run cannot go on with the very next example; bring them back, or start in another --workdir with '
-                       f'--config.init_from={workdir}.')
+      raise ValueError(
+        f'the documents of config.data have changed since the checkpoint of step {restored.step} '
+        'was saved, so '
+        'the run cannot go on with the very next example; bring them back, or start in another '
+        '--workdir with '
+        f'--config.init_from={workdir}.'
+      )
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
   return Run(program, data, workdir, checkpoints, train, validation, state, position, patience)
@@ -110,32 +124,70 @@ def train(run: Run) -> None:
   """Trains to the last step of the config, until no evaluation gets better, or until SIGTERM."""
   program, config = run.program, run.program.config
   step = int(run.state.step)
-  log = logs.Log(run.workdir, primary=hosts.primary(), steps=config.steps, resume_step=step,
-                 tensorboard=config.logging.tensorboard, wandb=config.logging.wandb, config=dataclasses.asdict(config))
+  log = logs.Log(
+    run.workdir,
+    primary=hosts.primary(),
+    steps=config.steps,
+    resume_step=step,
+    tensorboard=config.logging.tensorboard,
+    wandb=config.logging.wandb,
+    config=dataclasses.asdict(config),
+  )
   with contextlib.closing(log), contextlib.closing(run.checkpoints):
     if step >= config.steps or run.patience.over:
-      log.say('This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.', step, config.steps)
+      log.say(
+        'This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.',
+        step,
+        config.steps,
+      )
       return
     if hosts.primary():
       runs.write_config(run.workdir, config)
     baselines = evaluate.baselines(program, run.data.tokenizer, run.validation)
     _announce(run, log)
-    batches = pipeline.batches(run.train, config.batch_size, run.position, hosts.rows(program.mesh, config.batch_size),
-                               put=program.put)
-    with contextlib.closing(batches), hosts.preemption() as preempted, contextlib.closing(Profiler(run, log, step)) as profiler:
+    batches = pipeline.batches(
+      run.train,
+      config.batch_size,
+      run.position,
+      hosts.rows(program.mesh, config.batch_size),
+      put=program.put,
+    )
+    with (
+      contextlib.closing(batches),
+      hosts.preemption() as preempted,
+      contextlib.closing(Profiler(run, log, step)) as profiler,
+    ):
       _loop(run, log, batches, step, baselines, preempted, profiler)
     if int(run.state.step) < config.steps and not run.patience.over:
-      log.say('Stopped by SIGTERM after step %d, which is saved; the same command goes on from there.', int(run.state.step))
+      log.say(
+        'Stopped by SIGTERM after step %d, which is saved; the same command goes on from there.',
+        int(run.state.step),
+      )
     if run.patience.over:
-      log.say('Stopped early: no better validation loss than %.4f for %d evaluations.', run.patience.best, run.patience.waited)
+      log.say(
+        'Stopped early: no better validation loss than %.4f for %d evaluations.',
+        run.patience.best,
+        run.patience.waited,
+      )
     run.checkpoints.wait()
     steps = ', '.join(map(str, run.checkpoints.steps()))
-    log.say('Done. Checkpoints of steps %s; the best is %s. %s shows the loss.', steps, run.checkpoints.best_step(),
-            run.workdir / logs.PLOT)
+    log.say(
+      'Done. Checkpoints of steps %s; the best is %s. %s shows the loss.',
+      steps,
+      run.checkpoints.best_step(),
+      run.workdir / logs.PLOT,
+    )
 
 
-def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, jax.Array]], step: int, baselines: dict[str, float],
-          preempted: Callable[[], bool], profiler: 'Profiler') -> None:
+def _loop(
+  run: Run,
+  log: logs.Log,
+  batches: Iterator[dict[str, jax.Array]],
+  step: int,
+  baselines: dict[str, float],
+  preempted: Callable[[], bool],
+  profiler: 'Profiler',
+) -> None:
   program, config = run.program, run.program.config
   train_step, meter = hosts.compiled(program.train_step), Meter(program, log, step)
   stopping, samples = False, _samples(run)
@@ -154,14 +206,23 @@ def _loop(run: Run, log: logs.Log, batches: Iterator[dict[str, jax.Array]], step
       meter.flush()  # what is said about a step stands in the log before the step is saved
     values = None
     if evaluated:
-      values = evaluate.scores(program, run.state.params, run.validation, run.workdir / 'report.txt')
+      values = evaluate.scores(
+        program, run.state.params, run.validation, run.workdir / 'report.txt'
+      )
       log.write(step, 'validation', values | baselines)
-      log.say('step %d  validation: %s', step, '  '.join(f'{k} {v:.4f}' for k, v in (values | baselines).items()))
+      log.say(
+        'step %d  validation: %s',
+        step,
+        '  '.join(f'{k} {v:.4f}' for k, v in (values | baselines).items()),
+      )
       saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
-      meta = {'config': dataclasses.asdict(config), 'corpus': run.data.splits.fingerprint,
-              'tokenizer': runs.pack_tokenizer(run.workdir),
-              'patience': {'best': run.patience.best, 'waited': run.patience.waited}}
+      meta = {
+        'config': dataclasses.asdict(config),
+        'corpus': run.data.splits.fingerprint,
+        'tokenizer': runs.pack_tokenizer(run.workdir),
+        'patience': {'best': run.patience.best, 'waited': run.patience.waited},
+      }
       run.checkpoints.save(step, run.state, run.position, meta, values)
     if evaluated and samples and not stopping:
       _show(run, log, step, samples(run.state.params))
@@ -215,8 +276,11 @@ class Meter:
     (step, pairs), self._waiting = self._waiting, None
     values = metrics.divide(jax.device_get(pairs))
     if not math.isfinite(values['loss']):
-      raise FloatingPointError(f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint is as '
-                               'it was; a lower config.optimizer.learning_rate or more warmup is the usual way out.')
+      raise FloatingPointError(
+        f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint '
+        'is as '
+        'it was; a lower config.optimizer.learning_rate or more warmup is the usual way out.'
+      )
     self._tokens += values.pop('tokens')
     if step == self._first:
       self.restart(step)
@@ -239,12 +303,16 @@ class Meter:
     if due:
       self._log.write(step, 'train', values | speed)
       if steps:
-        self._log.progress(step, values['loss'], speed['tokens_per_second'], speed['seconds_per_step'])
+        self._log.progress(
+          step, values['loss'], speed['tokens_per_second'], speed['seconds_per_step']
+        )
       self.restart(step)
 
 
 class Profiler:
-  """Traces the steps that config.profile asks for, whole, into `workdir/profile`: process 0 does, whose devices stand for all."""
+  """Traces the steps that config.profile asks for, whole, into `workdir/profile`: process 0 does,
+  whose devices stand for all.
+  """
 
   def __init__(self, run: Run, log: logs.Log, step: int):
     """Says if the steps that are wanted are none of those that come after `step`."""
@@ -252,8 +320,13 @@ class Profiler:
     self._folder, self._log, self._active = run.workdir / PROFILE, log, False
     self._start, self._stop = config.profile.start, config.profile.start + config.profile.steps
     if config.profile.steps and not step <= self._start < config.steps:
-      log.say('Nothing is profiled: config.profile.start=%d is not one of the steps from %d to %d that this run takes.',
-              self._start, step, config.steps - 1)
+      log.say(
+        'Nothing is profiled: config.profile.start=%d is not one of the steps from %d to %d that '
+        'this run takes.',
+        self._start,
+        step,
+        config.steps - 1,
+      )
 
   def before(self, step: int, meter: Meter) -> None:
     """Begins if the next step is the first that is wanted; `step` of them have been dispatched."""
@@ -276,7 +349,10 @@ class Profiler:
     if self._active:
       self._active = False
       jax.profiler.stop_trace()
-      self._log.say('Profile written to %s; XProf (xprof --logdir=...) and ui.perfetto.dev open it.', self._folder)
+      self._log.say(
+        'Profile written to %s; XProf (xprof --logdir=...) and ui.perfetto.dev open it.',
+        self._folder,
+      )
 
 
 def _first_state(program: Program) -> TrainState:
@@ -286,9 +362,16 @@ def _first_state(program: Program) -> TrainState:
     return state
   loaded = pretrained.load_params(program, pathlib.Path(config.init_from))
   if not loaded.params:
-    raise ValueError(f'config.init_from={config.init_from} has no parameter in common with this model.')
-  logging.info('From %s: took %d parameters.\nNew, from scratch:\n%s\nNot used:\n%s', config.init_from, len(loaded.params),
-               _listed(loaded.new), _listed(loaded.unused))
+    raise ValueError(
+      f'config.init_from={config.init_from} has no parameter in common with this model.'
+    )
+  logging.info(
+    'From %s: took %d parameters.\nNew, from scratch:\n%s\nNot used:\n%s',
+    config.init_from,
+    len(loaded.params),
+    _listed(loaded.new),
+    _listed(loaded.unused),
+  )
   return state.replace(params=tree.replace(state.params, loaded.params))
 
 
@@ -296,15 +379,27 @@ def _announce(run: Run, log: logs.Log) -> None:
   """Says what is about to run, and before the first step how long it must take at the least."""
   program, config = run.program, run.program.config
   devices = list(program.mesh.devices.flat)
-  log.say('Training on %d %s: %d steps of %d x %d tokens, %.3g model TFLOP a step.', len(devices), devices[0].device_kind,
-          config.steps, config.batch_size, config.seq_len, program.flops / 1e12)
+  log.say(
+    'Training on %d %s: %d steps of %d x %d tokens, %.3g model TFLOP a step.',
+    len(devices),
+    devices[0].device_kind,
+    config.steps,
+    config.batch_size,
+    config.seq_len,
+    program.flops / 1e12,
+  )
   together = 1 if devices[0].platform == 'cpu' else len(devices)  # CPU devices share the cores
   seconds = program.flops / (chips.peak_flops(devices[0].device_kind) or _matmul_rate()) / together
-  log.say('At least, with nothing but matrix products at full speed: %s', _estimate(config, seconds, int(run.state.step)))
+  log.say(
+    'At least, with nothing but matrix products at full speed: %s',
+    _estimate(config, seconds, int(run.state.step)),
+  )
 
 
 def _estimate(config: Config, seconds_per_step: float, step: int) -> str:
-  return logs.estimate(seconds_per_step, config.steps - step, TINY.get(config.model['name'], 'one of the tiny configs'))
+  return logs.estimate(
+    seconds_per_step, config.steps - step, TINY.get(config.model['name'], 'one of the tiny configs')
+  )
 
 
 def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
@@ -315,7 +410,7 @@ def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
   began = time.perf_counter()
   for _ in range(repeats):
     product(x, x).block_until_ready()
-  return repeats * 2 * size ** 3 / (time.perf_counter() - began)
+  return repeats * 2 * size**3 / (time.perf_counter() - began)
 
 
 def _listed(paths: list[str]) -> str:

@@ -1,9 +1,11 @@
-"""Tokens a second of generation here and in transformers: the same weights and prompts, one process, turn about.
+"""Tokens a second of generation here and in transformers: the same weights and prompts, one
+process, turn about.
 
     python tests/benchmarks/generate.py [--pairs=5] [--json=FILE]
 
-Greedy, float32, 8 prompts of 32 tokens, 64 new tokens each, prefill included, compilation not; both with the threads that they
-take by themselves. The tokens must be equal, or nothing is said of the speed.
+Greedy, float32, 8 prompts of 32 tokens, 64 new tokens each, prefill included, compilation not; both
+with the threads that they take by themselves. The tokens must be equal, or nothing is said of the
+speed.
 """
 
 import argparse
@@ -30,9 +32,16 @@ from llm_jax.models import decoder
 ROWS, PROMPT, NEW = 8, 32, 64
 FAMILIES = {kind: ('decoder', family) for kind, family in decoder.HF.items()}
 CONFIGS = {
-    'gpt2_small': transformers.GPT2Config(),
-    'llama_small': transformers.LlamaConfig(vocab_size=32000, hidden_size=512, num_hidden_layers=8, num_attention_heads=8,
-                                            num_key_value_heads=4, intermediate_size=1376, max_position_embeddings=256),
+  'gpt2_small': transformers.GPT2Config(),
+  'llama_small': transformers.LlamaConfig(
+    vocab_size=32000,
+    hidden_size=512,
+    num_hidden_layers=8,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    intermediate_size=1376,
+    max_position_embeddings=256,
+  ),
 }
 
 
@@ -42,18 +51,36 @@ def pair(name):
   reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
   with tempfile.TemporaryDirectory() as folder:
     reference.save_pretrained(folder)
-    model = decoder.Model(**{k: v for k, v in hf.model_options(folder, FAMILIES).items() if k != 'name'})
-    shapes = jax.eval_shape(lambda: nn.unbox(model.init(
-        jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=lambda model, x: model.logits(model(x)))))['params']
-    params = hf.load(folder, FAMILIES, {f'model/{path}': leaf for path, leaf in tree.flatten(shapes).items()}).params
+    model = decoder.Model(
+      **{k: v for k, v in hf.model_options(folder, FAMILIES).items() if k != 'name'}
+    )
+    shapes = jax.eval_shape(
+      lambda: nn.unbox(
+        model.init(
+          jax.random.key(0),
+          jnp.ones((1, 4), jnp.int32),
+          method=lambda model, x: model.logits(model(x)),
+        )
+      )
+    )['params']
+    params = hf.load(
+      folder, FAMILIES, {f'model/{path}': leaf for path, leaf in tree.flatten(shapes).items()}
+    ).params
   made = generate.Generator(model)
   weights = made.weights(tree.nest(params)['model'])
   sampling = generate.Sampling(max_new_tokens=NEW, temperature=0.0)
 
   def theirs(prompts):
     ids = torch.tensor(prompts)
-    out = reference.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW,
-                             eos_token_id=None, pad_token_id=0)
+    out = reference.generate(
+      ids,
+      attention_mask=torch.ones_like(ids),
+      do_sample=False,
+      max_new_tokens=NEW,
+      min_new_tokens=NEW,
+      eos_token_id=None,
+      pad_token_id=0,
+    )
     return out[:, PROMPT:].numpy()
 
   def ours(prompts):
@@ -63,7 +90,9 @@ def pair(name):
 
 
 def measure(name, pairs):
-  """Tokens a second of theirs and of ours in each pair; both run once before, to warm up and to compare."""
+  """Tokens a second of theirs and of ours in each pair; both run once before, to warm up and to
+  compare.
+  """
   theirs, ours = pair(name)
   prompts = np.random.default_rng(0).integers(0, CONFIGS[name].vocab_size, (ROWS, PROMPT))
   if not np.array_equal(theirs(prompts), ours(prompts)):
@@ -84,14 +113,28 @@ def main(argv):
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--json')
   options = parser.parse_args(argv)
-  found = {'machine': platform.processor() or platform.machine(), 'cores': os.cpu_count(), 'torch': torch.__version__,
-           'transformers': transformers.__version__, 'jax': jax.__version__, 'rows': ROWS, 'prompt': PROMPT, 'new': NEW}
-  print(f'{"model":12} {"transformers":>13} {"llm_jax":>9} {"ratio":>6}   tokens/s, medians of {options.pairs} pairs')
+  found = {
+    'machine': platform.processor() or platform.machine(),
+    'cores': os.cpu_count(),
+    'torch': torch.__version__,
+    'transformers': transformers.__version__,
+    'jax': jax.__version__,
+    'rows': ROWS,
+    'prompt': PROMPT,
+    'new': NEW,
+  }
+  print(
+    f'{"model":12} {"transformers":>13} {"llm_jax":>9} {"ratio":>6}   tokens/s, medians of '
+    f'{options.pairs} pairs'
+  )
   for name in CONFIGS:
     speeds = measure(name, options.pairs)
     theirs, ours = (statistics.median(column) for column in zip(*speeds, strict=True))
     ratio = statistics.median(b / a for a, b in speeds)
-    print(f'{name:12} {theirs:13.1f} {ours:9.1f} {ratio:6.2f}   load {os.getloadavg()[0]:.1f}', flush=True)
+    print(
+      f'{name:12} {theirs:13.1f} {ours:9.1f} {ratio:6.2f}   load {os.getloadavg()[0]:.1f}',
+      flush=True,
+    )
     found[name] = {'pairs': speeds, 'transformers': theirs, 'llm_jax': ours, 'ratio': ratio}
   if options.json:
     with open(options.json, 'w', encoding='utf-8') as file:

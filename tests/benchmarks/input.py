@@ -1,11 +1,13 @@
-"""Tokens a second that the token cache feeds from one core, and tokenization against bare SentencePiece, turn about.
+"""Tokens a second that the token cache feeds from one core, and tokenization against bare
+SentencePiece, turn about.
 
     python tests/benchmarks/input.py [--pairs=5] [--mb=4] [--json=FILE]
 
-The standard library of Python, SentencePiece with 8192 ids. Feeding is what the thread of a run does: rows in shuffled order
-out of the memory-mapped cache, packed, masked or with targets, stacked to batches. Tokenization: a part of the text, document by
-document, by SentencePiece's own `encode` alone, and by the cache's builder with hashes, checks and narrow ids. All in seconds of
-the processor, of one thread.
+The standard library of Python, SentencePiece with 8192 ids. Feeding is what the thread of a run
+  does: rows in shuffled order
+out of the memory-mapped cache, packed, masked or with targets, stacked to batches. Tokenization: a
+part of the text, document by document, by SentencePiece's own `encode` alone, and by the cache's
+builder with hashes, checks and narrow ids. All in seconds of the processor, of one thread.
 """
 
 import argparse
@@ -25,8 +27,10 @@ from llm_jax.data.tokenizers import sentencepiece as tokenizers
 from llm_jax.objectives import clm, mlm
 
 FEEDS = {  # what is fed: objective, tokens of a row, rows of a batch
-    'clm 1024': (clm.Objective, 1024, 16), 'clm 128': (clm.Objective, 128, 64),
-    'mlm 512': (mlm.Objective, 512, 16), 'mlm 128': (mlm.Objective, 128, 64),
+  'clm 1024': (clm.Objective, 1024, 16),
+  'clm 128': (clm.Objective, 128, 64),
+  'mlm 512': (mlm.Objective, 512, 16),
+  'mlm 128': (mlm.Objective, 128, 64),
 }
 
 
@@ -74,7 +78,9 @@ def tokenize(part, tokenizer, model):
 
 def main(argv):
   """Prints two tables, and writes the figures where they are wanted."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--mb', type=float, default=4.0, help='text to tokenize each time')
   parser.add_argument('--json')
@@ -82,8 +88,13 @@ def main(argv):
   source, found = stdlib.Source(), {}
   with tempfile.TemporaryDirectory() as folder:
     texts = lambda: (source[i]['text'] for i in range(len(source)))
-    tokenizer = tokenizers.create(texts=texts, texts_fingerprint=source.fingerprint, cache=folder, vocab_size=8192,
-                                  sample_bytes=1_000_000)
+    tokenizer = tokenizers.create(
+      texts=texts,
+      texts_fingerprint=source.fingerprint,
+      cache=folder,
+      vocab_size=8192,
+      sample_bytes=1_000_000,
+    )
     tokenizer.save(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, 'tokenizer.model'))
     documents, _ = cache.build(source, tokenizer, folder).split(0.0)
@@ -91,12 +102,20 @@ def main(argv):
     for name in FEEDS:
       speeds = [feed(documents, tokenizer, name) for _ in range(options.pairs)]
       found[name] = {'ours': statistics.median(speeds), 'all': speeds}
-      print(f'{name:16} {statistics.median(speeds) / 1e6:16.2f}   load {os.getloadavg()[0]:.1f}', flush=True)
-    pairs = [tokenize(Part(source, options.mb * 1e6), tokenizer, model) for _ in range(options.pairs)]
+      print(
+        f'{name:16} {statistics.median(speeds) / 1e6:16.2f}   load {os.getloadavg()[0]:.1f}',
+        flush=True,
+      )
+    pairs = [
+      tokenize(Part(source, options.mb * 1e6), tokenizer, model) for _ in range(options.pairs)
+    ]
   theirs, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
   ratio = statistics.median(b / a for a, b in pairs)
   found['tokenization'] = {'ratio': ratio, 'ours': ours, 'theirs': theirs, 'pairs': pairs}
-  print(f'{"tokenized":16} {"sentencepiece":>16} {"llm_jax":>9} {"ratio":>6}   million tokens/s, medians of {len(pairs)} pairs')
+  print(
+    f'{"tokenized":16} {"sentencepiece":>16} {"llm_jax":>9} {"ratio":>6}   million tokens/s, '
+    f'medians of {len(pairs)} pairs'
+  )
   print(f'{"":16} {theirs / 1e6:16.3f} {ours / 1e6:9.3f} {ratio:6.3f}')
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))

@@ -1,11 +1,14 @@
-"""Time of the training loop over that of its bare compiled step: the same process, program and shapes, turn about.
+"""Time of the training loop over that of its bare compiled step: the same process, program and
+shapes, turn about.
 
-    python tests/benchmarks/loop.py [--cases=bert_tiny,gpt_tiny] [--pairs=5] [--steps=30] [--json=FILE]
+    python tests/benchmarks/loop.py [--cases=bert_tiny,gpt_tiny] [--pairs=5] [--steps=30]
+    [--json=FILE]
 
-Theirs: `steps` calls of the compiled step with one batch that is on the device, then a wait. Ours: as many turns of the loop of
-`train`, with reading, masking, stacking, logging and TensorBoard, without evaluations and checkpoints. The bare steps are run
-while the loop stands between two steps with nothing under way; the batches that wait by then, up to four, are all that it has
-in advance.
+Theirs: `steps` calls of the compiled step with one batch that is on the device, then a wait. Ours:
+  as many turns of the loop of
+`train`, with reading, masking, stacking, logging and TensorBoard, without evaluations and
+checkpoints. The bare steps are run while the loop stands between two steps with nothing under way;
+the batches that wait by then, up to four, are all that it has in advance.
 """
 
 import argparse
@@ -36,7 +39,9 @@ sys.path.insert(0, str(ROOT))  # the configs import each other
 
 
 class Clock:
-  """Stands where the loop asks whether to stop, once a step: runs the bare steps in between, and takes the times of both."""
+  """Stands where the loop asks whether to stop, once a step: runs the bare steps in between, and
+  takes the times of both.
+  """
 
   def __init__(self, run, pairs, steps):
     self.run, self.pairs, self.steps = run, pairs, steps
@@ -94,7 +99,9 @@ def _tree(case):
 
 def main(argv):
   """Prints a table, and writes the figures where they are wanted."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--cases', default='bert_tiny,gpt_tiny')
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=30)
@@ -102,13 +109,23 @@ def main(argv):
   options = parser.parse_args(argv)
   logs.show()
   found = {'cores': os.cpu_count(), 'jax': jax.__version__, 'steps': options.steps}
-  print(f'{"config":12} {"bare step":>12} {"loop":>12} {"ratio":>6}   ms a step, medians of {options.pairs} pairs', flush=True)
+  print(
+    f'{"config":12} {"bare step":>12} {"loop":>12} {"ratio":>6}   ms a step, medians of '
+    f'{options.pairs} pairs',
+    flush=True,
+  )
   for case in options.cases.split(','):
     times = measure(case, options.pairs, options.steps)
-    theirs, ours = (statistics.median(column) / options.steps for column in zip(*times, strict=True))
+    theirs, ours = (
+      statistics.median(column) / options.steps for column in zip(*times, strict=True)
+    )
     ratio = statistics.median(b / a for a, b in times)
     found[case] = {'ratio': ratio, 'ours': ours, 'theirs': theirs, 'pairs': times}
-    print(f'{case:12} {theirs * 1e3:12.2f} {ours * 1e3:12.2f} {ratio:6.3f}   load {os.getloadavg()[0]:.1f}', flush=True)
+    print(
+      f'{case:12} {theirs * 1e3:12.2f} {ours * 1e3:12.2f} {ratio:6.3f}   load '
+      f'{os.getloadavg()[0]:.1f}',
+      flush=True,
+    )
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 

@@ -1,10 +1,15 @@
-"""Peak memory of a training process while it takes steps, against what the state and the compiled step need.
+"""Peak memory of a training process while it takes steps, against what the state and the compiled
+step need.
 
-    python tests/benchmarks/memory.py [--cases=bert_tiny,gpt_tiny] [--steps=20] [--json=FILE] [--config.a.b=value ...]
+    python tests/benchmarks/memory.py [--cases=bert_tiny,gpt_tiny] [--steps=20] [--json=FILE]
+    [--config.a.b=value ...]
 
-Theirs: the bytes that XLA says the compiled step needs (state and batch, results that share no memory with them, temporaries).
-Ours: the most that the process held (VmHWM, set back after the first steps) while the loop of `train` took `steps` steps, less
-what it held with all modules imported and the corpus open, before there was a state. A process a case; needs Linux.
+Theirs: the bytes that XLA says the compiled step needs (state and batch, results that share no
+  memory with them, temporaries).
+Ours: the most that the process held (VmHWM, set back after the first steps) while the loop of
+  `train` took `steps` steps, less
+what it held with all modules imported and the corpus open, before there was a state. A process a
+case; needs Linux.
 """
 
 import argparse
@@ -23,7 +28,11 @@ MIB = 2**20
 
 def held(field):
   """Bytes of this process: VmRSS now, VmHWM at most."""
-  line = next(line for line in pathlib.Path('/proc/self/status').read_text().splitlines() if line.startswith(field))
+  line = next(
+    line
+    for line in pathlib.Path('/proc/self/status').read_text().splitlines()
+    if line.startswith(field)
+  )
   return int(line.split()[1]) * 1024
 
 
@@ -38,9 +47,12 @@ def measure(case, steps, changes):
   from llm_jax.programs import workdir as runs
   from llm_jax.training import corpora as prepare
   from llm_jax.training import loop as train
+
   options = runpy.run_path(str(ROOT / 'configs' / f'{case}.py'))['get_config']()
   options.update_from_flattened_dict({key: json.loads(value) for key, value in changes.items()})
-  tree = config_dict.ConfigDict(options, convert_dict=True).to_dict() | dict(steps=10**6, eval_every=10**6)
+  tree = config_dict.ConfigDict(options, convert_dict=True).to_dict() | dict(
+    steps=10**6, eval_every=10**6
+  )
   tree['evaluation'], tree['checkpoint'] = dict(rows=16, samples=0), dict(every=10**6, keep=1)
   tree['logging'] = dict(tensorboard=False)
   figures, turns = {}, 0
@@ -61,18 +73,32 @@ def measure(case, steps, changes):
     figures['before'] = held('VmRSS')
     compilation.keep(pathlib.Path(tempfile.gettempdir()) / 'llm_jax_benchmark')
     run = train.start(data, workdir)
-    sizes = run.program.train_step.lower(run.program.state, run.program.batch).compile().memory_analysis()
-    needed = (sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes + sizes.temp_size_in_bytes)
+    sizes = (
+      run.program.train_step.lower(run.program.state, run.program.batch).compile().memory_analysis()
+    )
+    needed = (
+      sizes.argument_size_in_bytes
+      + sizes.output_size_in_bytes
+      - sizes.alias_size_in_bytes
+      + sizes.temp_size_in_bytes
+    )
     with mock.patch.object(hosts, 'preemption', lambda: contextlib.nullcontext(turn)):
       train.train(run)
   ours = figures['peak'] - figures['before']
-  return {'ratio': ours / needed, 'ours': ours, 'theirs': needed, 'state': sizes.argument_size_in_bytes,
-          'temporaries': sizes.temp_size_in_bytes} | figures
+  return {
+    'ratio': ours / needed,
+    'ours': ours,
+    'theirs': needed,
+    'state': sizes.argument_size_in_bytes,
+    'temporaries': sizes.temp_size_in_bytes,
+  } | figures
 
 
 def main(argv):
   """Prints a table, and writes the figures where they are wanted."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--cases', default='bert_tiny,gpt_tiny')
   parser.add_argument('--steps', type=int, default=20)
   parser.add_argument('--json')
@@ -85,12 +111,25 @@ def main(argv):
   found = {}
   print(f'{"config":12} {"needed":>8} {"held":>8} {"ratio":>6} {"peak of the process":>20}   MiB')
   for case in options.cases.split(','):
-    command = [sys.executable, __file__, f'--cases={case}', f'--steps={options.steps}', '--here', *rest]
-    for _ in range(2):  # what compiling leaves behind is not the step's: the second process finds it compiled
+    command = [
+      sys.executable,
+      __file__,
+      f'--cases={case}',
+      f'--steps={options.steps}',
+      '--here',
+      *rest,
+    ]
+    for _ in range(
+      2
+    ):  # what compiling leaves behind is not the step's: the second process finds it compiled
       done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found[case] = figures = json.loads(done.stdout.splitlines()[-1])
-    print(f'{case:12} {figures["theirs"] / MIB:8.0f} {figures["ours"] / MIB:8.0f} {figures["ratio"]:6.2f} '
-          f'{figures["peak"] / MIB:20.0f}', flush=True)
+    print(
+      f'{case:12} {figures["theirs"] / MIB:8.0f} {figures["ours"] / MIB:8.0f} '
+      f'{figures["ratio"]:6.2f} '
+      f'{figures["peak"] / MIB:20.0f}',
+      flush=True,
+    )
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 

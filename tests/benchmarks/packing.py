@@ -1,4 +1,5 @@
-"""Fine-tuning with several texts a row against a text a row: time a text, in one interleaved run of the compiled train steps.
+"""Fine-tuning with several texts a row against a text a row: time a text, in one interleaved run of
+the compiled train steps.
 
     python tests/benchmarks/packing.py                            # configs/classify.py: the docstrings, bert_tiny, 128 places
     python tests/benchmarks/packing.py --config.seq_len=256       # any option of it
@@ -30,8 +31,12 @@ from llm_jax.training import corpora as prepare  # noqa: E402
 
 def main() -> None:
   """Prints how full the rows are, then the times."""
-  flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  flags.add_argument('--pairs', type=int, default=9, help='measurements of each, one after the other in turn')
+  flags = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  flags.add_argument(
+    '--pairs', type=int, default=9, help='measurements of each, one after the other in turn'
+  )
   flags.add_argument('--steps', type=int, default=3, help='train steps a measurement')
   flags.add_argument('--json', type=pathlib.Path)
   given, options = flags.parse_known_args()
@@ -45,15 +50,28 @@ def main() -> None:
   for _ in range(given.pairs):
     for packing, side in sides.items():
       times[packing].append(side.run(given.steps))
-  found = {packing: {'texts_a_row': side.texts, 'used': side.used, 'validation_texts_a_row': side.validation[0],
-                     'validation_used': side.validation[1], 'seconds_a_text': statistics.median(times[packing])}
-           for packing, side in sides.items()}
+  found = {
+    packing: {
+      'texts_a_row': side.texts,
+      'used': side.used,
+      'validation_texts_a_row': side.validation[0],
+      'validation_used': side.validation[1],
+      'seconds_a_text': statistics.median(times[packing]),
+    }
+    for packing, side in sides.items()
+  }
   for packing, values in found.items():
-    print(f'{packing:>8}: {values["texts_a_row"]:.2f} texts a row, {values["used"]:.1%} of the places used '
-          f'(validation {values["validation_texts_a_row"]:.2f}, {values["validation_used"]:.1%}); '
-          f'{1e3 * values["seconds_a_text"]:.3f} ms a text')
+    print(
+      f'{packing:>8}: {values["texts_a_row"]:.2f} texts a row, {values["used"]:.1%} of the places '
+      'used '
+      f'(validation {values["validation_texts_a_row"]:.2f}, {values["validation_used"]:.1%}); '
+      f'{1e3 * values["seconds_a_text"]:.3f} ms a text'
+    )
   ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
-  print(f'packed rows learn {ratio:.2f} x as many texts a second (median of {given.pairs} interleaved pairs)')
+  print(
+    f'packed rows learn {ratio:.2f} x as many texts a second (median of {given.pairs} interleaved '
+    'pairs)'
+  )
   if given.json:
     given.json.write_text(json.dumps(found | {'ratio': ratio}))
 
@@ -62,11 +80,19 @@ class Side:
   """One way to lay out the texts, with its compiled step and its stream of batches."""
 
   def __init__(self, data: prepare.Data, packing: str):
-    settings = dataclasses.replace(data.config, objective=data.config.objective | {'packing': packing})
-    objective, seq_len, splits = build.create_objective(settings, data.tokenizer), settings.seq_len, data.splits
+    settings = dataclasses.replace(
+      data.config, objective=data.config.objective | {'packing': packing}
+    )
+    objective, seq_len, splits = (
+      build.create_objective(settings, data.tokenizer),
+      settings.seq_len,
+      data.splits,
+    )
     self.texts, self.used = _fill(objective.rows(splits.train[0], seq_len), seq_len)
     self.validation = _fill(objective.rows(splits.validation[0], seq_len), seq_len)
-    examples = pipeline.train_examples(splits.train, splits.weights, objective, seq_len, 0, settings.batch_size)
+    examples = pipeline.train_examples(
+      splits.train, splits.weights, objective, seq_len, 0, settings.batch_size
+    )
     self._program = build.build(settings, data.tokenizer, examples[0])
     self._batches = pipeline.batches(examples, settings.batch_size)
     self._state = self._program.init(0)

@@ -1,4 +1,5 @@
-"""Training here and by transformers + torch: the same model, weights, shapes, optimizer and precision, turn about.
+"""Training here and by transformers + torch: the same model, weights, shapes, optimizer and
+precision, turn about.
 
     python tests/benchmarks/pair_torch.py [--case=bert_base|gpt2|finetune] [--pairs=5] [--json=FILE]
 
@@ -7,9 +8,9 @@
     finetune    BERT-base as a classifier of docstrings of 8 to 128 tokens, as long as they are: theirs 32 texts a batch, padded
                 to the longest of them; ours as many in packed rows of 128
 
-All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which one works at a time: ours
-keeps its memory as `llm_jax.main` has it, with `model.unroll=0`; theirs is a plain Python. The first losses must agree, or
-nothing is said of the speed.
+All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which
+one works at a time: ours keeps its memory as `llm_jax.main` has it, with `model.unroll=0`; theirs
+is a plain Python. The first losses must agree, or nothing is said of the speed.
 """
 
 import argparse
@@ -51,14 +52,22 @@ UNITS = {'bert_base': 'tokens', 'gpt2': 'tokens', 'finetune': 'texts'}
 
 
 class Ours:
-  """The compiled train step of a config, from weights in Hugging Face's format, and the batches for it."""
+  """The compiled train step of a config, from weights in Hugging Face's format, and the batches for
+  it.
+  """
 
   def __init__(self, settings, tokenizer, example, batches, folder):
     self.program = build.build(settings, tokenizer, example)
-    families = {kind: (name, family) for name, module in build.model_modules().items() for kind, family in module.HF.items()}
+    families = {
+      kind: (name, family)
+      for name, module in build.model_modules().items()
+      for kind, family in module.HF.items()
+    }
     params = hf.load(folder, families, tree.flatten(self.program.state.params)).params
     start = self.program.init(0)
-    params = {path: params.get(path, leaf) for path, leaf in tree.flatten(start.params).items()}  # a new head is in neither
+    params = {
+      path: params.get(path, leaf) for path, leaf in tree.flatten(start.params).items()
+    }  # a new head is in neither
     self.state, self.batches = start.replace(params=tree.nest(params)), batches
 
   def step(self) -> tuple[float, int]:
@@ -90,8 +99,14 @@ class Theirs:
 def settings_of(module, **changes):
   """A config of the repository with some of its options set anew."""
   options = module.get_config().to_dict()
-  options['optimizer'] |= dict(name='adamw', learning_rate=RATE, weight_decay=0.01, schedule='constant', warmup_fraction=None,
-                             final_fraction=None)
+  options['optimizer'] |= dict(
+    name='adamw',
+    learning_rate=RATE,
+    weight_decay=0.01,
+    schedule='constant',
+    warmup_fraction=None,
+    final_fraction=None,
+  )
   options['model'] |= dict(unroll=0)
   options |= dict(micro_batches=1)
   for key, value in changes.items():
@@ -106,29 +121,46 @@ def language_model(case, folder):
   if case == 'bert_base':
     model, objective = transformers.BertForMaskedLM(transformers.BertConfig()), {'name': 'mlm'}
   else:
-    model, objective = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False)), {'name': 'clm'}
+    model, objective = (
+      transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False)),
+      {'name': 'clm'},
+    )
   model.save_pretrained(folder)
-  settings = settings_of(bert_base if case == 'bert_base' else gpt2, batch_size=rows, seq_len=length, objective=objective,
-                         model=dict(vocab_size=model.config.vocab_size))
+  settings = settings_of(
+    bert_base if case == 'bert_base' else gpt2,
+    batch_size=rows,
+    seq_len=length,
+    objective=objective,
+    model=dict(vocab_size=model.config.vocab_size),
+  )
   outline = build.outline(settings, jax.devices())
   tokenizer = build.plugins.load('tokenizer', 'byte').create()
   rng = np.random.default_rng(0)
   tokens = rng.integers(300, model.config.vocab_size, (rows, length)).astype(np.int32)
   batch = {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in outline.batch.items()}
-  batch |= dict(tokens=tokens, segments=np.ones_like(tokens), positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)))
+  batch |= dict(
+    tokens=tokens,
+    segments=np.ones_like(tokens),
+    positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
+  )
   labels = np.full_like(tokens, -100)
   if case == 'bert_base':
     count = round(0.15 * length)
     for row in range(rows):
       places = np.sort(rng.permutation(length)[:count])
-      batch['mask_positions'][row, :count], batch['mask_targets'][row, :count] = places, tokens[row, places]
+      batch['mask_positions'][row, :count], batch['mask_targets'][row, :count] = (
+        places,
+        tokens[row, places],
+      )
       batch['mask_weights'][row, :count] = 1
       labels[row, places] = tokens[row, places]
   else:
     labels = tokens  # theirs shifts them by itself
     batch['targets'][:, :-1], batch['weights'][:, :-1], batch['bytes'][:] = tokens[:, 1:], 1, length
   example = {key: value[0] for key, value in batch.items()}
-  ours = lambda: Ours(outline.config, tokenizer, example, iter(lambda: (batch, tokens.size), None), folder)
+  ours = lambda: Ours(
+    outline.config, tokenizer, example, iter(lambda: (batch, tokens.size), None), folder
+  )
   given = {'input_ids': torch.tensor(tokens).long(), 'labels': torch.tensor(labels).long()}
   if case == 'bert_base':
     given['attention_mask'] = torch.ones(tokens.shape, dtype=torch.long)
@@ -143,7 +175,11 @@ class Short:
   def __init__(self, documents):
     lengths = np.asarray(documents.lengths)
     self.kept = np.flatnonzero((lengths + 2 >= SHORTEST) & (lengths + 2 <= LENGTH))
-    self.documents, self.lengths, self.ids = documents, lengths[self.kept], np.asarray(documents.ids)[self.kept]
+    self.documents, self.lengths, self.ids = (
+      documents,
+      lengths[self.kept],
+      np.asarray(documents.ids)[self.kept],
+    )
     self.labels = [documents.labels[i] for i in self.kept]
 
   def __len__(self):
@@ -158,7 +194,9 @@ def finetune(folder):
   """What makes each side of a classifier over docstrings."""
   torch.manual_seed(0)
   objective = classify.get_config().objective.to_dict() | dict(pool='cls')  # as theirs
-  settings = settings_of(classify, seq_len=LENGTH, objective=objective, model=dict(variant='bert_base'))
+  settings = settings_of(
+    classify, seq_len=LENGTH, objective=objective, model=dict(variant='bert_base')
+  )
   workdir = pathlib.Path(folder) / 'run'
   runs.open_workdir(workdir)
   data = prepare.load(settings, workdir)
@@ -171,7 +209,11 @@ def finetune(folder):
   shape = transformers.BertConfig(vocab_size=data.tokenizer.vocab_size, num_labels=len(classes))
   model = transformers.BertForSequenceClassification(shape)
   model.save_pretrained(folder)
-  print(f'{len(documents)} texts of {documents.lengths.mean() + 2:.1f} tokens; {rows} rows hold {TEXTS} of them.', flush=True)
+  print(
+    f'{len(documents)} texts of {documents.lengths.mean() + 2:.1f} tokens; {rows} rows hold '
+    f'{TEXTS} of them.',
+    flush=True,
+  )
 
   def ours():
     for batch in pipeline.batches(examples, rows):
@@ -183,15 +225,26 @@ def finetune(folder):
       chosen = rng.choice(len(documents), TEXTS, replace=False)
       ids = [[data.tokenizer.cls_id, *documents.text(i), data.tokenizer.sep_id] for i in chosen]
       width = max(map(len, ids))
-      yield {'input_ids': torch.tensor([row + [0] * (width - len(row)) for row in ids]),
-             'attention_mask': torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in ids]),
-             'labels': torch.tensor([number[documents.labels[i]] for i in chosen])}, TEXTS
+      yield (
+        {
+          'input_ids': torch.tensor([row + [0] * (width - len(row)) for row in ids]),
+          'attention_mask': torch.tensor(
+            [[1] * len(row) + [0] * (width - len(row)) for row in ids]
+          ),
+          'labels': torch.tensor([number[documents.labels[i]] for i in chosen]),
+        },
+        TEXTS,
+      )
 
-  return lambda: Ours(settings, data.tokenizer, examples[0], ours(), folder), lambda: Theirs(model, theirs())
+  return lambda: Ours(settings, data.tokenizer, examples[0], ours(), folder), lambda: Theirs(
+    model, theirs()
+  )
 
 
 def serve(case, side):
-  """One side, in its own process: the first loss, then the speed of as many steps as each line of the input says."""
+  """One side, in its own process: the first loss, then the speed of as many steps as each line of
+  the input says.
+  """
   with tempfile.TemporaryDirectory() as folder:
     ours, theirs = finetune(folder) if case == 'finetune' else language_model(case, folder)
     chosen = ours() if side == 'ours' else theirs()
@@ -224,10 +277,15 @@ def measure(case, pairs, steps):
   sides, losses = [], []
   for side in ('theirs', 'ours'):
     command = [sys.executable, __file__, f'--case={case}', f'--serve={side}']
-    sides.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    sides.append(
+      subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    )
     losses.append(answer(sides[-1]))
   if abs(losses[0] - losses[1]) > 0.1 * losses[0]:
-    raise AssertionError(f'{case}: the first losses are {losses[0]:.3f} and {losses[1]:.3f}; this is not the same model.')
+    raise AssertionError(
+      f'{case}: the first losses are {losses[0]:.3f} and {losses[1]:.3f}; this is not the same '
+      'model.'
+    )
   found = [tuple(ask(side, steps) for side in sides) for _ in range(pairs)]
   for side in sides:
     side.stdin.close()
@@ -245,7 +303,9 @@ def speed(side, steps):
 
 def main(argv):
   """Prints a table, and writes the figures where they are wanted."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
   parser.add_argument('--case', choices=UNITS, action='append', help='all three by default')
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=1, help='a measurement')
@@ -255,14 +315,29 @@ def main(argv):
   if options.serve:
     serve(options.case[0], options.serve)
     return
-  found = {'cores': os.cpu_count(), 'torch': torch.__version__, 'transformers': transformers.__version__, 'jax': jax.__version__}
+  found = {
+    'cores': os.cpu_count(),
+    'torch': torch.__version__,
+    'transformers': transformers.__version__,
+    'jax': jax.__version__,
+  }
   for case in options.case or UNITS:
     pairs = measure(case, options.pairs, options.steps)
     a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
-    found[case] = {'ratio': ratio, 'ours': b, 'theirs': a, 'unit': f'{UNITS[case]}/s', 'pairs': pairs}
-    print(f'{case:10} torch {a:8.2f}  llm_jax {b:8.2f} {UNITS[case]}/s  ratio {ratio:.2f}  (medians of {options.pairs} pairs, '
-          f'load {os.getloadavg()[0]:.1f})', flush=True)
+    found[case] = {
+      'ratio': ratio,
+      'ours': b,
+      'theirs': a,
+      'unit': f'{UNITS[case]}/s',
+      'pairs': pairs,
+    }
+    print(
+      f'{case:10} torch {a:8.2f}  llm_jax {b:8.2f} {UNITS[case]}/s  ratio {ratio:.2f}  (medians of '
+      f'{options.pairs} pairs, '
+      f'load {os.getloadavg()[0]:.1f})',
+      flush=True,
+    )
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 

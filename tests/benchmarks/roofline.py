@@ -1,10 +1,11 @@
-"""FLOP/s of the train step over what this machine's cores reach in bare matrix products, measured turn about in one run.
+"""FLOP/s of the train step over what this machine's cores reach in bare matrix products, measured
+turn about in one run.
 
     python tests/benchmarks/roofline.py [--case=bert_base|gpt2] [--pairs=5] [--json=FILE]
 
-The peak is the best of several products of the sizes that the models have, by jax and by torch, in float32 on all cores. A
-step's FLOPs are those of its matrix products, three times the forward pass (`build.model_flops`); the cases are those of
-`pair_torch.py`.
+The peak is the best of several products of the sizes that the models have, by jax and by torch, in
+float32 on all cores. A step's FLOPs are those of its matrix products, three times the forward pass
+(`build.model_flops`); the cases are those of `pair_torch.py`.
 """
 
 import argparse
@@ -34,7 +35,10 @@ def products():
   found = {}
   for size in SIZES:
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=size[:2]).astype(np.float32), rng.normal(size=size[1:]).astype(np.float32)
+    a, b = (
+      rng.normal(size=size[:2]).astype(np.float32),
+      rng.normal(size=size[1:]).astype(np.float32),
+    )
     x, y = jax.device_put(a), jax.device_put(b)
     multiply = jax.jit(jax.numpy.matmul)
     u, v = torch.tensor(a), torch.tensor(b)
@@ -55,12 +59,19 @@ def rate(run, size):
 
 def main(argv):
   """Prints a table, and writes the figures where they are wanted."""
-  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-  parser.add_argument('--case', choices=('bert_base', 'gpt2'), action='append', help='both by default')
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument(
+    '--case', choices=('bert_base', 'gpt2'), action='append', help='both by default'
+  )
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--json')
   options = parser.parse_args(argv)
-  found, bare = {'cores': os.cpu_count(), 'jax': jax.__version__, 'torch': torch.__version__}, products()
+  found, bare = (
+    {'cores': os.cpu_count(), 'jax': jax.__version__, 'torch': torch.__version__},
+    products(),
+  )
   for case in options.case or ('bert_base', 'gpt2'):
     with tempfile.TemporaryDirectory() as folder:
       ours = pair_torch.language_model(case, folder)[0]()
@@ -75,9 +86,17 @@ def main(argv):
       steps.append(ours.program.flops / (time.perf_counter() - began) / 1e9)
     best = {library: statistics.median(values) for library, values in peaks.items()}
     step = statistics.median(steps)
-    found[case] = {'ratio': step / max(best.values()), 'ours': step, **{f'{library}_peak': best[library] for library in best}}
-    print(f'{case:10} {step:6.1f} GFLOP/s; bare products: jax {best["jax"]:.1f}, torch {best["torch"]:.1f}; '
-          f'{step / max(best.values()):.0%} of the peak', flush=True)
+    found[case] = {
+      'ratio': step / max(best.values()),
+      'ours': step,
+      **{f'{library}_peak': best[library] for library in best},
+    }
+    print(
+      f'{case:10} {step:6.1f} GFLOP/s; bare products: jax {best["jax"]:.1f}, torch '
+      f'{best["torch"]:.1f}; '
+      f'{step / max(best.values()):.0%} of the peak',
+      flush=True,
+    )
   if options.json:
     pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 

@@ -8,7 +8,9 @@ from llm_jax.core import config
 from llm_jax.programs import build
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
-CONFIGS = sorted({path.stem for path in FOLDER.glob('*.py')} - {'__init__', 'base', 'hf'})  # hf is whole only with a folder
+CONFIGS = sorted(
+  {path.stem for path in FOLDER.glob('*.py')} - {'__init__', 'base', 'hf'}
+)  # hf is whole only with a folder
 
 
 def tiny(**changes):
@@ -32,30 +34,65 @@ def test_placeholders_of_one_section_are_not_tied_together():
 
 def test_a_config_survives_json():
   assert config.from_json(config.to_json(tiny())) == dataclasses.replace(
-      tiny(), **{k: config._without_none(getattr(tiny(), k)) for k in ('data', 'tokenizer', 'model', 'objective', 'optimizer')})
+    tiny(),
+    **{
+      k: config._without_none(getattr(tiny(), k))
+      for k in ('data', 'tokenizer', 'model', 'objective', 'optimizer')
+    },
+  )
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
     ({'stepz': 3}, r"config\.stepz is not an option \(did you mean 'steps'\?\)"),
-    ({'data': {'source': 'stdlib', 'validation': 12.0}}, r'config\.data\.validation=12\.0 must be the share'),
+    (
+      {'data': {'source': 'stdlib', 'validation': 12.0}},
+      r'config\.data\.validation=12\.0 must be the share',
+    ),
     ({'data': {'source': 'stdlib'}}, r'config\.data\.validation=None must be the share'),
     ({'seed': -1}, r'config\.seed=-1'),
     ({'steps': 0}, r'config\.steps=0 must be at least 1'),
-    ({'checkpoint': {'evry': 3}}, r"config\.checkpoint\.evry is not an option \(did you mean 'every'\?\)"),
+    (
+      {'checkpoint': {'evry': 3}},
+      r"config\.checkpoint\.evry is not an option \(did you mean 'every'\?\)",
+    ),
     ({'checkpoint': {'keep': 0}}, 'at least 1'),
     ({'model': {}}, r"config\.model needs a 'name'"),
-    ({'objective': {'name': 'mlm', 'mask_rte': 0.2}},
-     r"config\.objective\.mask_rte is not an option \(did you mean 'mask_rate'\?\)"),
-    ({'objective': {'name': 'mix', 'rows': 'nsp', 'weights': {}, 'parts': {'nsp': {'short_rate': 1.0}}}},
-     r"config\.objective\.parts\.nsp\.short_rate is not an option \(did you mean 'short_seq_rate'\?\)"),
-    ({'model': {'name': 'encoder', 'dimm': 3}}, r"config\.model\.dimm is not an option \(did you mean 'dim'\?\)"),
+    (
+      {'objective': {'name': 'mlm', 'mask_rte': 0.2}},
+      r"config\.objective\.mask_rte is not an option \(did you mean 'mask_rate'\?\)",
+    ),
+    (
+      {
+        'objective': {
+          'name': 'mix',
+          'rows': 'nsp',
+          'weights': {},
+          'parts': {'nsp': {'short_rate': 1.0}},
+        }
+      },
+      r'config\.objective\.parts\.nsp\.short_rate is not an option \(did you mean '
+      r"'short_seq_rate'\?\)",
+    ),
+    (
+      {'model': {'name': 'encoder', 'dimm': 3}},
+      r"config\.model\.dimm is not an option \(did you mean 'dim'\?\)",
+    ),
     ({'model': {'name': 'encodr'}}, r"model 'encodr' is not known \(did you mean 'encoder'\?\)"),
     ({'data': {'source': 'text', 'validation': 0.1}}, r'config\.data needs path'),
-    ({'data': {'source': 'stdlib', 'validation': 0.1, 'path': 'x'}}, r'config\.data\.path is not an option'),
+    (
+      {'data': {'source': 'stdlib', 'validation': 0.1, 'path': 'x'}},
+      r'config\.data\.path is not an option',
+    ),
     ({'data': {'source': 'mixture', 'validation': 0.1}}, r'needs config\.data\.parts'),
-    ({'optimizer': {'name': 'adamw', 'learning_rate': 0.1, 'momentum': 0.9}}, r'config\.optimizer\.momentum is not an option'),
+    (
+      {'optimizer': {'name': 'adamw', 'learning_rate': 0.1, 'momentum': 0.9}},
+      r'config\.optimizer\.momentum is not an option',
+    ),
     ({'mesh': {'dta': 3}}, r"config\.mesh\.dta is not an option \(did you mean 'data'\?\)"),
-])
+  ],
+)
 def test_a_slip_is_named_with_the_way_out(changes, message):
   with pytest.raises(ValueError, match=message):
     build.check(tiny(**changes))
@@ -63,10 +100,22 @@ def test_a_slip_is_named_with_the_way_out(changes, message):
 
 def test_differences_that_matter_are_told_from_those_that_may_be():
   old = tiny()
-  new = tiny(steps=7, log_every=3, batch_size=64, model=old.model | {'dim': 128, 'remat': 'full'}, data=old.data | {'workers': 2},
-             optimizer=old.optimizer | {'learning_rate': 0.5})
+  new = tiny(
+    steps=7,
+    log_every=3,
+    batch_size=64,
+    model=old.model | {'dim': 128, 'remat': 'full'},
+    data=old.data | {'workers': 2},
+    optimizer=old.optimizer | {'learning_rate': 0.5},
+  )
   forbidden, allowed = config.differences(old, new)
   assert forbidden == ['model.dim: None -> 128']
   assert [line.split(':')[0] for line in allowed] == [
-      'batch_size', 'data.workers', 'log_every', 'model.remat', 'optimizer.learning_rate', 'steps']
+    'batch_size',
+    'data.workers',
+    'log_every',
+    'model.remat',
+    'optimizer.learning_rate',
+    'steps',
+  ]
   assert config.differences(old, old) == ([], [])

@@ -15,24 +15,45 @@ class Thing:
 
 
 def test_options_become_arguments_in_the_types_of_the_signature():
-  thing = plugins.construct('thing', Thing, {'rate': 1, 'names': ['a', 'b'], 'label': None}, size=5, unknown=7)
+  thing = plugins.construct(
+    'thing', Thing, {'rate': 1, 'names': ['a', 'b'], 'label': None}, size=5, unknown=7
+  )
   assert thing == Thing(rate=1.0, size=5, names=('a', 'b')) and isinstance(thing.rate, float)
 
 
-@pytest.mark.parametrize(('options', 'message'), [
-    ({'rate': 0.1, 'szie': 3},
-     r"config\.thing\.szie is not an option \(did you mean 'size'\?\); allowed: flag, label, names, rate, size\."),
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (
+      {'rate': 0.1, 'szie': 3},
+      r"config\.thing\.szie is not an option \(did you mean 'size'\?\); allowed: flag, label, "
+      r'names, rate, size\.',
+    ),
     ({}, r'config\.thing needs rate\.'),
-])
+  ],
+)
 def test_a_wrong_name_is_an_error_with_the_nearest(options, message):
   with pytest.raises(ValueError, match=message):
     plugins.construct('thing', Thing, options)
 
 
-@pytest.mark.parametrize(('key', 'value'), [
-    ('rate', '0.1'), ('rate', True), ('size', 1.5), ('size', True), ('names', 'ab'), ('label', 3), ('flag', 1)])
+@pytest.mark.parametrize(
+  ('key', 'value'),
+  [
+    ('rate', '0.1'),
+    ('rate', True),
+    ('size', 1.5),
+    ('size', True),
+    ('names', 'ab'),
+    ('label', 3),
+    ('flag', 1),
+  ],
+)
 def test_a_wrong_type_is_an_error_that_names_the_value(key, value):
-  with pytest.raises(TypeError, match=rf'config\.thing\.{key}={value!r} is of type {type(value).__name__}; it must be '):
+  with pytest.raises(
+    TypeError,
+    match=rf'config\.thing\.{key}={value!r} is of type {type(value).__name__}; it must be ',
+  ):
     plugins.construct('thing', Thing, {'rate': 1.0, key: value})
 
 
@@ -43,11 +64,22 @@ def test_what_the_program_gives_is_no_option():
 
 def test_known_names_are_the_modules():
   assert plugins.names('objective') == ['classify', 'clm', 'embed', 'mix', 'mlm', 'nsp', 'sop']
-  assert plugins.names('source') == ['csv', 'docstrings', 'jsonl', 'parquet', 'stdlib', 'text', 'tfds']
-  with pytest.raises(ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: classify, "):
+  assert plugins.names('source') == [
+    'csv',
+    'docstrings',
+    'jsonl',
+    'parquet',
+    'stdlib',
+    'text',
+    'tfds',
+  ]
+  with pytest.raises(
+    ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: classify, "
+  ):
     plugins.load('objective', 'mln')
 
 
 def test_a_dotted_name_is_a_module_of_ones_own():
   import os.path
+
   assert plugins.load('source', 'os.path') is os.path

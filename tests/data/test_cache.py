@@ -68,10 +68,18 @@ def _entries(directory):
 
 
 @settings(max_examples=25, deadline=None)
-@given(texts=st.lists(st.tuples(st.text(max_size=20), st.none() | st.text(max_size=9), st.none() | st.floats(0, 1)), min_size=1,
-                      max_size=40))
+@given(
+  texts=st.lists(
+    st.tuples(st.text(max_size=20), st.none() | st.text(max_size=9), st.none() | st.floats(0, 1)),
+    min_size=1,
+    max_size=40,
+  )
+)
 def test_documents_come_back_as_they_went_in(tmp_path_factory, texts):
-  documents = [dict(text=t) | ({} if p is None else {'pair': p}) | ({} if y is None else {'label': y}) for t, p, y in texts]
+  documents = [
+    dict(text=t) | ({} if p is None else {'pair': p}) | ({} if y is None else {'label': y})
+    for t, p, y in texts
+  ]
   total = sum(len((t + (p or '')).encode()) for t, p, _ in texts)
   directory = str(tmp_path_factory.mktemp('cache'))
   if not total:
@@ -81,34 +89,59 @@ def test_documents_come_back_as_they_went_in(tmp_path_factory, texts):
   corpus = cache.build(Listed(documents), Letters(), directory, workers=1)
   everything, nothing = corpus.split(0.0)
   assert len(corpus) == len(everything) == len(texts) and len(nothing) == 0
-  assert corpus.tokens_total == everything.tokens_total == corpus.bytes_total == everything.bytes == total
-  assert [bytes(everything.text(i).astype(np.uint8)).decode() for i in range(len(texts))] == [t for t, _, _ in texts]
+  assert (
+    corpus.tokens_total
+    == everything.tokens_total
+    == corpus.bytes_total
+    == everything.bytes
+    == total
+  )
+  assert [bytes(everything.text(i).astype(np.uint8)).decode() for i in range(len(texts))] == [
+    t for t, _, _ in texts
+  ]
   np.testing.assert_array_equal(everything.lengths, [len(t.encode()) for t, _, _ in texts])
   if any(p is not None for _, p, _ in texts):
-    np.testing.assert_array_equal(everything.pair_lengths, [len((p or '').encode()) for _, p, _ in texts])
-    assert [bytes(everything.pair(i).astype(np.uint8)).decode() for i in range(len(texts))] == [p or '' for _, p, _ in texts]
+    np.testing.assert_array_equal(
+      everything.pair_lengths, [len((p or '').encode()) for _, p, _ in texts]
+    )
+    assert [bytes(everything.pair(i).astype(np.uint8)).decode() for i in range(len(texts))] == [
+      p or '' for _, p, _ in texts
+    ]
   else:
     assert everything.pair_lengths is None
   labels = [y for _, _, y in texts]
-  assert everything.labels == corpus.labels == (labels if any(y is not None for y in labels) else None)
+  assert (
+    everything.labels == corpus.labels == (labels if any(y is not None for y in labels) else None)
+  )
 
 
 def test_parts_of_a_text_are_python_slices(tmp_path):
-  train, _ = cache.build(Listed([{'text': 'zero'}, {'text': 'abcdef'}]), Letters(), str(tmp_path)).split(0.0)
+  train, _ = cache.build(
+    Listed([{'text': 'zero'}, {'text': 'abcdef'}]), Letters(), str(tmp_path)
+  ).split(0.0)
   for start, stop in ((0, None), (2, 4), (4, 99), (6, 9)):
     part = train.text(1, start, stop)
     assert part.dtype == np.int32 and bytes(part.astype(np.uint8)) == b'abcdef'[start:stop]
 
 
-@pytest.mark.parametrize('vocab_size, dtype', [(256, 'uint8'), (257, 'uint16'), (65536, 'uint16'), (65537, 'uint32')])
+@pytest.mark.parametrize(
+  'vocab_size, dtype', [(256, 'uint8'), (257, 'uint16'), (65536, 'uint16'), (65537, 'uint32')]
+)
 def test_ids_are_kept_in_the_smallest_type(tmp_path, vocab_size, dtype):
-  corpus = cache.build(Listed([{'text': '~a'}]), Letters(vocab_size, vocab_size - 1 - ord('~')), str(tmp_path))
+  corpus = cache.build(
+    Listed([{'text': '~a'}]), Letters(vocab_size, vocab_size - 1 - ord('~')), str(tmp_path)
+  )
   assert corpus.tokens.dtype == dtype
-  assert corpus.split(0.0)[0].text(0).tolist() == [vocab_size - 1, vocab_size - 1 - ord('~') + ord('a')]
+  assert corpus.split(0.0)[0].text(0).tolist() == [
+    vocab_size - 1,
+    vocab_size - 1 - ord('~') + ord('a'),
+  ]
 
 
 def test_ids_outside_the_vocabulary_are_refused(tmp_path):
-  with pytest.raises(ValueError, match='ids 97 to 100 in documents 0 to 0; they must be from 0 to 99'):
+  with pytest.raises(
+    ValueError, match='ids 97 to 100 in documents 0 to 0; they must be from 0 to 99'
+  ):
     cache.build(Listed([{'text': 'ad'}]), Letters(100), str(tmp_path))
   assert _entries(tmp_path) == []
 
@@ -117,11 +150,16 @@ def test_a_second_run_opens_the_cache_and_other_inputs_get_their_own(tmp_path):
   first = cache.build(Listed(_texts(5)), Letters(), str(tmp_path))
   again = cache.build(Listed(_texts(5)), Refusing(), str(tmp_path))
   assert again.fingerprint == first.fingerprint and again.tokens.tobytes() == first.tokens.tobytes()
-  others = [cache.build(Listed(_texts(6)), Letters(), str(tmp_path)), cache.build(Listed(_texts(5)), Letters(257), str(tmp_path))]
+  others = [
+    cache.build(Listed(_texts(6)), Letters(), str(tmp_path)),
+    cache.build(Listed(_texts(5)), Letters(257), str(tmp_path)),
+  ]
   assert len({first.fingerprint, *(c.fingerprint for c in others)}) == 3 == len(_entries(tmp_path))
 
 
-@pytest.mark.parametrize('name, content', [('tokens.bin', b'short'), ('meta.json', b''), ('hashes.bin', None)])
+@pytest.mark.parametrize(
+  'name, content', [('tokens.bin', b'short'), ('meta.json', b''), ('hashes.bin', None)]
+)
 def test_a_damaged_cache_is_built_again(tmp_path, name, content, caplog):
   source = Listed(_texts(5))
   whole = cache.build(source, Letters(), str(tmp_path))
@@ -173,16 +211,25 @@ def test_the_validation_split_is_by_hash(tmp_path):
 
   for share in (0.05, 0.3):
     train, held = small.split(share)
-    assert len(train) + len(held) == 2000 and abs(len(held) - 2000 * share) < 4 * np.sqrt(2000 * share * (1 - share))
-    assert set(train.ids) | set(held.ids) == set(range(2000)) and train.bytes + held.bytes == small.bytes_total
+    assert len(train) + len(held) == 2000 and abs(len(held) - 2000 * share) < 4 * np.sqrt(
+      2000 * share * (1 - share)
+    )
+    assert (
+      set(train.ids) | set(held.ids) == set(range(2000))
+      and train.bytes + held.bytes == small.bytes_total
+    )
     more_train, more_held = large.split(share)
-    assert side(train) <= side(more_train) and side(held) <= side(more_held)  # nothing moves when documents are added
+    assert side(train) <= side(more_train) and side(held) <= side(
+      more_held
+    )  # nothing moves when documents are added
     assert not side(more_train) & side(more_held)  # copies stay together
   assert side(small.split(0.05)[1]) < side(small.split(0.3)[1])
 
 
 def test_documents_that_share_a_text_but_not_the_pair_are_split_apart(tmp_path):
-  corpus = cache.build(Listed([{'text': 'same', 'pair': str(i)} for i in range(64)]), Letters(), str(tmp_path))
+  corpus = cache.build(
+    Listed([{'text': 'same', 'pair': str(i)} for i in range(64)]), Letters(), str(tmp_path)
+  )
   assert len(set(corpus.hashes.tolist())) == 64
   train, held = corpus.split(0.5)
   assert len(train) and len(held)
@@ -206,7 +253,12 @@ def importable(monkeypatch):
 
 
 def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable):
-  source = importable.Listed([dict(text=f'text {i}' * (i % 7), pair='é' * (i % 3), label=f'class {i % 4}') for i in range(60)])
+  source = importable.Listed(
+    [
+      dict(text=f'text {i}' * (i % 7), pair='é' * (i % 3), label=f'class {i % 4}')
+      for i in range(60)
+    ]
+  )
   alone = cache.build(source, importable.Letters(), str(tmp_path / 'alone'), workers=1)
 
   def not_here(*args):
@@ -218,14 +270,19 @@ def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable)
   names = sorted(os.listdir(alone.directory))
   assert names == sorted(os.listdir(together.directory)) and len(names) == 8
   for name in names:
-    with open(os.path.join(alone.directory, name), 'rb') as a, open(os.path.join(together.directory, name), 'rb') as b:
+    with (
+      open(os.path.join(alone.directory, name), 'rb') as a,
+      open(os.path.join(together.directory, name), 'rb') as b,
+    ):
       assert a.read() == b.read(), name
 
 
 def test_a_document_that_fails_in_a_worker_is_named_too(tmp_path, monkeypatch, importable):
   monkeypatch.setattr(cache, 'IN_PROCESS_SECONDS', 0.0)
   with pytest.raises(KeyError) as caught:
-    cache.build(importable.Listed(_texts(20) + [{'txt': ''}]), importable.Letters(), str(tmp_path), workers=2)
+    cache.build(
+      importable.Listed(_texts(20) + [{'txt': ''}]), importable.Letters(), str(tmp_path), workers=2
+    )
   assert caught.value.__notes__ == ['while tokenizing document 20']
   assert _entries(tmp_path) == []
 
@@ -258,8 +315,12 @@ if __name__ == '__main__':
 
 
 def _script(directory, limit=0, seconds=0.0):
-  code = SCRIPT.format(tests=os.path.dirname(__file__), directory=str(directory), limit=limit, seconds=seconds)
-  return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  code = SCRIPT.format(
+    tests=os.path.dirname(__file__), directory=str(directory), limit=limit, seconds=seconds
+  )
+  return subprocess.Popen(
+    [sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def test_a_disk_that_fills_leaves_nothing_and_says_what_is_needed(tmp_path):
@@ -267,7 +328,11 @@ def test_a_disk_that_fills_leaves_nothing_and_says_what_is_needed(tmp_path):
   _, log = process.communicate(timeout=60)
   assert process.returncode and _entries(tmp_path) == []
   message = log.strip().splitlines()[-1]
-  assert message.startswith('OSError: [Errno 27] File too large') and str(tmp_path) in message and 'config.data.cache' in message
+  assert (
+    message.startswith('OSError: [Errno 27] File too large')
+    and str(tmp_path) in message
+    and 'config.data.cache' in message
+  )
   needed = int(message.split('needs about ')[1].split(' bytes')[0])
   directory = cache.build(Listed(_texts(4000)), Letters(), str(tmp_path)).directory
   used = sum(os.path.getsize(f) for f in glob.glob(f'{directory}/*'))

@@ -8,7 +8,9 @@ from hypothesis import strategies as st
 from llm_jax.data import pack
 
 LENGTHS = st.lists(st.integers(0, 40), max_size=30)
-SHAPES = st.integers(0, 3).flatmap(lambda overhead: st.tuples(st.integers(overhead + 1, 24), st.just(overhead)))
+SHAPES = st.integers(0, 3).flatmap(
+  lambda overhead: st.tuples(st.integers(overhead + 1, 24), st.just(overhead))
+)
 
 
 def _rows(plan):
@@ -76,7 +78,9 @@ def test_every_token_is_in_exactly_one_row_and_no_row_overflows(lengths, shape, 
 @settings(max_examples=150, deadline=None)
 @given(lengths=LENGTHS, shape=SHAPES)
 def test_windows_equal_a_plain_loop(lengths, shape):
-  assert _rows(pack.windows(np.asarray(lengths, np.int64), *shape)) == _plain_windows(lengths, *shape)
+  assert _rows(pack.windows(np.asarray(lengths, np.int64), *shape)) == _plain_windows(
+    lengths, *shape
+  )
 
 
 @settings(max_examples=150, deadline=None)
@@ -106,7 +110,10 @@ def test_best_fit_wastes_less_than_first_fit_and_one_per_row():
 def test_best_fit_takes_no_more_pieces_than_it_may(lengths, most):
   lengths = np.asarray(lengths, np.int64)
   plan = pack.best_fit(lengths, 40, most=most)
-  assert sorted(plan.document) == np.flatnonzero(lengths).tolist() and (plan.stop == lengths[plan.document]).all()
+  assert (
+    sorted(plan.document) == np.flatnonzero(lengths).tolist()
+    and (plan.stop == lengths[plan.document]).all()
+  )
   assert all(len(row) <= most and sum(stop for _, _, stop in row) <= 40 for row in _rows(plan))
   if most == 1:
     assert len(plan) == np.count_nonzero(lengths)
@@ -116,7 +123,13 @@ def test_best_fit_takes_no_more_pieces_than_it_may(lengths, most):
 
 def test_text_places():
   places = pack.text_places([3, 2, 4], 5)
-  assert places['text_firsts'].tolist() == [0, 3, 5, 0, 0] and places['text_lasts'].tolist() == [2, 4, 8, 0, 0]
+  assert places['text_firsts'].tolist() == [0, 3, 5, 0, 0] and places['text_lasts'].tolist() == [
+    2,
+    4,
+    8,
+    0,
+    0,
+  ]
   assert {a.dtype for a in places.values()} == {np.dtype(np.int32)}
   with pytest.raises(ValueError):
     pack.text_places([3, 2, 4], 2)
@@ -133,7 +146,9 @@ def test_plan_rows_are_a_sequence():
   assert _rows(plan) == [[(0, 0, 3), (2, 0, 2)], [(2, 2, 4)]] and plan[-1] == plan[1]
   with pytest.raises(IndexError):
     plan[2]
-  assert len(pack.windows(np.zeros(0, np.int64), 5)) == len(pack.best_fit(np.zeros(3, np.int64), 5)) == 0
+  assert (
+    len(pack.windows(np.zeros(0, np.int64), 5)) == len(pack.best_fit(np.zeros(3, np.int64), 5)) == 0
+  )
 
 
 def test_assemble_numbers_segments_and_restarts_positions():

@@ -19,7 +19,6 @@ class Numbers:
 
 
 class Rows:
-
   def __init__(self, documents, seq_len):
     self.documents, self.seq_len = documents, seq_len
 
@@ -27,7 +26,10 @@ class Rows:
     return self.documents.count
 
   def example(self, index, rng):
-    return {'tokens': np.full(self.seq_len, self.documents.first + index, np.int32), 'drawn': rng.random(2)}
+    return {
+      'tokens': np.full(self.seq_len, self.documents.first + index, np.int32),
+      'drawn': rng.random(2),
+    }
 
 
 class Objective:
@@ -41,7 +43,6 @@ class Objective:
 
 
 class Failing(Objective):
-
   def transform(self, example, rng):
     if example['tokens'][0] == 5:
       raise ZeroDivisionError('document five')
@@ -54,7 +55,9 @@ def _train(counts=(23, 11), weights=(2.0, 1.0), seed=0, batch_size=4, objective=
 
 
 def _valid(counts=(7, 4), seed=0, limit=0):
-  return pipeline.validation_examples([Numbers(1000 * i, n) for i, n in enumerate(counts)], Objective(), 3, seed, limit)
+  return pipeline.validation_examples(
+    [Numbers(1000 * i, n) for i, n in enumerate(counts)], Objective(), 3, seed, limit
+  )
 
 
 def _ids(examples, indices):
@@ -81,13 +84,19 @@ def test_every_epoch_holds_each_row_once_in_an_order_and_with_draws_of_its_own()
   assert len({tuple(e) for e in epochs}) == 4 and epochs[0] != sorted(epochs[0])
   draws = collections.defaultdict(set)
   for i in range(200):
-    draws[int(examples[i]['tokens'][0])].add(examples[i]['drawn'].tobytes() + examples[i]['mask'].tobytes())
+    draws[int(examples[i]['tokens'][0])].add(
+      examples[i]['drawn'].tobytes() + examples[i]['mask'].tobytes()
+    )
   assert all(len(seen) == 4 for seen in draws.values())
   assert len(examples) == sys.maxsize
 
 
 def test_neighbouring_seeds_do_not_repeat_an_epoch_of_each_other_and_corpora_are_shuffled_apart():
-  orders = [tuple(_ids(_train((50,), (1.0,), seed=s), range(50 * e, 50 * e + 50))) for s in range(4) for e in range(4)]
+  orders = [
+    tuple(_ids(_train((50,), (1.0,), seed=s), range(50 * e, 50 * e + 50)))
+    for s in range(4)
+    for e in range(4)
+  ]
   assert len(set(orders)) == 16
   both = _ids(_train((50, 50), (1.0, 1.0)), range(100))
   assert [i for i in both if i < 1000] != [i - 1000 for i in both if i >= 1000]
@@ -102,7 +111,9 @@ def test_an_example_is_a_pure_function_of_seed_and_index(i, seed):
   assert not np.array_equal(one[i]['drawn'], _train(seed=seed + 1)[i]['drawn'])
 
 
-@pytest.mark.parametrize('weights', [(0.7, 0.3), (1.0, 1.004), (1, 2, 3), (0.29, 0.01, 0.7), (5,), (1e-3, 1)])
+@pytest.mark.parametrize(
+  'weights', [(0.7, 0.3), (1.0, 1.004), (1, 2, 3), (0.29, 0.01, 0.7), (5,), (1e-3, 1)]
+)
 def test_every_prefix_is_mixed_by_weight_and_every_corpus_is_read_in_order(weights):
   corpora = len(weights)
   total = 3000
@@ -134,7 +145,9 @@ def test_a_mixture_covers_each_corpus_by_its_own_epochs():
 @given(start=st.integers(0, 300), hosts=st.sampled_from([1, 2, 4]), threads=st.integers(1, 3))
 def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(start, hosts, threads):
   examples = _train()
-  shares = np.arange(8).reshape(-1, hosts).T  # dealt out, as a mesh may: a host's rows need not be neighbours
+  shares = (
+    np.arange(8).reshape(-1, hosts).T
+  )  # dealt out, as a mesh may: a host's rows need not be neighbours
   parts = [_take(pipeline.batches(examples, 8, start, rows, threads), 3) for rows in shares]
   for s in range(3):
     whole = {k: np.concatenate([part[s][k] for part in parts]) for k in parts[0][s]}
@@ -144,7 +157,9 @@ def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(start, hosts
 
 def test_another_seed_gives_another_stream():
   a, b = (_take(pipeline.batches(_train(seed=s), 8), 2) for s in (0, 1))
-  assert not np.array_equal(a[0]['tokens'], b[0]['tokens']) and not np.array_equal(a[0]['mask'], b[0]['mask'])
+  assert not np.array_equal(a[0]['tokens'], b[0]['tokens']) and not np.array_equal(
+    a[0]['mask'], b[0]['mask']
+  )
   same = _take(pipeline.batches(_train(seed=0), 8), 2)
   _equal(a[1], same[1])
 
@@ -153,7 +168,6 @@ def test_batches_are_made_ahead_and_threads_end_with_the_iterator():
   made = threading.Semaphore(0)
 
   class Counting(Objective):
-
     def transform(self, example, rng):
       made.release()
       return super().transform(example, rng)
@@ -189,7 +203,9 @@ def test_batches_are_put_by_the_thread_that_makes_them_and_its_errors_come_in_th
     return batch['tokens'][:, 0].sum()
 
   stream, plain = pipeline.batches(_train(), 4, put=put), pipeline.batches(_train(), 4)
-  assert [next(stream) for _ in range(2)] == [batch['tokens'][:, 0].sum() for batch in _take(plain, 2)]
+  assert [next(stream) for _ in range(2)] == [
+    batch['tokens'][:, 0].sum() for batch in _take(plain, 2)
+  ]
   with pytest.raises(ZeroDivisionError, match='batch two'):
     next(stream)
   assert all(name.startswith('batches') for name in where)
@@ -199,7 +215,6 @@ def test_batches_are_put_by_the_thread_that_makes_them_and_its_errors_come_in_th
 def test_rows_with_different_arrays_are_refused():
 
   class Uneven(Objective):
-
     def transform(self, example, rng):
       return example | ({'label': np.int32(1)} if example['tokens'][0] < 1000 else {})
 
@@ -217,7 +232,13 @@ def test_validation_is_fixed_whatever_the_limit():
     for i in range(len(some)):
       _equal(some[i], again[i])
       _equal(some[i], by_id[int(some[i]['tokens'][0])])
-  assert _ids(_valid((0, 3, 0, 2)), range(5)) == [1000, 1001, 1002, 3000, 3001]  # a corpus may hold nothing out
+  assert _ids(_valid((0, 3, 0, 2)), range(5)) == [
+    1000,
+    1001,
+    1002,
+    3000,
+    3001,
+  ]  # a corpus may hold nothing out
   choices = {tuple(_ids(_valid(limit=5, seed=s), range(5))) for s in range(8)}
   assert len(choices) > 4
 
@@ -225,9 +246,17 @@ def test_validation_is_fixed_whatever_the_limit():
 @pytest.mark.parametrize('hosts', [1, 2, 4])
 def test_the_last_validation_batch_is_filled_with_zero_rows(hosts):
   examples = _valid()
-  parts = [list(pipeline.padded_batches(examples, 4, rows)) for rows in np.arange(4).reshape(hosts, -1)]
+  parts = [
+    list(pipeline.padded_batches(examples, 4, rows)) for rows in np.arange(4).reshape(hosts, -1)
+  ]
   assert [len(p) for p in parts] == [3] * hosts
-  rows = [{k: b[k][j] for k in b} for s in range(3) for part in parts for b in [part[s]] for j in range(4 // hosts)]
+  rows = [
+    {k: b[k][j] for k in b}
+    for s in range(3)
+    for part in parts
+    for b in [part[s]]
+    for j in range(4 // hosts)
+  ]
   assert len(rows) == 12
   for i, row in enumerate(rows):
     _equal(row, examples[i] if i < 11 else {k: np.zeros_like(v) for k, v in examples[0].items()})
@@ -248,7 +277,6 @@ class Bytes:
 
 
 class WindowRows(Rows):
-
   def __init__(self, documents, seq_len):
     super().__init__(documents, seq_len)
     self.plan = pack.windows(documents.lengths, seq_len)
@@ -257,11 +285,12 @@ class WindowRows(Rows):
     return len(self.plan)
 
   def example(self, index, rng):
-    return pack.assemble([self.documents.text(*piece) for piece in self.plan[index]], self.seq_len) | {'row': np.int64(index)}
+    return pack.assemble(
+      [self.documents.text(*piece) for piece in self.plan[index]], self.seq_len
+    ) | {'row': np.int64(index)}
 
 
 class Windows(Objective):
-
   def rows(self, documents, seq_len):
     return WindowRows(documents, seq_len)
 
@@ -271,18 +300,33 @@ def test_one_epoch_of_windows_over_a_cache_spells_the_corpus(tmp_path):
   train, _ = cache.build(texts, Bytes(), str(tmp_path)).split(0.0)
   rows = len(pack.windows(train.lengths, 16))
   whole = list(pipeline.padded_batches(pipeline.validation_examples([train], Windows(), 16, 0), 8))
-  shuffled = _take(pipeline.batches(pipeline.train_examples([train], [1.0], Windows(), 16, 0, 8), 1), rows)
+  shuffled = _take(
+    pipeline.batches(pipeline.train_examples([train], [1.0], Windows(), 16, 0, 8), 1), rows
+  )
   order = np.argsort([int(b['row'][0]) for b in shuffled])
-  for found in (np.concatenate([b['tokens'] for b in whole]), np.concatenate([shuffled[i]['tokens'] for i in order])):
-    assert bytes(found[found > 0].astype(np.uint8)).decode() == ''.join(t['text'] for t in (texts[i] for i in range(40)))
+  for found in (
+    np.concatenate([b['tokens'] for b in whole]),
+    np.concatenate([shuffled[i]['tokens'] for i in order]),
+  ):
+    assert bytes(found[found > 0].astype(np.uint8)).decode() == ''.join(
+      t['text'] for t in (texts[i] for i in range(40))
+    )
 
 
-@pytest.mark.parametrize('call, message', [
+@pytest.mark.parametrize(
+  'call, message',
+  [
     (lambda: pipeline.batches(_train(), 0), 'batch_size=0'),
-    (lambda: pipeline.batches(_train(), 4, rows=[2, 4]), r'rows=\[2, 4\] must be some of the rows 0 to 3'),
+    (
+      lambda: pipeline.batches(_train(), 4, rows=[2, 4]),
+      r'rows=\[2, 4\] must be some of the rows 0 to 3',
+    ),
     (lambda: pipeline.batches(_train(), 4, start=-1), 'start=-1'),
     (lambda: pipeline.batches(_train(), 4, threads=0), 'threads=0'),
-    (lambda: pipeline.padded_batches(_valid(), 3, rows=[]), r'rows=\[\] must be some of the rows 0 to 2'),
+    (
+      lambda: pipeline.padded_batches(_valid(), 3, rows=[]),
+      r'rows=\[\] must be some of the rows 0 to 2',
+    ),
     (lambda: _train(batch_size=35), r'23 \+ 11 rows .* batch_size=35'),
     (lambda: _train((23, 0)), r'23 \+ 0 rows .* every corpus needs one'),
     (lambda: _train(weights=(1.0,)), r'1 weights \[1.0\] for 2 corpora'),
@@ -290,7 +334,8 @@ def test_one_epoch_of_windows_over_a_cache_spells_the_corpus(tmp_path):
     (lambda: _train(seed=-1), 'seed=-1'),
     (lambda: _valid((0, 0)), 'no row of seq_len=3'),
     (lambda: _valid(limit=-1), 'limit=-1'),
-])
+  ],
+)
 def test_what_cannot_work_is_refused_at_the_call(call, message):
   with pytest.raises(ValueError, match=message):
     call()

@@ -9,14 +9,30 @@ from llm_jax.evaluators import classification
 
 
 def run(task, classes, predictions, labels, weights, each=2):
-  """Scores in batches of `each` rows of two texts, the last row filled up; the step gives device arrays."""
+  """Scores in batches of `each` rows of two texts, the last row filled up; the step gives device
+  arrays.
+  """
   key = 'values' if task == 'regression' else 'probabilities'
-  even = lambda x: np.append(x, np.zeros_like(x[:len(x) % 2]), axis=0)
-  predictions, labels, weights = (x.reshape(-1, 2, *x.shape[1:]) for x in map(even, (predictions, labels, weights)))
-  batches = [{'label': labels[i:i + each], 'label_weight': weights[i:i + each], 'x': predictions[i:i + each]}
-             for i in range(0, len(labels), each)]
-  predict = lambda b: {key: jnp.asarray(b['x']), 'label': b['label'], 'label_weight': b['label_weight']}
-  return classification.evaluate(predict, batches, types.SimpleNamespace(task=task, classes=classes))
+  even = lambda x: np.append(x, np.zeros_like(x[: len(x) % 2]), axis=0)
+  predictions, labels, weights = (
+    x.reshape(-1, 2, *x.shape[1:]) for x in map(even, (predictions, labels, weights))
+  )
+  batches = [
+    {
+      'label': labels[i : i + each],
+      'label_weight': weights[i : i + each],
+      'x': predictions[i : i + each],
+    }
+    for i in range(0, len(labels), each)
+  ]
+  predict = lambda b: {
+    key: jnp.asarray(b['x']),
+    'label': b['label'],
+    'label_weight': b['label_weight'],
+  }
+  return classification.evaluate(
+    predict, batches, types.SimpleNamespace(task=task, classes=classes)
+  )
 
 
 def f1(truth, guess):
@@ -27,7 +43,9 @@ def f1(truth, guess):
 def test_multiclass_by_hand():
   truth, guess = np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 0]), np.array([0, 0, 1, 1, 2, 2, 2, 0, 2, 3])
   weights = np.array([1] * 9 + [0], np.float32)  # the last row fills up the batch
-  scores, report = run('multiclass', ('u', 'v', 'w', 'x'), np.eye(4)[guess] * 0.9 + 0.02, truth, weights)
+  scores, report = run(
+    'multiclass', ('u', 'v', 'w', 'x'), np.eye(4)[guess] * 0.9 + 0.02, truth, weights
+  )
   t, g = truth[:9], guess[:9]
   assert scores['accuracy'] == pytest.approx(6 / 9)
   assert scores['macro_f1'] == pytest.approx(np.mean([f1(t == c, g == c) for c in range(3)]))
@@ -44,7 +62,9 @@ def test_binary_by_hand():
   scores, report = run('binary', ('no', 'yes'), np.stack([1 - p, p], -1), truth, np.ones(6))
   tp, tn, fp, fn = 2, 2, 1, 1
   mcc = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-  assert scores == pytest.approx({'accuracy': 4 / 6, 'macro_f1': 4 / 6, 'mcc': mcc}) and 'yes' in report
+  assert (
+    scores == pytest.approx({'accuracy': 4 / 6, 'macro_f1': 4 / 6, 'mcc': mcc}) and 'yes' in report
+  )
 
 
 def test_multilabel_by_hand():
@@ -56,21 +76,30 @@ def test_multilabel_by_hand():
   assert scores == pytest.approx({'accuracy': 2 / 4, 'micro_f1': f1(t, g), 'macro_f1': macro})
   assert 'micro avg' in report
   scores, report = run('multilabel', ('u',), p[:, :1], truth[:, :1], np.array([1, 1, 1, 1, 0]))
-  assert scores == pytest.approx({'accuracy': 3 / 4, 'micro_f1': 0.8, 'macro_f1': 0.8}) and 'u: f1 0.8000' in report
+  assert (
+    scores == pytest.approx({'accuracy': 3 / 4, 'micro_f1': 0.8, 'macro_f1': 0.8})
+    and 'u: f1 0.8000' in report
+  )
 
 
 def test_regression_by_hand():
   rng = np.random.default_rng(0)
   truth = rng.normal(size=11)
-  guess = truth ** 3 + 0.3 * rng.normal(size=11)
+  guess = truth**3 + 0.3 * rng.normal(size=11)
   weights = np.array([1] * 10 + [0])
-  scores, report = run('regression', None, guess.astype(np.float32), truth.astype(np.float32), weights)
+  scores, report = run(
+    'regression', None, guess.astype(np.float32), truth.astype(np.float32), weights
+  )
   t, g = truth[:10], guess[:10]
   rank = lambda x: np.argsort(np.argsort(x))
-  wanted = {'pearson': np.corrcoef(t, g)[0, 1], 'spearman': np.corrcoef(rank(t), rank(g))[0, 1], 'mse': np.mean((t - g) ** 2)}
+  wanted = {
+    'pearson': np.corrcoef(t, g)[0, 1],
+    'spearman': np.corrcoef(rank(t), rank(g))[0, 1],
+    'mse': np.mean((t - g) ** 2),
+  }
   assert scores == pytest.approx(wanted, rel=1e-5) and 'spearman' in report
   constant, _ = run('regression', None, np.zeros(11), truth, weights)
-  assert math.isnan(constant['pearson']) and constant['mse'] == pytest.approx(np.mean(t ** 2))
+  assert math.isnan(constant['pearson']) and constant['mse'] == pytest.approx(np.mean(t**2))
 
 
 def test_nothing_labelled():

@@ -1,4 +1,6 @@
-"""The file format: what is written is read again, what is not right is refused by name, and nothing is half written."""
+"""The file format: what is written is read again, what is not right is refused by name, and nothing
+is half written.
+"""
 
 import json
 
@@ -10,12 +12,12 @@ from llm_jax.hf import safetensors
 
 RNG = np.random.default_rng(0)
 ARRAYS = {
-    'a': RNG.normal(size=(3, 4)).astype(np.float32),
-    'b.half': RNG.normal(size=(5,)).astype(ml_dtypes.bfloat16),
-    'c': np.array(2.5),
-    'empty': np.zeros((0, 3), np.float16),
-    'flags': np.array([[True], [False]]),
-    'whole': np.arange(-3, 3, dtype=np.int8),
+  'a': RNG.normal(size=(3, 4)).astype(np.float32),
+  'b.half': RNG.normal(size=(5,)).astype(ml_dtypes.bfloat16),
+  'c': np.array(2.5),
+  'empty': np.zeros((0, 3), np.float16),
+  'flags': np.array([[True], [False]]),
+  'whole': np.arange(-3, 3, dtype=np.int8),
 }
 
 
@@ -43,7 +45,11 @@ def test_what_is_written_is_read(tmp_path):
   assert list(found) == list(ARRAYS) and len(found) == 6 and 'a' in found and 'd' not in found
   for name, array in ARRAYS.items():
     view = found.view(name)
-    assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape) == (view.dtype, view.shape)
+    assert (
+      (found[name].dtype, found[name].shape)
+      == (array.dtype, array.shape)
+      == (view.dtype, view.shape)
+    )
     np.testing.assert_array_equal(view, array)
     assert not (view.size and view.flags.writeable)
   assert [file.name for file in tmp_path.iterdir()] == ['x']
@@ -58,7 +64,9 @@ def test_a_view_reads_the_file_when_it_is_touched(tmp_path):
   assert view[-1, -1] == 7
 
 
-@pytest.mark.parametrize(('header', 'data', 'message'), [
+@pytest.mark.parametrize(
+  ('header', 'data', 'message'),
+  [
     (b'[]', b'', 'does not begin with {'),
     (b'{"w": ', b'', 'broken JSON'),
     (b'{"w": 1, "w": 2}', b'', "'w' stands there twice"),
@@ -67,11 +75,19 @@ def test_a_view_reads_the_file_when_it_is_touched(tmp_path):
     (b'{"w": ' + b'[' * 100_000, b'', 'broken JSON'),
     ({'w': [1]}, b'', "'w' in the header must have dtype, shape and data_offsets"),
     ({'__metadata__': {'format': 1}}, b'', '__metadata__'),
-    (one(dtype='F33'), bytes(8), "'w' in the header has the type 'F33', which is not known; known: F64, F32"),
+    (
+      one(dtype='F33'),
+      bytes(8),
+      "'w' in the header has the type 'F33', which is not known; known: F64, F32",
+    ),
     (one(shape=[2.0]), bytes(8), 'lists of whole numbers'),
     (one(shape=[True, 2]), bytes(8), 'lists of whole numbers'),
     (one(shape=[-2], data_offsets=[0, 8]), bytes(8), 'lists of whole numbers'),
-    (one(shape=[3]), bytes(8), r"'w' in the header: F32\[3\] takes 12 bytes, and data_offsets=\[0, 8\]"),
+    (
+      one(shape=[3]),
+      bytes(8),
+      r"'w' in the header: F32\[3\] takes 12 bytes, and data_offsets=\[0, 8\]",
+    ),
     (one(shape=[0, 2**63], data_offsets=[0, 0]), b'', 'lists of whole numbers'),
     (one(shape=[1] * 40, data_offsets=[0, 4]), bytes(4), 'at most 32'),
     (one(data_offsets=[8, 0]), bytes(8), 'takes 8 bytes'),
@@ -80,7 +96,8 @@ def test_a_view_reads_the_file_when_it_is_touched(tmp_path):
     (one(), bytes(9), 'end at byte .* and the file at byte .*; the header is wrong'),
     (one(data_offsets=[1, 9]), bytes(9), "bytes of 'w' leave a hole before"),
     (one() | {'v': one(data_offsets=[4, 12])['w']}, bytes(12), "bytes of 'v' overlap those before"),
-])
+  ],
+)
 def test_a_wrong_header_is_refused(tmp_path, header, data, message):
   path = raw(tmp_path / 'x.safetensors', header, data)
   with pytest.raises(ValueError, match=message) as error:
@@ -88,7 +105,9 @@ def test_a_wrong_header_is_refused(tmp_path, header, data, message):
   assert path in str(error.value)
 
 
-@pytest.mark.parametrize('content', [b'', b'\x01\x02', (9).to_bytes(8, 'little') + b'{}', (2**40).to_bytes(8, 'little')])
+@pytest.mark.parametrize(
+  'content', [b'', b'\x01\x02', (9).to_bytes(8, 'little') + b'{}', (2**40).to_bytes(8, 'little')]
+)
 def test_a_file_shorter_than_its_header_is_refused(tmp_path, content):
   (tmp_path / 'x').write_bytes(content)
   with pytest.raises(ValueError, match='x: the file ends within its header .* it was cut off'):
@@ -106,10 +125,13 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
 def test_shards_and_their_index(tmp_path):
   safetensors.write_folder(str(tmp_path), shapes(ARRAYS), ARRAYS.__getitem__, shard_bytes=30)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
-  assert index['metadata'] == {'total_size': 48 + 10 + 8 + 0 + 2 + 6} and set(index['weight_map']) == set(ARRAYS)
+  assert index['metadata'] == {'total_size': 48 + 10 + 8 + 0 + 2 + 6} and set(
+    index['weight_map']
+  ) == set(ARRAYS)
   # The first array is larger than a shard may be and has one for itself; the others fit into one.
   assert sorted(file.name for file in tmp_path.glob('*.safetensors')) == [
-      f'model-0000{i}-of-00002.safetensors' for i in (1, 2)]
+    f'model-0000{i}-of-00002.safetensors' for i in (1, 2)
+  ]
   found = safetensors.read_folder(str(tmp_path))
   assert set(found) == set(ARRAYS)
   for name, array in ARRAYS.items():
@@ -130,16 +152,30 @@ def index_of(folder, change):
   path.write_text(json.dumps(change(index)))
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    (lambda index: index | {'weight_map': index['weight_map'] | {'z': 'model-00003-of-00003.safetensors'}},
-     'names the shard model-00003-of-00003.safetensors, which is not there'),
-    (lambda index: index | {'weight_map': index['weight_map'] | {'z': 'model-00001-of-00002.safetensors'}},
-     "says that model-00001-of-00002.safetensors holds 'z'; it does not"),
-    (lambda index: index | {'weight_map': {'a': '../x.safetensors'}}, "shard '../x.safetensors' must be .* of the same folder"),
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    (
+      lambda index: (
+        index | {'weight_map': index['weight_map'] | {'z': 'model-00003-of-00003.safetensors'}}
+      ),
+      'names the shard model-00003-of-00003.safetensors, which is not there',
+    ),
+    (
+      lambda index: (
+        index | {'weight_map': index['weight_map'] | {'z': 'model-00001-of-00002.safetensors'}}
+      ),
+      "says that model-00001-of-00002.safetensors holds 'z'; it does not",
+    ),
+    (
+      lambda index: index | {'weight_map': {'a': '../x.safetensors'}},
+      "shard '../x.safetensors' must be .* of the same folder",
+    ),
     (lambda index: index | {'weight_map': {'a': 'model.bin'}}, "shard 'model.bin' must be"),
     (lambda index: index | {'weight_map': {'a': 1}}, 'must have a "weight_map"'),
     (lambda index: [], 'must have a "weight_map"'),
-])
+  ],
+)
 def test_a_wrong_index_is_refused(tmp_path, change, message):
   index_of(tmp_path, change)
   with pytest.raises(ValueError, match=message):
@@ -148,7 +184,9 @@ def test_a_wrong_index_is_refused(tmp_path, change, message):
 
 def test_shards_that_overlap_and_folders_without_weights_are_refused(tmp_path):
   index_of(tmp_path, lambda index: index)
-  (tmp_path / 'model-00002-of-00002.safetensors').write_bytes((tmp_path / 'model-00001-of-00002.safetensors').read_bytes())
+  (tmp_path / 'model-00002-of-00002.safetensors').write_bytes(
+    (tmp_path / 'model-00001-of-00002.safetensors').read_bytes()
+  )
   with pytest.raises(ValueError, match="both hold 'a'"):
     safetensors.read_folder(str(tmp_path))
   with pytest.raises(ValueError, match='holds neither model.safetensors nor'):
@@ -165,6 +203,10 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
   before = (tmp_path / 'x').read_bytes()
   with pytest.raises(RuntimeError, match='no more'):
     safetensors.write(str(tmp_path / 'x'), shapes(ARRAYS), fails)
-  with pytest.raises(ValueError, match=r"x: 'a' was announced as float32\[3, 4\] and became float32\[4, 3\]"):
+  with pytest.raises(
+    ValueError, match=r"x: 'a' was announced as float32\[3, 4\] and became float32\[4, 3\]"
+  ):
     safetensors.write(str(tmp_path / 'x'), shapes(ARRAYS), lambda name: ARRAYS[name].T)
-  assert [file.name for file in tmp_path.iterdir()] == ['x'] and (tmp_path / 'x').read_bytes() == before
+  assert [file.name for file in tmp_path.iterdir()] == ['x'] and (
+    tmp_path / 'x'
+  ).read_bytes() == before

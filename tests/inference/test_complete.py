@@ -1,4 +1,6 @@
-"""Texts in, texts out: whole characters, stop strings, templates, and masks filled in as the logits say."""
+"""Texts in, texts out: whole characters, stop strings, templates, and masks filled in as the logits
+say.
+"""
 
 import math
 import types
@@ -28,14 +30,23 @@ def little_care_in_compiling():
 
 
 class Said:
-  """A generator that says what it is told to, token by token, whatever the prompts; it keeps what it was asked."""
+  """A generator that says what it is told to, token by token, whatever the prompts; it keeps what
+  it was asked.
+  """
 
   def __init__(self, *texts, eos=True):
-    self.rows = [[*TOKENIZER.encode(text), *[TOKENIZER.eos_id] * eos] if isinstance(text, str) else text for text in texts]
+    self.rows = [
+      [*TOKENIZER.encode(text), *[TOKENIZER.eos_id] * eos] if isinstance(text, str) else text
+      for text in texts
+    ]
     self.asked, self.taken = [], 0
 
   def tokens(self, weights, prompts, sampling, eos_ids, rows):
-    self.asked.append(types.SimpleNamespace(prompts=[list(map(int, p)) for p in prompts], eos_ids=eos_ids, rows=list(rows)))
+    self.asked.append(
+      types.SimpleNamespace(
+        prompts=[list(map(int, p)) for p in prompts], eos_ids=eos_ids, rows=list(rows)
+      )
+    )
     said = [self.rows[row] for row in rows]
     for place in range(max(map(len, said))):
       self.taken += 1
@@ -45,7 +56,9 @@ class Said:
 def say(said, count, rows=8, **options):
   pieces = [[] for _ in range(count)]
   completer = complete.Completer(said, TOKENIZER, rows)
-  texts = completer(None, ['p'] * count, GREEDY, stream=lambda i, piece: pieces[i].append(piece), **options)
+  texts = completer(
+    None, ['p'] * count, GREEDY, stream=lambda i, piece: pieces[i].append(piece), **options
+  )
   assert [''.join(row) for row in pieces] == texts and all(all(row) for row in pieces)
   return texts, pieces
 
@@ -56,13 +69,21 @@ def test_characters_are_whole():
   assert texts == [text] and pieces == [list(text)]
   cut = Said([*TOKENIZER.encode(text)[:-1]])  # the last character never gets its last byte
   assert say(cut, 1) == (['aé漢'], [list('aé漢')])
-  broken = Said([*TOKENIZER.encode('a🙂')[:3], *TOKENIZER.encode('bc')])  # two bytes of a character, then others
+  broken = Said(
+    [*TOKENIZER.encode('a🙂')[:3], *TOKENIZER.encode('bc')]
+  )  # two bytes of a character, then others
   texts, pieces = say(broken, 1)
-  assert texts[0] == TOKENIZER.decode(broken.rows[0]) and '\ufffd' in texts[0] and pieces[0][0] == 'a'
-  assert TOKENIZER.decode(Said(text).rows[0][:2]).endswith('\ufffd')  # what one that does not wait would print
+  assert (
+    texts[0] == TOKENIZER.decode(broken.rows[0]) and '\ufffd' in texts[0] and pieces[0][0] == 'a'
+  )
+  assert TOKENIZER.decode(Said(text).rows[0][:2]).endswith(
+    '\ufffd'
+  )  # what one that does not wait would print
 
 
-@pytest.mark.parametrize('said, stop, text, pieces', [
+@pytest.mark.parametrize(
+  'said, stop, text, pieces',
+  [
     ('one. two', ['. '], 'one', ['o', 'n', 'e']),
     ('aab aac', ['aac'], 'aab ', ['aab', ' ']),  # held back while it may be a stop string
     ('say END', ['\n', 'END'], 'say ', ['s', 'a', 'y', ' ']),
@@ -70,7 +91,8 @@ def test_characters_are_whole():
     ('xyz', ['yz', 'xyz'], '', []),  # the one that begins first
     ('漢字', ['字'], '漢', ['漢']),
     ('abc', ['d'], 'abc', ['a', 'b', 'c']),
-])
+  ],
+)
 def test_stop_strings(said, stop, text, pieces):
   assert say(Said(said), 1, stop=stop) == ([text], [pieces])
 
@@ -91,15 +113,24 @@ def test_batches_and_what_stands_before_a_prompt():
   assert completer(None, ['x', '', 'yy', 'z', 'é'], GREEDY) == list('abcde')
   assert [asked.rows for asked in said.asked] == [[0, 1], [2, 3], [4, 4]]
   bos = TOKENIZER.bos_id
-  assert said.asked[0].prompts == [[bos, *TOKENIZER.encode('x')], [bos]] and said.asked[0].eos_ids == [TOKENIZER.eos_id]
-  other = types.SimpleNamespace(encode=TOKENIZER.encode, decode=TOKENIZER.decode, eos_id=1, bos_id=2, template=((), (9,)))
+  assert said.asked[0].prompts == [[bos, *TOKENIZER.encode('x')], [bos]] and said.asked[
+    0
+  ].eos_ids == [TOKENIZER.eos_id]
+  other = types.SimpleNamespace(
+    encode=TOKENIZER.encode, decode=TOKENIZER.decode, eos_id=1, bos_id=2, template=((), (9,))
+  )
   said = Said(*'ab')
   complete.Completer(said, other)(None, ['x', ''], GREEDY)
-  assert said.asked[0].prompts == [[*TOKENIZER.encode('x')], [2]]  # nothing before, but there must be something
+  assert said.asked[0].prompts == [
+    [*TOKENIZER.encode('x')],
+    [2],
+  ]  # nothing before, but there must be something
 
 
 class Spaced:
-  """A tokenizer whose decoder takes off the space that the first word of a text begins with, as SentencePiece has it."""
+  """A tokenizer whose decoder takes off the space that the first word of a text begins with, as
+  SentencePiece has it.
+  """
 
   template, bos_id, eos_id, words = None, 0, 1, ['', '', '\u2581a', '\u2581b', 'c']
 
@@ -119,20 +150,35 @@ def test_a_space_after_the_prompt_stays():
 def program(module, **changes):
   """A Program and parameters away from zero."""
   tree = module.get_config().to_dict()
-  tree |= dict(seq_len=32, batch_size=2, micro_batches=1, tokenizer=dict(name='byte'), model=tree['model'] | SHAPE) | changes
+  tree |= (
+    dict(
+      seq_len=32,
+      batch_size=2,
+      micro_batches=1,
+      tokenizer=dict(name='byte'),
+      model=tree['model'] | SHAPE,
+    )
+    | changes
+  )
   made = build.outline(config.parse(tree), jax.devices()[:1])
   rng = np.random.default_rng(0)
-  return made, jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), made.state.params)
+  return made, jax.tree.map(
+    lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), made.state.params
+  )
 
 
 def test_a_decoder_goes_on():
   made, params = program(gpt_tiny)
   texts = ['abc', 'xy', 'q']
   pieces = []
-  found = complete.complete(made, params, TOKENIZER, texts, GREEDY, stream=lambda *piece: pieces.append(piece))
+  found = complete.complete(
+    made, params, TOKENIZER, texts, GREEDY, stream=lambda *piece: pieces.append(piece)
+  )
   assert [''.join(piece for i, piece in pieces if i == row) for row in range(3)] == found
   model, ids = made.network.model, [TOKENIZER.bos_id, *TOKENIZER.encode('xy')]
-  run = jax.jit(lambda t: model.apply({'params': params['model']}, t, method=lambda m, t: m.logits(m(t))))
+  run = jax.jit(
+    lambda t: model.apply({'params': params['model']}, t, method=lambda m, t: m.logits(m(t)))
+  )
   for _ in range(12):  # one row, no cache
     logits = run(np.array([ids + [0] * (20 - len(ids))]))
     ids.append(int(jnp.argmax(logits[0, len(ids) - 1])))
@@ -158,14 +204,24 @@ def test_masks_are_filled_in():
   texts = ['a [MASK] c[MASK]', 'xyz [MASK]', '[MASK]']
   found = complete.fill(made, params, TOKENIZER, texts, top=3)
   assert [len(f.masks) for f in found] == [2, 1, 1]
-  ids = np.array([TOKENIZER.cls_id, *TOKENIZER.encode('a '), TOKENIZER.mask_id, *TOKENIZER.encode(' c'), TOKENIZER.mask_id,
-                  TOKENIZER.sep_id])
+  ids = np.array(
+    [
+      TOKENIZER.cls_id,
+      *TOKENIZER.encode('a '),
+      TOKENIZER.mask_id,
+      *TOKENIZER.encode(' c'),
+      TOKENIZER.mask_id,
+      TOKENIZER.sep_id,
+    ]
+  )
 
   def logits(net, tokens):
     x, bias = net.heads['mlm'](net.hidden({'tokens': tokens, 'segments': jnp.ones_like(tokens)}))
     return net.model.logits(x) + bias[None, None]
 
-  p = np.asarray(jax.nn.softmax(made.network.apply({'params': params}, jnp.array([ids]), method=logits)))[0]
+  p = np.asarray(
+    jax.nn.softmax(made.network.apply({'params': params}, jnp.array([ids]), method=logits))
+  )[0]
   places = np.flatnonzero(ids == TOKENIZER.mask_id)
   for place, candidates in zip(places, found[0].masks, strict=True):
     best = np.argsort(p[place])[::-1][:3]
@@ -175,7 +231,9 @@ def test_masks_are_filled_in():
   filled[places] = p[places].argmax(-1)
   assert found[0].text == TOKENIZER.decode(filled)
   everything = complete.fill(made, params, TOKENIZER, texts[1:2], top=10**6)[0].masks[0]
-  assert len(everything) == TOKENIZER.vocab_size and math.isclose(sum(q for _, q in everything), 1, abs_tol=1e-4)
+  assert len(everything) == TOKENIZER.vocab_size and math.isclose(
+    sum(q for _, q in everything), 1, abs_tol=1e-4
+  )
 
 
 def test_masks_that_cannot_be_filled_in():

@@ -1,4 +1,6 @@
-"""Decoders: published parameter counts, causality and isolation to the last bit, number types, and clear errors."""
+"""Decoders: published parameter counts, causality and isolation to the last bit, number types, and
+clear errors.
+"""
 
 import math
 
@@ -11,7 +13,16 @@ import pytest
 from llm_jax.core import plugins
 from llm_jax.models import decoder
 
-TINY = dict(dim=16, heads=4, mlp_dim=24, vocab_size=40, max_len=16, layers=2, dropout=0.0, attention_dropout=0.0)
+TINY = dict(
+  dim=16,
+  heads=4,
+  mlp_dim=24,
+  vocab_size=40,
+  max_len=16,
+  layers=2,
+  dropout=0.0,
+  attention_dropout=0.0,
+)
 GPT = decoder.Model(**TINY)
 LLAMA = decoder.Model(**decoder.VARIANTS['llama_2_7b'] | TINY | dict(kv_heads=2))
 
@@ -21,7 +32,9 @@ def predict(model, tokens_BT, **kwargs):
 
 
 def shapes(model):
-  return jax.eval_shape(lambda: nn.unbox(model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=predict)))
+  return jax.eval_shape(
+    lambda: nn.unbox(model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=predict))
+  )
 
 
 def random_params(model):
@@ -29,14 +42,17 @@ def random_params(model):
   return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes(model))
 
 
-@pytest.mark.parametrize('variant, vocab_size, parameters', [
+@pytest.mark.parametrize(
+  'variant, vocab_size, parameters',
+  [
     ('gpt2_small', 50257, 124_439_808),
     ('gpt2_medium', 50257, 354_823_168),
     ('gpt2_large', 50257, 774_030_080),
     ('gpt2_xl', 50257, 1_557_611_200),
     ('llama_2_7b', 32000, 6_738_415_616),
     ('llama_3_2_1b', 128256, 1_235_814_400),
-])
+  ],
+)
 def test_parameter_counts_of_the_reference(variant, vocab_size, parameters):
   model = decoder.Model(vocab_size=vocab_size, **decoder.VARIANTS[variant])
   assert sum(math.prod(x.shape) for x in jax.tree.leaves(shapes(model))) == parameters
@@ -50,7 +66,12 @@ def test_no_gradient_from_later_tokens(model):
   def places(offset_TD):  # logits of each place, as the embeddings of all places are moved
     def move(next_fun, args, kwargs, context):
       x = next_fun(*args, **kwargs)
-      return x + offset_TD[None] if context.module.name == 'embedder' and context.method_name == '__call__' else x
+      return (
+        x + offset_TD[None]
+        if context.module.name == 'embedder' and context.method_name == '__call__'
+        else x
+      )
+
     with nn.intercept_methods(move):
       return jnp.sum(jnp.square(model.apply(params, tokens, method=predict)), axis=(0, 2))
 
@@ -66,13 +87,17 @@ def test_a_document_never_moves_another(model):
   segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
   positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0]])
   params = random_params(model)
-  run = jax.jit(lambda t, s, p: model.apply(params, t, segments_BT=s, positions_BT=p, method=predict))
+  run = jax.jit(
+    lambda t, s, p: model.apply(params, t, segments_BT=s, positions_BT=p, method=predict)
+  )
   before = np.asarray(run(tokens, segments, positions))
   changed = np.where(segments == 2, tokens, rng.integers(1, 40, (1, 12)))
   after = np.asarray(run(changed, segments, positions))
   assert np.abs(after - before)[segments == 1].max() > 1e-3
   np.testing.assert_array_equal(after[segments == 2], before[segments == 2])
-  joined = np.asarray(run(changed, np.ones_like(segments), positions))  # the same rows as one document do mix
+  joined = np.asarray(
+    run(changed, np.ones_like(segments), positions)
+  )  # the same rows as one document do mix
   assert np.abs(joined - before)[segments == 2].max() > 1e-3
   alone = np.zeros_like(tokens)
   alone[:, :6] = tokens[:, 4:10]
@@ -103,25 +128,36 @@ def test_loss_at_the_start_is_that_of_a_uniform_guess(variant):
   model = decoder.Model(**decoder.VARIANTS[variant] | dict(vocab_size=2000, max_len=64))
   rng = np.random.default_rng(0)
   tokens, targets = rng.integers(0, 2000, (2, 64)), rng.integers(0, 2000, (2, 64, 1))
-  run = jax.jit(lambda key: model.apply(nn.unbox(model.init(key, tokens, method=predict)), tokens, method=predict))
-  loss = -np.mean(np.take_along_axis(np.asarray(jax.nn.log_softmax(run(jax.random.key(0)))), targets, axis=-1))
+  run = jax.jit(
+    lambda key: model.apply(
+      nn.unbox(model.init(key, tokens, method=predict)), tokens, method=predict
+    )
+  )
+  loss = -np.mean(
+    np.take_along_axis(np.asarray(jax.nn.log_softmax(run(jax.random.key(0)))), targets, axis=-1)
+  )
   assert loss == pytest.approx(math.log(2000), rel=0.03)
 
 
 def test_initial_positions_are_smaller_in_gpt2():
   model = decoder.Model(**TINY | dict(max_len=512))
-  tables = jax.jit(lambda key: nn.unbox(model.init(key, jnp.ones((1, 4), jnp.int32))))(jax.random.key(0))['params']['embedder']
+  tables = jax.jit(lambda key: nn.unbox(model.init(key, jnp.ones((1, 4), jnp.int32))))(
+    jax.random.key(0)
+  )['params']['embedder']
   assert np.std(tables['position']['embedding']) == pytest.approx(0.01, rel=0.05)
   assert np.std(tables['token']['embedding']) == pytest.approx(0.02, rel=0.15)
 
 
-@pytest.mark.parametrize('section, message', [
+@pytest.mark.parametrize(
+  'section, message',
+  [
     (dict(kv_heads=5), 'kv_heads=5 must divide heads=12'),
     (dict(positions='rope', rope_scaling=[8.0, 1.0]), 'rope_scaling='),
     (dict(rope_scaling=[8.0, 1.0, 4.0, 64.0]), "rope_scaling needs positions='rope'"),
     (dict(vocab_size=0), 'vocab_size=0 must be at least 1'),
     (dict(token_types=2), 'token_types is not an option'),
-])
+  ],
+)
 def test_a_wrong_section_is_refused_before_any_array(section, message):
   with pytest.raises(ValueError, match=message):
     plugins.construct('model', decoder.Model, dict(vocab_size=100) | section)

@@ -12,9 +12,13 @@ from llm_jax.core import plugins
 from llm_jax.models import encoder
 from llm_jax.nn import heads
 
-TINY = dict(dim=16, heads=2, mlp_dim=24, vocab_size=40, max_len=16, dropout=0.0, attention_dropout=0.0)
+TINY = dict(
+  dim=16, heads=2, mlp_dim=24, vocab_size=40, max_len=16, dropout=0.0, attention_dropout=0.0
+)
 BERT = encoder.Model(**TINY, layers=2)
-MODERN = encoder.Model(**encoder.VARIANTS['modernbert_base'] | TINY | dict(layers=3, window=4, global_every=2))
+MODERN = encoder.Model(
+  **encoder.VARIANTS['modernbert_base'] | TINY | dict(layers=3, window=4, global_every=2)
+)
 
 
 class MLMNetwork(nn.Module):
@@ -42,15 +46,22 @@ def count(module, *args) -> int:
 
 def random_params(module, *args):
   rng = np.random.default_rng(0)
-  return {'params': jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes(module, *args))}
+  return {
+    'params': jax.tree.map(
+      lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype), shapes(module, *args)
+    )
+  }
 
 
-@pytest.mark.parametrize('variant, vocab_size, with_pooler, with_mlm', [
+@pytest.mark.parametrize(
+  'variant, vocab_size, with_pooler, with_mlm',
+  [
     ('bert_base', 30522, 109_482_240, 109_514_298),
     ('bert_large', 30522, 335_141_888, None),
     ('roberta_base', 50265, 124_645_632, None),
     ('modernbert_base', 50368, None, 149_655_232),
-])
+  ],
+)
 def test_parameter_counts_of_the_reference(variant, vocab_size, with_pooler, with_mlm):
   model = encoder.Model(vocab_size=vocab_size, **encoder.VARIANTS[variant])
   tokens, hidden = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4, model.dim))
@@ -59,7 +70,9 @@ def test_parameter_counts_of_the_reference(variant, vocab_size, with_pooler, wit
   if with_mlm:
     assert count(mlm(model), tokens) == with_mlm
   if variant == 'bert_base':
-    extra = count(heads.Pooler(model.options), hidden) + count(heads.PairHead(model.options), hidden[:, 0])
+    extra = count(heads.Pooler(model.options), hidden) + count(
+      heads.PairHead(model.options), hidden[:, 0]
+    )
     assert count(mlm(model), tokens) + extra == 110_106_428
   if variant == 'modernbert_base':
     assert count(model, tokens) == 149_014_272
@@ -68,8 +81,12 @@ def test_parameter_counts_of_the_reference(variant, vocab_size, with_pooler, wit
 def test_every_parameter_names_its_axes_and_kind():
   for model in (BERT, MODERN, MODERN.clone(tied=False)):
     tokens = jnp.ones((1, 4), jnp.int32)
-    boxed = jax.eval_shape(lambda m=model, t=tokens: m.init(jax.random.key(0), t, method=lambda m, t: m.logits(m(t))))
-    leaves = jax.tree_util.tree_leaves_with_path(boxed['params'], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+    boxed = jax.eval_shape(
+      lambda m=model, t=tokens: m.init(jax.random.key(0), t, method=lambda m, t: m.logits(m(t)))
+    )
+    leaves = jax.tree_util.tree_leaves_with_path(
+      boxed['params'], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
     for path, leaf in leaves:
       names = [key.key for key in path]
       assert isinstance(leaf, nn.LogicallyPartitioned) and len(leaf.names) == len(leaf.value.shape)
@@ -92,7 +109,9 @@ def test_a_document_never_moves_another(model):
   after = np.asarray(run(changed, segments, positions))
   assert np.abs(after - before)[segments == 1].max() > 1e-3
   np.testing.assert_array_equal(after[segments == 2], before[segments == 2])
-  joined = np.asarray(run(changed, np.ones_like(segments), positions))  # the same rows as one document do mix
+  joined = np.asarray(
+    run(changed, np.ones_like(segments), positions)
+  )  # the same rows as one document do mix
   assert np.abs(joined - before)[segments == 2].max() > 1e-3
   alone = np.zeros_like(tokens)
   alone[:, :6] = tokens[:, 4:10]
@@ -122,16 +141,22 @@ def test_float64_and_bfloat16():
 
 
 def test_loss_at_the_start_is_that_of_a_uniform_guess():
-  model = encoder.Model(**encoder.VARIANTS['bert_tiny'] | dict(vocab_size=2000, layers=1, max_len=64))
+  model = encoder.Model(
+    **encoder.VARIANTS['bert_tiny'] | dict(vocab_size=2000, layers=1, max_len=64)
+  )
   tokens = np.random.default_rng(0).integers(0, 2000, (2, 64))
   network = mlm(model)
-  logits = jax.jit(lambda key: network.apply(nn.unbox(network.init(key, tokens)), tokens))(jax.random.key(0))
+  logits = jax.jit(lambda key: network.apply(nn.unbox(network.init(key, tokens)), tokens))(
+    jax.random.key(0)
+  )
   targets = np.random.default_rng(1).integers(0, 2000, (2, 64, 1))
   loss = -np.mean(np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), targets, axis=-1))
   assert loss == pytest.approx(math.log(2000), rel=0.03)
 
 
-@pytest.mark.parametrize('section, message', [
+@pytest.mark.parametrize(
+  'section, message',
+  [
     (dict(heads=5), 'heads=5 must divide dim=768'),
     (dict(layers=6, window=64, global_every=4), 'layers=6 must be a multiple of global_every=4'),
     (dict(window=64), 'window=64 with global_every=1'),
@@ -141,7 +166,8 @@ def test_loss_at_the_start_is_that_of_a_uniform_guess():
     (dict(unroll=-1), 'unroll=-1'),
     (dict(position_offset=-1), 'position_offset=-1'),
     (dict(droput=0.1), "droput is not an option .did you mean 'dropout'"),
-])
+  ],
+)
 def test_a_wrong_section_is_refused_before_any_array(section, message):
   with pytest.raises(ValueError, match=message):
     plugins.construct('model', encoder.Model, section, vocab_size=100)

@@ -9,11 +9,14 @@ from llm_jax.nn import dropout
 
 
 # The known answers that come with the authors' library, Random123.
-@pytest.mark.parametrize('key, counter, answer', [
+@pytest.mark.parametrize(
+  'key, counter, answer',
+  [
     ((0x00000000, 0x00000000), (0x00000000, 0x00000000), (0x6B200159, 0x99BA4EFE)),
     ((0xFFFFFFFF, 0xFFFFFFFF), (0xFFFFFFFF, 0xFFFFFFFF), (0x1CB996FC, 0xBB002BE7)),
     ((0x13198A2E, 0x03707344), (0x243F6A88, 0x85A308D3), (0xC4923A9C, 0x483DF7A0)),
-])
+  ],
+)
 def test_the_generator_gives_the_known_answers(key, counter, answer):
   words = dropout.threefry_2x32(*(jnp.uint32(word) for word in key + counter))
   assert tuple(int(word) for word in words) == answer
@@ -27,14 +30,18 @@ def test_draws_are_those_of_jax(shape, probability):
   np.testing.assert_array_equal(ours, jax.random.bernoulli(rng, probability, shape))
 
 
-@pytest.mark.parametrize('setting', [{'jax_enable_x64': True}, {'jax_threefry_partitionable': False}])
+@pytest.mark.parametrize(
+  'setting', [{'jax_enable_x64': True}, {'jax_threefry_partitionable': False}]
+)
 def test_draws_are_those_of_jax_however_it_is_set(setting):
-  (name, value), = setting.items()
+  ((name, value),) = setting.items()
   before = getattr(jax.config, name)
   jax.config.update(name, value)
   try:
     rng = jax.random.key(3)
-    np.testing.assert_array_equal(dropout.bernoulli(rng, 0.9, (64, 8)), jax.random.bernoulli(rng, 0.9, (64, 8)))
+    np.testing.assert_array_equal(
+      dropout.bernoulli(rng, 0.9, (64, 8)), jax.random.bernoulli(rng, 0.9, (64, 8))
+    )
   finally:
     jax.config.update(name, before)
 
@@ -46,7 +53,9 @@ def test_another_key_draws_other_places():
 
 def test_another_generator_is_left_to_jax():
   rng = jax.random.key(3, impl='rbg')
-  np.testing.assert_array_equal(dropout.bernoulli(rng, 0.9, (64,)), jax.random.bernoulli(rng, 0.9, (64,)))
+  np.testing.assert_array_equal(
+    dropout.bernoulli(rng, 0.9, (64,)), jax.random.bernoulli(rng, 0.9, (64,))
+  )
 
 
 def test_what_is_kept_grows_and_the_rest_is_zero():

@@ -30,7 +30,9 @@ def test_mlm_head_is_berts():
   p = jax.tree.map(lambda a: np.asarray(a, np.float64), params['params'])
   h = x @ p['dense']['kernel'] + p['dense']['bias']
   h = h * 0.5 * (1 + np.vectorize(math.erf)(h / np.sqrt(2)))
-  h = (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True) * p['norm']['scale'] + p['norm']['bias']
+  h = (h - h.mean(-1, keepdims=True)) / h.std(-1, keepdims=True) * p['norm']['scale'] + p['norm'][
+    'bias'
+  ]
   with jax.numpy_rank_promotion('raise'):
     y, bias = head.apply(params, x)
     np.testing.assert_allclose(y, h, atol=1e-4)
@@ -48,10 +50,16 @@ def test_pooler_is_berts():
 
 def test_pool_reads_each_text_and_nothing_else():
   x = np.random.default_rng(2).normal(size=(2, 6, 8)).astype(np.float32)
-  batch = {'segments': np.array([[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]]), 'text_firsts': np.array([[0, 3, 0], [0, 0, 0]]),
-           'text_lasts': np.array([[2, 4, 0], [0, 0, 0]])}
-  wanted = {'cls': (x[0, 0], x[0, 3], x[1, 0]), 'last': (x[0, 2], x[0, 4], x[1, 0]),
-            'mean': (x[0, :3].mean(0), x[0, 3:5].mean(0), x[1, 0])}
+  batch = {
+    'segments': np.array([[1, 1, 1, 2, 2, 0], [1, 0, 0, 0, 0, 0]]),
+    'text_firsts': np.array([[0, 3, 0], [0, 0, 0]]),
+    'text_lasts': np.array([[2, 4, 0], [0, 0, 0]]),
+  }
+  wanted = {
+    'cls': (x[0, 0], x[0, 3], x[1, 0]),
+    'last': (x[0, 2], x[0, 4], x[1, 0]),
+    'mean': (x[0, :3].mean(0), x[0, 3:5].mean(0), x[1, 0]),
+  }
 
   def pool(x, how):
     return np.asarray(heads.pool(at(jnp.asarray(x), heads.pool_places(batch, how)), batch, how))
@@ -75,7 +83,9 @@ def test_classifier_drops_only_with_the_stream():
   params = random_params(head, x)
   quiet = head.apply(params, x)
   assert quiet.shape == (4, 3) and quiet.dtype == jnp.float32
-  np.testing.assert_array_equal(quiet, heads.ClassifierHead(MODEL.options, classes=3, dropout=0.0).apply(params, x))
+  np.testing.assert_array_equal(
+    quiet, heads.ClassifierHead(MODEL.options, classes=3, dropout=0.0).apply(params, x)
+  )
   dropped = head.apply(params, x, rngs={'dropout': jax.random.key(0)})
   assert np.abs(dropped - quiet).max() > 0.1
 
@@ -85,7 +95,9 @@ def test_a_classifier_without_bias():
   head = heads.ClassifierHead(EXACT, classes=3, bias=False)
   params = random_params(head, x)
   assert set(params['params']['dense']) == {'kernel'}
-  np.testing.assert_allclose(head.apply(params, x), x @ np.asarray(params['params']['dense']['kernel']), atol=1e-5)
+  np.testing.assert_allclose(
+    head.apply(params, x), x @ np.asarray(params['params']['dense']['kernel']), atol=1e-5
+  )
 
 
 def test_pair_head_has_two_float32_logits():

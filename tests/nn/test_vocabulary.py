@@ -1,6 +1,7 @@
 """Lookup and loss over the vocabulary against brute force in float64, on one device and on meshes.
 
-The meshes run in a process of their own (this file as a script), for which the number of devices is set.
+The meshes run in a process of their own (this file as a script), for which the number of devices is
+set.
 """
 
 import math
@@ -23,14 +24,27 @@ from llm_jax.parallel import sharding
 from llm_jax.programs import build
 
 B, T, D = 4, 6, 8
-MESHES = [dict(data=4, tensor=2), dict(fsdp=4, tensor=2), dict(fsdp=2, sequence=2, tensor=2), dict(data=2, fsdp=2, sequence=2),
-          dict(fsdp=2, tensor=4, rules='zero1')]
+MESHES = [
+  dict(data=4, tensor=2),
+  dict(fsdp=4, tensor=2),
+  dict(fsdp=2, sequence=2, tensor=2),
+  dict(data=2, fsdp=2, sequence=2),
+  dict(fsdp=2, tensor=4, rules='zero1'),
+]
 
 
 def inputs(vocab):
   rng = np.random.default_rng(vocab)
-  x, table, bias = (rng.normal(size=size).astype(np.float32) for size in ((B, T, D), (vocab, D), (vocab,)))
-  return x, table, bias, rng.integers(0, vocab, (B, T)), rng.integers(0, 3, (B, T)).astype(np.float32)
+  x, table, bias = (
+    rng.normal(size=size).astype(np.float32) for size in ((B, T, D), (vocab, D), (vocab,))
+  )
+  return (
+    x,
+    table,
+    bias,
+    rng.integers(0, vocab, (B, T)),
+    rng.integers(0, 3, (B, T)).astype(np.float32),
+  )
 
 
 def exact(x, table, bias, targets, weights, label_smoothing, z_loss):
@@ -45,7 +59,11 @@ def exact(x, table, bias, targets, weights, label_smoothing, z_loss):
   d = (p - wanted + 2 * z_loss * lse[..., None] * p) * weights[..., None]
   nll, right = -np.log((p * hot).sum(-1)), logits.argmax(-1) == targets
   loss = -(np.log(p) * wanted).sum(-1) + z_loss * lse**2
-  return [(value * weights).sum() for value in (loss, nll, right)], (d @ table, np.einsum('btv,btd->vd', d, x), d.sum((0, 1)))
+  return [(value * weights).sum() for value in (loss, nll, right)], (
+    d @ table,
+    np.einsum('btv,btd->vd', d, x),
+    d.sum((0, 1)),
+  )
 
 
 def check(vocab, label_smoothing=0.0, z_loss=0.0):
@@ -62,7 +80,9 @@ def check(vocab, label_smoothing=0.0, z_loss=0.0):
     assert sums.right == true[2]
   for ours, theirs in zip(gradients, true_gradients, strict=True):
     np.testing.assert_allclose(ours / 2, theirs, atol=1e-5)
-  found, back = jax.vjp(jax.jit(lambda table: vocabulary.lookup(table, targets, jnp.float32)), table)
+  found, back = jax.vjp(
+    jax.jit(lambda table: vocabulary.lookup(table, targets, jnp.float32)), table
+  )
   np.testing.assert_array_equal(found, table[targets])
   summed = np.zeros((vocab, D))
   np.add.at(summed, targets, x)
@@ -76,7 +96,10 @@ def on_meshes():
       with sharding.use(sharding.create_layout(**sizes)):
         check(vocab)
         check(vocab, 0.1, 0.01)
-  with sharding.use(sharding.create_layout(**MESHES[1])), mock.patch.object(vocabulary, '_sum', lambda x, axes: x):
+  with (
+    sharding.use(sharding.create_layout(**MESHES[1])),
+    mock.patch.object(vocabulary, '_sum', lambda x, axes: x),
+  ):
     with pytest.raises(AssertionError):
       check(16)  # nothing is summed over devices
 
@@ -97,14 +120,18 @@ def test_label_smoothing_and_z_loss(label_smoothing, z_loss):
 
 def test_in_chunks(monkeypatch):
   monkeypatch.setattr(vocabulary, 'CHUNK_BYTES', 1)
-  monkeypatch.setattr(sys.modules[__name__], 'T', 50)  # 200 tokens: two chunks of 128, the last not full
+  monkeypatch.setattr(
+    sys.modules[__name__], 'T', 50
+  )  # 200 tokens: two chunks of 128, the last not full
   assert vocabulary._chunked(jnp.zeros((B, T, D)), (B, T), 4).shape == (2, 128, D)
   check(13)
 
 
 def most_places(text, vocab):
   """The most places whose float32 logits one array of a compiled text holds."""
-  shapes = [[int(size) for size in dims.split(',')] for dims in set(re.findall(r'f32\[([\d,]+)\]', text))]
+  shapes = [
+    [int(size) for size in dims.split(',')] for dims in set(re.findall(r'f32\[([\d,]+)\]', text))
+  ]
   return max(math.prod(shape) // vocab for shape in shapes if vocab in shape)
 
 
@@ -113,16 +140,26 @@ def test_a_train_step_never_holds_the_logits_of_all_places(monkeypatch, module):
   vocab, places = 5003, 2048 if module is gpt_tiny else 16 * math.ceil(0.15 * 128)
   options = module.get_config().to_dict() | dict(batch_size=16, seq_len=128, micro_batches=1)
   options['model'] |= dict(vocab_size=vocab, layers=1, dim=32, mlp_dim=32)
-  compiled = lambda program: program.train_step.lower(program.state, program.batch).compile().as_text()
-  assert most_places(compiled(build.outline(config.parse(options), jax.devices())), vocab) == places  # one chunk has room
+  compiled = lambda program: (
+    program.train_step.lower(program.state, program.batch).compile().as_text()
+  )
+  assert (
+    most_places(compiled(build.outline(config.parse(options), jax.devices())), vocab) == places
+  )  # one chunk has room
   monkeypatch.setattr(vocabulary, 'CHUNK_BYTES', 128 * vocab * 4)
   assert most_places(compiled(build.outline(config.parse(options), jax.devices())), vocab) <= 128
 
 
 def test_on_meshes():
   root = pathlib.Path(__file__).parents[2]
-  env = os.environ | {'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
-  done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, cwd=root, env=env)
+  env = os.environ | {
+    'PYTHONPATH': str(root),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=8',
+  }
+  done = subprocess.run(
+    [sys.executable, __file__], capture_output=True, text=True, check=False, cwd=root, env=env
+  )
   assert done.returncode == 0, done.stderr[-3000:]
 
 

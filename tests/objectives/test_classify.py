@@ -19,28 +19,56 @@ LETTERS = ('a', 'b', 'c')
 
 def test_row_of_one_text_and_of_a_pair(small):
   tokenizer = small.Tokenizer()
-  one = classify.Objective(tokenizer, LETTERS, packing='none').rows(small.Documents([[10, 11], [12]], labels=['c', 'a']), 6)
+  one = classify.Objective(tokenizer, LETTERS, packing='none').rows(
+    small.Documents([[10, 11], [12]], labels=['c', 'a']), 6
+  )
   assert len(one) == 2
   row = one.example(0, RNG)
-  assert row['tokens'].tolist() == [2, 10, 11, 3, 0, 0] and row['segments'].tolist() == [1, 1, 1, 1, 0, 0]
+  assert row['tokens'].tolist() == [2, 10, 11, 3, 0, 0] and row['segments'].tolist() == [
+    1,
+    1,
+    1,
+    1,
+    0,
+    0,
+  ]
   assert row['positions'].tolist() == [0, 1, 2, 3, 0, 0] and row['token_types'].tolist() == [0] * 6
-  assert (row['label'].tolist(), row['label_weight'].tolist()) == ([2], [1]) and row['label'].dtype == np.int32
+  assert (row['label'].tolist(), row['label_weight'].tolist()) == ([2], [1]) and row[
+    'label'
+  ].dtype == np.int32
   assert (row['text_firsts'].tolist(), row['text_lasts'].tolist()) == ([0], [3])
-  pair = classify.Objective(tokenizer, LETTERS).rows(small.Documents([[10, 11]], [[20]], ['b']), 8).example(0, RNG)
-  assert pair['tokens'].tolist() == [2, 10, 11, 3, 20, 3, 0, 0] and pair['token_types'].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
-  last = classify.Objective(tokenizer, LETTERS, pool='last').rows(small.Documents([[10, 11]], [[20]], ['b']), 8).example(0, RNG)
+  pair = (
+    classify.Objective(tokenizer, LETTERS)
+    .rows(small.Documents([[10, 11]], [[20]], ['b']), 8)
+    .example(0, RNG)
+  )
+  assert pair['tokens'].tolist() == [2, 10, 11, 3, 20, 3, 0, 0] and pair[
+    'token_types'
+  ].tolist() == [0, 0, 0, 0, 1, 1, 0, 0]
+  last = (
+    classify.Objective(tokenizer, LETTERS, pool='last')
+    .rows(small.Documents([[10, 11]], [[20]], ['b']), 8)
+    .example(0, RNG)
+  )
   assert last['tokens'].tolist() == [5, 10, 11, 3, 20, 6, 0, 0]
 
 
 def test_encode_gives_the_same_row_without_a_label(small):
   tokenizer = small.Tokenizer()
   objective = classify.Objective(tokenizer, LETTERS)
-  documents = small.Documents([tokenizer.encode('hello world'), tokenizer.encode('hi')],
-                              [tokenizer.encode('good'), tokenizer.encode('')], ['a', 'b'])
+  documents = small.Documents(
+    [tokenizer.encode('hello world'), tokenizer.encode('hi')],
+    [tokenizer.encode('good'), tokenizer.encode('')],
+    ['a', 'b'],
+  )
   row, rows = objective.rows(documents, 12).example(0, RNG), objective.encode(documents, 12)
   assert rows.cut == 1 and [rows.texts(i) for i in range(len(rows))] == [[0], [1]]
   encoded = rows.example(0, RNG)
-  assert encoded.keys() == row.keys() and not encoded['label_weight'].any() and row['label_weight'].tolist() == [1, 0, 0]
+  assert (
+    encoded.keys() == row.keys()
+    and not encoded['label_weight'].any()
+    and row['label_weight'].tolist() == [1, 0, 0]
+  )
   for key in row.keys() - {'label', 'label_weight'}:
     np.testing.assert_array_equal(encoded[key], row[key])
   empty = objective.encode(small.Documents([[], [9]]), 8)  # no label: nobody asks
@@ -50,16 +78,23 @@ def test_encode_gives_the_same_row_without_a_label(small):
 
 
 def test_a_packed_row_of_pairs(small):
-  documents = small.Documents([[10, 11], [12], [13] * 9], [[20], [21, 22], [23]], labels=['c', None, 'b'])
+  documents = small.Documents(
+    [[10, 11], [12], [13] * 9], [[20], [21, 22], [23]], labels=['c', None, 'b']
+  )
   objective = classify.Objective(small.Tokenizer(), LETTERS, unlabelled='ignore')
   rows = objective.rows(documents, 16)
-  assert sorted(map(rows.texts, range(len(rows))), key=len) == [[2], rows.texts(1)] and sorted(rows.texts(1)) == [0, 1]
+  assert sorted(map(rows.texts, range(len(rows))), key=len) == [[2], rows.texts(1)] and sorted(
+    rows.texts(1)
+  ) == [0, 1]
   row, order = rows.example(1, RNG), rows.texts(1)
   ids = {0: [2, 10, 11, 3, 20, 3], 1: [2, 12, 3, 21, 22, 3]}
   types = {0: [0, 0, 0, 0, 1, 1], 1: [0, 0, 0, 1, 1, 1]}
   assert row['tokens'].tolist() == ids[order[0]] + ids[order[1]] + [0] * 4
   assert row['token_types'].tolist() == types[order[0]] + types[order[1]] + [0] * 4
-  assert row['segments'].tolist() == [1] * 6 + [2] * 6 + [0] * 4 and row['positions'].tolist() == [*range(6)] * 2 + [0] * 4
+  assert (
+    row['segments'].tolist() == [1] * 6 + [2] * 6 + [0] * 4
+    and row['positions'].tolist() == [*range(6)] * 2 + [0] * 4
+  )
   assert row['text_firsts'].tolist() == [0, 6, 0, 0] and row['text_lasts'].tolist() == [5, 11, 0, 0]
   weights, labels = {0: 1, 1: 0}, {0: 2, 1: 0}
   assert row['label'].tolist() == [labels[i] for i in order] + [0, 0]
@@ -68,10 +103,17 @@ def test_a_packed_row_of_pairs(small):
 
 
 @settings(deadline=None)
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=40), seq_len=st.integers(4, 70), paired=st.booleans(),
-       packing=st.sampled_from(['best_fit', 'none']))
+@given(
+  lengths=st.lists(st.integers(0, 40), min_size=1, max_size=40),
+  seq_len=st.integers(4, 70),
+  paired=st.booleans(),
+  packing=st.sampled_from(['best_fit', 'none']),
+)
 def test_every_text_has_one_slot_and_no_row_overflows(small, lengths, seq_len, paired, packing):
-  second, labels = [[8] * (n // 2) for n in lengths] if paired else None, [LETTERS[i % 3] for i in range(len(lengths))]
+  second, labels = (
+    [[8] * (n // 2) for n in lengths] if paired else None,
+    [LETTERS[i % 3] for i in range(len(lengths))],
+  )
   documents = small.Documents([[9 + i % 40] * n for i, n in enumerate(lengths)], second, labels)
   objective = classify.Objective(small.Tokenizer(), LETTERS, packing=packing)
   rows, seen = objective.rows(documents, seq_len), []
@@ -79,13 +121,24 @@ def test_every_text_has_one_slot_and_no_row_overflows(small, lengths, seq_len, p
   for index in range(len(rows)):
     row, texts = rows.example(index, RNG), rows.texts(index)
     seen += texts
-    assert row['label'].shape == (slots,) and row['tokens'].shape == (seq_len,) and 1 <= len(texts) <= slots
+    assert (
+      row['label'].shape == (slots,)
+      and row['tokens'].shape == (seq_len,)
+      and 1 <= len(texts) <= slots
+    )
     assert row['label_weight'].tolist() == [1] * len(texts) + [0] * (slots - len(texts))
     for slot, text in enumerate(texts):
       first, last = row['text_firsts'][slot], row['text_lasts'][slot]
       n, m = classify.fit(lengths[text], lengths[text] // 2 if paired else None, seq_len)
-      assert row['tokens'][first:last + 1].tolist() == [2, *[9 + text % 40] * n, 3, *([*[8] * m, 3] if paired else [])]
-      assert (row['segments'][first:last + 1] == slot + 1).all() and row['label'][slot] == text % 3
+      assert row['tokens'][first : last + 1].tolist() == [
+        2,
+        *[9 + text % 40] * n,
+        3,
+        *([*[8] * m, 3] if paired else []),
+      ]
+      assert (row['segments'][first : last + 1] == slot + 1).all() and row['label'][
+        slot
+      ] == text % 3
   assert sorted(seen) == list(range(len(lengths)))
 
 
@@ -98,16 +151,24 @@ def test_packing_is_dense_mixes_neighbours_and_says_what_it_does(small, monkeypa
   rows = classify.Objective(small.Tokenizer(), LETTERS).rows(documents, 128)
   places = int(np.sum(lengths + 2))
   assert places / (128 * len(rows)) > 0.99
-  assert lines == [f'classify: 2000 texts in {len(rows)} rows of 128 places, {100 * places / 128 / len(rows):.1f}% of which are '
-                   f'used (one text a row: {100 * places / 128 / 2000:.1f}%). With {2000 / len(rows):.2f} texts a row, a step of '
-                   'batch_size rows learns from so many times more texts.']
+  assert lines == [
+    f'classify: 2000 texts in {len(rows)} rows of 128 places, '
+    f'{100 * places / 128 / len(rows):.1f}% of which are '
+    f'used (one text a row: {100 * places / 128 / 2000:.1f}%). With {2000 / len(rows):.2f} texts a '
+    'row, a step of '
+    'batch_size rows learns from so many times more texts.'
+  ]
   again = classify.Objective(small.Tokenizer(), LETTERS).rows(documents, 128)
   assert [rows.texts(i) for i in range(len(rows))] == [again.texts(i) for i in range(len(rows))]
   lines.clear()
-  same = classify.Objective(small.Tokenizer(), LETTERS).rows(small.Documents([[9] * 6] * 400, labels=['a'] * 400), 32)
+  same = classify.Objective(small.Tokenizer(), LETTERS).rows(
+    small.Documents([[9] * 6] * 400, labels=['a'] * 400), 32
+  )
   apart = [np.ptp(same.texts(i)) for i in range(len(same))]
   assert len(same) == 100 and np.mean(apart) > 100  # four neighbours of the corpus would be 3 apart
-  classify.Objective(small.Tokenizer(), LETTERS).rows(small.Documents([[]] * 400, labels=['a'] * 400), 32)
+  classify.Objective(small.Tokenizer(), LETTERS).rows(
+    small.Documents([[]] * 400, labels=['a'] * 400), 32
+  )
   assert 'takes at most 8 texts, and most rows have so many' in lines[-1]
   lines.clear()
   classify.Objective(small.Tokenizer(), LETTERS, packing='none').rows(documents, 128)
@@ -119,7 +180,9 @@ def test_fit_takes_arrays():
   for both in (second, None):
     n, m = classify.fit(first, both, 17)
     for i, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-      assert (n[i], None if both is None else m[i]) == classify.fit(a, None if both is None else b, 17)
+      assert (n[i], None if both is None else m[i]) == classify.fit(
+        a, None if both is None else b, 17
+      )
 
 
 @given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))
@@ -146,33 +209,66 @@ def test_cuts_are_counted_and_logged_once(small, monkeypatch):
   assert len(lines) == 1
 
 
-@pytest.mark.parametrize('options, labels, message', [
-    ({}, ['a', 'd'], r"document 1 has the label 'd'; it must be one of the 3 classes of the training set: a, b, c"),
+@pytest.mark.parametrize(
+  'options, labels, message',
+  [
+    (
+      {},
+      ['a', 'd'],
+      r"document 1 has the label 'd'; it must be one of the 3 classes of the training set: a, b, c",
+    ),
     ({}, ['a', ['b']], r"document 1 has the label \['b'\]"),
     ({}, ['a', None], "document 1 has no label.*unlabelled='ignore'"),
     ({}, None, 'needs labels and this corpus has none.*config.data.label'),
     ({'task': 'multilabel'}, [['a'], 'b'], "document 1 has the label 'b'; it must be a list"),
-    ({'task': 'multilabel'}, [['a'], ['b', 'x']], r"document 1 has the label \['b', 'x'\]; it must be one of"),
-    ({'task': 'regression'}, [1.5, 'much'], "document 1 has the label 'much'; it must be a finite number"),
-    ({'task': 'regression'}, [1.5, float('nan')], 'document 1 has the label nan; it must be a finite number'),
-    ({'task': 'regression'}, [1.5, True], 'document 1 has the label True; it must be a finite number')])
+    (
+      {'task': 'multilabel'},
+      [['a'], ['b', 'x']],
+      r"document 1 has the label \['b', 'x'\]; it must be one of",
+    ),
+    (
+      {'task': 'regression'},
+      [1.5, 'much'],
+      "document 1 has the label 'much'; it must be a finite number",
+    ),
+    (
+      {'task': 'regression'},
+      [1.5, float('nan')],
+      'document 1 has the label nan; it must be a finite number',
+    ),
+    (
+      {'task': 'regression'},
+      [1.5, True],
+      'document 1 has the label True; it must be a finite number',
+    ),
+  ],
+)
 def test_labels_that_cannot_be(small, options, labels, message):
   classes = None if options.get('task') == 'regression' else LETTERS
   with pytest.raises(ValueError, match=message):
-    classify.Objective(small.Tokenizer(), classes, **options).rows(small.Documents([[9], [9]], labels=labels), 8)
+    classify.Objective(small.Tokenizer(), classes, **options).rows(
+      small.Documents([[9], [9]], labels=labels), 8
+    )
 
 
 def test_labels_that_can_be(small):
   def labels(classes, given, **options):
     documents = small.Documents([[9], [9]], labels=given)
-    rows = classify.Objective(small.Tokenizer(), classes, packing='none', **options).rows(documents, 8)
+    rows = classify.Objective(small.Tokenizer(), classes, packing='none', **options).rows(
+      documents, 8
+    )
     examples = [rows.example(i, RNG) for i in range(2)]
-    return [(example['label'][0].tolist(), float(example['label_weight'][0])) for example in examples]
+    return [
+      (example['label'][0].tolist(), float(example['label_weight'][0])) for example in examples
+    ]
 
   assert labels(LETTERS, ['b', None], unlabelled='ignore') == [(1, 1.0), (0, 0.0)]
   assert labels(LETTERS, None, unlabelled='ignore') == [(0, 0.0), (0, 0.0)]
   assert labels(('0', '1'), ['1', '0'], task='binary') == [(1, 1.0), (0, 1.0)]
-  assert labels(LETTERS, [['c', 'a'], []], task='multilabel') == [([1, 0, 1], 1.0), ([0, 0, 0], 1.0)]
+  assert labels(LETTERS, [['c', 'a'], []], task='multilabel') == [
+    ([1, 0, 1], 1.0),
+    ([0, 0, 0], 1.0),
+  ]
   assert labels(None, [2.5, '-1'], task='regression') == [(2.5, 1.0), (-1.0, 1.0)]
 
 
@@ -182,14 +278,21 @@ def test_collect_classes():
   assert classify.collect_classes([['b', 'a'], [], ['c']]) == ('a', 'b', 'c')
 
 
-@pytest.mark.parametrize('options, message', [
+@pytest.mark.parametrize(
+  'options, message',
+  [
     ({'task': 'many'}, "task='many'.*multiclass, binary, multilabel, regression"),
     ({'pool': 'max'}, "pool='max'.*cls, mean, last"),
     ({'packing': 'windows'}, "packing='windows' must be one of best_fit, none"),
-    ({'unlabelled': 'skip'}, "unlabelled='skip'"), ({'dropout': 1.0}, 'dropout=1.0'),
-    ({'classes': None}, 'at least 2 different classes, not none'), ({'classes': ('a',)}, 'at least 2 different classes, not a;'),
-    ({'classes': ('a', 'a')}, 'not a, a'), ({'task': 'binary'}, 'exactly 2 different classes, not a, b, c'),
-    ({'task': 'regression'}, 'classes=a, b, c has no meaning')])
+    ({'unlabelled': 'skip'}, "unlabelled='skip'"),
+    ({'dropout': 1.0}, 'dropout=1.0'),
+    ({'classes': None}, 'at least 2 different classes, not none'),
+    ({'classes': ('a',)}, 'at least 2 different classes, not a;'),
+    ({'classes': ('a', 'a')}, 'not a, a'),
+    ({'task': 'binary'}, 'exactly 2 different classes, not a, b, c'),
+    ({'task': 'regression'}, 'classes=a, b, c has no meaning'),
+  ],
+)
 def test_refuses(small, options, message):
   with pytest.raises(ValueError, match=message):
     classify.Objective(small.Tokenizer(), **{'classes': LETTERS} | options)
@@ -200,7 +303,12 @@ def test_other_refusals_and_the_config_section(small):
     classify.Objective(small.Tokenizer(), LETTERS).transform({'tokens': np.zeros(4, np.int32)}, RNG)
   with pytest.raises(ValueError, match='seq_len=3 must be more than the 3'):
     classify.Objective(small.Tokenizer(), LETTERS).encode(small.Documents([[9]], [[9]]), 3)
-  made = plugins.construct('objective', classify.Objective, {'classes': ['x', 'y'], 'dropout': 0}, tokenizer=small.Tokenizer())
+  made = plugins.construct(
+    'objective',
+    classify.Objective,
+    {'classes': ['x', 'y'], 'dropout': 0},
+    tokenizer=small.Tokenizer(),
+  )
   assert made.classes == ('x', 'y')
   with pytest.raises(ValueError, match="config.objective.droput.*'dropout'"):
     plugins.construct('objective', classify.Objective, {'droput': 0.2}, tokenizer=small.Tokenizer())
@@ -209,51 +317,89 @@ def test_other_refusals_and_the_config_section(small):
 def values(small, task, pool='cls'):
   """Loss pairs, predictions and float64 logits on five rows, the last of them unlabelled."""
   rng = np.random.default_rng(5)
-  classes = {'multiclass': LETTERS, 'multilabel': LETTERS, 'binary': ('no', 'yes'), 'regression': None}[task]
+  classes = {
+    'multiclass': LETTERS,
+    'multilabel': LETTERS,
+    'binary': ('no', 'yes'),
+    'regression': None,
+  }[task]
   objective = classify.Objective(small.Tokenizer(), classes, task=task, pool=pool)
   net = small.network(classifier=3 if classes == LETTERS else 1)
   hidden, lengths = rng.normal(size=(5, 7, 6)).astype(np.float32), np.array([7, 3, 1, 4, 0])
   lasts = np.maximum(lengths - 1, 0)
-  label = {'multiclass': np.array([0, 2, 1, 1, 0], np.int32), 'binary': np.array([1, 0, 1, 1, 0], np.int32),
-           'multilabel': rng.integers(0, 2, (5, 3)).astype(np.float32), 'regression': rng.normal(size=5).astype(np.float32)}[task]
-  batch = {'segments': (np.arange(7) < lengths[:, None]).astype(np.int32), 'label': label[:, None],
-           'label_weight': np.array([1, 1, 1, 1, 0], np.float32)[:, None],
-           'text_firsts': np.zeros((5, 1), np.int32), 'text_lasts': lasts[:, None]}
-  read = {'cls': hidden[:, 0], 'last': hidden[np.arange(5), lasts],
-          'mean': np.stack([h[:max(n, 1)].mean(0) for h, n in zip(hidden, lengths, strict=True)])}[pool]
+  label = {
+    'multiclass': np.array([0, 2, 1, 1, 0], np.int32),
+    'binary': np.array([1, 0, 1, 1, 0], np.int32),
+    'multilabel': rng.integers(0, 2, (5, 3)).astype(np.float32),
+    'regression': rng.normal(size=5).astype(np.float32),
+  }[task]
+  batch = {
+    'segments': (np.arange(7) < lengths[:, None]).astype(np.int32),
+    'label': label[:, None],
+    'label_weight': np.array([1, 1, 1, 1, 0], np.float32)[:, None],
+    'text_firsts': np.zeros((5, 1), np.int32),
+    'text_lasts': lasts[:, None],
+  }
+  read = {
+    'cls': hidden[:, 0],
+    'last': hidden[np.arange(5), lasts],
+    'mean': np.stack([h[: max(n, 1)].mean(0) for h, n in zip(hidden, lengths, strict=True)]),
+  }[pool]
   logits = read.astype(np.float64) @ net.matrices['classifier']
-  pairs = {k: [float(x) for x in v] for k, v in objective.loss(net, small.read(objective, hidden, batch), batch).items()}
-  predictions = {k: np.asarray(v)[:, 0] for k, v in objective.predict(net, small.read(objective, hidden, batch), batch).items()}
+  pairs = {
+    k: [float(x) for x in v]
+    for k, v in objective.loss(net, small.read(objective, hidden, batch), batch).items()
+  }
+  predictions = {
+    k: np.asarray(v)[:, 0]
+    for k, v in objective.predict(net, small.read(objective, hidden, batch), batch).items()
+  }
   return objective, pairs, predictions, logits[:4], label[:4]
 
 
 @pytest.mark.parametrize('pool', ['cls', 'mean', 'last'])
 def test_multiclass(small, pool):
   objective, pairs, predictions, logits, label = values(small, 'multiclass', pool)
-  np.testing.assert_allclose(pairs['classify'], [small.cross_entropy(logits, label).sum(), 4], rtol=1e-5)
+  np.testing.assert_allclose(
+    pairs['classify'], [small.cross_entropy(logits, label).sum(), 4], rtol=1e-5
+  )
   assert pairs['classify_accuracy'] == [(logits.argmax(-1) == label).sum(), 4]
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
   told = objective.describe({'probabilities': predictions['probabilities'][1]})
-  assert told['label'] == LETTERS[p[1].argmax()] and told['probability'] == pytest.approx(p[1].max(), rel=1e-4)
+  assert told['label'] == LETTERS[p[1].argmax()] and told['probability'] == pytest.approx(
+    p[1].max(), rel=1e-4
+  )
   assert json.loads(json.dumps(told)) == told and list(told['probabilities']) == list(LETTERS)
-  assert objective.terms == {'classify': 1.0} and objective.targets({}) is None and objective.summary({}) == {}
+  assert (
+    objective.terms == {'classify': 1.0}
+    and objective.targets({}) is None
+    and objective.summary({}) == {}
+  )
 
 
 def test_binary(small):
   objective, pairs, predictions, logits, label = values(small, 'binary')
   p = 1 / (1 + np.exp(-logits[:, 0]))
-  np.testing.assert_allclose(pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).sum(), 4], rtol=1e-5)
+  np.testing.assert_allclose(
+    pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).sum(), 4], rtol=1e-5
+  )
   assert pairs['classify_accuracy'] == [((p > 0.5) == label).sum(), 4]
   np.testing.assert_allclose(predictions['probabilities'][:4], np.stack([1 - p, p], -1), rtol=1e-4)
-  assert objective.describe({'probabilities': predictions['probabilities'][0]})['label'] == ('yes' if p[0] > 0.5 else 'no')
+  assert objective.describe({'probabilities': predictions['probabilities'][0]})['label'] == (
+    'yes' if p[0] > 0.5 else 'no'
+  )
 
 
 def test_multilabel(small):
   objective, pairs, predictions, logits, label = values(small, 'multilabel')
   p = 1 / (1 + np.exp(-logits))
-  np.testing.assert_allclose(pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).mean(-1).sum(), 4], rtol=1e-5)
-  np.testing.assert_allclose(pairs['classify_accuracy'], [((p > 0.5) == label).mean(-1).sum(), 4], rtol=1e-6)
+  np.testing.assert_allclose(
+    pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).mean(-1).sum(), 4], rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    pairs['classify_accuracy'], [((p > 0.5) == label).mean(-1).sum(), 4], rtol=1e-6
+  )
   np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
   told = objective.describe({'probabilities': predictions['probabilities'][0]})
   assert told['label'] == [name for name, x in zip(LETTERS, p[0], strict=True) if x > 0.5]
@@ -264,11 +410,14 @@ def test_regression(small):
   np.testing.assert_allclose(pairs['classify'], [((logits[:, 0] - label) ** 2).sum(), 4], rtol=1e-5)
   assert pairs.keys() == {'classify'}
   np.testing.assert_allclose(predictions['values'][:4], logits[:, 0], rtol=1e-4, atol=1e-6)
-  assert objective.describe({'values': predictions['values'][0]}) == {'value': float(predictions['values'][0])}
+  assert objective.describe({'values': predictions['values'][0]}) == {
+    'value': float(predictions['values'][0])
+  }
 
 
 def test_head_dropout_acts_only_where_the_stream_is_given(small):
   from llm_jax.models import encoder
+
   model = encoder.Model(vocab_size=50, dim=8, layers=1, heads=2, mlp_dim=16, max_len=8)
   objective = classify.Objective(small.Tokenizer(), LETTERS, dropout=0.5)
   heads = objective.heads(model)

@@ -1,6 +1,8 @@
-"""Texts that share a row learn, and are answered, as if each had one of its own; in float64, where nothing hides.
+"""Texts that share a row learn, and are answered, as if each had one of its own; in float64, where
+nothing hides.
 
-The case on a mesh runs in a process of its own (this file as a script), for which the number of CPU devices is set at the start.
+The case on a mesh runs in a process of its own (this file as a script), for which the number of CPU
+devices is set at the start.
 """
 
 import functools
@@ -26,13 +28,34 @@ from llm_jax.programs import build, step
 
 LENGTHS, PAIR_LENGTHS = [9, 4, 0, 3, 7, 11, 2, 6, 1, 5, 28], [3, 5, 1, 0, 4, 2, 6, 12, 1, 2, 9]
 SEQ_LEN, DEVICES, TOLERANCE = 32, 4, 1e-10
-SHAPE = dict(dim=8, layers=1, heads=2, mlp_dim=16, max_len=SEQ_LEN, dropout=0.0, attention_dropout=0.0, dtype='float64',
-             param_dtype='float64')
-MODELS = {'bert': (encoder, dict(unroll=0)), 'gpt': (decoder, dict(unroll=0)),
-          'roberta': (encoder, dict(position_offset=2, token_types=1)),
-          'modernbert': (encoder, dict(positions='rope', window=6, global_every=2, token_types=0, layers=2))}
-CASES = [('bert', 'cls', 'multiclass', True), ('bert', 'mean', 'multilabel', True), ('roberta', 'cls', 'binary', False),
-         ('modernbert', 'mean', 'regression', False), ('gpt', 'last', 'multiclass', False), ('gpt', 'last', 'regression', True)]
+SHAPE = dict(
+  dim=8,
+  layers=1,
+  heads=2,
+  mlp_dim=16,
+  max_len=SEQ_LEN,
+  dropout=0.0,
+  attention_dropout=0.0,
+  dtype='float64',
+  param_dtype='float64',
+)
+MODELS = {
+  'bert': (encoder, dict(unroll=0)),
+  'gpt': (decoder, dict(unroll=0)),
+  'roberta': (encoder, dict(position_offset=2, token_types=1)),
+  'modernbert': (
+    encoder,
+    dict(positions='rope', window=6, global_every=2, token_types=0, layers=2),
+  ),
+}
+CASES = [
+  ('bert', 'cls', 'multiclass', True),
+  ('bert', 'mean', 'multilabel', True),
+  ('roberta', 'cls', 'binary', False),
+  ('modernbert', 'mean', 'regression', False),
+  ('gpt', 'last', 'multiclass', False),
+  ('gpt', 'last', 'regression', True),
+]
 
 
 def corpus(small, task, paired):
@@ -41,44 +64,59 @@ def corpus(small, task, paired):
   documents = small.random_documents(LENGTHS)
   pairs = [rng.integers(7, 50, n) for n in PAIR_LENGTHS] if paired else None
   names = rng.integers(0, 2 if task == 'binary' else 3, len(LENGTHS))
-  labels = {'regression': rng.normal(size=len(LENGTHS)).tolist(), 'multilabel': [['a', 'b', 'c'][:n] for n in names]
-            }.get(task, ['abc'[n] for n in names])
+  labels = {
+    'regression': rng.normal(size=len(LENGTHS)).tolist(),
+    'multilabel': [['a', 'b', 'c'][:n] for n in names],
+  }.get(task, ['abc'[n] for n in names])
   labels[1] = labels[7] = None
   return small.Documents(documents.texts, pairs, labels)
 
 
 def made(small, task, pool, packing):
   classes = {'regression': None, 'binary': ('a', 'b')}.get(task, ('a', 'b', 'c'))
-  return classify.Objective(small.Tokenizer(), classes, task, dropout=0.0, pool=pool, unlabelled='ignore', packing=packing)
+  return classify.Objective(
+    small.Tokenizer(), classes, task, dropout=0.0, pool=pool, unlabelled='ignore', packing=packing
+  )
 
 
 def batch_of(small, rows, multiple=1):
   """All rows as one batch, filled up with rows of zeros to a multiple, and the texts of each row."""
   batch = small.stack([rows.example(i, np.random.default_rng(0)) for i in range(len(rows))])
   fill = -len(rows) % multiple
-  batch = {key: np.concatenate([value, np.zeros((fill, *value.shape[1:]), value.dtype)]) for key, value in batch.items()}
+  batch = {
+    key: np.concatenate([value, np.zeros((fill, *value.shape[1:]), value.dtype)])
+    for key, value in batch.items()
+  }
   return batch, [rows.texts(i) for i in range(len(rows))]
 
 
 def by_text(values, texts):
   """[texts, ...] from [B, G, ...]."""
-  places = {text: (row, slot) for row, shared in enumerate(texts) for slot, text in enumerate(shared)}
+  places = {
+    text: (row, slot) for row, shared in enumerate(texts) for slot, text in enumerate(shared)
+  }
   return np.stack([np.asarray(values)[places[text]] for text in range(len(places))])
 
 
 def network_of(model, objective, batch):
   network = step.Network(model=model, heads=objective.heads(model), objective=objective)
   shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)  # not the initial point, where every bias is zero and every scale one
-  return network, jax.tree.map(lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes)
+  rng = np.random.default_rng(
+    1
+  )  # not the initial point, where every bias is zero and every scale one
+  return network, jax.tree.map(
+    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
+  )
 
 
 def learner(network, params):
   """From a batch to the sum and weight of its loss, the gradient, and the predictions."""
+
   @functools.partial(jax.jit, static_argnums=1)
   def learn(batch, micro_batches=1):
     grads, pairs = step.gradient(params, batch, None, network=network, micro_batches=micro_batches)
     return pairs['classify'], grads, *step.predict_step(params, batch, network=network).values()
+
   return learn
 
 
@@ -94,7 +132,9 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, tas
     alone, each = batch_of(small, made(small, task, pool, 'none').rows(documents, SEQ_LEN))
     objective = made(small, task, pool, 'best_fit')
     packed, texts = batch_of(small, objective.rows(documents, SEQ_LEN), 2)
-    assert max(map(len, texts)) > 2 and len(packed['tokens']) <= 6 < len(alone['tokens']) == len(LENGTHS)
+    assert max(map(len, texts)) > 2 and len(packed['tokens']) <= 6 < len(alone['tokens']) == len(
+      LENGTHS
+    )
     module, options = MODELS[model]
     network, params = network_of(module.Model(vocab_size=50, **SHAPE | options), objective, packed)
     learn = learner(network, params)
@@ -108,12 +148,16 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, tas
 
     row = int(np.argmax(list(map(len, texts))))
     changed = packed | {'tokens': packed['tokens'].copy()}
-    changed['tokens'][row, packed['text_firsts'][row, 1] + 1] = 8  # the first token of the row's second text
+    changed['tokens'][row, packed['text_firsts'][row, 1] + 1] = (
+      8  # the first token of the row's second text
+    )
     after = by_text(learn(changed)[2], texts)
     moved = [text for text in range(len(after)) if np.any(after[text] != answers[text])]
     assert moved == [texts[row][1]]  # the others by exactly nothing
 
-    crossed = learn(packed | {'segments': np.minimum(packed['segments'], 1)})  # texts that see each other
+    crossed = learn(
+      packed | {'segments': np.minimum(packed['segments'], 1)}
+    )  # texts that see each other
     assert np.abs(by_text(crossed[2], texts) - answers).max() > 1e-4
     with pytest.raises(AssertionError):
       assert_same(crossed, wanted)
@@ -122,46 +166,77 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, tas
 def program(small, packing, devices):
   """Of fewer devices or more, packed or not: the Program, and its batch of all texts."""
   parsed, several = config_file.get_config().to_dict(), devices > 1
-  parsed |= dict(seq_len=SEQ_LEN, batch_size=8 if several else len(LENGTHS), micro_batches=2 if several else 1,
-                 mesh=dict(data=2, fsdp=2) if several else dict(data=1),
-                 model=parsed['model'] | SHAPE | dict(variant='bert_base'),
-                 objective=parsed['objective'] | dict(pool='cls', dropout=0.0, unlabelled='ignore', packing=packing),
-                 optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0))
+  parsed |= dict(
+    seq_len=SEQ_LEN,
+    batch_size=8 if several else len(LENGTHS),
+    micro_batches=2 if several else 1,
+    mesh=dict(data=2, fsdp=2) if several else dict(data=1),
+    model=parsed['model'] | SHAPE | dict(variant='bert_base'),
+    objective=parsed['objective']
+    | dict(pool='cls', dropout=0.0, unlabelled='ignore', packing=packing),
+    optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0),
+  )
   tokenizer = byte.create()
   parsed = build.resolve(config.parse(parsed), tokenizer.vocab_size, ('a', 'b', 'c'))
   rows = build.create_objective(parsed, tokenizer).rows(corpus(small, 'multiclass', True), SEQ_LEN)
   batch, texts = batch_of(small, rows, parsed.batch_size)
-  return build.build(parsed, tokenizer, rows.example(0, None), jax.devices()[:devices]), batch, texts
+  return (
+    build.build(parsed, tokenizer, rows.example(0, None), jax.devices()[:devices]),
+    batch,
+    texts,
+  )
 
 
 def trained(small, packing, devices):
-  """Loss, gradient (ten times AdamW's first moment after a step) and answers by text, from the compiled steps of a Program."""
+  """Loss, gradient (ten times AdamW's first moment after a step) and answers by text, from the
+  compiled steps of a Program.
+  """
   built, batch, texts = program(small, packing, devices)
   rng = np.random.default_rng(1)
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), built.state)
   params = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: rng.normal('scale' in str(path[-1]), 0.2, leaf.shape).astype(leaf.dtype), state.params)
-  state = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), state.replace(params=params), built.state)
+    lambda path, leaf: rng.normal('scale' in str(path[-1]), 0.2, leaf.shape).astype(leaf.dtype),
+    state.params,
+  )
+  state = jax.tree.map(
+    lambda array, leaf: jax.device_put(array, leaf.sharding),
+    state.replace(params=params),
+    built.state,
+  )
   answers = by_text(built.predict_step(state.params, built.put(batch))['probabilities'], texts)
   state, pairs = built.train_step(state, built.put(batch))
   moments = tree.flatten(optax.tree_utils.tree_get(state.opt_state, 'mu'))
-  return float(pairs['loss'][0]), {path: 10 * np.asarray(value) for path, value in moments.items()}, answers
+  return (
+    float(pairs['loss'][0]),
+    {path: 10 * np.asarray(value) for path, value in moments.items()},
+    answers,
+  )
 
 
 def deviations(small):
   """How far four devices, packed and in micro-batches, are off one device with a text a row."""
   loss, gradient, answers = trained(small, 'none', 1)
   other_loss, other, other_answers = trained(small, 'best_fit', DEVICES)
-  return dict(loss=abs(loss - other_loss), answers=float(np.abs(answers - other_answers).max()), devices=jax.device_count(),
-              gradient=float(max(np.abs(other[path] - value).max() for path, value in gradient.items())),
-              size=float(max(np.abs(value).max() for value in gradient.values())))
+  return dict(
+    loss=abs(loss - other_loss),
+    answers=float(np.abs(answers - other_answers).max()),
+    devices=jax.device_count(),
+    gradient=float(max(np.abs(other[path] - value).max() for path, value in gradient.items())),
+    size=float(max(np.abs(value).max() for value in gradient.values())),
+  )
 
 
 def test_packed_rows_on_a_mesh():
   root = pathlib.Path(__file__).parents[2]
-  env = os.environ | {'PYTHONPATH': f'{root}:{root / "tests"}', 'JAX_PLATFORMS': 'cpu', 'JAX_ENABLE_X64': '1',
-                      'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}'}
-  done = subprocess.run([sys.executable, __file__], capture_output=True, text=True, check=False, cwd=root, env=env)
+  env = os.environ | {
+    'PYTHONPATH': f'{root}:{root / "tests"}',
+    'JAX_PLATFORMS': 'cpu',
+    'JAX_ENABLE_X64': '1',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}',
+  }
+  done = subprocess.run(
+    [sys.executable, __file__], capture_output=True, text=True, check=False, cwd=root, env=env
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout)
   assert found['devices'] == DEVICES and found['size'] > 1e-3
@@ -170,4 +245,5 @@ def test_packed_rows_on_a_mesh():
 
 if __name__ == '__main__':
   import conftest
+
   print(json.dumps(deviations(conftest)))

@@ -11,8 +11,11 @@ from llm_jax.objectives import clm
 
 
 @settings(max_examples=40, deadline=None)
-@given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12), seq_len=st.integers(1, 24),
-       packing=st.sampled_from(['windows', 'best_fit', 'none']))
+@given(
+  lengths=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+  seq_len=st.integers(1, 24),
+  packing=st.sampled_from(['windows', 'best_fit', 'none']),
+)
 def test_every_token_is_predicted_once_from_the_one_before(small, lengths, seq_len, packing):
   tokenizer = small.Tokenizer()
   documents = small.Documents([1000 * (d + 1) + np.arange(n) for d, n in enumerate(lengths)])
@@ -43,7 +46,10 @@ def test_loss_equals_brute_force(small):
   objective, net = clm.Objective(tokenizer), small.network()
   documents = small.random_documents([9, 4, 13, 2])
   rows = objective.rows(documents, 12)
-  examples = [objective.transform(rows.example(i, np.random.default_rng(0)), np.random.default_rng(0)) for i in range(len(rows))]
+  examples = [
+    objective.transform(rows.example(i, np.random.default_rng(0)), np.random.default_rng(0))
+    for i in range(len(rows))
+  ]
   batch = small.stack([*examples, {k: np.zeros_like(v) for k, v in examples[0].items()}])
   hidden = np.random.default_rng(3).normal(size=(len(examples) + 1, 12, 6)).astype(np.float32)
   pairs = objective.loss(net, jnp.asarray(hidden), batch)
@@ -53,25 +59,41 @@ def test_loss_equals_brute_force(small):
   np.testing.assert_allclose(pairs['clm'][0], nll, rtol=1e-5)
   np.testing.assert_allclose(pairs['bits_per_byte'][0], nll / np.log(2), rtol=1e-5)
   assert float(pairs['clm'][1]) == tokens and float(pairs['bits_per_byte'][1]) == letters
-  assert [float(x) for x in pairs['clm_accuracy']] == [(logits.argmax(-1) == batch['targets'])[counted].sum(), tokens]
-  assert objective.terms == {'clm': 1.0} and objective.summary({'clm_nll': np.log(3)})['perplexity'] == pytest.approx(3)
+  assert [float(x) for x in pairs['clm_accuracy']] == [
+    (logits.argmax(-1) == batch['targets'])[counted].sum(),
+    tokens,
+  ]
+  assert objective.terms == {'clm': 1.0} and objective.summary({'clm_nll': np.log(3)})[
+    'perplexity'
+  ] == pytest.approx(3)
   ids, weights = objective.targets(batch)
   assert np.bincount(ids[weights > 0])[6] == 4  # one EOS a document
 
 
-@pytest.mark.parametrize('given, computed', [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)])
+@pytest.mark.parametrize(
+  'given, computed',
+  [(jnp.bfloat16, jnp.float32), (jnp.float32, jnp.float32), (jnp.float64, jnp.float64)],
+)
 def test_the_loss_is_in_float32_at_least(small, given, computed):
-  batch = {'targets': np.ones((1, 4), np.int32), 'weights': np.ones((1, 4), np.float32), 'bytes': np.ones(1, np.float32)}
+  batch = {
+    'targets': np.ones((1, 4), np.int32),
+    'weights': np.ones((1, 4), np.float32),
+    'bytes': np.ones(1, np.float32),
+  }
   net = small.network()
   net.model.table = lambda: jnp.eye(50, dtype=given)
   with jax.enable_x64(True):
     pairs = clm.Objective(small.Tokenizer()).loss(net, jnp.zeros((1, 4, 50), given), batch)
     assert pairs['clm'][0].dtype == computed
-    np.testing.assert_allclose(pairs['clm'][0], 4 * np.log(50), rtol=1e-15 if computed == jnp.float64 else 1e-6)
+    np.testing.assert_allclose(
+      pairs['clm'][0], 4 * np.log(50), rtol=1e-15 if computed == jnp.float64 else 1e-6
+    )
 
 
 def test_refuses(small):
   with pytest.raises(ValueError, match="packing='x'.*windows, best_fit, none"):
     clm.Objective(small.Tokenizer(), packing='x')
   with pytest.raises(ValueError, match="rows='clm'"):
-    clm.Objective(small.Tokenizer()).transform({'tokens': np.zeros(4, np.int32)}, np.random.default_rng(0))
+    clm.Objective(small.Tokenizer()).transform(
+      {'tokens': np.zeros(4, np.int32)}, np.random.default_rng(0)
+    )

@@ -21,7 +21,9 @@ def test_the_bert_loss(small):
   objective = bert(small, mlm=0.5, nsp=2)
   assert objective.terms == {'mlm': 0.5, 'nsp': 2.0}
   batch = batch_of(small, objective, small.random_documents([60, 40]))
-  assert {'mask_positions', 'nsp_label', 'token_types'} <= batch.keys() and (batch['mask_weights'].sum(-1) > 0).all()
+  assert {'mask_positions', 'nsp_label', 'token_types'} <= batch.keys() and (
+    batch['mask_weights'].sum(-1) > 0
+  ).all()
   hidden = np.random.default_rng(1).normal(size=(4, 16, 6)).astype(np.float32)
   net = small.network(nsp=2)
   pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
@@ -36,21 +38,34 @@ def test_the_bert_loss(small):
 def test_unlabelled_rows_count_for_mlm_only(small):
   documents = small.Documents([np.arange(10, 20), np.arange(20, 30)], labels=['b', None])
   tokenizer = small.Tokenizer()
-  parts = {'mlm': mlm.Objective(tokenizer), 'labels': classify.Objective(tokenizer, ('a', 'b'), unlabelled='ignore')}
+  parts = {
+    'mlm': mlm.Objective(tokenizer),
+    'labels': classify.Objective(tokenizer, ('a', 'b'), unlabelled='ignore'),
+  }
   objective = mix.Objective(parts=parts, rows='labels', weights={'mlm': 1, 'labels': 1})
   batch = batch_of(small, objective, documents, rows=2)
-  pairs = objective.loss(small.network(classifier=2), small.read(objective, np.ones((2, 16, 6)), batch), batch)
-  assert float(pairs['classify'][1]) == 1 and float(pairs['mlm'][1]) == 4  # round(0.15 * 10) in each of the rows
+  pairs = objective.loss(
+    small.network(classifier=2), small.read(objective, np.ones((2, 16, 6)), batch), batch
+  )
+  assert (
+    float(pairs['classify'][1]) == 1 and float(pairs['mlm'][1]) == 4
+  )  # round(0.15 * 10) in each of the rows
 
 
 def test_a_part_that_reads_all_makes_the_others_find_their_own(small):
   tokenizer, documents = small.Tokenizer(), small.random_documents([60, 40])
   documents.labels = ['a', 'b']
-  parts = {'mlm': mlm.Objective(tokenizer), 'labels': classify.Objective(tokenizer, ('a', 'b'), pool='mean')}
+  parts = {
+    'mlm': mlm.Objective(tokenizer),
+    'labels': classify.Objective(tokenizer, ('a', 'b'), pool='mean'),
+  }
   objective = mix.Objective(parts=parts, rows='labels', weights={'mlm': 1, 'labels': 1})
   batch = batch_of(small, objective, documents, rows=2)
   assert objective.places(batch) is None and parts['mlm'].places(batch) is not None
-  hidden, net = np.random.default_rng(1).normal(size=(2, 16, 6)).astype(np.float32), small.network(classifier=2)
+  hidden, net = (
+    np.random.default_rng(1).normal(size=(2, 16, 6)).astype(np.float32),
+    small.network(classifier=2),
+  )
   pairs = objective.loss(net, hidden, batch)
   for part in parts.values():
     for name, (value, _) in part.loss(net, small.read(part, hidden, batch), batch).items():
@@ -82,6 +97,8 @@ def test_refuses(small):
       mix.Objective({'mlm': part, 'nsp': other}, 'nsp', {'mlm': 1.0, 'nsp': weight})
   with pytest.raises(ValueError, match='parts.again.*mlm'):
     mix.Objective({'mlm': part, 'again': part}, 'mlm', {'mlm': 1.0, 'again': 1.0})
-  two = mix.Objective({'mlm': part, 'clm': clm.Objective(small.Tokenizer())}, 'mlm', {'mlm': 1.0, 'clm': 1.0})
+  two = mix.Objective(
+    {'mlm': part, 'clm': clm.Objective(small.Tokenizer())}, 'mlm', {'mlm': 1.0, 'clm': 1.0}
+  )
   with pytest.raises(ValueError, match="rows='clm'"):
     batch_of(small, two, small.random_documents([30, 30]))

@@ -27,16 +27,30 @@ def test_label_tells_whether_the_texts_are_swapped(small):
 def test_loss_equals_brute_force(small):
   objective, net = sop.Objective(small.Tokenizer()), small.network(sop=2)
   hidden = np.random.default_rng(2).normal(size=(3, 7, 6)).astype(np.float32)
-  batch = {'sop_label': np.array([0, 1, 1], np.int32), 'sop_weight': np.array([1, 1, 0], np.float32)}
+  batch = {
+    'sop_label': np.array([0, 1, 1], np.int32),
+    'sop_weight': np.array([1, 1, 0], np.float32),
+  }
   pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
   logits = hidden[:, 0].astype(np.float64) @ net.matrices['sop']
-  np.testing.assert_allclose(pairs['sop'][0], small.cross_entropy(logits, batch['sop_label'])[:2].sum(), rtol=1e-5)
-  assert [float(x) for x in pairs['sop_accuracy']] == [(logits.argmax(-1) == batch['sop_label'])[:2].sum(), 2]
-  assert objective.terms == {'sop': 1.0} and objective.targets(batch) is None and objective.summary({'sop': 1.0}) == {}
+  np.testing.assert_allclose(
+    pairs['sop'][0], small.cross_entropy(logits, batch['sop_label'])[:2].sum(), rtol=1e-5
+  )
+  assert [float(x) for x in pairs['sop_accuracy']] == [
+    (logits.argmax(-1) == batch['sop_label'])[:2].sum(),
+    2,
+  ]
+  assert (
+    objective.terms == {'sop': 1.0}
+    and objective.targets(batch) is None
+    and objective.summary({'sop': 1.0}) == {}
+  )
 
 
 def test_refuses(small):
   with pytest.raises(ValueError, match="rows='sop'"):
-    sop.Objective(small.Tokenizer()).transform({'tokens': np.zeros(4, np.int32)}, np.random.default_rng(0))
+    sop.Objective(small.Tokenizer()).transform(
+      {'tokens': np.zeros(4, np.int32)}, np.random.default_rng(0)
+    )
   with pytest.raises(ValueError, match='short_seq_rate=-1.0'):
     sop.Objective(small.Tokenizer(), short_seq_rate=-1.0)

@@ -1,4 +1,6 @@
-"""Weights gathered and gradients scattered by hand: the same values on eight devices, and what the TPU compiler makes of it."""
+"""Weights gathered and gradients scattered by hand: the same values on eight devices, and what the
+TPU compiler makes of it.
+"""
 
 import json
 import os
@@ -12,7 +14,7 @@ import pytest
 
 from llm_jax.parallel import fsdp, sharding, topology
 
-EIGHT_DEVICES = '''
+EIGHT_DEVICES = """
 import jax, numpy as np, jax.numpy as jnp
 from unittest import mock
 from llm_jax.parallel import fsdp, sharding
@@ -33,18 +35,20 @@ def run(line):
 
 *want, plain = run(None)
 assert 'reduce_scatter' not in plain
-for line, scatters in ((2, 2), (4, 2), (8, 1)):  # planes of 4 and lines of 2, and so on; a line of all is one round
+# planes of 4 and lines of 2, and so on; a line of all is one round
+for line, scatters in ((2, 2), (4, 2), (8, 1)):
   *got, text = run(line)
   assert text.count('stablehlo.reduce_scatter') == scatters and text.count('stablehlo.all_gather') >= 1, text
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-with mock.patch.object(fsdp, 'scatter_sum', lambda g, size, line: g[:len(g) // size]):  # a device that keeps its own alone
+# a device that keeps its own alone
+with mock.patch.object(fsdp, 'scatter_sum', lambda g, size, line: g[:len(g) // size]):
   *wrong, _ = run(2)
 assert not np.allclose(wrong[-1], want[-1], atol=1e-2)
 print('ok')
-'''
+"""
 
-PLAN = '''
+PLAN = """
 import json, sys, jax
 from llm_jax.core import config
 from llm_jax.parallel import topology
@@ -60,12 +64,17 @@ program = build.outline(config.parse(tree), topology.devices('v5p:4x4x4'))
 costs = hlo.costs(program.train_step.lower(program.state, program.batch).compile().as_text())
 print(json.dumps({kind: [c.bytes, c.overlapped_bytes] for kind, c in costs.collectives.items()}
                  | {'parameters': sum(leaf.size for leaf in jax.tree.leaves(program.state.params))}))
-'''
+"""
 
 
 def run(script, **environment):
-  done = subprocess.run([sys.executable, '-c', script], capture_output=True, text=True, check=False,
-                        env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment})
+  done = subprocess.run(
+    [sys.executable, '-c', script],
+    capture_output=True,
+    text=True,
+    check=False,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', **environment},
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout.strip().splitlines()[-1]
 
@@ -74,9 +83,14 @@ def test_values_and_gradients_on_eight_devices():
   assert run(EIGHT_DEVICES, XLA_FLAGS='--xla_force_host_platform_device_count=8') == 'ok'
 
 
-@pytest.mark.parametrize(('spec', 'x', 'kernel'), [
-    ('...D,DNH->...NH', (4, 16, 32), (32, 4, 8)), ('...NH,NHD->...D', (4, 16, 4, 8), (4, 8, 32)),
-    ('...D,DF->...F', (4, 16, 32), (32, 64))])
+@pytest.mark.parametrize(
+  ('spec', 'x', 'kernel'),
+  [
+    ('...D,DNH->...NH', (4, 16, 32), (32, 4, 8)),
+    ('...NH,NHD->...D', (4, 16, 4, 8), (4, 8, 32)),
+    ('...D,DF->...F', (4, 16, 32), (32, 64)),
+  ],
+)
 def test_on_one_cpu_nothing_is_transposed(spec, x, kernel):
   rng = np.random.default_rng(0)
   arrays = [rng.normal(size=shape).astype(np.float32) for shape in (x, kernel)]
@@ -106,15 +120,25 @@ def test_gradients_on_a_v5p_are_reduce_scattered_beside_the_products():
   found = json.loads(run(PLAN))
   gradients = 2 * found.pop('parameters')  # bytes, in bfloat16
   scattered, beside = found['reduce-scatter']
-  assert scattered > 0.7 * gradients and beside > 0.5 * scattered  # the loss's own is taken with nothing left to run beside
+  assert (
+    scattered > 0.7 * gradients and beside > 0.5 * scattered
+  )  # the loss's own is taken with nothing left to run beside
   assert found['all-reduce'][0] < 0.1 * gradients
 
 
-@pytest.mark.parametrize(('name', 'mesh', 'line'), [
-    ('v5p:4x4x4', dict(data=1, fsdp=-1), 4), ('v5p:4x4x8', dict(data=1, fsdp=-1), 8), ('v4:4x4x4', dict(data=1, fsdp=-1), 4),
+@pytest.mark.parametrize(
+  ('name', 'mesh', 'line'),
+  [
+    ('v5p:4x4x4', dict(data=1, fsdp=-1), 4),
+    ('v5p:4x4x8', dict(data=1, fsdp=-1), 8),
+    ('v4:4x4x4', dict(data=1, fsdp=-1), 4),
     ('v5p:2x2x2', dict(data=1, fsdp=-1), None),  # no ring is closed
-    ('v5p:4x4x4', dict(data=1, fsdp=16, tensor=4), None), ('v5p:4x4x4', dict(data=-1), None),
-    ('v5e:4x4', dict(data=1, fsdp=-1), None), ('cpu:1', dict(data=1, fsdp=-1), None)])
+    ('v5p:4x4x4', dict(data=1, fsdp=16, tensor=4), None),
+    ('v5p:4x4x4', dict(data=-1), None),
+    ('v5e:4x4', dict(data=1, fsdp=-1), None),
+    ('cpu:1', dict(data=1, fsdp=-1), None),
+  ],
+)
 def test_lines_of_a_torus(name, mesh, line):
   made = sharding.create_mesh(**mesh, devices=topology.devices(name))
   assert fsdp.line(made) == line
@@ -125,7 +149,9 @@ def test_lines_and_planes_are_those_of_the_torus():
   mesh = sharding.create_mesh(1, -1, devices=topology.devices('v5p:4x4x8'))
   places = np.array([device.coords for device in mesh.devices.reshape(-1)]).reshape(16, 8, 3)
   varied = lambda places: sum(len(set(places[:, d])) > 1 for d in range(3))
-  assert {varied(line) for line in places} == {1} and {varied(places[:, i]) for i in range(8)} == {2}
+  assert {varied(line) for line in places} == {1} and {varied(places[:, i]) for i in range(8)} == {
+    2
+  }
 
 
 @pytest.mark.parametrize(('rows', 'columns'), [(256, 128), (64, 512), (8, 4096), (5, 4096)])

@@ -1,10 +1,12 @@
-"""Memory that is kept: what is freed and taken again costs no page faults; in processes of their own, as it is for good."""
+"""Memory that is kept: what is freed and taken again costs no page faults; in processes of their
+own, as it is for good.
+"""
 
 import os
 import subprocess
 import sys
 
-PROGRAM = '''
+PROGRAM = """
 import resource
 from llm_jax.parallel import heap
 kept = heap.keep() if {keep} else False
@@ -13,12 +15,17 @@ bytes([120]) * 200_000_000  # freed at once
 before = faults()
 bytes([120]) * 200_000_000
 print(kept, faults() - before)
-'''
+"""
 
 
 def run(keep, **env):
-  done = subprocess.run([sys.executable, '-c', PROGRAM.format(keep=keep)], capture_output=True, text=True, check=True,
-                        env=os.environ | env)
+  done = subprocess.run(
+    [sys.executable, '-c', PROGRAM.format(keep=keep)],
+    capture_output=True,
+    text=True,
+    check=True,
+    env=os.environ | env,
+  )
   kept, faults = done.stdout.split()
   return kept == 'True', int(faults)
 
@@ -32,6 +39,7 @@ def test_what_is_taken_again_costs_no_faults():
 
 def test_beside_an_accelerator_nothing_is_changed(monkeypatch):
   from llm_jax.parallel import heap
+
   monkeypatch.setenv('JAX_PLATFORMS', '')
   monkeypatch.setattr(heap, '_ACCELERATORS', (os.path.abspath(__file__),))
   assert not heap.keep()

@@ -1,7 +1,7 @@
 """Several processes are one program: the same losses as one process, the same decisions, one end.
 
-The runs are true ones, of a tiny model, started by `launch/local.sh`. Some go on where another stopped, so that one start shows
-several things.
+The runs are true ones, of a tiny model, started by `launch/local.sh`. Some go on where another
+stopped, so that one start shows several things.
 """
 
 import contextlib
@@ -25,17 +25,36 @@ import pytest
 from llm_jax.parallel import hosts, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOLERANCE = 2e-5  # relative, of a loss, gradient norm or score: float32 sums in another order (seen: 3e-7)
-BATCH, EVERY = 8, 10  # rows of a batch; steps between checkpoints, and of each leg on another number of processes
+TOLERANCE = (
+  2e-5  # relative, of a loss, gradient norm or score: float32 sums in another order (seen: 3e-7)
+)
+BATCH, EVERY = (
+  8,
+  10,
+)  # rows of a batch; steps between checkpoints, and of each leg on another number of processes
 ENDS_WITHIN = 60  # seconds
 ENDLESS = 100_000  # steps
 TINY = [
-    f'--config.batch_size={BATCH}', '--config.seq_len=32', '--config.log_every=1', f'--config.checkpoint.every={EVERY}',
-    f'--config.eval_every={EVERY}', '--config.tokenizer.vocab_size=300', '--config.model.dim=32', '--config.model.layers=1',
-    '--config.model.heads=2', '--config.model.mlp_dim=64', '--config.evaluation.rows=12', '--config.logging.tensorboard=False',
-    '--config.optimizer.name=adamw', '--config.optimizer.schedule=constant', '--config.optimizer.warmup_fraction=0',
-    '--config.optimizer.learning_rate=0.001',  # Adam makes whole steps of what is rounding alone; small ones, then
-    '--config.data.source=text', '--config.data.unit=line', '--config.data.validation=0.1',
+  f'--config.batch_size={BATCH}',
+  '--config.seq_len=32',
+  '--config.log_every=1',
+  f'--config.checkpoint.every={EVERY}',
+  f'--config.eval_every={EVERY}',
+  '--config.tokenizer.vocab_size=300',
+  '--config.model.dim=32',
+  '--config.model.layers=1',
+  '--config.model.heads=2',
+  '--config.model.mlp_dim=64',
+  '--config.evaluation.rows=12',
+  '--config.logging.tensorboard=False',
+  '--config.optimizer.name=adamw',
+  '--config.optimizer.schedule=constant',
+  '--config.optimizer.warmup_fraction=0',
+  # Adam makes whole steps of what is rounding alone; small ones, then
+  '--config.optimizer.learning_rate=0.001',
+  '--config.data.source=text',
+  '--config.data.unit=line',
+  '--config.data.validation=0.1',
 ]
 
 
@@ -52,13 +71,22 @@ class Device:
 
 
 def mesh_of(processes, each, **sizes):
-  return sharding.create_mesh(**sizes, devices=[Device(i, i // each) for i in range(processes * each)])
+  return sharding.create_mesh(
+    **sizes, devices=[Device(i, i // each) for i in range(processes * each)]
+  )
 
 
-@pytest.mark.parametrize(('processes', 'each', 'sizes'), [
-    (4, 2, dict(data=8)), (2, 4, dict(data=2, fsdp=2, tensor=2)), (4, 2, dict(data=2, sequence=2, tensor=2)),
-    (4, 1, dict(sequence=2, tensor=2)), (2, 2, dict(data=2, dcn_fsdp=2)), (2, 4, dict(data=2, fsdp=2, dcn_data=2)),
-])
+@pytest.mark.parametrize(
+  ('processes', 'each', 'sizes'),
+  [
+    (4, 2, dict(data=8)),
+    (2, 4, dict(data=2, fsdp=2, tensor=2)),
+    (4, 2, dict(data=2, sequence=2, tensor=2)),
+    (4, 1, dict(sequence=2, tensor=2)),
+    (2, 2, dict(data=2, dcn_fsdp=2)),
+    (2, 4, dict(data=2, fsdp=2, dcn_data=2)),
+  ],
+)
 def test_rows_are_those_of_the_devices(processes, each, sizes):
   mesh = mesh_of(processes, each, **sizes)
   data, fsdp, *_ = mesh.devices.shape
@@ -83,7 +111,9 @@ def test_rows_that_cannot_be_read():
 
 @pytest.fixture
 def joined(monkeypatch):
-  """`hosts.start(...)` without other processes: gives what `jax.distributed.initialize` would have been called with."""
+  """`hosts.start(...)` without other processes: gives what `jax.distributed.initialize` would have
+  been called with.
+  """
   calls = []
   monkeypatch.setattr(jax.distributed, 'initialize', lambda **arguments: calls.append(arguments))
   monkeypatch.setattr(hosts, '_start_watch', lambda: None)
@@ -102,9 +132,13 @@ def joined(monkeypatch):
 
 @pytest.fixture
 def tpu(monkeypatch):
-  """A machine with TPU chips; gives a function that starts its metadata server, which names these workers, or none."""
+  """A machine with TPU chips; gives a function that starts its metadata server, which names these
+  workers, or none.
+  """
   monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
-  monkeypatch.setattr(hosts.hardware_utils, 'num_available_tpu_chips_and_device_id', lambda: (4, None))
+  monkeypatch.setattr(
+    hosts.hardware_utils, 'num_available_tpu_chips_and_device_id', lambda: (4, None)
+  )
   monkeypatch.setattr(hosts, 'METADATA_SECONDS', 0.5)
   with contextlib.ExitStack() as stack:
 
@@ -112,7 +146,9 @@ def tpu(monkeypatch):
 
       class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-          known = self.headers['Metadata-Flavor'] == 'Google' and self.path.endswith('/attributes/worker-network-endpoints')
+          known = self.headers['Metadata-Flavor'] == 'Google' and self.path.endswith(
+            '/attributes/worker-network-endpoints'
+          )
           self.send_response(200 if known and workers else 404)
           self.end_headers()
           self.wfile.write(','.join(workers).encode())
@@ -134,11 +170,17 @@ def test_a_laptop_is_one_process(joined):
 
 
 def test_flags(joined):
-  assert joined('node-0:4000', 3, 2) == dict(coordinator_address='node-0:4000', num_processes=3, process_id=2,
-                                            cluster_detection_method='deactivate')
+  assert joined('node-0:4000', 3, 2) == dict(
+    coordinator_address='node-0:4000',
+    num_processes=3,
+    process_id=2,
+    cluster_detection_method='deactivate',
+  )
 
 
-@pytest.mark.parametrize(('flags', 'message'), [
+@pytest.mark.parametrize(
+  ('flags', 'message'),
+  [
     (('node-0:4000', None, 1), '--num_processes must be given too'),
     ((None, None, 0), '--coordinator and --num_processes must be given too'),
     (('node-0', 2, 1), '--coordinator=node-0 must be HOST:PORT'),
@@ -147,20 +189,27 @@ def test_flags(joined):
     (('node-0:4000', 2, 2), '--process_id=2 must be from 0 to 1'),
     (('node-0:4000', 2, -1), '--process_id=-1 must be from 0 to 1'),
     (('node-0:4000', 0, 0), '--num_processes=0 must be at least 1'),
-])
+  ],
+)
 def test_flags_that_cannot_be(joined, flags, message):
   with pytest.raises(ValueError, match=message):
     joined(*flags)
 
 
-@pytest.mark.parametrize(('environment', 'arguments'), [
+@pytest.mark.parametrize(
+  ('environment', 'arguments'),
+  [
     (dict(SLURM_STEP_NUM_TASKS='4'), dict(cluster_detection_method='slurm')),
     (dict(SLURM_STEP_NUM_TASKS='1'), None),
     (dict(SLURM_NTASKS='4'), None),  # a batch script without srun: the only process
-    (dict(OMPI_COMM_WORLD_SIZE='2', OMPI_MCA_orte_hnp_uri='1.0;tcp://10.0.0.1:1'), dict(cluster_detection_method='ompi')),
+    (
+      dict(OMPI_COMM_WORLD_SIZE='2', OMPI_MCA_orte_hnp_uri='1.0;tcp://10.0.0.1:1'),
+      dict(cluster_detection_method='ompi'),
+    ),
     (dict(OMPI_COMM_WORLD_SIZE='1'), None),
     (dict(TPU_WORKER_HOSTNAMES='a,b'), None),  # no TPU here
-])
+  ],
+)
 def test_environments(joined, monkeypatch, environment, arguments):
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
@@ -174,19 +223,29 @@ def test_an_open_mpi_that_does_not_say_where_process_0_is(joined, monkeypatch):
     joined()
 
 
-@pytest.mark.parametrize(('environment', 'several'), [
-    (dict(TPU_WORKER_HOSTNAMES='a,b'), True), (dict(TPU_WORKER_HOSTNAMES='localhost'), False),
-    (dict(TPU_WORKER_HOSTNAMES='a', MEGASCALE_NUM_SLICES='2'), True), (dict(MEGASCALE_NUM_SLICES='2'), True),
-    (dict(TPU_PROCESS_ADDRESSES='a:1,b:1'), True), (dict(TPU_SKIP_MDS_QUERY='1'), False),
-])
+@pytest.mark.parametrize(
+  ('environment', 'several'),
+  [
+    (dict(TPU_WORKER_HOSTNAMES='a,b'), True),
+    (dict(TPU_WORKER_HOSTNAMES='localhost'), False),
+    (dict(TPU_WORKER_HOSTNAMES='a', MEGASCALE_NUM_SLICES='2'), True),
+    (dict(MEGASCALE_NUM_SLICES='2'), True),
+    (dict(TPU_PROCESS_ADDRESSES='a:1,b:1'), True),
+    (dict(TPU_SKIP_MDS_QUERY='1'), False),
+  ],
+)
 def test_tpu_pods_by_environment(joined, tpu, monkeypatch, environment, several):
-  tpu(['x', 'y'] if not several else [])  # the metadata server, which is not to be asked, would say the contrary
+  tpu(
+    ['x', 'y'] if not several else []
+  )  # the metadata server, which is not to be asked, would say the contrary
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   assert joined() == ({} if several else None)
 
 
-@pytest.mark.parametrize(('workers', 'several'), [(['a', 'b', 'c'], True), (['a'], False), ([], False)])
+@pytest.mark.parametrize(
+  ('workers', 'several'), [(['a', 'b', 'c'], True), (['a'], False), ([], False)]
+)
 def test_tpu_pods_by_metadata(joined, tpu, workers, several):
   tpu(workers)
   assert joined() == ({} if several else None)
@@ -204,7 +263,9 @@ def test_no_metadata_server(joined, tpu, monkeypatch):
 
 def test_alone_everything_is_at_once():
   assert not hosts.several() and hosts.primary()
-  assert hosts.agree(lambda: {1, 2}) == hosts.first(lambda: {1, 2}) == {1, 2}  # not even JSON is needed
+  assert (
+    hosts.agree(lambda: {1, 2}) == hosts.first(lambda: {1, 2}) == {1, 2}
+  )  # not even JSON is needed
   hosts.barrier()
   hosts.check_same('a config', 'x')
   hosts.abort('nothing', 1)
@@ -223,8 +284,12 @@ def test_sigterm_alone():
 
 
 def test_what_a_lost_connection_is():
-  error = jax.errors.JaxRuntimeError('UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.2]:1\nand more')
-  assert 'another process died' in hosts.lost(error) and hosts.lost(error).endswith('peer [10.0.0.2]:1)')
+  error = jax.errors.JaxRuntimeError(
+    'UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.2]:1\nand more'
+  )
+  assert 'another process died' in hosts.lost(error) and hosts.lost(error).endswith(
+    'peer [10.0.0.2]:1)'
+  )
   assert hosts.lost(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')) is None
   assert hosts.lost(ValueError('Gloo')) is None
 
@@ -232,7 +297,7 @@ def test_what_a_lost_connection_is():
 # ---- several, without a model
 
 
-WORKER = '''
+WORKER = """
 import json, sys, time
 import jax, numpy as np
 from llm_jax.parallel import hosts, sharding
@@ -276,16 +341,30 @@ said['sums'] = [int(step(array)), int(step(array))]
 hosts.finish()
 said['several'] = hosts.several()
 print(json.dumps(said))
-'''
+"""
 
 
 def together(arguments, count, variables=lambda index: {}, timeout=120):
-  """Runs `arguments(address, index)` with `variables(index)` for each process; gives (status, stdout, stderr) of each."""
+  """Runs `arguments(address, index)` with `variables(index)` for each process; gives (status,
+  stdout, stderr) of each.
+  """
   with socket.create_server(('127.0.0.1', 0)) as found:
     address = f'127.0.0.1:{found.getsockname()[1]}'
-  environment = os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
-  processes = [subprocess.Popen([sys.executable, *map(str, arguments(address, i))], stdout=subprocess.PIPE, text=True,
-                                stderr=subprocess.PIPE, env=environment | variables(i), cwd=ROOT) for i in range(count)]
+  environment = os.environ | {
+    'PYTHONPATH': str(ROOT),
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+  }
+  processes = [
+    subprocess.Popen(
+      [sys.executable, *map(str, arguments(address, i))],
+      stdout=subprocess.PIPE,
+      text=True,
+      stderr=subprocess.PIPE,
+      env=environment | variables(i),
+      cwd=ROOT,
+    )
+    for i in range(count)
+  ]
   try:
     outputs = [process.communicate(timeout=timeout) for process in processes]
   finally:
@@ -300,27 +379,43 @@ def test_processes_agree(tmp_path):
   assert [status for status, *_ in done] == [0, 0], done
   zero, one = (json.loads(out.splitlines()[-1]) for _, out, _ in done)
   assert zero['agree'] == one['agree'] == 7
-  assert zero['told'] == 'OSError: the disk is full' and one['told'] == 'ValueError: the disk is full'
-  assert zero['untold'] == "KeyError: 'x'" and one['untold'] == "RuntimeError: process 0: KeyError: 'x'"
+  assert (
+    zero['told'] == 'OSError: the disk is full' and one['told'] == 'ValueError: the disk is full'
+  )
+  assert (
+    zero['untold'] == "KeyError: 'x'" and one['untold'] == "RuntimeError: process 0: KeyError: 'x'"
+  )
   assert zero['no json'].startswith('TypeError') and 'not JSON serializable' in one['no json']
   assert zero['first'] < one['first']
   assert abs(zero['after'] - one['after']) < 0.5 < one['before'] - zero['before']
   assert zero['same'] is one['same'] is None and zero['other'] is None
-  assert one['other'] == ('ValueError: process 1 has a config other than process 0; all processes need the same command and the '
-                          'same files. First difference: seed: 1, on process 0 seed: 0.')
-  assert (zero['rows'], one['rows']) == ([0, 1, 4, 5], [2, 3, 6, 7]) and zero['placed'] and one['placed']
+  assert one['other'] == (
+    'ValueError: process 1 has a config other than process 0; all processes need the same command '
+    'and the '
+    'same files. First difference: seed: 1, on process 0 seed: 0.'
+  )
+  assert (
+    (zero['rows'], one['rows']) == ([0, 1, 4, 5], [2, 3, 6, 7]) and zero['placed'] and one['placed']
+  )
   assert zero['sums'] == one['sums'] == [120, 120]
   assert not zero['several'] and not one['several']
 
 
 def test_slurm_joins_them():
   worker = 'from llm_jax import hosts; hosts.start(); print(hosts.jax.process_index(), hosts.agree(lambda: 7)); hosts.finish()'
-  told = dict(SLURM_JOB_ID=str(os.getpid()), SLURM_STEP_NODELIST='localhost', SLURM_NTASKS='2', SLURM_STEP_NUM_TASKS='2')
-  done = together(lambda *_: ['-c', worker], 2, lambda i: told | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)})
+  told = dict(
+    SLURM_JOB_ID=str(os.getpid()),
+    SLURM_STEP_NODELIST='localhost',
+    SLURM_NTASKS='2',
+    SLURM_STEP_NUM_TASKS='2',
+  )
+  done = together(
+    lambda *_: ['-c', worker], 2, lambda i: told | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)}
+  )
   assert [out for _, out, _ in done] == ['0 7\n', '1 7\n'], done
 
 
-FAILS = '''
+FAILS = """
 import sys
 from llm_jax import main
 from llm_jax.parallel import hosts
@@ -331,25 +426,42 @@ def train(workdir):
   hosts.barrier()
 main._train = train
 main.cli()
-'''
+"""
 
 
 def test_an_exception_ends_all_processes_with_its_reason(tmp_path):
   (tmp_path / 'fails.py').write_text(FAILS)
   began = time.perf_counter()
-  zero, one = together(lambda address, i: [tmp_path / 'fails.py', '--config=configs/bert_tiny.py', f'--workdir={tmp_path / "w"}',
-                                           f'--coordinator={address}', '--num_processes=2', f'--process_id={i}'], 2)
+  zero, one = together(
+    lambda address, i: [
+      tmp_path / 'fails.py',
+      '--config=configs/bert_tiny.py',
+      f'--workdir={tmp_path / "w"}',
+      f'--coordinator={address}',
+      '--num_processes=2',
+      f'--process_id={i}',
+    ],
+    2,
+  )
   assert time.perf_counter() - began < ENDS_WITHIN
   assert zero[0] == one[0] == 1
   assert 'Traceback' in one[2] and 'RuntimeError: process 1 is out of luck' in one[2]
-  assert zero[2].splitlines()[-1] == 'llm_jax: stopping, because process 1 stopped: RuntimeError: process 1 is out of luck'
+  assert (
+    zero[2].splitlines()[-1]
+    == 'llm_jax: stopping, because process 1 stopped: RuntimeError: process 1 is out of luck'
+  )
 
 
 def test_a_process_whose_others_do_not_come():
   start = 'from llm_jax import hosts; hosts.start("127.0.0.1:1", 2, 1, seconds=1)'
-  done = subprocess.run([sys.executable, '-c', start], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+  done = subprocess.run(
+    [sys.executable, '-c', start], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
+  )
   assert done.returncode == 1
-  assert 'llm_jax: the processes did not come together at 127.0.0.1:1 within 1 s: process 0 does not run' in done.stderr
+  assert (
+    'llm_jax: the processes did not come together at 127.0.0.1:1 within 1 s: process 0 does not run'
+    in done.stderr
+  )
 
 
 # ---- true runs
@@ -361,15 +473,26 @@ def folder(tmp_path_factory):
   folder = tmp_path_factory.mktemp('hosts')
   draw = random.Random(0)
   words = [''.join(draw.choices('abcdefgh', k=draw.randint(2, 6))) for _ in range(60)]
-  (folder / 'text.txt').write_text('\n'.join(' '.join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(400)))
+  (folder / 'text.txt').write_text(
+    '\n'.join(' '.join(draw.choices(words, k=draw.randint(5, 40))) for _ in range(400))
+  )
   return folder
 
 
 def command(folder, name, processes, steps, *flags):
   """The command of a run in `folder/name`, of its first steps or of more."""
-  return [ROOT / 'launch' / 'local.sh', '-n', str(processes), '--config=configs/bert_tiny.py', f'--workdir={folder / name}',
-          f'--config.data.path={folder / "text.txt"}', f'--config.data.cache={folder / "cache"}', *TINY,
-          f'--config.steps={steps}', *flags]
+  return [
+    ROOT / 'launch' / 'local.sh',
+    '-n',
+    str(processes),
+    '--config=configs/bert_tiny.py',
+    f'--workdir={folder / name}',
+    f'--config.data.path={folder / "text.txt"}',
+    f'--config.data.cache={folder / "cache"}',
+    *TINY,
+    f'--config.steps={steps}',
+    *flags,
+  ]
 
 
 @contextlib.contextmanager
@@ -377,9 +500,14 @@ def started(*arguments):
   """A run under way, with what it writes in `<workdir>.log`; ended at the end in any case."""
   line = command(*arguments)
   folder, name = arguments[:2]
-  environment = os.environ | {'PYTHON': sys.executable, 'XLA_FLAGS': '--xla_backend_optimization_level=0'}  # compiles sooner
+  environment = os.environ | {
+    'PYTHON': sys.executable,
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+  }  # compiles sooner
   with open(folder / f'{name}.log', 'w') as log:
-    process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(
+      line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
+    )
     try:
       yield process
     finally:
@@ -398,7 +526,10 @@ def train(*arguments):
 
 
 def log_of(folder, name):
-  return ''.join(path.read_text() for path in (folder / f'{name}.log', *sorted((folder / name).glob('process-*.log'))))
+  return ''.join(
+    path.read_text()
+    for path in (folder / f'{name}.log', *sorted((folder / name).glob('process-*.log')))
+  )
 
 
 def metrics(folder, name):
@@ -406,7 +537,10 @@ def metrics(folder, name):
   path = folder / name / 'metrics.jsonl'
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   rows = [json.loads(line) for line in lines if line.endswith('\n')]
-  return {(row.pop('split'), row.pop('step')): {k: v for k, v in row.items() if 'second' not in k} for row in rows}
+  return {
+    (row.pop('split'), row.pop('step')): {k: v for k, v in row.items() if 'second' not in k}
+    for row in rows
+  }
 
 
 def wait_for_step(folder, name, step, process):
@@ -434,9 +568,14 @@ def difference(a, b):
 
 
 def shifted(run):
-  """The metrics of a run as if each training step had been the one after it: what one step out of place looks like."""
+  """The metrics of a run as if each training step had been the one after it: what one step out of
+  place looks like.
+  """
   last = max(step for split, step in run if split == 'train')
-  return {(split, step): run[split, step % last + 1] if split == 'train' else row for (split, step), row in run.items()}
+  return {
+    (split, step): run[split, step % last + 1] if split == 'train' else row
+    for (split, step), row in run.items()
+  }
 
 
 @pytest.fixture(scope='module')
@@ -447,11 +586,15 @@ def alone(folder):
 
 @pytest.fixture(scope='module')
 def pair(folder):
-  """A run of two processes: killed, started anew, preempted, and started anew. Gives what was seen on the way."""
+  """A run of two processes: killed, started anew, preempted, and started anew. Gives what was seen
+  on the way.
+  """
   seen = {}
   with started(folder, 'pair', 2, ENDLESS) as process:
     wait_for_step(folder, 'pair', EVERY + 1, process)
-    while not (folder / 'pair' / 'checkpoints' / str(EVERY) / 'seal.json').exists():  # a run that dies in a save has lost it
+    while not (
+      folder / 'pair' / 'checkpoints' / str(EVERY) / 'seal.json'
+    ).exists():  # a run that dies in a save has lost it
       time.sleep(0.01)
     os.kill(pid_of(folder, 'pair', 1), signal.SIGKILL)
     began = time.perf_counter()
@@ -461,9 +604,15 @@ def pair(folder):
     wait_for_step(folder, 'pair', last + 1, process)
     os.kill(pid_of(folder, 'pair', 1), signal.SIGTERM)
     began = time.perf_counter()
-    seen['preempted'] = process.wait(timeout=150), time.perf_counter() - began, log_of(folder, 'pair')
+    seen['preempted'] = (
+      process.wait(timeout=150),
+      time.perf_counter() - began,
+      log_of(folder, 'pair'),
+    )
   seen['step'] = max(step for split, step in metrics(folder, 'pair') if split == 'train')
-  seen['saved'] = sorted(int(path.name) for path in (folder / 'pair' / 'checkpoints').iterdir() if path.name.isdigit())
+  seen['saved'] = sorted(
+    int(path.name) for path in (folder / 'pair' / 'checkpoints').iterdir() if path.name.isdigit()
+  )
   seen['metrics'] = train(folder, 'pair', 2, seen['step'] + 2)
   seen['log'] = log_of(folder, 'pair')
   return seen
@@ -484,7 +633,10 @@ def test_sigterm_to_one_saves_one_step_on_all(pair):
 
 
 def test_killed_and_preempted_the_run_is_the_same_to_the_last_bit(pair, folder):
-  assert f'Resumed from the checkpoint of step {pair["step"]}, at example {pair["step"] * BATCH}.' in pair['log']
+  assert (
+    f'Resumed from the checkpoint of step {pair["step"]}, at example {pair["step"] * BATCH}.'
+    in pair['log']
+  )
   whole = train(folder, 'whole', 2, pair['step'] + 2)
   assert pair['metrics'] == whole
   assert shifted(whole) != whole  # what one step out of place would look like
@@ -492,11 +644,15 @@ def test_killed_and_preempted_the_run_is_the_same_to_the_last_bit(pair, folder):
 
 @pytest.fixture(scope='module')
 def elastic(folder):
-  """A run on four processes, on one, and on four again with another mesh. Gives its metrics after each."""
+  """A run on four processes, on one, and on four again with another mesh. Gives its metrics after
+  each.
+  """
   four = train(folder, 'elastic', 4, EVERY)
   one = train(folder, 'elastic', 1, 2 * EVERY)
   shutil.copy(folder / 'elastic.log', folder / 'second.log')
-  back = train(folder, 'elastic', 4, 3 * EVERY, '--config.mesh.sequence=2', '--config.mesh.tensor=2')
+  back = train(
+    folder, 'elastic', 4, 3 * EVERY, '--config.mesh.sequence=2', '--config.mesh.tensor=2'
+  )
   return four, one, back
 
 
@@ -515,20 +671,46 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(alone, elastic, fol
   _, one, back = elastic
   assert difference(one, upto(alone, 2 * EVERY)) < TOLERANCE
   assert difference(back, alone) < TOLERANCE
-  assert f'Resumed from the checkpoint of step {EVERY}, at example {EVERY * BATCH}.' in (folder / 'second.log').read_text()
-  assert f'step {2 * EVERY}, at example {2 * EVERY * BATCH}.' in (folder / 'elastic.log').read_text()
+  assert (
+    f'Resumed from the checkpoint of step {EVERY}, at example {EVERY * BATCH}.'
+    in (folder / 'second.log').read_text()
+  )
+  assert (
+    f'step {2 * EVERY}, at example {2 * EVERY * BATCH}.' in (folder / 'elastic.log').read_text()
+  )
 
 
 def test_processes_with_different_configs_are_told_apart(folder):
-  zero, one = together(lambda address, i: [
-      '-m', 'llm_jax.main', *command(folder, 'differing', 2, EVERY)[3:], f'--config.seed={i}', f'--coordinator={address}',
-      '--num_processes=2', f'--process_id={i}'], 2)
-  assert one[0] == 2 and 'process 1 has a config other than process 0' in one[2] and '"seed": 1, on process 0 "seed": 0' in one[2]
-  assert zero[0] == 2 and 'stopping, because process 1 stopped: process 1 has a config other than process 0' in zero[2]
+  zero, one = together(
+    lambda address, i: [
+      '-m',
+      'llm_jax.main',
+      *command(folder, 'differing', 2, EVERY)[3:],
+      f'--config.seed={i}',
+      f'--coordinator={address}',
+      '--num_processes=2',
+      f'--process_id={i}',
+    ],
+    2,
+  )
+  assert (
+    one[0] == 2
+    and 'process 1 has a config other than process 0' in one[2]
+    and '"seed": 1, on process 0 "seed": 0' in one[2]
+  )
+  assert (
+    zero[0] == 2
+    and 'stopping, because process 1 stopped: process 1 has a config other than process 0'
+    in zero[2]
+  )
   assert 'Traceback' not in zero[2] + one[2]
 
 
-@pytest.mark.parametrize('arguments', [[], ['-n'], ['-n', '0', '--workdir=x'], ['-n', 'two', '--workdir=x'], ['-n', '2']])
+@pytest.mark.parametrize(
+  'arguments', [[], ['-n'], ['-n', '0', '--workdir=x'], ['-n', 'two', '--workdir=x'], ['-n', '2']]
+)
 def test_local_sh_used_wrongly(arguments):
-  done = subprocess.run([ROOT / 'launch' / 'local.sh', *arguments], capture_output=True, text=True, check=False)
+  done = subprocess.run(
+    [ROOT / 'launch' / 'local.sh', *arguments], capture_output=True, text=True, check=False
+  )
   assert done.returncode == 2 and done.stderr.startswith('usage: launch/local.sh -n PROCESSES')

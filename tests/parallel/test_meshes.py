@@ -1,7 +1,9 @@
-"""Every mesh is the same program: loss and gradients on simulated devices are those of one, and the work is shared out.
+"""Every mesh is the same program: loss and gradients on simulated devices are those of one, and the
+work is shared out.
 
-The programs run in a process of their own (this file as a script), for which the number of CPU devices is set at the start. The
-gradient is read from AdamW's first moment after one true train step, which is 0.1 of it. How the work is shared out is read from
+The programs run in a process of their own (this file as a script), for which the number of CPU
+devices is set at the start. The gradient is read from AdamW's first moment after one true train
+step, which is 0.1 of it. How the work is shared out is read from
 the compiled text: the sizes of the models are such that a dimension is known by its size.
 """
 
@@ -27,15 +29,25 @@ from llm_jax.nn.attention import ring as ring_attention
 from llm_jax.parallel import sharding
 from llm_jax.programs import build
 
-DEVICES, ROWS, PLACES = 16, 16, 32  # the cases take eight of the devices, but for the one with four axes
+DEVICES, ROWS, PLACES = (
+  16,
+  16,
+  32,
+)  # the cases take eight of the devices, but for the one with four axes
 TOLERANCE = 1e-5
-GROUPS, DIM, MLP = 3, 64, 11 * 16  # only a stack of layers has a dimension of 3, only the mlp's is a multiple of 11
-SHAPE = dict(dim=DIM, mlp_dim=MLP, heads=8, layers=GROUPS, max_len=PLACES, dropout=0.0, attention_dropout=0.0)
+GROUPS, DIM, MLP = (
+  3,
+  64,
+  11 * 16,
+)  # only a stack of layers has a dimension of 3, only the mlp's is a multiple of 11
+SHAPE = dict(
+  dim=DIM, mlp_dim=MLP, heads=8, layers=GROUPS, max_len=PLACES, dropout=0.0, attention_dropout=0.0
+)
 MODELS = {  # over a vocabulary of 263, which nothing divides
-    'encoder': (bert_tiny, SHAPE | dict(variant='bert_base')),
-    'windowed': (bert_tiny, SHAPE | dict(layers=2 * GROUPS, window=6, global_every=2)),
-    'decoder': (gpt_tiny, SHAPE | dict(variant='gpt2_small', tied=True)),
-    'grouped': (gpt_tiny, SHAPE | dict(variant='llama_tiny', kv_heads=2, tied=False)),
+  'encoder': (bert_tiny, SHAPE | dict(variant='bert_base')),
+  'windowed': (bert_tiny, SHAPE | dict(layers=2 * GROUPS, window=6, global_every=2)),
+  'decoder': (gpt_tiny, SHAPE | dict(variant='gpt2_small', tied=True)),
+  'grouped': (gpt_tiny, SHAPE | dict(variant='llama_tiny', kv_heads=2, tied=False)),
 }
 TOKENIZER = byte.create()
 
@@ -60,32 +72,34 @@ class Case:
 
 
 CASES = [
-    Case('encoder', dict(data=8)),
-    Case('grouped', dict(fsdp=8)),
-    Case('windowed', dict(sequence=8)),
-    Case('decoder', dict(sequence=8)),
-    Case('encoder', dict(tensor=8)),
-    Case('grouped', dict(data=2, fsdp=4), 2),
-    Case('decoder', dict(data=4, tensor=2)),
-    Case('grouped', dict(data=2, sequence=4)),
-    Case('windowed', dict(fsdp=4, tensor=2)),
-    Case('encoder', dict(fsdp=2, sequence=4)),
-    Case('grouped', dict(sequence=2, tensor=4)),
-    Case('decoder', dict(fsdp=2, sequence=2, tensor=2)),
-    Case('windowed', dict(data=2, fsdp=2, sequence=2)),
-    Case('grouped', dict(data=2, sequence=2, tensor=2), 2),
-    Case('encoder', dict(data=2, fsdp=2, tensor=2), 2),
-    Case('decoder', dict(data=8, rules='zero1')),
-    Case('encoder', dict(data=2, fsdp=2, tensor=2, rules='zero1')),
-    Case('decoder', dict(dcn_data=2, fsdp=4)),
-    Case('grouped', dict(dcn_fsdp=2, data=2, fsdp=2)),
-    Case('grouped', dict(data=2, fsdp=2, sequence=2, tensor=2)),
-    Case('encoder', dict(data=2, fsdp=2, sequence=2, tensor=2), 2),
+  Case('encoder', dict(data=8)),
+  Case('grouped', dict(fsdp=8)),
+  Case('windowed', dict(sequence=8)),
+  Case('decoder', dict(sequence=8)),
+  Case('encoder', dict(tensor=8)),
+  Case('grouped', dict(data=2, fsdp=4), 2),
+  Case('decoder', dict(data=4, tensor=2)),
+  Case('grouped', dict(data=2, sequence=4)),
+  Case('windowed', dict(fsdp=4, tensor=2)),
+  Case('encoder', dict(fsdp=2, sequence=4)),
+  Case('grouped', dict(sequence=2, tensor=4)),
+  Case('decoder', dict(fsdp=2, sequence=2, tensor=2)),
+  Case('windowed', dict(data=2, fsdp=2, sequence=2)),
+  Case('grouped', dict(data=2, sequence=2, tensor=2), 2),
+  Case('encoder', dict(data=2, fsdp=2, tensor=2), 2),
+  Case('decoder', dict(data=8, rules='zero1')),
+  Case('encoder', dict(data=2, fsdp=2, tensor=2, rules='zero1')),
+  Case('decoder', dict(dcn_data=2, fsdp=4)),
+  Case('grouped', dict(dcn_fsdp=2, data=2, fsdp=2)),
+  Case('grouped', dict(data=2, fsdp=2, sequence=2, tensor=2)),
+  Case('encoder', dict(data=2, fsdp=2, sequence=2, tensor=2), 2),
 ]
 
 
 def violations(text, case, sizes):
-  """What in a compiled train step is not shared out as the mesh says; `sizes` are the parameters' elements by path."""
+  """What in a compiled train step is not shared out as the mesh says; `sizes` are the parameters'
+  elements by path.
+  """
   rows, sequence, tensor = case.parts('data', 'fsdp'), case.parts('sequence'), case.parts('tensor')
   found = []
   products = mlp_products(text)
@@ -101,10 +115,16 @@ def violations(text, case, sizes):
     found.append(f'no loop over layers carries {stream}')
   if (ROWS // rows, PLACES) not in parameters(text):
     found.append(f'no batch of {ROWS // rows} rows')
-  gathered = [shape for shape in results(text, 'all-gather') if GROUPS in shape and math.prod(shape) > GROUPS * 2 * MLP]
+  gathered = [
+    shape
+    for shape in results(text, 'all-gather')
+    if GROUPS in shape and math.prod(shape) > GROUPS * 2 * MLP
+  ]
   if gathered and case.mesh.get('rules') != 'zero1':  # which gathers what it has updated
     found.append(f'whole stacks of layers are gathered: {gathered}')
-  if sequence > 1 and not re.search(r' collective-permute(-start)?\(.*op_name="[^"]*/ppermute', text):
+  if sequence > 1 and not re.search(
+    r' collective-permute(-start)?\(.*op_name="[^"]*/ppermute', text
+  ):
     found.append('no ring')
   held, share = sum(map(math.prod, parameters(text))), shares(case, sizes)
   if held > share:
@@ -125,7 +145,11 @@ def shares(case, sizes):
   tensor, rows = case.parts('tensor'), case.parts('data', 'fsdp')
   zero1 = case.mesh.get('rules') == 'zero1'
   fsdp = case.parts('fsdp')
-  return 7 * ROWS * PLACES // rows + cut(1 if zero1 else tensor * fsdp) + 2 * cut(tensor * (rows if zero1 else fsdp))
+  return (
+    7 * ROWS * PLACES // rows
+    + cut(1 if zero1 else tensor * fsdp)
+    + 2 * cut(tensor * (rows if zero1 else fsdp))
+  )
 
 
 def mlp_products(text):
@@ -134,9 +158,11 @@ def mlp_products(text):
   for line in text.splitlines():
     if line.endswith('{'):
       shapes = {}  # another computation
-    if (result := re.match(r'\s*(?:ROOT )?(%\S+) = \w+\[([\d,]*)\]', line)):
+    if result := re.match(r'\s*(?:ROOT )?(%\S+) = \w+\[([\d,]*)\]', line):
       shapes[result[1]] = dimensions(result[2])
-    product = re.search(r' dot\((%[^,]+), (%[^)]+)\).*lhs_contracting_dims={([\d,]+)}.*op_name="[^"]*/mlp/', line)
+    product = re.search(
+      r' dot\((%[^,]+), (%[^)]+)\).*lhs_contracting_dims={([\d,]+)}.*op_name="[^"]*/mlp/', line
+    )
     if product:
       left, right = shapes[product[1]], shapes[product[2]]
       flops = 2 * math.prod(shapes[result[1]]) * math.prod(left[i] for i in dimensions(product[3]))
@@ -146,7 +172,7 @@ def mlp_products(text):
 
 def parameters(text):
   """Shapes of the arguments of the whole program."""
-  entry = text[text.index('\nENTRY '):]
+  entry = text[text.index('\nENTRY ') :]
   return [dimensions(found) for found in re.findall(r'= \w+\[([\d,]*)\]\S* parameter\(', entry)]
 
 
@@ -164,14 +190,24 @@ def program(small, case):
   """The Program of a case, its batch, and parameters away from the start, where biases are zero."""
   module, model = MODELS[case.model]
   parsed = module.get_config().to_dict()
-  parsed |= dict(seq_len=PLACES, batch_size=ROWS, micro_batches=case.micro_batches, mesh=case.mesh, model=parsed['model'] | model,
-                 optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0))
+  parsed |= dict(
+    seq_len=PLACES,
+    batch_size=ROWS,
+    micro_batches=case.micro_batches,
+    mesh=case.mesh,
+    model=parsed['model'] | model,
+    optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0),
+  )
   parsed = build.resolve(config.parse(parsed), TOKENIZER.vocab_size, None)
   objective = build.create_objective(parsed, TOKENIZER)
-  documents = small.random_documents([9, 5, 20, 40, 7, 11, 13, 60] * 12, vocab_size=TOKENIZER.vocab_size)
+  documents = small.random_documents(
+    [9, 5, 20, 40, 7, 11, 13, 60] * 12, vocab_size=TOKENIZER.vocab_size
+  )
   rows, rng = objective.rows(documents, PLACES), np.random.default_rng(0)
   examples = [objective.transform(rows.example(i, rng), rng) for i in range(ROWS)]
-  return build.build(parsed, TOKENIZER, examples[0], jax.devices()[:case.devices]), small.stack(examples)
+  return build.build(parsed, TOKENIZER, examples[0], jax.devices()[: case.devices]), small.stack(
+    examples
+  )
 
 
 def gradient(made, compiled, batch):
@@ -179,11 +215,15 @@ def gradient(made, compiled, batch):
   rng = np.random.default_rng(1)
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), made.state)
   params = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: rng.normal('scale' in str(path[-1]), 0.1, leaf.shape).astype(leaf.dtype), state.params)
+    lambda path, leaf: rng.normal('scale' in str(path[-1]), 0.1, leaf.shape).astype(leaf.dtype),
+    state.params,
+  )
   state = state.replace(params=params)
   state = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), state, made.state)
   state, pairs = compiled(state, made.put(batch))
-  return float(pairs['loss'][0]), {path: 10 * np.asarray(g) for path, g in tree.flatten(moment(state.opt_state)).items()}
+  return float(pairs['loss'][0]), {
+    path: 10 * np.asarray(g) for path, g in tree.flatten(moment(state.opt_state)).items()
+  }
 
 
 def moment(opt_state):
@@ -195,18 +235,28 @@ def compiled(made):
 
 
 def deviation(found, true):
-  """The largest of loss and leaves: relative to the loss, and to the largest entry of each leaf of the gradient.
+  """The largest of loss and leaves: relative to the loss, and to the largest entry of each leaf of
+  the gradient.
 
-  The gradient of a key's bias is zero but for rounding, as a softmax does not see it: that of the query's bias is its measure.
+  The gradient of a key's bias is zero but for rounding, as a softmax does not see it: that of the
+  query's bias is its measure.
   """
   (loss, gradients), (true_loss, true_gradients) = found, true
-  scale = {path: np.abs(true_gradients[path.replace('key/bias', 'query/bias')]).max() for path in true_gradients}
+  scale = {
+    path: np.abs(true_gradients[path.replace('key/bias', 'query/bias')]).max()
+    for path in true_gradients
+  }
   assert min(scale.values()) > 0, scale
-  return max(abs(loss / true_loss - 1), *(np.abs(gradients[path] - g).max() / scale[path] for path, g in true_gradients.items()))
+  return max(
+    abs(loss / true_loss - 1),
+    *(np.abs(gradients[path] - g).max() / scale[path] for path, g in true_gradients.items()),
+  )
 
 
 def alone(small, model):
-  """Of one device: the loss and gradients, the program's text, and the parameters' elements by path."""
+  """Of one device: the loss and gradients, the program's text, and the parameters' elements by
+  path.
+  """
   made, batch = program(small, Case(model, dict(data=1)))
   run = compiled(made)
   sizes = {path: math.prod(leaf.shape) for path, leaf in tree.flatten(made.state.params).items()}
@@ -214,44 +264,65 @@ def alone(small, model):
 
 
 def measure(small, model):
-  """Of each case of a model: how far it is off, its violations, and those of the program of one device in its place."""
+  """Of each case of a model: how far it is off, its violations, and those of the program of one
+  device in its place.
+  """
   true, text, sizes = alone(small, model)
   for case in (case for case in CASES if case.model == model):
     made, batch = program(small, case)
     run = compiled(made)
-    yield dict(case=str(case), deviation=float(deviation(gradient(made, run, batch), true)),
-               violations=violations(run.as_text(), case, sizes), alone=violations(text, case, sizes))
+    yield dict(
+      case=str(case),
+      deviation=float(deviation(gradient(made, run, batch), true)),
+      violations=violations(run.as_text(), case, sizes),
+      alone=violations(text, case, sizes),
+    )
 
 
 def break_(small):
   """What the measures say of programs that are wrong: each must be seen."""
   case = Case('grouped', dict(data=2, sequence=2, tensor=2))
   true, _, sizes = alone(small, case.model)
-  with mock.patch.object(ring_attention, '_blocks', lambda ring, length: (0, 1)):  # of all keys only a device's own
+  with mock.patch.object(
+    ring_attention, '_blocks', lambda ring, length: (0, 1)
+  ):  # of all keys only a device's own
     made, batch = program(small, case)
     yield dict(deviation=float(deviation(gradient(made, compiled(made), batch), true)))
-  with mock.patch.object(build, '_laid_out', lambda layout, function: function):  # nothing inside of the program is laid out
+  with mock.patch.object(
+    build, '_laid_out', lambda layout, function: function
+  ):  # nothing inside of the program is laid out
     yield dict(violations=violations(compiled(program(small, case)[0]).as_text(), case, sizes))
   case = Case('grouped', dict(fsdp=8))
-  with mock.patch.dict(sharding.RULES, fsdp=sharding.Rules({}, {})):  # parameters whole on each device
+  with mock.patch.dict(
+    sharding.RULES, fsdp=sharding.Rules({}, {})
+  ):  # parameters whole on each device
     yield dict(violations=violations(compiled(program(small, case)[0]).as_text(), case, sizes))
 
 
 def unrolled(small):
-  """Of the encoder without a loop over layers: how far it is off that with one, on one device and on meshes, and its FLOPs."""
+  """Of the encoder without a loop over layers: how far it is off that with one, on one device and
+  on meshes, and its FLOPs.
+  """
   true, _, _ = alone(small, 'encoder')
   with mock.patch.dict(MODELS, encoder=(bert_tiny, MODELS['encoder'][1] | dict(unroll=0))):
     for mesh in (dict(data=1), dict(data=2, fsdp=2, tensor=2), dict(fsdp=2, sequence=2)):
       made, batch = program(small, Case('encoder', mesh))
-      yield dict(deviation=float(deviation(gradient(made, compiled(made), batch), true)), flops=made.flops)
+      yield dict(
+        deviation=float(deviation(gradient(made, compiled(made), batch), true)), flops=made.flops
+      )
 
 
 def run(what):
   """What this file prints as a script."""
   root = pathlib.Path(__file__).parents[2]
-  env = os.environ | {'PYTHONPATH': str(root), 'JAX_PLATFORMS': 'cpu',
-                      'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}'}
-  done = subprocess.run([sys.executable, __file__, what], capture_output=True, text=True, check=False, cwd=root, env=env)
+  env = os.environ | {
+    'PYTHONPATH': str(root),
+    'JAX_PLATFORMS': 'cpu',
+    'XLA_FLAGS': f'--xla_force_host_platform_device_count={DEVICES}',
+  }
+  done = subprocess.run(
+    [sys.executable, __file__, what], capture_output=True, text=True, check=False, cwd=root, env=env
+  )
   assert done.returncode == 0, done.stderr[-3000:]
   return json.loads(done.stdout)
 
@@ -268,7 +339,9 @@ def test_every_mesh_computes_the_same_and_shares_the_work(model):
 def test_the_last_layer_may_run_where_it_is_read_alone():
   single, mesh, ring = run('unrolled')
   assert max(single['deviation'], mesh['deviation'], ring['deviation']) < TOLERANCE
-  assert single['flops'] == mesh['flops'] < ring['flops']  # where rows are cut, the last layer is as the others
+  assert (
+    single['flops'] == mesh['flops'] < ring['flops']
+  )  # where rows are cut, the last layer is as the others
 
 
 def test_what_is_wrong_is_seen():
@@ -280,5 +353,6 @@ def test_what_is_wrong_is_seen():
 
 if __name__ == '__main__':
   import conftest  # in this file's own folder, where a script looks first
+
   other = {'broken': break_, 'unrolled': unrolled}.get(sys.argv[1])
   print(json.dumps(list(other(conftest) if other else measure(conftest, sys.argv[1]))))

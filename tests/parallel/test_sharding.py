@@ -37,24 +37,32 @@ def test_one_axis_takes_what_is_left():
   assert dict(made.mesh.shape) == {'data': 2, 'fsdp': 2, 'sequence': 1, 'tensor': 2}
   assert set(made.mesh.axis_types) == {jax.sharding.AxisType.Auto}
   assert sharding.row_shards(made.mesh) == 4 and made.platform == 'cpu'
-  assert sharding.batch_sharding(made.mesh).spec == P(('data', 'fsdp')) and sharding.replicated(made.mesh).spec == P()
+  assert (
+    sharding.batch_sharding(made.mesh).spec == P(('data', 'fsdp'))
+    and sharding.replicated(made.mesh).spec == P()
+  )
 
 
-@pytest.mark.parametrize(('sizes', 'message'), [
+@pytest.mark.parametrize(
+  ('sizes', 'message'),
+  [
     ({'data': 3}, r'wants 3 devices; there are 1\. Set one axis to -1'),
     ({'data': -1, 'tensor': 2}, r'wants a multiple of 2 devices; there are 1'),
     ({'data': -1, 'dcn_data': 2}, r'wants a multiple of 2 devices; there are 1'),
     ({'data': -1, 'fsdp': -1}, r'at most one of data, fsdp, sequence, tensor is -1'),
     ({'data': 0}, r'sizes are at least 1'),
     ({'dcn_fsdp': -1}, r'sizes are at least 1'),
-])
+  ],
+)
 def test_an_impossible_mesh_is_an_error(sizes, message):
   with pytest.raises(ValueError, match=message):
     sharding.create_mesh(**sizes, devices=[Device(0)])
 
 
 def test_unknown_rules_are_an_error():
-  with pytest.raises(ValueError, match="config.mesh.rules='zero2' is not known.*known: fsdp, zero1"):
+  with pytest.raises(
+    ValueError, match="config.mesh.rules='zero2' is not known.*known: fsdp, zero1"
+  ):
     layout(rules='zero2')
 
 
@@ -70,9 +78,15 @@ def test_slices_are_the_outer_part_of_an_axis():
 
 def test_activations():
   made = layout(data=2, fsdp=1, sequence=2, tensor=2)
-  assert made.spec(('batch', 'length', 'heads', None), (4, 6, 2, 5)) == P('data', 'sequence', 'tensor', None)
-  assert made.spec(('batch', 'norm_length', None), (4, 8, 5)) == P('data', ('sequence', 'tensor'), None)
-  assert made.spec(('batch', 'norm_length', None), (4, 6, 5)) == P('data', 'sequence', None)  # 6 places do not divide by 4
+  assert made.spec(('batch', 'length', 'heads', None), (4, 6, 2, 5)) == P(
+    'data', 'sequence', 'tensor', None
+  )
+  assert made.spec(('batch', 'norm_length', None), (4, 8, 5)) == P(
+    'data', ('sequence', 'tensor'), None
+  )
+  assert made.spec(('batch', 'norm_length', None), (4, 6, 5)) == P(
+    'data', 'sequence', None
+  )  # 6 places do not divide by 4
   assert made.spec(('batch', 'length'), (3, 5)) == P(None, None)
 
 
@@ -85,33 +99,49 @@ def test_what_does_not_divide_is_reported(caplog):
 
 def test_parameters():
   made = layout(data=1, fsdp=4, tensor=2)
-  assert made.parameter_spec(('layers', 'embed', 'heads', 'head_dim'), (3, 8, 4, 5)) == P(None, 'fsdp', 'tensor', None)
+  assert made.parameter_spec(('layers', 'embed', 'heads', 'head_dim'), (3, 8, 4, 5)) == P(
+    None, 'fsdp', 'tensor', None
+  )
   assert made.parameter_spec(('vocab', 'embed'), (10, 8)) == P('tensor', 'fsdp')
-  assert made.parameter_spec(('vocab', 'embed'), (7, 8)) == P(None, ('fsdp', 'tensor'))  # odd: `embed` is cut by both
+  assert made.parameter_spec(('vocab', 'embed'), (7, 8)) == P(
+    None, ('fsdp', 'tensor')
+  )  # odd: `embed` is cut by both
   assert made.parameter_spec(('vocab', 'embed'), (7, 12)) == P(None, 'fsdp')  # which 12 is not
   assert made.parameter_spec(('vocab',), (7,)) == P(None)
   zero1 = layout(data=2, fsdp=2, tensor=2, rules='zero1')
   assert zero1.parameter_spec(('embed', 'mlp'), (8, 6)) == P(None, 'tensor')
-  assert zero1.parameter_spec(('embed', 'mlp'), (8, 6), optimizer=True) == P(('data', 'fsdp'), 'tensor')
+  assert zero1.parameter_spec(('embed', 'mlp'), (8, 6), optimizer=True) == P(
+    ('data', 'fsdp'), 'tensor'
+  )
 
 
 def test_an_optimizer_lies_as_its_rules_say():
   made = layout(data=2, fsdp=2, tensor=2, rules='zero1')
-  boxed = {'a': {'kernel': nn.LogicallyPartitioned(shape(3, 8, 6), ('layers', 'embed', 'mlp'))}, 'b': shape(2)}
+  boxed = {
+    'a': {'kernel': nn.LogicallyPartitioned(shape(3, 8, 6), ('layers', 'embed', 'mlp'))},
+    'b': shape(2),
+  }
   params = sharding.parameter_shardings(made, boxed)
   kept = sharding.parameter_shardings(made, boxed, optimizer=True)
   assert params['a']['kernel'].spec == P(None, None, 'tensor') and params['b'].spec == P()
   plain = nn.meta.unbox(boxed)
   state = jax.eval_shape(optax.chain(optax.clip(1.0), optax.adamw(1e-3)).init, plain)
   where = sharding.optimizer_shardings(made.mesh, plain, kept, state)
-  specs = {jax.tree_util.keystr(path): found.spec for path, found in jax.tree_util.tree_leaves_with_path(where)}
-  assert [spec for path, spec in specs.items() if path.endswith("['kernel']")] == [P(None, ('data', 'fsdp'), 'tensor')] * 2
+  specs = {
+    jax.tree_util.keystr(path): found.spec
+    for path, found in jax.tree_util.tree_leaves_with_path(where)
+  }
+  assert [spec for path, spec in specs.items() if path.endswith("['kernel']")] == [
+    P(None, ('data', 'fsdp'), 'tensor')
+  ] * 2
   counts = [spec for path, spec in specs.items() if path.endswith('count')]
   assert counts and set(counts) == {P()}
 
 
-@pytest.mark.parametrize(('heads', 'kv_heads', 'tensor', 'repeated'), [
-    (8, 2, 4, 4), (8, 4, 4, 4), (8, 1, 8, 8), (12, 6, 4, 12), (6, 2, 4, 2)])
+@pytest.mark.parametrize(
+  ('heads', 'kv_heads', 'tensor', 'repeated'),
+  [(8, 2, 4, 4), (8, 4, 4, 4), (8, 1, 8, 8), (12, 6, 4, 12), (6, 2, 4, 2)],
+)
 def test_divisible_heads(heads, kv_heads, tensor, repeated):
   x = np.random.default_rng(0).normal(size=(1, 2, kv_heads, 3)).astype(np.float32)
   with sharding.use(layout(8, tensor=tensor)):

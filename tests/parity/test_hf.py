@@ -1,8 +1,9 @@
-"""Folders of Hugging Face's models, written by transformers and by us: the same logits, gradients and bytes on either side.
+"""Folders of Hugging Face's models, written by transformers and by us: the same logits, gradients
+and bytes on either side.
 
-The reference runs in float32 on the CPU with eager attention and no dropout; weights are random, norms and biases too, so that
-none can hide behind its initial value. Two rows, one of them padded. The gradients of transformers are read through the same map
-as its weights.
+The reference runs in float32 on the CPU with eager attention and no dropout; weights are random,
+norms and biases too, so that none can hide behind its initial value. Two rows, one of them padded.
+The gradients of transformers are read through the same map as its weights.
 """
 
 import dataclasses
@@ -26,27 +27,59 @@ transformers = pytest.importorskip('transformers')
 judge = pytest.importorskip('safetensors.torch')
 pytestmark = pytest.mark.parity
 
-FAMILIES = {kind: (name, family) for name, module in (('encoder', encoder), ('decoder', decoder))
-            for kind, family in module.HF.items()}
+FAMILIES = {
+  kind: (name, family)
+  for name, module in (('encoder', encoder), ('decoder', decoder))
+  for kind, family in module.HF.items()
+}
 MODELS = {'encoder': encoder.Model, 'decoder': decoder.Model}
 V, D, N, F, T, C = 60, 32, 4, 48, 12, 3
-THEIRS = dict(vocab_size=V, hidden_size=D, num_attention_heads=N, intermediate_size=F, num_hidden_layers=2,
-              max_position_embeddings=16, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-GPT2 = dict(vocab_size=V, n_embd=D, n_head=N, n_inner=F, n_layer=2, n_positions=16, pad_token_id=0, bos_token_id=1,
-            eos_token_id=2)
+THEIRS = dict(
+  vocab_size=V,
+  hidden_size=D,
+  num_attention_heads=N,
+  intermediate_size=F,
+  num_hidden_layers=2,
+  max_position_embeddings=16,
+  pad_token_id=0,
+  bos_token_id=1,
+  eos_token_id=2,
+)
+GPT2 = dict(
+  vocab_size=V,
+  n_embd=D,
+  n_head=N,
+  n_inner=F,
+  n_layer=2,
+  n_positions=16,
+  pad_token_id=0,
+  bos_token_id=1,
+  eos_token_id=2,
+)
 SEGMENTS = np.array([[1] * T, [1] * 8 + [0] * 4])
 TOKENS = np.where(SEGMENTS > 0, np.random.default_rng(0).integers(3, V, (2, T)), 0)
 TYPES = np.where(SEGMENTS > 0, np.arange(T)[None] // 5 % 2, 0)
-LLAMA3 = dict(rope_type='llama3', rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
+LLAMA3 = dict(
+  rope_type='llama3',
+  rope_theta=500.0,
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=32,
+)
 LINEAR = dict(rope_type='linear', rope_theta=10000.0, factor=2.0)
-NEOX = dict(rope_parameters=dict(rope_type='default', rope_theta=10000.0, partial_rotary_factor=1.0), use_parallel_residual=False,
-            hidden_act='gelu_new')
+NEOX = dict(
+  rope_parameters=dict(rope_type='default', rope_theta=10000.0, partial_rotary_factor=1.0),
+  use_parallel_residual=False,
+  hidden_act='gelu_new',
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-  """A class of transformers', its config, the heads that our network gets, and what more is looked at."""
+  """A class of transformers', its config, the heads that our network gets, and what more is looked
+  at.
+  """
 
   kind: str
   config: dict
@@ -57,36 +90,70 @@ class Case:
 
 
 def classifier(kind, config, heads=('pooler', 'classifier')):
-  return Case(f'{kind}ForSequenceClassification', config | dict(num_labels=C), heads, gradients=False)
+  return Case(
+    f'{kind}ForSequenceClassification', config | dict(num_labels=C), heads, gradients=False
+  )
 
 
 ESM = THEIRS | dict(position_embedding_type='rotary', emb_layer_norm_before=False)
 ROBERTA = THEIRS | dict(pad_token_id=1, max_position_embeddings=18, type_vocab_size=1)
 CASES = {
-    'bert': Case('BertForPreTraining', THEIRS, ('mlm', 'pooler', 'nsp'), types=True, shard='20KB'),
-    'bert_classifier': classifier('Bert', THEIRS | dict(hidden_act='relu')),
-    'bert_untied': Case('BertForMaskedLM', THEIRS | dict(tie_word_embeddings=False), ('mlm',), gradients=False),
-    'roberta': Case('RobertaForMaskedLM', ROBERTA, ('mlm',)),
-    'roberta_classifier': classifier('Roberta', ROBERTA),
-    'modernbert': Case('ModernBertForMaskedLM', THEIRS | dict(num_hidden_layers=4, local_attention=4), ('mlm',)),
-    'modernbert_biased': Case('ModernBertForMaskedLM', THEIRS | dict(
-        num_hidden_layers=5, local_attention=4, layer_types=['full_attention', 'sliding_attention'] * 2 + ['full_attention'],
-        attention_bias=True, mlp_bias=True, classifier_bias=True, norm_bias=True), ('mlm',), gradients=False),
-    'esm': Case('EsmForMaskedLM', ESM, ('mlm',)),
-    'esm_classifier': classifier('Esm', ESM),
-    'gpt2': Case('GPT2LMHeadModel', GPT2, shard='20KB'),
-    'gpt2_classifier': classifier('GPT2', GPT2, ('classifier',)),
-    'llama': Case('LlamaForCausalLM', THEIRS | dict(num_key_value_heads=2, rope_parameters=LLAMA3, tie_word_embeddings=True,
-                                                    max_position_embeddings=64)),
-    'llama_untied': Case('LlamaForCausalLM', THEIRS | dict(rope_parameters=LINEAR, attention_bias=True, mlp_bias=True)),
-    'llama_classifier': classifier('Llama', THEIRS, ('classifier',)),
-    'mistral': Case('MistralForCausalLM', THEIRS | dict(num_key_value_heads=2, head_dim=8, sliding_window=4)),
-    'qwen2': Case('Qwen2ForCausalLM', THEIRS | dict(num_key_value_heads=2)),
-    'qwen3': Case('Qwen3ForCausalLM', THEIRS | dict(num_key_value_heads=2, head_dim=16)),
-    'gpt_neox': Case('GPTNeoXForCausalLM', THEIRS | NEOX),
+  'bert': Case('BertForPreTraining', THEIRS, ('mlm', 'pooler', 'nsp'), types=True, shard='20KB'),
+  'bert_classifier': classifier('Bert', THEIRS | dict(hidden_act='relu')),
+  'bert_untied': Case(
+    'BertForMaskedLM', THEIRS | dict(tie_word_embeddings=False), ('mlm',), gradients=False
+  ),
+  'roberta': Case('RobertaForMaskedLM', ROBERTA, ('mlm',)),
+  'roberta_classifier': classifier('Roberta', ROBERTA),
+  'modernbert': Case(
+    'ModernBertForMaskedLM', THEIRS | dict(num_hidden_layers=4, local_attention=4), ('mlm',)
+  ),
+  'modernbert_biased': Case(
+    'ModernBertForMaskedLM',
+    THEIRS
+    | dict(
+      num_hidden_layers=5,
+      local_attention=4,
+      layer_types=['full_attention', 'sliding_attention'] * 2 + ['full_attention'],
+      attention_bias=True,
+      mlp_bias=True,
+      classifier_bias=True,
+      norm_bias=True,
+    ),
+    ('mlm',),
+    gradients=False,
+  ),
+  'esm': Case('EsmForMaskedLM', ESM, ('mlm',)),
+  'esm_classifier': classifier('Esm', ESM),
+  'gpt2': Case('GPT2LMHeadModel', GPT2, shard='20KB'),
+  'gpt2_classifier': classifier('GPT2', GPT2, ('classifier',)),
+  'llama': Case(
+    'LlamaForCausalLM',
+    THEIRS
+    | dict(
+      num_key_value_heads=2,
+      rope_parameters=LLAMA3,
+      tie_word_embeddings=True,
+      max_position_embeddings=64,
+    ),
+  ),
+  'llama_untied': Case(
+    'LlamaForCausalLM', THEIRS | dict(rope_parameters=LINEAR, attention_bias=True, mlp_bias=True)
+  ),
+  'llama_classifier': classifier('Llama', THEIRS, ('classifier',)),
+  'mistral': Case(
+    'MistralForCausalLM', THEIRS | dict(num_key_value_heads=2, head_dim=8, sliding_window=4)
+  ),
+  'qwen2': Case('Qwen2ForCausalLM', THEIRS | dict(num_key_value_heads=2)),
+  'qwen3': Case('Qwen3ForCausalLM', THEIRS | dict(num_key_value_heads=2, head_dim=16)),
+  'gpt_neox': Case('GPTNeoXForCausalLM', THEIRS | NEOX),
 }
-AUTO = {'PreTraining': transformers.AutoModelForPreTraining, 'MaskedLM': transformers.AutoModelForMaskedLM,
-        'SequenceClassification': transformers.AutoModelForSequenceClassification, 'LM': transformers.AutoModelForCausalLM}
+AUTO = {
+  'PreTraining': transformers.AutoModelForPreTraining,
+  'MaskedLM': transformers.AutoModelForMaskedLM,
+  'SequenceClassification': transformers.AutoModelForSequenceClassification,
+  'LM': transformers.AutoModelForCausalLM,
+}
 
 
 class Network(nn.Module):
@@ -101,29 +168,49 @@ class Network(nn.Module):
     if 'mlm' in self.heads:
       h_BTD, bias_V = self.heads['mlm'](x_BTD)
       logits['mlm'] = self.model.logits(h_BTD) + bias_V[None, None]
-    pooled_BD = self.heads['pooler'](x_BTD[:, 0]) if 'pooler' in self.heads else x_BTD[np.arange(2), SEGMENTS.sum(1) - 1]
-    logits |= {name: self.heads[name](pooled_BD) for name in ('nsp', 'classifier') if name in self.heads}
+    pooled_BD = (
+      self.heads['pooler'](x_BTD[:, 0])
+      if 'pooler' in self.heads
+      else x_BTD[np.arange(2), SEGMENTS.sum(1) - 1]
+    )
+    logits |= {
+      name: self.heads[name](pooled_BD) for name in ('nsp', 'classifier') if name in self.heads
+    }
     return logits or {'clm': self.model.logits(x_BTD)}
 
 
 def network(model, names):
-  made = {'mlm': heads.MLMHead(model.options, model.vocab_size), 'pooler': heads.Pooler(model.options),
-          'nsp': heads.PairHead(model.options), 'classifier': heads.ClassifierHead(model.options, C, bias=not model.causal)}
+  made = {
+    'mlm': heads.MLMHead(model.options, model.vocab_size),
+    'pooler': heads.Pooler(model.options),
+    'nsp': heads.PairHead(model.options),
+    'classifier': heads.ClassifierHead(model.options, C, bias=not model.causal),
+  }
   return Network(model, {name: made[name] for name in names})
 
 
 def abstract(net):
-  return tree.flatten(jax.eval_shape(lambda: nn.unbox(net.init(jax.random.key(0), jnp.asarray(TOKENS))))['params'])
+  return tree.flatten(
+    jax.eval_shape(lambda: nn.unbox(net.init(jax.random.key(0), jnp.asarray(TOKENS))))['params']
+  )
 
 
 def logits(net, params, types=False):
-  return net.apply({'params': tree.nest(params)}, TOKENS, segments_BT=jnp.asarray(SEGMENTS),
-                   token_types_BT=jnp.asarray(TYPES) if types else None)
+  return net.apply(
+    {'params': tree.nest(params)},
+    TOKENS,
+    segments_BT=jnp.asarray(SEGMENTS),
+    token_types_BT=jnp.asarray(TYPES) if types else None,
+  )
 
 
 def compiled(function, *args):
   """What a jitted function gives, compiled with little care."""
-  quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True, 'xla_cpu_use_fusion_emitters': False}
+  quick = {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+    'xla_cpu_use_fusion_emitters': False,
+  }
   return jax.jit(function).lower(*args).compile(quick)(*args)
 
 
@@ -142,22 +229,34 @@ def run(reference, types=False):
   kind = type(reference).__name__
   if 'Roberta' in kind:  # it counts padding by the id, and id 1 is an ordinary token here
     inputs['position_ids'] = torch.arange(T).repeat(2, 1) + reference.config.pad_token_id + 1
-  said = reference(input_ids=torch.tensor(TOKENS), attention_mask=torch.tensor(np.int64(SEGMENTS > 0)), **inputs)
+  said = reference(
+    input_ids=torch.tensor(TOKENS), attention_mask=torch.tensor(np.int64(SEGMENTS > 0)), **inputs
+  )
   if 'PreTraining' in kind:
     return {'mlm': said.prediction_logits, 'nsp': said.seq_relationship_logits}
-  return {'mlm' if 'MaskedLM' in kind else 'classifier' if 'Classification' in kind else 'clm': said.logits}
+  return {
+    'mlm'
+    if 'MaskedLM' in kind
+    else 'classifier'
+    if 'Classification' in kind
+    else 'clm': said.logits
+  }
 
 
 def opened(folder, kind, **options):
   """What transformers' Auto class for the head makes of a folder, and what it says of the tensors."""
   auto = next(auto for head, auto in AUTO.items() if head in kind)
-  reference, report = auto.from_pretrained(folder, attn_implementation='eager', output_loading_info=True, **options)
+  reference, report = auto.from_pretrained(
+    folder, attn_implementation='eager', output_loading_info=True, **options
+  )
   return reference.eval(), report
 
 
 @pytest.fixture(scope='module', params=CASES)
 def made(request, tmp_path_factory):
-  """Of each case: their model and its folder, our network and the shapes of its parameters, and what was read."""
+  """Of each case: their model and its folder, our network and the shapes of its parameters, and
+  what was read.
+  """
   case = CASES[request.param]
   kind = getattr(transformers, case.kind)
   reference = randomised(kind(kind.config_class(**case.config, attn_implementation='eager')))
@@ -167,17 +266,30 @@ def made(request, tmp_path_factory):
   name = options.pop('name')
   net = network(MODELS[name](**options | dict(dropout=0.0, attention_dropout=0.0)), case.heads)
   shapes = abstract(net)
-  return types.SimpleNamespace(case=case, reference=reference, folder=folder, name=name, net=net, shapes=shapes,
-                               loaded=hf.load(folder, FAMILIES, shapes))
+  return types.SimpleNamespace(
+    case=case,
+    reference=reference,
+    folder=folder,
+    name=name,
+    net=net,
+    shapes=shapes,
+    loaded=hf.load(folder, FAMILIES, shapes),
+  )
 
 
 def files(folder):
-  """The tensors of a folder by the names of today, as the reference implementation of the format reads them."""
+  """The tensors of a folder by the names of today, as the reference implementation of the format
+  reads them.
+  """
   found = {}
   for file in sorted(folder.glob('*.safetensors')):
     found |= judge.load_file(file)
-  return {name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias'): value
-          for name, value in found.items()}
+  return {
+    name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace(
+      'LayerNorm.beta', 'LayerNorm.bias'
+    ): value
+    for name, value in found.items()
+  }
 
 
 def constant(name):
@@ -204,24 +316,34 @@ def loss(net, params, types):
 def their_gradients(made, theirs, folder):
   """The gradients of the same sum in their model, through a folder, as ours."""
   made.reference.zero_grad()
-  sum(torch.sum(torch.log_softmax(x, -1) * torch.tensor(weights(x))) for x in theirs.values()).backward()
-  gradients = {name: torch.zeros_like(value) if value.grad is None else value.grad
-               for name, value in made.reference.named_parameters()}
-  judge.save_file({name: value.contiguous().clone() for name, value in gradients.items()}, folder / 'model.safetensors')
+  sum(
+    torch.sum(torch.log_softmax(x, -1) * torch.tensor(weights(x))) for x in theirs.values()
+  ).backward()
+  gradients = {
+    name: torch.zeros_like(value) if value.grad is None else value.grad
+    for name, value in made.reference.named_parameters()
+  }
+  judge.save_file(
+    {name: value.contiguous().clone() for name, value in gradients.items()},
+    folder / 'model.safetensors',
+  )
   shutil.copy(made.folder / 'config.json', folder)
   return hf.load(folder, FAMILIES, made.shapes).params
 
 
 def test_logits_and_gradients(made, tmp_path):
   assert made.loaded.new == ()
-  assert all('pooler' in name or 'embeddings.position_embeddings' in name for name in made.loaded.unused)
+  assert all(
+    'pooler' in name or 'embeddings.position_embeddings' in name for name in made.loaded.unused
+  )
   theirs = run(made.reference, made.case.types)
   if made.case.gradients:
     grad = jax.grad(lambda params: loss(made.net, params, made.case.types), has_aux=True)
     grads, ours = compiled(grad, made.loaded.params)
     expected = their_gradients(made, theirs, tmp_path)
     for path, found in grads.items():
-      # A key's bias moves all scores of a query alike: its gradient is zero but for rounding, hence the floor.
+      # A key's bias moves all scores of a query alike: its gradient is zero but for rounding, hence
+      # the floor.
       error, size = np.abs(found - expected[path]).max(), max(np.abs(expected[path]).max(), 1e-3)
       assert error < 1e-3 * size, (path, error, size)
   else:
@@ -233,31 +355,49 @@ def test_logits_and_gradients(made, tmp_path):
 
 
 def test_bfloat16(made, tmp_path):
-  """A bfloat16 file keeps its values in float32 parameters; with them our bfloat16 is near to their float32."""
-  judge.save_file({name: value.to(torch.bfloat16) for name, value in files(made.folder).items()}, tmp_path / 'model.safetensors')
+  """A bfloat16 file keeps its values in float32 parameters; with them our bfloat16 is near to their
+  float32.
+  """
+  judge.save_file(
+    {name: value.to(torch.bfloat16) for name, value in files(made.folder).items()},
+    tmp_path / 'model.safetensors',
+  )
   shutil.copy(made.folder / 'config.json', tmp_path)
   params = hf.load(tmp_path, FAMILIES, made.shapes).params
   for path, value in params.items():
     assert value.dtype == jnp.float32
-    np.testing.assert_array_equal(value, np.asarray(made.loaded.params[path]).astype(jnp.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(
+      value, np.asarray(made.loaded.params[path]).astype(jnp.bfloat16).astype(np.float32)
+    )
   if not made.case.gradients:
     return
   half = made.net.clone(model=made.net.model.clone(dtype='bfloat16'))
   ours = compiled(lambda params: logits(half, params, made.case.types), params)
-  for name, x in run(opened(tmp_path, made.case.kind, dtype=torch.float32)[0], made.case.types).items():
+  for name, x in run(
+    opened(tmp_path, made.case.kind, dtype=torch.float32)[0], made.case.types
+  ).items():
     x = real(x.detach())
     assert np.abs(real(ours[name]) - x).max() < 2e-2 * max(np.abs(x).max(), 1.0)
 
 
 def test_round_trips(made, tmp_path):
-  """Their tensors, ours, and theirs again are the same to the bit; what they make of our folder is what it was."""
+  """Their tensors, ours, and theirs again are the same to the bit; what they make of our folder is
+  what it was.
+  """
   target = tmp_path / 'out'
   pad = {'pad_token_id': made.reference.config.pad_token_id}
-  assert hf.save(target, FAMILIES, made.name, made.net.model, made.loaded.params, shard_bytes=20_000, extra=pad) == ()
+  assert (
+    hf.save(
+      target, FAMILIES, made.name, made.net.model, made.loaded.params, shard_bytes=20_000, extra=pad
+    )
+    == ()
+  )
   theirs, ours = files(made.folder), files(target)
   state = made.reference.state_dict()
   for name in ours:
-    if made.net.model.tied or name != 'cls.predictions.bias':  # which an untied BERT has, and does not read
+    if (
+      made.net.model.tied or name != 'cls.predictions.bias'
+    ):  # which an untied BERT has, and does not read
       assert torch.equal(ours[name], theirs[name] if name in theirs else state[name]), name
   assert all(name in made.loaded.unused or constant(name) for name in set(theirs) - set(ours))
   again = hf.load(target, FAMILIES, made.shapes).params
@@ -270,9 +410,16 @@ def test_round_trips(made, tmp_path):
     assert torch.equal(run(reference, made.case.types)[name], x)
 
 
-@pytest.mark.parametrize(('made', 'change'), [
-    ('mistral', dict(window=5)), ('modernbert', dict(window=6)), ('llama', dict(rope_scaling=(8.0, 1.0, 4.0, 16.0))),
-    ('llama_untied', dict(rope_scaling=None))], indirect=['made'])
+@pytest.mark.parametrize(
+  ('made', 'change'),
+  [
+    ('mistral', dict(window=5)),
+    ('modernbert', dict(window=6)),
+    ('llama', dict(rope_scaling=(8.0, 1.0, 4.0, 16.0))),
+    ('llama_untied', dict(rope_scaling=None)),
+  ],
+  indirect=['made'],
+)
 def test_the_comparison_can_fail(made, change):
   other = made.net.clone(model=made.net.model.clone(**change))
   ours = compiled(lambda params: logits(other, params), made.loaded.params)
@@ -282,13 +429,18 @@ def test_the_comparison_can_fail(made, change):
 
 TINY = dict(vocab_size=V, dim=D, heads=N, mlp_dim=F, max_len=16, dropout=0.0, attention_dropout=0.0)
 OURS = {
-    'bert_tiny': ('encoder', dict(layers=3), ('mlm',), 'EsmForMaskedLM'),
-    'bert_base': ('encoder', dict(layers=2), ('mlm', 'pooler', 'nsp'), 'BertForPreTraining'),
-    'roberta_base': ('encoder', dict(layers=2), ('mlm',), 'BertForMaskedLM'),  # for its pad id is 0 here, and its places from 0
-    'modernbert_base': ('encoder', dict(layers=4, window=4), ('mlm',), 'ModernBertForMaskedLM'),
-    'gpt_tiny': ('decoder', dict(layers=3), (), 'GPTNeoXForCausalLM'),
-    'gpt2_small': ('decoder', dict(layers=2), (), 'GPT2LMHeadModel'),
-    'llama_tiny': ('decoder', dict(layers=3, kv_heads=2), (), 'LlamaForCausalLM'),
+  'bert_tiny': ('encoder', dict(layers=3), ('mlm',), 'EsmForMaskedLM'),
+  'bert_base': ('encoder', dict(layers=2), ('mlm', 'pooler', 'nsp'), 'BertForPreTraining'),
+  'roberta_base': (
+    'encoder',
+    dict(layers=2),
+    ('mlm',),
+    'BertForMaskedLM',
+  ),  # for its pad id is 0 here, and its places from 0
+  'modernbert_base': ('encoder', dict(layers=4, window=4), ('mlm',), 'ModernBertForMaskedLM'),
+  'gpt_tiny': ('decoder', dict(layers=3), (), 'GPTNeoXForCausalLM'),
+  'gpt2_small': ('decoder', dict(layers=2), (), 'GPT2LMHeadModel'),
+  'llama_tiny': ('decoder', dict(layers=3, kv_heads=2), (), 'LlamaForCausalLM'),
 }
 
 
@@ -298,11 +450,27 @@ def test_models_from_scratch(variant, tmp_path):
   module = {'encoder': encoder, 'decoder': decoder}[name]
   net = network(MODELS[name](**module.VARIANTS[variant] | TINY | changes), heads_)
   rng = np.random.default_rng(0)
-  params = {path: (rng.normal(size=leaf.shape) * 0.15 + path.endswith('scale')).astype(np.float32)
-            for path, leaf in abstract(net).items()}
-  assert hf.save(tmp_path / 'out', FAMILIES, name, net.model, params, extra={'pad_token_id': 0, 'eos_token_id': 2}) == ()
+  params = {
+    path: (rng.normal(size=leaf.shape) * 0.15 + path.endswith('scale')).astype(np.float32)
+    for path, leaf in abstract(net).items()
+  }
+  assert (
+    hf.save(
+      tmp_path / 'out',
+      FAMILIES,
+      name,
+      net.model,
+      params,
+      extra={'pad_token_id': 0, 'eos_token_id': 2},
+    )
+    == ()
+  )
   reference, report = opened(tmp_path / 'out', kind)
-  assert type(reference).__name__ == kind and reference.config.eos_token_id == 2 and reference.config.pad_token_id == 0
+  assert (
+    type(reference).__name__ == kind
+    and reference.config.eos_token_id == 2
+    and reference.config.pad_token_id == 0
+  )
   assert not report['unexpected_keys'] and all(constant(name) for name in report['missing_keys'])
   ours = compiled(lambda params: logits(net, params), params)
   for name, x in run(reference).items():
@@ -314,22 +482,38 @@ def test_checkpoints_without_heads(tmp_path):
   """Names without prefix, a projection that is not there, a head that is new."""
   reference = transformers.BertModel(transformers.BertConfig(**THEIRS))
   reference.save_pretrained(tmp_path / 'bert')
-  net = network(encoder.Model(**{k: v for k, v in hf.model_options(tmp_path / 'bert', FAMILIES).items() if k != 'name'}),
-                ('mlm', 'pooler', 'nsp'))
+  net = network(
+    encoder.Model(
+      **{k: v for k, v in hf.model_options(tmp_path / 'bert', FAMILIES).items() if k != 'name'}
+    ),
+    ('mlm', 'pooler', 'nsp'),
+  )
   loaded = hf.load(tmp_path / 'bert', FAMILIES, abstract(net))
-  assert loaded.unused == () and {path.split('/')[0] for path in loaded.new} == {'heads_mlm', 'heads_nsp'}
+  assert loaded.unused == () and {path.split('/')[0] for path in loaded.new} == {
+    'heads_mlm',
+    'heads_nsp',
+  }
   kernel = reference.encoder.layer[1].attention.self.query.weight.detach().numpy()
-  np.testing.assert_array_equal(loaded.params['model/stack/layers/block/attention/query/kernel'][1].reshape(D, D), kernel.T)
+  np.testing.assert_array_equal(
+    loaded.params['model/stack/layers/block/attention/query/kernel'][1].reshape(D, D), kernel.T
+  )
   transformers.LlamaModel(transformers.LlamaConfig(**THEIRS)).save_pretrained(tmp_path / 'llama')
-  net = network(decoder.Model(**{k: v for k, v in hf.model_options(tmp_path / 'llama', FAMILIES).items() if k != 'name'}), ())
+  net = network(
+    decoder.Model(
+      **{k: v for k, v in hf.model_options(tmp_path / 'llama', FAMILIES).items() if k != 'name'}
+    ),
+    (),
+  )
   assert hf.load(tmp_path / 'llama', FAMILIES, abstract(net)).new == ('model/output/kernel',)
 
 
 def test_heads_that_are_not_asked_for(tmp_path):
   reference = transformers.BertForPreTraining(transformers.BertConfig(**THEIRS))
   reference.save_pretrained(tmp_path)
-  net = network(encoder.Model(**{k: v for k, v in hf.model_options(tmp_path, FAMILIES).items() if k != 'name'}),
-                ('pooler', 'classifier'))
+  net = network(
+    encoder.Model(**{k: v for k, v in hf.model_options(tmp_path, FAMILIES).items() if k != 'name'}),
+    ('pooler', 'classifier'),
+  )
   loaded = hf.load(tmp_path, FAMILIES, abstract(net))
   assert {path.split('/')[0] for path in loaded.new} == {'heads_classifier'}
   assert all(name.startswith('cls.') for name in loaded.unused) and len(loaded.unused) == 7

@@ -1,4 +1,6 @@
-"""Our reader and writer against the reference implementation: of a damaged file we read what it reads, or raise a ValueError."""
+"""Our reader and writer against the reference implementation: of a damaged file we read what it
+reads, or raise a ValueError.
+"""
 
 import json
 
@@ -12,14 +14,23 @@ from llm_jax.hf import safetensors
 judge = pytest.importorskip('safetensors')
 pytestmark = pytest.mark.parity
 
-ARRAYS = {'a': np.arange(6, dtype=np.float32).reshape(2, 3), 'b': np.arange(3, dtype=np.float16), 'c': np.zeros((2, 0), np.int64),
-          'd': np.arange(4, dtype=np.uint8), 'e': np.arange(2.0)}  # at a place that its size does not divide
+ARRAYS = {
+  'a': np.arange(6, dtype=np.float32).reshape(2, 3),
+  'b': np.arange(3, dtype=np.float16),
+  'c': np.zeros((2, 0), np.int64),
+  'd': np.arange(4, dtype=np.uint8),
+  'e': np.arange(2.0),
+}  # at a place that its size does not divide
 
 
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
   path = tmp_path_factory.mktemp('whole') / 'x.safetensors'
-  safetensors.write(str(path), {name: (array.dtype, array.shape) for name, array in ARRAYS.items()}, ARRAYS.__getitem__)
+  safetensors.write(
+    str(path),
+    {name: (array.dtype, array.shape) for name, array in ARRAYS.items()},
+    ARRAYS.__getitem__,
+  )
   return path
 
 
@@ -27,7 +38,9 @@ def ours(path):
   """Type, shape and bytes of each array; None where the file is refused."""
   try:
     found = safetensors.read(str(path))
-    return {name: (found[name].dtype, found[name].shape, found.view(name).tobytes()) for name in found}
+    return {
+      name: (found[name].dtype, found[name].shape, found.view(name).tobytes()) for name in found
+    }
   except ValueError:
     return None
 
@@ -37,7 +50,10 @@ def theirs(content):
     found = judge.deserialize(content)
   except judge.SafetensorError:
     return None
-  return {name: (safetensors.DTYPES.get(said['dtype']), tuple(said['shape']), bytes(said['data'])) for name, said in found}
+  return {
+    name: (safetensors.DTYPES.get(said['dtype']), tuple(said['shape']), bytes(said['data']))
+    for name, said in found
+  }
 
 
 def check(path, content):
@@ -63,17 +79,31 @@ def test_a_changed_byte(whole, tmp_path_factory, place, value):
   check(tmp_path_factory.getbasetemp() / 'flipped', bytes(content))
 
 
-NUMBERS = st.one_of(st.integers(-1, 30), st.sampled_from([2**31, 2**63, 2**64, 10**400, 1.0, True, None, '2']))
-ENTRY = st.fixed_dictionaries({'dtype': st.sampled_from(['F32', 'F16', 'U8', 'BOOL', 'F31', 1]),
-                               'shape': st.lists(NUMBERS, max_size=3), 'data_offsets': st.lists(NUMBERS, min_size=1, max_size=3)})
+NUMBERS = st.one_of(
+  st.integers(-1, 30), st.sampled_from([2**31, 2**63, 2**64, 10**400, 1.0, True, None, '2'])
+)
+ENTRY = st.fixed_dictionaries(
+  {
+    'dtype': st.sampled_from(['F32', 'F16', 'U8', 'BOOL', 'F31', 1]),
+    'shape': st.lists(NUMBERS, max_size=3),
+    'data_offsets': st.lists(NUMBERS, min_size=1, max_size=3),
+  }
+)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(header=st.dictionaries(st.sampled_from(['a', 'b', '', '__metadata__']), ENTRY | NUMBERS, max_size=3),
-       size=st.integers(0, 30), tail=st.sampled_from(['', ' ', '}', '\n', '\x00']))
+@given(
+  header=st.dictionaries(
+    st.sampled_from(['a', 'b', '', '__metadata__']), ENTRY | NUMBERS, max_size=3
+  ),
+  size=st.integers(0, 30),
+  tail=st.sampled_from(['', ' ', '}', '\n', '\x00']),
+)
 def test_made_up_headers(tmp_path_factory, header, size, tail):
   text = (json.dumps(header) + tail).encode()
-  check(tmp_path_factory.getbasetemp() / 'made', len(text).to_bytes(8, 'little') + text + bytes(size))
+  check(
+    tmp_path_factory.getbasetemp() / 'made', len(text).to_bytes(8, 'little') + text + bytes(size)
+  )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -16,7 +16,9 @@ TOKENIZER = byte.create()
 
 def program(small, module, seq_len=64, batch_size=4, vocab_size=None, devices=None, **model):
   tree = module.get_config().to_dict()
-  parsed = config.parse(tree | dict(seq_len=seq_len, batch_size=batch_size, model=tree['model'] | model))
+  parsed = config.parse(
+    tree | dict(seq_len=seq_len, batch_size=batch_size, model=tree['model'] | model)
+  )
   parsed = build.resolve(parsed, vocab_size or TOKENIZER.vocab_size, ('a', 'b'))
   objective = build.create_objective(parsed, TOKENIZER)
   documents = small.random_documents([500, 300], vocab_size=TOKENIZER.vocab_size)
@@ -39,24 +41,43 @@ def test_building_allocates_nothing(small):
   assert all(leaf.sharding is not None for leaf in jax.tree.leaves(made.state))
 
 
-@pytest.mark.parametrize(('module', 'model'), [
-    (bert_tiny, dict(vocab_size=4096)), (gpt_tiny, dict(vocab_size=4096)),
+@pytest.mark.parametrize(
+  ('module', 'model'),
+  [
+    (bert_tiny, dict(vocab_size=4096)),
+    (gpt_tiny, dict(vocab_size=4096)),
     (bert_tiny, dict(variant='bert_base', layers=2, vocab_size=30522)),
-    (gpt_tiny, dict(variant='gpt2_small', layers=2, vocab_size=50257))])
+    (gpt_tiny, dict(variant='gpt2_small', layers=2, vocab_size=50257)),
+  ],
+)
 def test_loss_at_initialisation_is_that_of_an_even_guess(small, module, model):
   made, example = program(small, module, **model)
   state = made.init(0)
   pairs = made.eval_step(state.params, made.put(stack(example, 4)))
-  (value, weight), = (pairs[name] for name in made.objective.terms)
+  ((value, weight),) = (pairs[name] for name in made.objective.terms)
   assert float(value / weight) == pytest.approx(math.log(model['vocab_size']), rel=0.03)
 
 
 @pytest.mark.parametrize('module', [bert_tiny, gpt_tiny])
 def test_model_flops_are_those_that_the_compiler_counts(small, module):
-  """Unrolled, without remat, XLA counts every product; it also counts what is not a product, and causal attention whole."""
-  made, example = program(small, module, seq_len=128, batch_size=8, vocab_size=4096, dim=256, mlp_dim=1024, heads=4, unroll=0,
-                          attention_dropout=0.0)
-  batch = {key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in stack(example, 8).items()}
+  """Unrolled, without remat, XLA counts every product; it also counts what is not a product, and
+  causal attention whole.
+  """
+  made, example = program(
+    small,
+    module,
+    seq_len=128,
+    batch_size=8,
+    vocab_size=4096,
+    dim=256,
+    mlp_dim=1024,
+    heads=4,
+    unroll=0,
+    attention_dropout=0.0,
+  )
+  batch = {
+    key: jax.ShapeDtypeStruct(value.shape, value.dtype) for key, value in stack(example, 8).items()
+  }
   run = jax.jit(functools.partial(step.gradient, network=made.network), static_argnums=2)
   counted = run.lower(made.state.params, batch, None).compile().cost_analysis()['flops']
   assert made.flops == pytest.approx(counted, rel=0.08)
@@ -64,8 +85,9 @@ def test_model_flops_are_those_that_the_compiler_counts(small, module):
 
 def test_micro_batches_keep_the_tokens_at_once_moderate(small):
   choose = lambda **changes: build._micro_batches(
-      dataclasses.replace(config.parse(bert_tiny.get_config().to_dict()), **changes), jax.sharding.Mesh(
-          np.array(jax.devices()[:1]).reshape(1, 1, 1), ('data', 'fsdp', 'tensor')))
+    dataclasses.replace(config.parse(bert_tiny.get_config().to_dict()), **changes),
+    jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ('data', 'fsdp', 'tensor')),
+  )
   assert choose(micro_batches=None, batch_size=256, seq_len=512) == 64
   assert choose(micro_batches=None, batch_size=8, seq_len=128) == 1
   assert choose(micro_batches=None, batch_size=7, seq_len=4096) == 7
@@ -83,10 +105,18 @@ def test_published_shapes_go_under_what_the_config_says():
 
 def test_classes_reach_the_objective_that_takes_them():
   parsed = config.parse(classify.get_config().to_dict())
-  assert build.class_names(parsed) is None and build.collect_classes(parsed, ['b', 'a', 'b']) == ('a', 'b')
+  assert build.class_names(parsed) is None and build.collect_classes(parsed, ['b', 'a', 'b']) == (
+    'a',
+    'b',
+  )
   resolved = build.resolve(parsed, 263, ('a', 'b'))
-  assert build.class_names(resolved) == ('a', 'b') and build.predictor_section(resolved)['classes'] == ('a', 'b')
+  assert build.class_names(resolved) == ('a', 'b') and build.predictor_section(resolved)[
+    'classes'
+  ] == ('a', 'b')
   regression = dataclasses.replace(parsed, objective=parsed.objective | {'task': 'regression'})
-  assert build.collect_classes(regression, [1.0]) is None and 'classes' not in build.resolve(regression, 263, None).objective
+  assert (
+    build.collect_classes(regression, [1.0]) is None
+    and 'classes' not in build.resolve(regression, 263, None).objective
+  )
   with pytest.raises(ValueError, match='the objective mlm gives no labels.*--config.init_from'):
     build.predictor_section(config.parse(bert_tiny.get_config().to_dict()))

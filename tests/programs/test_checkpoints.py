@@ -19,15 +19,27 @@ from llm_jax.core.state import TrainState
 from llm_jax.programs import checkpoints as checkpoint
 from llm_jax.programs.checkpoints import Checkpoints
 
-META = {'config': {'steps': 10}, 'tokenizer': {'tokenizer.model': 'AAEC'}, 'patience': [1, None, 2.5]}
+META = {
+  'config': {'steps': 10},
+  'tokenizer': {'tokenizer.model': 'AAEC'},
+  'patience': [1, None, 2.5],
+}
 
 
 def state(step, seed=0):
   rng = np.random.default_rng(seed)
-  params = {'model': {'layers': {'block': {'kernel': jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32)}},
-                      'norm': {'scale': jnp.asarray(rng.normal(size=8), jnp.bfloat16)}}}
-  tx = optax.partition({'a': optax.adam(1e-3), 'b': optax.sgd(1.0)}, {'model': {'layers': 'a', 'norm': 'b'}})
-  return TrainState(step=jnp.int32(step), params=params, opt_state=tx.init(params), rng=jax.random.PRNGKey(step))
+  params = {
+    'model': {
+      'layers': {'block': {'kernel': jnp.asarray(rng.normal(size=(2, 8, 16)), jnp.float32)}},
+      'norm': {'scale': jnp.asarray(rng.normal(size=8), jnp.bfloat16)},
+    }
+  }
+  tx = optax.partition(
+    {'a': optax.adam(1e-3), 'b': optax.sgd(1.0)}, {'model': {'layers': 'a', 'norm': 'b'}}
+  )
+  return TrainState(
+    step=jnp.int32(step), params=params, opt_state=tx.init(params), rng=jax.random.PRNGKey(step)
+  )
 
 
 def abstract(value):
@@ -55,7 +67,9 @@ def opened(tmp_path):
 
 def fill(checkpoints, steps, losses=None):
   for step in steps:
-    assert checkpoints.save(step, state(step, seed=step), 10 * step, META, losses and {'loss': losses[step]})
+    assert checkpoints.save(
+      step, state(step, seed=step), 10 * step, META, losses and {'loss': losses[step]}
+    )
   checkpoints.wait()
 
 
@@ -64,8 +78,13 @@ def child(code, *arguments, **environment):
   here = pathlib.Path(__file__)
   prelude = f'import sys; sys.path.insert(0, {str(here.parents[1])!r}); sys.path.insert(0, {str(here.parent)!r})\n'
   program = prelude + 'from test_checkpoint import *\n' + textwrap.dedent(code)
-  return subprocess.run([sys.executable, '-c', program, *map(str, arguments)], capture_output=True, text=True, timeout=120,
-                        env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment)
+  return subprocess.run(
+    [sys.executable, '-c', program, *map(str, arguments)],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'} | environment,
+  )
 
 
 def test_round_trip_is_exact(opened):
@@ -80,7 +99,9 @@ def test_round_trip_is_exact(opened):
 
 def test_a_step_is_saved_once(opened):
   checkpoints = opened()
-  assert checkpoints.save(25, state(25), 0, META) and not checkpoints.save(25, state(25, seed=1), 0, META)
+  assert checkpoints.save(25, state(25), 0, META) and not checkpoints.save(
+    25, state(25, seed=1), 0, META
+  )
   checkpoints.wait()
   assert checkpoints.steps() == [25]
   assert_same(checkpoints.restore(abstract(state(0))).state, state(25))
@@ -113,7 +134,7 @@ def test_donated_buffers_are_safe(opened):
 def damages(path):
   """Ways to damage a file: cut short, gone, one bit changed."""
   content = path.read_bytes()
-  yield lambda p: p.write_bytes(content[:len(content) // 2])
+  yield lambda p: p.write_bytes(content[: len(content) // 2])
   yield lambda p: p.unlink()
   yield lambda p: p.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
@@ -124,7 +145,9 @@ def test_damage_to_any_file_falls_back_to_the_one_before(opened, tmp_path, monke
   errors = []
   monkeypatch.setattr(logging, 'error', lambda message, *args: errors.append(message % args))
   names = [path.relative_to(whole) for path in sorted((whole / '2').rglob('*')) if path.is_file()]
-  assert len(names) > 8 and {'2/seal.json', '2/meta/metadata', '2/state/_METADATA'} <= set(map(str, names))
+  assert len(names) > 8 and {'2/seal.json', '2/meta/metadata', '2/state/_METADATA'} <= set(
+    map(str, names)
+  )
   for name in names:
     for damage in damages(whole / name):
       copy = tmp_path / 'copy'
@@ -134,7 +157,9 @@ def test_damage_to_any_file_falls_back_to_the_one_before(opened, tmp_path, monke
       assert restored.step == 1, name
       assert_same(restored.state, state(1, seed=1))
       lost_seal = name.name == 'seal.json' and not (copy / 'damaged').exists()
-      assert (copy / ('unfinished' if lost_seal else 'damaged') / '2').is_dir() and not (copy / '2').exists()
+      assert (copy / ('unfinished' if lost_seal else 'damaged') / '2').is_dir() and not (
+        copy / '2'
+      ).exists()
       assert len(errors) == 1 and 'CHECKPOINT OF STEP 2 IS NOT USED' in errors.pop()
       shutil.rmtree(copy)
   assert opened().restore(abstract(state(0))).step == 2
@@ -161,31 +186,52 @@ def test_a_second_damaged_checkpoint_of_a_step_has_a_place_too(opened, tmp_path)
 
 def test_another_model_is_a_mismatch_and_not_damage(opened, tmp_path):
   fill(opened(), [1, 2])
-  params = {'model': {'layers': {'block': {'kernel': jnp.zeros((2, 8, 32))}}, 'extra': {'scale': jnp.zeros(3)}}}
+  params = {
+    'model': {
+      'layers': {'block': {'kernel': jnp.zeros((2, 8, 32))}},
+      'extra': {'scale': jnp.zeros(3)},
+    }
+  }
   wanted = abstract(state(0).replace(params=params))
   with pytest.raises(ValueError) as caught:
     opened().restore(wanted)
   assert str(caught.value).splitlines()[1:] == [
-      '- params/model/extra/scale float32[3]',
-      '+ params/model/norm/scale bfloat16[8]',
-      '! params/model/layers/block/kernel: expected float32[2, 8, 32], found float32[2, 8, 16]']
+    '- params/model/extra/scale float32[3]',
+    '+ params/model/norm/scale bfloat16[8]',
+    '! params/model/layers/block/kernel: expected float32[2, 8, 32], found float32[2, 8, 16]',
+  ]
   assert sorted(p.name for p in (tmp_path / 'checkpoints').iterdir()) == ['1', '2']
 
 
 def test_parameters_of_another_run(opened, tmp_path):
   fill(opened(), [1, 2, 3], losses={1: 2.0, 2: 1.0, 3: 1.5})
   directory = tmp_path / 'checkpoints'
-  wanted = abstract({'model': {'norm': {'scale': jnp.zeros(8, jnp.bfloat16)}}, 'heads_classify': {'bias': jnp.zeros(3)}})
+  wanted = abstract(
+    {
+      'model': {'norm': {'scale': jnp.zeros(8, jnp.bfloat16)}},
+      'heads_classify': {'bias': jnp.zeros(3)},
+    }
+  )
   loaded = checkpoint.restore_params(directory, wanted)
-  assert (loaded.step, loaded.new, loaded.unused) == (2, ['heads_classify/bias'], ['model/layers/block/kernel'])
-  assert_same(loaded.params, {'model/norm/scale': state(2, seed=2).params['model']['norm']['scale']})
+  assert (loaded.step, loaded.new, loaded.unused) == (
+    2,
+    ['heads_classify/bias'],
+    ['model/layers/block/kernel'],
+  )
+  assert_same(
+    loaded.params, {'model/norm/scale': state(2, seed=2).params['model']['norm']['scale']}
+  )
   assert checkpoint.restore_params(directory, wanted, which='latest').step == 3
-  assert checkpoint.read_meta(directory) == (META, 3) and checkpoint.read_meta(directory, 'best') == (META, 2)
+  assert checkpoint.read_meta(directory) == (META, 3) and checkpoint.read_meta(
+    directory, 'best'
+  ) == (META, 2)
   (directory / '2' / 'state' / '_METADATA').unlink()
   before = sorted(directory.rglob('*'))
   assert checkpoint.restore_params(directory, wanted).step == 3
   assert sorted(directory.rglob('*')) == before
-  with pytest.raises(ValueError, match=r'! model/norm/scale: expected float32\[9\], found bfloat16\[8\]'):
+  with pytest.raises(
+    ValueError, match=r'! model/norm/scale: expected float32\[9\], found bfloat16\[8\]'
+  ):
     checkpoint.restore_params(directory, abstract({'model': {'norm': {'scale': jnp.zeros(9)}}}))
   with pytest.raises(ValueError, match='holds no whole checkpoint'):
     checkpoint.restore_params(tmp_path / 'nowhere', wanted)
@@ -204,7 +250,9 @@ def test_the_first_save_interrupted_is_a_run_that_has_not_begun(opened, tmp_path
     fill(opened(), [3])
     (tmp_path / 'checkpoints' / '3' / 'seal.json').unlink()
     assert opened().restore(abstract(state(0))) is None
-  assert [str(p.relative_to(tmp_path / 'checkpoints')) for p in (tmp_path / 'checkpoints').glob('*/*')] == ['unfinished/3']
+  assert [
+    str(p.relative_to(tmp_path / 'checkpoints')) for p in (tmp_path / 'checkpoints').glob('*/*')
+  ] == ['unfinished/3']
 
 
 KILLED = """
@@ -253,7 +301,10 @@ FULL = """
 def test_a_disk_that_is_full_is_an_error_and_earlier_checkpoints_stay(opened, tmp_path):
   done = child(FULL, tmp_path / 'checkpoints')
   assert done.returncode == 0, done.stderr[-2000:]
-  assert 'Saving the checkpoint of step 2' in done.stdout and 'newest good checkpoint is that of step 1' in done.stdout
+  assert (
+    'Saving the checkpoint of step 2' in done.stdout
+    and 'newest good checkpoint is that of step 1' in done.stdout
+  )
   restored = opened().restore(abstract(state(0)))
   assert restored.step == 1
   assert_same(restored.state, state(1, seed=1))
@@ -276,7 +327,9 @@ OTHER_MESH = """
 
 def test_other_meshes(opened, tmp_path):
   fill(opened(), [1])
-  done = child(OTHER_MESH, tmp_path / 'checkpoints', XLA_FLAGS='--xla_force_host_platform_device_count=8')
+  done = child(
+    OTHER_MESH, tmp_path / 'checkpoints', XLA_FLAGS='--xla_force_host_platform_device_count=8'
+  )
   assert done.returncode == 0, done.stderr[-2000:]
   restored = opened().restore(abstract(state(0)))
   assert restored.step == 2
@@ -288,4 +341,6 @@ def test_the_seal_covers_every_file(opened, tmp_path):
   folder = tmp_path / 'checkpoints' / '1'
   seal = json.loads((folder / 'seal.json').read_text())
   assert seal['metrics'] == {'loss': 2.5}
-  assert set(seal['files']) == {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()} - {'seal.json'}
+  assert set(seal['files']) == {
+    str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()
+  } - {'seal.json'}

@@ -1,4 +1,6 @@
-"""Compiled programs on disk: a second start compiles nothing, computes the same to the last bit, and heals what was cut short."""
+"""Compiled programs on disk: a second start compiles nothing, computes the same to the last bit,
+and heals what was cut short.
+"""
 
 import json
 import os
@@ -21,12 +23,20 @@ y = jax.jit(lambda x: jnp.tanh(x @ x).sum(0))(x)
 print(*(seen.count(f'/jax/compilation_cache/cache_{name}') for name in ('hits', 'misses')), y.tobytes().hex())
 """
 
-BARE = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'} | {'JAX_PLATFORMS': 'cpu'}
+BARE = {
+  name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'
+} | {'JAX_PLATFORMS': 'cpu'}
 
 
 def start(folder, **environment):
-  done = subprocess.run([sys.executable, '-c', START, str(folder)], cwd=ROOT, capture_output=True, text=True, check=False,
-                        env=BARE | environment)
+  done = subprocess.run(
+    [sys.executable, '-c', START, str(folder)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+    env=BARE | environment,
+  )
   assert done.returncode == 0, done.stderr
   hits, misses, value = done.stdout.split()
   return int(hits), int(misses), value, done.stderr
@@ -38,7 +48,7 @@ def test_a_second_start_compiles_nothing_and_a_damaged_entry_is_replaced(tmp_pat
   assert hits == 0 and misses == len(entries) > 1
   assert start(tmp_path)[:3] == (misses, 0, value)
   whole = entries[-1].read_bytes()
-  entries[-1].write_bytes(whole[:len(whole) // 2])
+  entries[-1].write_bytes(whole[: len(whole) // 2])
   hits, missed, again, said = start(tmp_path)
   assert (hits, missed, again) == (misses - 1, 1, value) and f'{entries[-1]} is damaged' in said
   assert len(entries[-1].read_bytes()) > len(whole) // 2 and start(tmp_path)[1] == 0
@@ -50,21 +60,50 @@ def test_a_folder_that_jax_was_given_goes_first(tmp_path):
 
 
 def test_a_run_has_the_same_numbers_with_what_was_compiled_before_and_without(tmp_path):
-  (tmp_path / 'text.txt').write_text('\n'.join(f'{n} times {n} is {n * n}, and one more {n * n + 1}.' for n in range(600)))
+  (tmp_path / 'text.txt').write_text(
+    '\n'.join(f'{n} times {n} is {n * n}, and one more {n * n + 1}.' for n in range(600))
+  )
 
   def run(name, *flags):
     done = subprocess.run(
-        [sys.executable, '-m', 'llm_jax.main', '--config=configs/gpt_tiny.py', f'--workdir={tmp_path / name}',
-         f'--config.data.cache={tmp_path}', '--config.data.source=text',
-         f'--config.data.path={tmp_path}/text.txt', '--config.data.unit=line',
-         '--config.data.validation=0.2', '--config.tokenizer.vocab_size=400', '--config.model.dim=32', '--config.model.layers=1',
-         '--config.batch_size=2', '--config.seq_len=32', '--config.evaluation.rows=2', '--config.logging.tensorboard=False',
-         '--config.steps=3', '--config.log_every=1', *flags],
-        cwd=ROOT, capture_output=True, text=True, check=False, env=BARE)
+      [
+        sys.executable,
+        '-m',
+        'llm_jax.main',
+        '--config=configs/gpt_tiny.py',
+        f'--workdir={tmp_path / name}',
+        f'--config.data.cache={tmp_path}',
+        '--config.data.source=text',
+        f'--config.data.path={tmp_path}/text.txt',
+        '--config.data.unit=line',
+        '--config.data.validation=0.2',
+        '--config.tokenizer.vocab_size=400',
+        '--config.model.dim=32',
+        '--config.model.layers=1',
+        '--config.batch_size=2',
+        '--config.seq_len=32',
+        '--config.evaluation.rows=2',
+        '--config.logging.tensorboard=False',
+        '--config.steps=3',
+        '--config.log_every=1',
+        *flags,
+      ],
+      cwd=ROOT,
+      capture_output=True,
+      text=True,
+      check=False,
+      env=BARE,
+    )
     assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()]
-    entries = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob(f'{name}/xla_cache/*/*-cache')}
-    return [{key: value for key, value in line.items() if 'second' not in key} for line in lines], entries
+    lines = [
+      json.loads(line) for line in (tmp_path / name / 'metrics.jsonl').read_text().splitlines()
+    ]
+    entries = {
+      path.name: path.stat().st_mtime_ns for path in tmp_path.glob(f'{name}/xla_cache/*/*-cache')
+    }
+    return [
+      {key: value for key, value in line.items() if 'second' not in key} for line in lines
+    ], entries
 
   numbers, entries = run('cold')
   assert len(numbers) == 4 and any('wrapped' in name for name in entries)

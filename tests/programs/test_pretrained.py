@@ -1,4 +1,6 @@
-"""What a run starts from: a folder of Hugging Face, or of another run. Runs go out to such folders and come back the same."""
+"""What a run starts from: a folder of Hugging Face, or of another run. Runs go out to such folders
+and come back the same.
+"""
 
 import dataclasses
 import json
@@ -22,18 +24,34 @@ from llm_jax.training import logs
 from llm_jax.training import loop as train
 
 SHAPES = {
-    'mlm': ('encoder', dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=64)),  # BERT's
-    'clm': ('decoder', dict(variant='llama_tiny', dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=32, max_len=64)),
+  'mlm': ('encoder', dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=64)),  # BERT's
+  'clm': (
+    'decoder',
+    dict(variant='llama_tiny', dim=16, layers=2, heads=4, kv_heads=2, mlp_dim=32, max_len=64),
+  ),
 }
 
 
 def settings(folder, objective, **changes):
   """A run over letters, of a model with SHAPES."""
   name, shape = SHAPES[objective]
-  config = base.get_config().to_dict() | dict(steps=2, batch_size=4, seq_len=48, log_every=1, eval_every=2)
-  config |= dict(tokenizer=dict(name='byte'), objective=dict(name=objective), logging=dict(tensorboard=False),
-                 model=dict(name=name, **shape), checkpoint=dict(every=2, keep=1))
-  config['data'] = dict(source='text', path=str(folder / 'letters.txt'), unit='line', validation=0.2, cache=str(folder / 'cache'))
+  config = base.get_config().to_dict() | dict(
+    steps=2, batch_size=4, seq_len=48, log_every=1, eval_every=2
+  )
+  config |= dict(
+    tokenizer=dict(name='byte'),
+    objective=dict(name=objective),
+    logging=dict(tensorboard=False),
+    model=dict(name=name, **shape),
+    checkpoint=dict(every=2, keep=1),
+  )
+  config['data'] = dict(
+    source='text',
+    path=str(folder / 'letters.txt'),
+    unit='line',
+    validation=0.2,
+    cache=str(folder / 'cache'),
+  )
   return config | changes
 
 
@@ -46,9 +64,13 @@ def run(config, workdir):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-  """A corpus; a run of each objective over it, `run-mlm` and `run-clm`; and what they are exported to, `hf-mlm` and `hf-clm`."""
+  """A corpus; a run of each objective over it, `run-mlm` and `run-clm`; and what they are exported
+  to, `hf-mlm` and `hf-clm`.
+  """
   folder, rng = tmp_path_factory.mktemp('pretrained'), random.Random(0)
-  lines = [f'{number} {"".join(rng.choices("abcdefgh ", k=rng.randrange(4, 40)))}' for number in range(200)]
+  lines = [
+    f'{number} {"".join(rng.choices("abcdefgh ", k=rng.randrange(4, 40)))}' for number in range(200)
+  ]
   (folder / 'letters.txt').write_text('\n'.join(lines))
   for objective in SHAPES:
     run(settings(folder, objective), folder / f'run-{objective}')
@@ -63,33 +85,51 @@ def of_folder(path, **changes):
 
 
 def bit_identical(a, b):
-  return a.keys() == b.keys() and all(np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes() for path in a)
+  return a.keys() == b.keys() and all(
+    np.asarray(a[path]).tobytes() == np.asarray(b[path]).tobytes() for path in a
+  )
 
 
 @pytest.mark.parametrize('objective', SHAPES)
 def test_an_exported_run_is_the_same_model(folder, objective):
   data = config_lib.parse(settings(folder, objective)).data
-  opened = use.open_model(None, of_folder(folder / f'hf-{objective}', data=data, batch_size=4, seq_len=48))
+  opened = use.open_model(
+    None, of_folder(folder / f'hf-{objective}', data=data, batch_size=4, seq_len=48)
+  )
   before, after = use.evaluate(use.open_model(folder / f'run-{objective}')), use.evaluate(opened)
   assert after['loss'] == pytest.approx(before['loss'], abs=1e-6) and after.keys() == before.keys()
-  assert opened.config.model['name'] == SHAPES[objective][0] and opened.config.objective['name'] == objective
+  assert (
+    opened.config.model['name'] == SHAPES[objective][0]
+    and opened.config.objective['name'] == objective
+  )
 
 
 @pytest.mark.parametrize('objective', SHAPES)
 def test_out_and_in_and_out_is_the_same_to_the_last_bit(folder, objective, tmp_path):
   use.export(use.open_model(None, of_folder(folder / f'hf-{objective}')), tmp_path / 'again')
-  first, again = (sorted(path.glob('*')) for path in (folder / f'hf-{objective}', tmp_path / 'again'))
+  first, again = (
+    sorted(path.glob('*')) for path in (folder / f'hf-{objective}', tmp_path / 'again')
+  )
   assert [path.name for path in first] == [path.name for path in again] and len(first) >= 4
   for a, b in zip(first, again, strict=True):
-    read = (lambda path: json.loads(path.read_text())) if a.suffix == '.json' else type(a).read_bytes
+    read = (
+      (lambda path: json.loads(path.read_text())) if a.suffix == '.json' else type(a).read_bytes
+    )
     assert read(a) == read(b), a.name
 
 
 def test_a_run_starts_from_a_folder_and_goes_on_without_it(folder, tmp_path):
   shutil.copytree(folder / 'hf-mlm', tmp_path / 'hf')
-  config = settings(folder, 'mlm', model=dict(name='encoder', variant='bert_tiny'), tokenizer=dict(name='sentencepiece'),
-                    init_from=str(tmp_path / 'hf'))
-  started = train.start(prepare.load(config_lib.parse(config), _made(tmp_path / 'w')), tmp_path / 'w')
+  config = settings(
+    folder,
+    'mlm',
+    model=dict(name='encoder', variant='bert_tiny'),
+    tokenizer=dict(name='sentencepiece'),
+    init_from=str(tmp_path / 'hf'),
+  )
+  started = train.start(
+    prepare.load(config_lib.parse(config), _made(tmp_path / 'w')), tmp_path / 'w'
+  )
   exported = use.load_params(started.program, folder / 'run-mlm')
   assert bit_identical(tree.flatten(started.state.params), tree.flatten(exported))
   assert started.program.config.model['dim'] == 16 and 'variant' not in started.program.config.model
@@ -113,23 +153,32 @@ def _made(workdir):
 
 def test_a_run_fills_what_is_left_open(folder):
   config = of_folder(folder / 'run-clm')
-  assert config.model['kv_heads'] == 2 and config.objective['name'] == 'clm' and config.seq_len == 48
+  assert (
+    config.model['kv_heads'] == 2 and config.objective['name'] == 'clm' and config.seq_len == 48
+  )
   assert config.tokenizer['name'] == 'byte'
   assert of_folder(folder / 'hf-clm').seq_len == 64  # as long as the model takes
 
 
 def test_what_the_config_says_goes_first_or_is_refused(folder):
   model = hf.get_config().to_dict()['model']
-  assert of_folder(folder / 'hf-mlm', model=model | dict(dtype='bfloat16', dropout=0.3)).model['dropout'] == 0.3
+  assert (
+    of_folder(folder / 'hf-mlm', model=model | dict(dtype='bfloat16', dropout=0.3)).model['dropout']
+    == 0.3
+  )
   assert of_folder(folder / 'hf-mlm', seq_len=32).seq_len == 32
   for more in (dict(dim=32), dict(name='encoder', variant='bert_tiny', dim=32)):
-    with pytest.raises(ValueError, match=r'config.model.dim=32 is not what .*hf-mlm has, 16; leave it unset'):
+    with pytest.raises(
+      ValueError, match=r'config.model.dim=32 is not what .*hf-mlm has, 16; leave it unset'
+    ):
       of_folder(folder / 'hf-mlm', model=model | more)
 
 
 @pytest.mark.parametrize('path', ['nowhere', 'letters.txt', ''])
 def test_a_folder_that_is_none(folder, path):
-  with pytest.raises(ValueError, match='is the folder neither of a run nor of a Hugging Face model'):
+  with pytest.raises(
+    ValueError, match='is the folder neither of a run nor of a Hugging Face model'
+  ):
     of_folder(folder / path)
 
 
@@ -146,23 +195,34 @@ def test_a_model_without_the_head_that_is_needed(folder):
   config = dataclasses.replace(config, objective=dict(name='classify', classes=('a', 'b')))
   opened = use.Opened(folder / 'hf-mlm', config, byte.create())
   program = build.outline(opened.config, jax.devices(), opened.tokenizer)
-  with pytest.raises(ValueError, match='lacks parameters that this needs:\n  heads_classifier/dense/bias'):
+  with pytest.raises(
+    ValueError, match='lacks parameters that this needs:\n  heads_classifier/dense/bias'
+  ):
     use.load_params(program, opened.origin)
 
 
-@pytest.mark.parametrize(('objective', 'pool'), [('mlm', 'mean'), ('mlm', 'cls'), ('clm', 'last'), ('clm', 'mean')])
+@pytest.mark.parametrize(
+  ('objective', 'pool'), [('mlm', 'mean'), ('mlm', 'cls'), ('clm', 'last'), ('clm', 'mean')]
+)
 def test_vectors_are_those_of_each_text_alone(folder, objective, pool, tmp_path):
   texts = ['one', 'a longer text of several words', 'b', 'and then the one that is cut' * 4]
-  (tmp_path / 'x.jsonl').write_text('\n'.join(json.dumps({'text': text, 'number': i}) for i, text in enumerate(texts)))
+  (tmp_path / 'x.jsonl').write_text(
+    '\n'.join(json.dumps({'text': text, 'number': i}) for i, text in enumerate(texts))
+  )
   opened = use.open_model(None, of_folder(folder / f'hf-{objective}'))
   embed.run(opened, tmp_path / 'x.jsonl', tmp_path / 'v.npy', pool, normalize=False)
   embed.run(opened, tmp_path / 'x.jsonl', tmp_path / 'v.jsonl', pool)
-  vectors, lines = np.load(tmp_path / 'v.npy'), [json.loads(line) for line in open(tmp_path / 'v.jsonl')]
+  vectors, lines = (
+    np.load(tmp_path / 'v.npy'),
+    [json.loads(line) for line in open(tmp_path / 'v.jsonl')],
+  )
   program = build.outline(opened.config, jax.devices(), opened.tokenizer)
   model, params = program.network.model, use.load_params(program, opened.origin)['model']
   before, after = use.template(opened.tokenizer, model.causal)
   for text, vector, line in zip(texts, vectors, lines, strict=True):
-    ids = np.array([*before, *opened.tokenizer.encode(text)[:64 - len(before) - len(after)], *after])
+    ids = np.array(
+      [*before, *opened.tokenizer.encode(text)[: 64 - len(before) - len(after)], *after]
+    )
     hidden = np.asarray(model.apply({'params': params}, ids[None])[0], np.float64)
     expected = {'mean': hidden.mean(0), 'cls': hidden[0], 'last': hidden[-1]}[pool]
     np.testing.assert_allclose(vector, expected, atol=2e-5)
@@ -171,14 +231,21 @@ def test_vectors_are_those_of_each_text_alone(folder, objective, pool, tmp_path)
   assert np.abs(vectors[0] - vectors[2]).max() > 1e-3
 
 
-@pytest.mark.parametrize(('source', 'target', 'pool', 'message'), [
+@pytest.mark.parametrize(
+  ('source', 'target', 'pool', 'message'),
+  [
     ('nothing.jsonl', 'v.npy', 'mean', 'must be a .jsonl or .txt file that exists'),
-    ('x.txt', 'v.csv', 'mean', 'must be a .npy or .jsonl file'), ('x.txt', 'no/v.npy', 'mean', 'in a folder that exists'),
-    ('x.txt', 'v.npy', 'cls', "pool='cls' reads the first place, which in a causal model")])
+    ('x.txt', 'v.csv', 'mean', 'must be a .npy or .jsonl file'),
+    ('x.txt', 'no/v.npy', 'mean', 'in a folder that exists'),
+    ('x.txt', 'v.npy', 'cls', "pool='cls' reads the first place, which in a causal model"),
+  ],
+)
 def test_what_cannot_be_embedded(folder, tmp_path, source, target, pool, message):
   (tmp_path / 'x.txt').write_text('a text\n')
   with pytest.raises(ValueError, match=message):
-    embed.run(use.open_model(None, of_folder(folder / 'hf-clm')), tmp_path / source, tmp_path / target, pool)
+    embed.run(
+      use.open_model(None, of_folder(folder / 'hf-clm')), tmp_path / source, tmp_path / target, pool
+    )
   assert not (tmp_path / 'v.npy').exists()
 
 
@@ -196,10 +263,17 @@ def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
   assert first['prompt'] == '12 ab' and len(first['text']) > 1 and second['prompt'] == '7'
   complete.run(opened, ['12 ab'], None, None, sampling)
   complete.run(opened, ['12 ab', '7'], None, None, sampling)
-  assert capsys.readouterr().out == f'12 ab{first["text"]}\n' + f'12 ab{first["text"]}\n7{second["text"]}\n'
+  assert (
+    capsys.readouterr().out
+    == f'12 ab{first["text"]}\n' + f'12 ab{first["text"]}\n7{second["text"]}\n'
+  )
   stop = first['text'][-2:]
   complete.run(opened, ['12 ab'], None, tmp_path / 'z.jsonl', sampling, stop=[stop])
-  assert json.loads((tmp_path / 'z.jsonl').read_text())['text'] == first['text'].partition(stop)[0] != first['text']
+  assert (
+    json.loads((tmp_path / 'z.jsonl').read_text())['text']
+    == first['text'].partition(stop)[0]
+    != first['text']
+  )
 
 
 def test_masks_are_filled_in(folder, tmp_path, capsys):
@@ -213,11 +287,23 @@ def test_masks_are_filled_in(folder, tmp_path, capsys):
   assert said[1].startswith(f'  {best} {p:.3f}  ') and 0 < p < 1
 
 
-@pytest.mark.parametrize(('prompts', 'source', 'target', 'message'), [
-    (None, None, None, "needs either --prompt='...' or --input=prompts.txt"), (['a'], 'x.txt', None, 'needs either'),
-    (None, 'x.csv', None, 'must be a .jsonl or .txt file'), (['a'], None, 'y.txt', 'must be a .jsonl file in a folder'),
-    (['a' * 60], None, None, 'max_new_tokens=128 are 189 places')])
+@pytest.mark.parametrize(
+  ('prompts', 'source', 'target', 'message'),
+  [
+    (None, None, None, "needs either --prompt='...' or --input=prompts.txt"),
+    (['a'], 'x.txt', None, 'needs either'),
+    (None, 'x.csv', None, 'must be a .jsonl or .txt file'),
+    (['a'], None, 'y.txt', 'must be a .jsonl file in a folder'),
+    (['a' * 60], None, None, 'max_new_tokens=128 are 189 places'),
+  ],
+)
 def test_what_cannot_be_gone_on_from(folder, tmp_path, prompts, source, target, message):
   opened = use.open_model(None, of_folder(folder / 'hf-clm'))
   with pytest.raises(ValueError, match=message):
-    complete.run(opened, prompts, source and tmp_path / source, target and tmp_path / target, generate.Sampling())
+    complete.run(
+      opened,
+      prompts,
+      source and tmp_path / source,
+      target and tmp_path / target,
+      generate.Sampling(),
+    )

@@ -1,4 +1,6 @@
-"""Promise 4: one gradient, however a batch is cut, packed or weighted; in float64, where nothing hides."""
+"""Promise 4: one gradient, however a batch is cut, packed or weighted; in float64, where nothing
+hides.
+"""
 
 import functools
 
@@ -14,8 +16,18 @@ from llm_jax.models import decoder, encoder
 from llm_jax.objectives import classify, clm, mix, mlm, nsp
 from llm_jax.programs import step
 
-SHAPE = dict(vocab_size=50, dim=16, layers=2, heads=2, mlp_dim=32, max_len=64, dropout=0.0, attention_dropout=0.0,
-             dtype='float64', param_dtype='float64')
+SHAPE = dict(
+  vocab_size=50,
+  dim=16,
+  layers=2,
+  heads=2,
+  mlp_dim=32,
+  max_len=64,
+  dropout=0.0,
+  attention_dropout=0.0,
+  dtype='float64',
+  param_dtype='float64',
+)
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +39,18 @@ def float64():
 def build(model, objective, batch):
   network = step.Network(model=model, heads=objective.heads(model), objective=objective)
   shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)  # not the initial point, where every bias is zero and every scale one
-  return network, jax.tree.map(lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.2, s.shape), s.dtype), shapes)
+  rng = np.random.default_rng(
+    1
+  )  # not the initial point, where every bias is zero and every scale one
+  return network, jax.tree.map(
+    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.2, s.shape), s.dtype), shapes
+  )
 
 
 def gradient(network, params, batch, micro_batches=1):
-  run = jax.jit(functools.partial(step.gradient, network=network, micro_batches=micro_batches), static_argnums=2)
+  run = jax.jit(
+    functools.partial(step.gradient, network=network, micro_batches=micro_batches), static_argnums=2
+  )
   grads, pairs = run(params, batch, None)
   return grads, float(pairs['loss'][0])
 
@@ -55,19 +73,37 @@ def uneven(small, kind):
   tokenizer = small.Tokenizer()
   if kind == 'clm':
     objective = clm.Objective(tokenizer, packing='none')
-    return decoder.Model(**SHAPE), objective, examples(small, objective, [1, 30, 3, 12, 25, 2, 7, 19], 32, 8)
+    return (
+      decoder.Model(**SHAPE),
+      objective,
+      examples(small, objective, [1, 30, 3, 12, 25, 2, 7, 19], 32, 8),
+    )
   if kind == 'mlm':
     objective = mlm.Objective(tokenizer, packing='none')
-    return encoder.Model(**SHAPE), objective, examples(small, objective, [1, 30, 3, 12, 25, 2, 7, 19], 32, 8)
+    return (
+      encoder.Model(**SHAPE),
+      objective,
+      examples(small, objective, [1, 30, 3, 12, 25, 2, 7, 19], 32, 8),
+    )
   if kind == 'bert':
     parts = {'mlm': mlm.Objective(tokenizer), 'nsp': nsp.Objective(tokenizer)}
     objective = mix.Objective(parts, 'nsp', {'mlm': 1.0, 'nsp': 0.5})
-    return encoder.Model(**SHAPE), objective, examples(small, objective, [1, 29, 3, 12, 25, 2, 7, 19], 32, 8)
-  parts = {'mlm': mlm.Objective(tokenizer),
-           'classify': classify.Objective(tokenizer, ('a', 'b'), unlabelled='ignore', dropout=0.0)}
+    return (
+      encoder.Model(**SHAPE),
+      objective,
+      examples(small, objective, [1, 29, 3, 12, 25, 2, 7, 19], 32, 8),
+    )
+  parts = {
+    'mlm': mlm.Objective(tokenizer),
+    'classify': classify.Objective(tokenizer, ('a', 'b'), unlabelled='ignore', dropout=0.0),
+  }
   objective = mix.Objective(parts, 'classify', {'mlm': 1.0, 'classify': 2.0})
   labels = ['a', None, None, 'b', 'b', None, None, None] * 2  # of texts that share rows
-  return encoder.Model(**SHAPE), objective, examples(small, objective, [1, 29, 3, 12, 25, 2, 7, 19] * 2, 32, 8, labels=labels)
+  return (
+    encoder.Model(**SHAPE),
+    objective,
+    examples(small, objective, [1, 29, 3, 12, 25, 2, 7, 19] * 2, 32, 8, labels=labels),
+  )
 
 
 @pytest.mark.parametrize('kind', ['clm', 'mlm', 'bert', 'partly labelled'])
@@ -75,12 +111,21 @@ def test_micro_batches_have_the_gradient_of_the_whole(small, kind):
   model, objective, batch = uneven(small, kind)
   network, params = build(model, objective, batch)
   whole, loss = gradient(network, params, batch)
-  for count, unroll in ((2, 1), (8, 1), (2, 0)):  # without a loop the last layer runs where the objective reads alone
-    parts, same_loss = gradient(network.clone(model=model.clone(unroll=unroll)), params, batch, count)
+  for count, unroll in (
+    (2, 1),
+    (8, 1),
+    (2, 0),
+  ):  # without a loop the last layer runs where the objective reads alone
+    parts, same_loss = gradient(
+      network.clone(model=model.clone(unroll=unroll)), params, batch, count
+    )
     assert_close(parts, whole)
     assert abs(same_loss - loss) < 1e-10
   if kind == 'mlm':  # the mean of the parts' means, which many trainers take, is another gradient
-    halves = [gradient(network, params, {k: v[half] for k, v in batch.items()})[0] for half in (slice(0, 4), slice(4, 8))]
+    halves = [
+      gradient(network, params, {k: v[half] for k, v in batch.items()})[0]
+      for half in (slice(0, 4), slice(4, 8))
+    ]
     wrong = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     with pytest.raises(AssertionError):
       assert_close(wrong, whole, 1e-3)
@@ -94,16 +139,23 @@ def test_packed_rows_have_the_gradient_of_padded_ones(small, kind):
   padded = examples(small, objective, lengths, seq_len, len(lengths))
   packed = pack_rows(padded, [[0, 1, 2], [3, 4, 5], [6, 7]])
   network, params = build(model, objective, padded)
-  (alone, loss), (together, same_loss) = gradient(network, params, padded), gradient(network, params, packed)
+  (alone, loss), (together, same_loss) = (
+    gradient(network, params, padded),
+    gradient(network, params, packed),
+  )
   assert_close(together, alone)
   assert abs(same_loss - loss) < 1e-10
-  crossed = packed | {'segments': np.minimum(packed['segments'], 1)}  # documents that see each other: another gradient
+  crossed = packed | {
+    'segments': np.minimum(packed['segments'], 1)
+  }  # documents that see each other: another gradient
   with pytest.raises(AssertionError):
     assert_close(gradient(network, params, crossed)[0], alone, 1e-6)
 
 
 def pack_rows(padded, groups):
-  """The rows of each group end to end in one row: the same tokens, masks and targets, segments numbered on."""
+  """The rows of each group end to end in one row: the same tokens, masks and targets, segments
+  numbered on.
+  """
   seq_len, rows = padded['tokens'].shape[1], []
   for group in groups:
     row, place = {key: [] for key in padded}, 0
@@ -122,8 +174,12 @@ def pack_rows(padded, groups):
     rows.append(row)
   most = max(len(row['mask_targets']) for row in rows) if 'mask_targets' in padded else 0
   size = lambda key: most if key.startswith('mask_') else seq_len
-  fill = lambda key, values: sum(values) if key == 'bytes' else np.pad(np.array(values), (0, size(key) - len(values)))
-  return {key: np.stack([fill(key, row[key]) for row in rows]).astype(padded[key].dtype) for key in padded}
+  fill = lambda key, values: (
+    sum(values) if key == 'bytes' else np.pad(np.array(values), (0, size(key) - len(values)))
+  )
+  return {
+    key: np.stack([fill(key, row[key]) for row in rows]).astype(padded[key].dtype) for key in padded
+  }
 
 
 def test_a_batch_without_weight_has_no_loss_and_no_gradient(small):
@@ -136,13 +192,17 @@ def test_a_batch_without_weight_has_no_loss_and_no_gradient(small):
 
 
 def test_the_forward_pass_for_the_weights_is_not_run(small):
-  """Micro-batches ask a pass over the whole batch for its weights only: the compiled step must not hold its matrix products."""
+  """Micro-batches ask a pass over the whole batch for its weights only: the compiled step must not
+  hold its matrix products.
+  """
   model, objective, batch = uneven(small, 'clm')
   network, params = build(model, objective, batch)
 
   def products(rows, count):
     part = {key: value[:rows] for key, value in batch.items()}
-    run = jax.jit(functools.partial(step.gradient, network=network, micro_batches=count), static_argnums=2)
+    run = jax.jit(
+      functools.partial(step.gradient, network=network, micro_batches=count), static_argnums=2
+    )
     return run.lower(params, part, None).compile().as_text().count(' dot(')
 
   assert products(8, 4) == products(2, 1)
@@ -152,12 +212,23 @@ def test_a_train_step_learns_and_counts(small):
   model, objective, batch = uneven(small, 'clm')
   network, params = build(model, objective, batch)
   tx = optax.sgd(0.1)
-  state = TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=jax.random.PRNGKey(0))
-  run = jax.jit(functools.partial(step.train_step, network=network, tx=tx, learning_rate=lambda s: 0.1 * (s + 1)))
+  state = TrainState(
+    step=jnp.int32(0), params=params, opt_state=tx.init(params), rng=jax.random.PRNGKey(0)
+  )
+  run = jax.jit(
+    functools.partial(
+      step.train_step, network=network, tx=tx, learning_rate=lambda s: 0.1 * (s + 1)
+    )
+  )
   before = float(step.eval_step(params, batch, network=network)['clm'][0])
   state, pairs = run(state, batch)
-  assert int(state.step) == 1 and float(step.eval_step(state.params, batch, network=network)['clm'][0]) < before
-  assert int(pairs['tokens'][0]) == int((batch['segments'] > 0).sum()) and float(pairs['learning_rate'][0]) == pytest.approx(0.1)
+  assert (
+    int(state.step) == 1
+    and float(step.eval_step(state.params, batch, network=network)['clm'][0]) < before
+  )
+  assert int(pairs['tokens'][0]) == int((batch['segments'] > 0).sum()) and float(
+    pairs['learning_rate'][0]
+  ) == pytest.approx(0.1)
 
 
 def test_dropout_draws_anew_each_step_and_not_in_evaluation(small):

@@ -1,4 +1,6 @@
-"""Whole runs of tiny models through the command line's own path: learning, resuming, refusing, early stopping, fine-tuning."""
+"""Whole runs of tiny models through the command line's own path: learning, resuming, refusing,
+early stopping, fine-tuning.
+"""
 
 import dataclasses
 import gzip
@@ -35,11 +37,18 @@ SHAPE = dict(dim=32, layers=1, heads=2, mlp_dim=64, max_len=64)
 
 @pytest.fixture(scope='module')
 def corpus(tmp_path_factory):
-  """Two folders of text with rules to learn: counting up, and the alphabet; and labelled lines that tell them apart."""
+  """Two folders of text with rules to learn: counting up, and the alphabet; and labelled lines that
+  tell them apart.
+  """
   folder = tmp_path_factory.mktemp('corpus')
   rng = random.Random(0)
-  counts = [' '.join(str(n) for n in range(start, start + rng.randrange(4, 30))) for start in range(400)]
-  letters = ['abcdefghijklmnopqrstuvwxyz'[rng.randrange(20):][:rng.randrange(4, 26)] * 2 for _ in range(400)]
+  counts = [
+    ' '.join(str(n) for n in range(start, start + rng.randrange(4, 30))) for start in range(400)
+  ]
+  letters = [
+    'abcdefghijklmnopqrstuvwxyz'[rng.randrange(20) :][: rng.randrange(4, 26)] * 2
+    for _ in range(400)
+  ]
   (folder / 'counts.txt').write_text('\n'.join(counts))
   (folder / 'letters.txt').write_text('\n'.join(f'{i} {line}' for i, line in enumerate(letters)))
   with open(folder / 'labelled.jsonl', 'w') as file:
@@ -51,21 +60,36 @@ def corpus(tmp_path_factory):
 
 def settings(corpus, objective='mlm', **changes):
   """A config tree: packed masked LM over a mixture, or causal LM, or classification."""
-  tree = base.get_config().to_dict() | dict(steps=10, batch_size=8, seq_len=48, log_every=2, eval_every=5)
+  tree = base.get_config().to_dict() | dict(
+    steps=10, batch_size=8, seq_len=48, log_every=2, eval_every=5
+  )
   tree['tokenizer'] = dict(name='byte')
-  tree['data'] = dict(source='mixture', validation=0.1, cache=str(corpus / 'cache'), parts={
+  tree['data'] = dict(
+    source='mixture',
+    validation=0.1,
+    cache=str(corpus / 'cache'),
+    parts={
       name: dict(source='text', path=str(corpus / f'{name}.txt'), unit='line', weight=weight)
-      for name, weight in (('counts', 0.7), ('letters', 0.3))})
+      for name, weight in (('counts', 0.7), ('letters', 0.3))
+    },
+  )
   tree['model'] = dict(name='encoder', variant='bert_tiny', **SHAPE)
   tree['objective'] = base.mlm()
   if objective == 'clm':
-    tree['data'] = tree['data']['parts']['letters'] | dict(validation=0.1, cache=str(corpus / 'cache'))
+    tree['data'] = tree['data']['parts']['letters'] | dict(
+      validation=0.1, cache=str(corpus / 'cache')
+    )
     del tree['data']['weight']
     tree['model'] = dict(name='decoder', variant='gpt_tiny', dropout=0.1, **SHAPE)
     tree['objective'] = dict(name='clm', packing='windows')
   if objective == 'classify':
-    tree['data'] = dict(source='jsonl', path=str(corpus / 'labelled.jsonl'), label='kind', validation=0.2,
-                        cache=str(corpus / 'cache'))
+    tree['data'] = dict(
+      source='jsonl',
+      path=str(corpus / 'labelled.jsonl'),
+      label='kind',
+      validation=0.2,
+      cache=str(corpus / 'cache'),
+    )
     tree['objective'] = dict(name='classify')
   tree['evaluation'] = dict(rows=32, samples=0)
   tree['checkpoint'] = dict(every=3, keep=2)
@@ -91,7 +115,11 @@ def final_state(workdir, step):
 
 def assert_same_run(a, b, step):
   assert numbers(a) == numbers(b)
-  same = jax.tree.map(lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(), final_state(a, step), final_state(b, step))
+  same = jax.tree.map(
+    lambda x, y: x.dtype == y.dtype and x.tobytes() == y.tobytes(),
+    final_state(a, step),
+    final_state(b, step),
+  )
   assert all(jax.tree.leaves(same))
 
 
@@ -107,8 +135,13 @@ train.train(train.start(prepare.load(config.parse(json.loads(sys.argv[1])), work
 
 
 def child(tree, workdir):
-  return subprocess.Popen([sys.executable, '-c', CHILD, json.dumps(tree), str(workdir)], cwd=ROOT, text=True,
-                          stderr=subprocess.PIPE, env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+  return subprocess.Popen(
+    [sys.executable, '-c', CHILD, json.dumps(tree), str(workdir)],
+    cwd=ROOT,
+    text=True,
+    stderr=subprocess.PIPE,
+    env=os.environ | {'JAX_PLATFORMS': 'cpu'},
+  )
 
 
 @pytest.mark.parametrize('objective', ['mlm', 'clm'])
@@ -125,23 +158,45 @@ def test_killed_at_any_step_it_ends_as_if_undisturbed(corpus, tmp_path, objectiv
   resumed = child(tree, tmp_path / 'b')
   assert resumed.wait() == 0, resumed.stderr.read()
   assert_same_run(tmp_path / 'a', tmp_path / 'b', 40)
-  other = child(settings(corpus, objective, steps=40, log_every=1, eval_every=7, seed=1), tmp_path / 'c')
+  other = child(
+    settings(corpus, objective, steps=40, log_every=1, eval_every=7, seed=1), tmp_path / 'c'
+  )
   assert other.wait() == 0 and numbers(tmp_path / 'c') != numbers(tmp_path / 'a')
 
 
 def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypatch):
   monkeypatch.setattr(chips, 'peak_flops', lambda kind: 1e15)
-  tree = settings(corpus, steps=60, log_every=20, eval_every=30,
-                  optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1))
+  tree = settings(
+    corpus,
+    steps=60,
+    log_every=20,
+    eval_every=30,
+    optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1),
+  )
   started = run(tree, tmp_path)
   lines = logs.read(tmp_path)
   assert [(line['step'], line['split']) for line in lines] == [
-      (20, 'train'), (30, 'validation'), (40, 'train'), (60, 'train'), (60, 'validation')]
+    (20, 'train'),
+    (30, 'validation'),
+    (40, 'train'),
+    (60, 'train'),
+    (60, 'validation'),
+  ]
   first, last = (line for line in lines if line['split'] == 'validation')
-  assert last['loss'] < first['loss'] < np.log(263) and last['unigram_loss'] == first['unigram_loss'] < np.log(263)
+  assert last['loss'] < first['loss'] < np.log(263) and last['unigram_loss'] == first[
+    'unigram_loss'
+  ] < np.log(263)
   assert lines[0]['tokens_per_second'] > 0 and 0 < lines[0]['model_flops_utilization'] < 1
-  assert {p.name for p in tmp_path.iterdir()} == {'config.json', 'tokenizer', 'checkpoints', 'metrics.jsonl', 'loss.png'}
-  assert runs.read_config(tmp_path) == config_lib.from_json(config_lib.to_json(started.program.config))
+  assert {p.name for p in tmp_path.iterdir()} == {
+    'config.json',
+    'tokenizer',
+    'checkpoints',
+    'metrics.jsonl',
+    'loss.png',
+  }
+  assert runs.read_config(tmp_path) == config_lib.from_json(
+    config_lib.to_json(started.program.config)
+  )
   values = use.evaluate(use.open_model(tmp_path), tmp_path)
   assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
   assert json.loads((tmp_path / 'eval.json').read_text()).items() >= values.items()
@@ -151,10 +206,16 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
 def test_longer_runs_go_on_and_other_runs_are_refused(corpus, tmp_path):
   tree = settings(corpus, 'clm', steps=3)
   run(tree, tmp_path)
-  assert run(settings(corpus, 'clm', steps=5, log_every=1, batch_size=4), tmp_path).position == 3 * 8 + 2 * 4
+  assert (
+    run(settings(corpus, 'clm', steps=5, log_every=1, batch_size=4), tmp_path).position
+    == 3 * 8 + 2 * 4
+  )
   assert [line['step'] for line in logs.read(tmp_path) if line['split'] == 'train'] == [2, 3, 4, 5]
   changed = settings(corpus, 'clm', model=tree['model'] | {'dim': 64}, seq_len=32, steps=5)
-  with pytest.raises(ValueError, match=r'(?s)holds a run of another config:\n  model\.dim: 32 -> 64\n  seq_len: 48 -> 32\n'):
+  with pytest.raises(
+    ValueError,
+    match=r'(?s)holds a run of another config:\n  model\.dim: 32 -> 64\n  seq_len: 48 -> 32\n',
+  ):
     run(changed, tmp_path)
   (tmp_path / 'tokenizer').rename(tmp_path / 'lost')
   (tmp_path / 'config.json').unlink()
@@ -178,22 +239,36 @@ def test_other_documents_are_refused(corpus, tmp_path):
 
 
 def test_stops_early_and_keeps_the_best(corpus, tmp_path):
-  tree = settings(corpus, steps=30, eval_every=2, optimizer=dict(name='sgd', learning_rate=1e-12, warmup_fraction=0.0),
-                  evaluation=dict(rows=16, patience=2))
+  tree = settings(
+    corpus,
+    steps=30,
+    eval_every=2,
+    optimizer=dict(name='sgd', learning_rate=1e-12, warmup_fraction=0.0),
+    evaluation=dict(rows=16, patience=2),
+  )
   started = run(tree, tmp_path)
   assert started.patience.over and int(started.state.step) < 30
   assert run(tree, tmp_path).state.step == started.state.step  # over is over
-  best = min((line for line in logs.read(tmp_path) if line['split'] == 'validation'), key=lambda line: line['loss'])
+  best = min(
+    (line for line in logs.read(tmp_path) if line['split'] == 'validation'),
+    key=lambda line: line['loss'],
+  )
   assert started.checkpoints.best_step() == best['step']
 
 
-def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(corpus, tmp_path, monkeypatch):
-  running = lambda: [thread.name for thread in threading.enumerate() if thread.name.startswith('batches')]
+def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(
+  corpus, tmp_path, monkeypatch
+):
+  running = lambda: [
+    thread.name for thread in threading.enumerate() if thread.name.startswith('batches')
+  ]
   tree, seen = settings(corpus, 'clm', steps=4, eval_every=100), []
   monkeypatch.setattr(train.Meter, 'dispatched', lambda *_: seen.extend(running()))
   saved = run(tree, tmp_path / 'a')
   assert seen and not running()
-  assert saved.position == saved.checkpoints.restore(saved.program.state).position == 4 * 8  # not what was made ahead
+  assert (
+    saved.position == saved.checkpoints.restore(saved.program.state).position == 4 * 8
+  )  # not what was made ahead
   puts, put = [], build.Program.put
 
   def failing(program, batch):
@@ -218,13 +293,19 @@ def test_a_profile_is_whole_names_the_parts_of_the_model_and_changes_no_number(c
   with gzip.open(folder / 'perfetto_trace.json.gz') as file:
     events = json.load(file)['traceEvents']
   steps = {event['args']['step_num'] for event in events if event.get('name') == 'train'}
-  assert {int(step) for step in steps} == {3, 4, 5} and all(e['dur'] >= 0 for e in events if e.get('ph') == 'X')
+  assert {int(step) for step in steps} == {3, 4, 5} and all(
+    e['dur'] >= 0 for e in events if e.get('ph') == 'X'
+  )
   (path,) = folder.glob('*.xplane.pb')
   planes = {plane.name: plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes}
-  assert any(event.name.startswith('dot') for line in planes['/host:CPU'].lines for event in line.events)
+  assert any(
+    event.name.startswith('dot') for line in planes['/host:CPU'].lines for event in line.events
+  )
   scopes = ('embedder', 'attention', 'mlp', 'objective', 'optimizer')
   for text in (path.read_bytes(), compiled_text(tree, tmp_path / 'plain').encode()):
-    assert [scope for scope in scopes if not re.search(rb'wrapped[^"]*/%s/' % scope.encode(), text)] == []
+    assert [
+      scope for scope in scopes if not re.search(rb'wrapped[^"]*/%s/' % scope.encode(), text)
+    ] == []
 
 
 def compiled_text(tree, workdir):
@@ -234,99 +315,192 @@ def compiled_text(tree, workdir):
 
 def test_a_decoder_shows_what_it_writes_and_learns_no_less(corpus, tmp_path):
   for name, samples in (('shown', 2), ('quiet', 0)):
-    run(settings(corpus, 'clm', steps=4, eval_every=2, evaluation=dict(rows=8, samples=samples)), tmp_path / name)
+    run(
+      settings(corpus, 'clm', steps=4, eval_every=2, evaluation=dict(rows=8, samples=samples)),
+      tmp_path / name,
+    )
   assert_same_run(tmp_path / 'shown', tmp_path / 'quiet', 4)
   lines = (tmp_path / 'shown' / 'samples.txt').read_text().splitlines()
   assert lines[0] == 'step 2' and lines[3] == 'step 4' and len(lines) == 6
-  assert lines[1].startswith("  '' -> ") and lines[2].split(' -> ')[0] == lines[5].split(' -> ')[0] != "  ''"
+  assert (
+    lines[1].startswith("  '' -> ")
+    and lines[2].split(' -> ')[0] == lines[5].split(' -> ')[0] != "  ''"
+  )
   assert lines[1] != lines[4]
   assert not (tmp_path / 'quiet' / 'samples.txt').exists()
 
 
 def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatch):
   run(settings(corpus, steps=2), tmp_path / 'pretrained')
-  tree = settings(corpus, 'classify', steps=25, init_from=str(tmp_path / 'pretrained'), eval_every=25,
-                  tokenizer=dict(name='sentencepiece', vocab_size=999),  # not used: the tokenizer comes along with the weights
-                  optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1))
+  tree = settings(
+    corpus,
+    'classify',
+    steps=25,
+    init_from=str(tmp_path / 'pretrained'),
+    eval_every=25,
+    tokenizer=dict(
+      name='sentencepiece', vocab_size=999
+    ),  # not used: the tokenizer comes along with the weights
+    optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1),
+  )
   prepared = prepare.load(config_lib.parse(tree), _made(tmp_path / 'w'))
   started = train.start(prepared, tmp_path / 'w')
   taken = final_state(tmp_path / 'pretrained', 2)['params']['model']
-  for a, b in zip(jax.tree.leaves(started.state.params['model']), jax.tree.leaves(taken), strict=True):
+  for a, b in zip(
+    jax.tree.leaves(started.state.params['model']), jax.tree.leaves(taken), strict=True
+  ):
     np.testing.assert_array_equal(a, b)
   train.train(started)
   scores = logs.read(tmp_path / 'w')[-1]
   assert scores['accuracy'] > 0.9 and scores['macro_f1'] > 0.9 and scores['mcc'] > 0.8
   assert 'letter' in (tmp_path / 'w' / 'report.txt').read_text()
 
-  lines = [{'text': '5 6 7 8 9 10', 'id': 1}, {'text': 'abcdefg', 'label': 'mine', 'id': 2}, {'text': 'x' * 500, 'id': 3}] * 4
-  spaced = [json.dumps(line).replace(', ', ',\r') for line in lines]  # a carriage return is space in JSON, and ends no line
+  lines = [
+    {'text': '5 6 7 8 9 10', 'id': 1},
+    {'text': 'abcdefg', 'label': 'mine', 'id': 2},
+    {'text': 'x' * 500, 'id': 3},
+  ] * 4
+  spaced = [
+    json.dumps(line).replace(', ', ',\r') for line in lines
+  ]  # a carriage return is space in JSON, and ends no line
   (tmp_path / 'x.jsonl').write_bytes('\n'.join(spaced).encode())
   use.predict(use.open_model(tmp_path / 'w'), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
   answers = [json.loads(line) for line in (tmp_path / 'y.jsonl').read_text().splitlines()]
-  assert [a['id'] for a in answers] == [1, 2, 3] * 4 and [a['label'] for a in answers[:2]] == ['count', 'letter']
-  assert answers[1]['input_label'] == 'mine' and answers[0]['probabilities']['count'] == answers[0]['probability'] > 0.5
+  assert [a['id'] for a in answers] == [1, 2, 3] * 4 and [a['label'] for a in answers[:2]] == [
+    'count',
+    'letter',
+  ]
+  assert (
+    answers[1]['input_label'] == 'mine'
+    and answers[0]['probabilities']['count'] == answers[0]['probability'] > 0.5
+  )
   assert answers[3:6] == answers[:3]
   _assert_packing_changes_no_answer(tmp_path, monkeypatch)
 
 
 def _assert_packing_changes_no_answer(workdir, monkeypatch):
-  """A file of texts of many lengths, packed in blocks, is answered line by line as the same texts are with a row for each."""
+  """A file of texts of many lengths, packed in blocks, is answered line by line as the same texts
+  are with a row for each.
+  """
   rng, opened, answers = random.Random(1), use.open_model(workdir / 'w'), {}
-  texts = [''.join(rng.choices(rng.choice(('0123456789 ', 'abcdefghij')), k=rng.randrange(60))) for _ in range(75)]
+  texts = [
+    ''.join(rng.choices(rng.choice(('0123456789 ', 'abcdefghij')), k=rng.randrange(60)))
+    for _ in range(75)
+  ]
   (workdir / 'many.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
   monkeypatch.setattr(use, 'LEAST_BLOCK', 30)
   monkeypatch.setattr(use, 'BLOCK_BATCHES', 1)
   for packing in ('best_fit', 'none'):
-    config = dataclasses.replace(opened.config, objective=opened.config.objective | {'packing': packing})
-    use.predict(dataclasses.replace(opened, config=config), workdir / 'many.jsonl', workdir / 'answers.jsonl')
-    answers[packing] = [json.loads(line) for line in (workdir / 'answers.jsonl').read_text().splitlines()]
+    config = dataclasses.replace(
+      opened.config, objective=opened.config.objective | {'packing': packing}
+    )
+    use.predict(
+      dataclasses.replace(opened, config=config), workdir / 'many.jsonl', workdir / 'answers.jsonl'
+    )
+    answers[packing] = [
+      json.loads(line) for line in (workdir / 'answers.jsonl').read_text().splitlines()
+    ]
   assert [answer['text'] for answer in answers['best_fit']] == texts
-  packed, alone = ([answer['probabilities']['count'] for answer in answers[packing]] for packing in ('best_fit', 'none'))
+  packed, alone = (
+    [answer['probabilities']['count'] for answer in answers[packing]]
+    for packing in ('best_fit', 'none')
+  )
   np.testing.assert_allclose(packed, alone, atol=1e-5)
-  assert np.mean(np.abs(np.subtract(packed, alone[1:] + alone[:1])) > 0.1) > 0.2  # another order would be seen
+  assert (
+    np.mean(np.abs(np.subtract(packed, alone[1:] + alone[:1])) > 0.1) > 0.2
+  )  # another order would be seen
 
 
 def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):
   tree = settings(corpus, steps=4, eval_every=4)
   tree['data']['parts'] = {
-      'labelled': dict(source='jsonl', path=str(corpus / 'labelled.jsonl'), label='kind', weight=0.5),
-      'plain': dict(source='text', path=str(corpus / 'counts.txt'), unit='line', weight=0.5)}
-  tree['objective'] = dict(name='mix', rows='classify', weights=dict(mlm=1.0, classify=0.5),
-                           parts=dict(mlm=dict(mask_rate=0.15), classify=dict(unlabelled='ignore')))
+    'labelled': dict(source='jsonl', path=str(corpus / 'labelled.jsonl'), label='kind', weight=0.5),
+    'plain': dict(source='text', path=str(corpus / 'counts.txt'), unit='line', weight=0.5),
+  }
+  tree['objective'] = dict(
+    name='mix',
+    rows='classify',
+    weights=dict(mlm=1.0, classify=0.5),
+    parts=dict(mlm=dict(mask_rate=0.15), classify=dict(unlabelled='ignore')),
+  )
   started = run(tree, tmp_path)
   assert started.program.config.objective['parts']['classify']['classes'] == ('count', 'letter')
   last = logs.read(tmp_path)[-1]
-  assert last['loss'] == pytest.approx(last['mlm'] + 0.5 * last['classify'], rel=1e-5) and 0 <= last['accuracy'] <= 1
+  assert (
+    last['loss'] == pytest.approx(last['mlm'] + 0.5 * last['classify'], rel=1e-5)
+    and 0 <= last['accuracy'] <= 1
+  )
   (tmp_path / 'x.jsonl').write_text('{"text": "1 2 3"}')
   use.predict(use.open_model(tmp_path), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
-  assert set(json.loads((tmp_path / 'y.jsonl').read_text())) == {'text', 'label', 'probability', 'probabilities'}
+  assert set(json.loads((tmp_path / 'y.jsonl').read_text())) == {
+    'text',
+    'label',
+    'probability',
+    'probabilities',
+  }
 
 
 def test_a_loss_that_is_no_number_stops_the_run(corpus, tmp_path):
-  tree = settings(corpus, 'clm', steps=30, optimizer=dict(name='sgd', learning_rate=1e30, warmup_fraction=0.0, clip_norm=0.0))
+  tree = settings(
+    corpus,
+    'clm',
+    steps=30,
+    optimizer=dict(name='sgd', learning_rate=1e30, warmup_fraction=0.0, clip_norm=0.0),
+  )
   with pytest.raises(FloatingPointError, match=r'the loss of step \d+ is (nan|inf).*learning_rate'):
     run(tree, tmp_path)
 
 
-@pytest.mark.parametrize(('changes', 'error', 'message'), [
-    (dict(batch_size=7, micro_batches=2), ValueError, r'batch_size=7 must divide by micro_batches=2; try 8\.'),
+@pytest.mark.parametrize(
+  ('changes', 'error', 'message'),
+  [
+    (
+      dict(batch_size=7, micro_batches=2),
+      ValueError,
+      r'batch_size=7 must divide by micro_batches=2; try 8\.',
+    ),
     (dict(batch_size=10_000), ValueError, r'rows of seq_len=48.*batch_size=10000'),
-    (dict(data=dict(path='/nowhere/*.txt')), ValueError, r"/nowhere/\*\.txt"),
+    (dict(data=dict(path='/nowhere/*.txt')), ValueError, r'/nowhere/\*\.txt'),
     (dict(data=dict(validation=0.999)), ValueError, r'batch_size=8|documents .* for training'),
     (dict(seq_len=65), ValueError, r'65.*64'),
     (dict(model=dict(heads=3)), ValueError, r'heads=3 must divide dim=32'),
-    (dict(model=dict(variant='gpt_tine')), ValueError, r"variant='gpt_tine' is not known \(did you mean 'gpt_tiny'\?\)"),
-    (dict(model=dict(vocab_size=100)), ValueError, r"vocab_size=100 is smaller than the tokenizer's 263"),
+    (
+      dict(model=dict(variant='gpt_tine')),
+      ValueError,
+      r"variant='gpt_tine' is not known \(did you mean 'gpt_tiny'\?\)",
+    ),
+    (
+      dict(model=dict(vocab_size=100)),
+      ValueError,
+      r"vocab_size=100 is smaller than the tokenizer's 263",
+    ),
     (dict(mesh=dict(data=3)), ValueError, r'wants 3 devices; there are 1'),
-    (dict(optimizer=dict(warmup_steps=50, warmup_fraction=None)), ValueError, r'warmup_steps=50 is more than config.steps=10'),
-    (dict(tokenizer=dict(name='sentencepiece', path=__file__)), ValueError, r'(?i)not a SentencePiece model'),
-    (dict(init_from='/nowhere'), ValueError, r'/nowhere is the folder neither of a run nor of a Hugging Face model'),
-])
-def test_what_cannot_be_is_said_before_anything_is_compiled(corpus, tmp_path, monkeypatch, changes, error, message):
+    (
+      dict(optimizer=dict(warmup_steps=50, warmup_fraction=None)),
+      ValueError,
+      r'warmup_steps=50 is more than config.steps=10',
+    ),
+    (
+      dict(tokenizer=dict(name='sentencepiece', path=__file__)),
+      ValueError,
+      r'(?i)not a SentencePiece model',
+    ),
+    (
+      dict(init_from='/nowhere'),
+      ValueError,
+      r'/nowhere is the folder neither of a run nor of a Hugging Face model',
+    ),
+  ],
+)
+def test_what_cannot_be_is_said_before_anything_is_compiled(
+  corpus, tmp_path, monkeypatch, changes, error, message
+):
   tree = settings(corpus, 'clm')
   for key, value in changes.items():
     tree[key] = (tree[key] | value) if isinstance(value, dict) and key != 'tokenizer' else value
-  monkeypatch.setattr(jax, 'jit', lambda *a, **k: lambda *a, **k: pytest.fail('something was compiled'))
+  monkeypatch.setattr(
+    jax, 'jit', lambda *a, **k: lambda *a, **k: pytest.fail('something was compiled')
+  )
   with pytest.raises(error, match=message):
     run(tree, tmp_path)
 
@@ -335,12 +509,17 @@ def test_labels_that_cannot_be_are_named(corpus, tmp_path):
   tree = settings(corpus, 'classify')
   data = [{'text': f'{i} a', 'kind': 'a' if i % 2 else 'b'} for i in range(60)]
   for bad, message in ((None, 'label field .kind. is missing'), ({'x': 1}, 'kind')):
-    (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, [*data, {'text': 'z', 'kind': bad}])))
+    (tmp_path / 'x.jsonl').write_text(
+      '\n'.join(map(json.dumps, [*data, {'text': 'z', 'kind': bad}]))
+    )
     with pytest.raises(ValueError, match=message):
       run(tree | dict(data=tree['data'] | dict(path=str(tmp_path / 'x.jsonl'))), tmp_path / 'w')
   data += [{'text': f'only {i}', 'kind': f'c{i}'} for i in range(40)]
   (tmp_path / 'y.jsonl').write_text('\n'.join(map(json.dumps, data)))
-  with pytest.raises(ValueError, match=r"document \d+ has the label 'c\d+'; it must be one of the \d+ classes of the training"):
+  with pytest.raises(
+    ValueError,
+    match=r"document \d+ has the label 'c\d+'; it must be one of the \d+ classes of the training",
+  ):
     run(tree | dict(data=tree['data'] | dict(path=str(tmp_path / 'y.jsonl'))), tmp_path / 'w')
 
 
@@ -353,7 +532,11 @@ def test_a_workdir_that_cannot_be_written_to(tmp_path):
 def test_patience_counts_evaluations_without_a_better_loss():
   patience = train.Patience(2)
   assert [patience.better(v) for v in (3.0, 2.0, 2.0, float('nan'))] == [True, True, False, False]
-  assert patience.over and not dataclasses.replace(patience, limit=0).over and not dataclasses.replace(patience, limit=3).over
+  assert (
+    patience.over
+    and not dataclasses.replace(patience, limit=0).over
+    and not dataclasses.replace(patience, limit=3).over
+  )
 
 
 def _made(folder):

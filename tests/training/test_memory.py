@@ -30,7 +30,9 @@ def totals():
 
 def test_each_policy_keeps_less_than_the_one_before(totals):
   none, dots, narrow, attention, full = (totals[remat] for remat in memory.REMATS)
-  assert none > dots > narrow > attention >= full  # equal here, as only kernels name what attention gives
+  assert (
+    none > dots > narrow > attention >= full
+  )  # equal here, as only kernels name what attention gives
   assert set(memory.REMATS) == REMAT.keys() - {'offload'}
 
 
@@ -46,7 +48,10 @@ def test_auto_takes_the_first_that_fits(monkeypatch, totals, remat):
 def test_where_none_fits_auto_says_what_may_help(monkeypatch, totals):
   monkeypatch.setattr(memory, 'limit', lambda devices: 1000)
   monkeypatch.setattr(memory, 'needed', lambda program: memory.Need(2**31, None))
-  with pytest.raises(ValueError, match=r"even with remat='full' a step takes 2.00 of 0.00 GiB .*config.micro_batches from 1"):
+  with pytest.raises(
+    ValueError,
+    match=r"even with remat='full' a step takes 2.00 of 0.00 GiB .*config.micro_batches from 1",
+  ):
     memory.fitting(tiny(remat='auto'), make)
 
 
@@ -63,7 +68,13 @@ def test_the_memory_of_a_device():
 
 def test_messages_of_the_compiler():
   gib = 2**30
-  assert memory.refused_bytes('Ran out of memory in memory space hbm. Used 24.31G of 15.75G hbm.') == 24.31 * gib
-  assert memory.refused_bytes('required for HLO temporaries (256.00G) exceeds available HBM (15.75G)') == 256 * gib
+  assert (
+    memory.refused_bytes('Ran out of memory in memory space hbm. Used 24.31G of 15.75G hbm.')
+    == 24.31 * gib
+  )
+  assert (
+    memory.refused_bytes('required for HLO temporaries (256.00G) exceeds available HBM (15.75G)')
+    == 256 * gib
+  )
   with pytest.raises(ValueError, match='names no size'):
     memory.refused_bytes('RESOURCE_EXHAUSTED')

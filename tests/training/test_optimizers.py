@@ -28,16 +28,25 @@ def leaf(rng, *shape):
 
 
 def layer(rng, stack=()):
-  return {'attention': {'query': {'kernel': leaf(rng, *stack, 6, 2, 4), 'bias': leaf(rng, *stack, 2, 4)},
-                        'out': {'kernel': leaf(rng, *stack, 2, 4, 6)}},
-          'mlp': {'up': {'kernel': leaf(rng, *stack, 130, 140)}}, 'mlp_norm': {'scale': leaf(rng, *stack, 6)}}
+  return {
+    'attention': {
+      'query': {'kernel': leaf(rng, *stack, 6, 2, 4), 'bias': leaf(rng, *stack, 2, 4)},
+      'out': {'kernel': leaf(rng, *stack, 2, 4, 6)},
+    },
+    'mlp': {'up': {'kernel': leaf(rng, *stack, 130, 140)}},
+    'mlp_norm': {'scale': leaf(rng, *stack, 6)},
+  }
 
 
 def model(seed, scale=1.0):
   rng = np.random.default_rng(seed)
-  params = {'model': {'embedder': {'token': {'embedding': leaf(rng, 11, 6)}},
-                      'stack': {'layers': {'block': layer(rng, (LAYERS,))}}},
-            'heads_mlm': {'dense': {'kernel': leaf(rng, 6, 6), 'bias': leaf(rng, 6)}}}
+  params = {
+    'model': {
+      'embedder': {'token': {'embedding': leaf(rng, 11, 6)}},
+      'stack': {'layers': {'block': layer(rng, (LAYERS,))}},
+    },
+    'heads_mlm': {'dense': {'kernel': leaf(rng, 6, 6), 'bias': leaf(rng, 6)}},
+  }
   return jax.tree.map(lambda x: scale * x, params)
 
 
@@ -45,7 +54,13 @@ GRADIENTS = [model(seed, scale=0.1 * seed) for seed in range(1, STEPS + 1)]
 
 
 def section(name, **options):
-  return {'name': name, 'learning_rate': RATE, 'schedule': 'constant', 'weight_decay': DECAY, 'clip_norm': 0.0} | options
+  return {
+    'name': name,
+    'learning_rate': RATE,
+    'schedule': 'constant',
+    'weight_decay': DECAY,
+    'clip_norm': 0.0,
+  } | options
 
 
 def run(config, params, gradients):
@@ -60,7 +75,9 @@ def run(config, params, gradients):
 
 
 def reference(rule, params=None, gradients=None):
-  """The same by a NumPy rule(path, parameter, gradients so far, memory of that leaf) -> direction, layer by layer."""
+  """The same by a NumPy rule(path, parameter, gradients so far, memory of that leaf) -> direction,
+  layer by layer.
+  """
   params, gradients = params or model(0), gradients or GRADIENTS
   result = {path: np.array(value) for path, value in tree.flatten(params).items()}
   flat = [tree.flatten(g) for g in gradients]
@@ -70,7 +87,9 @@ def reference(rule, params=None, gradients=None):
       memory = {}
       for t in range(len(gradients)):
         decayed = path.endswith(('kernel', 'embedding'))
-        value[row] -= RATE * rule(path, value[row].copy(), flat[t][path][row], t + 1, memory, DECAY if decayed else 0.0)
+        value[row] -= RATE * rule(
+          path, value[row].copy(), flat[t][path][row], t + 1, memory, DECAY if decayed else 0.0
+        )
   return result
 
 
@@ -119,7 +138,9 @@ def muon_rule(path, x, gradient, t, memory, decay):
     return adam(gradient, t, memory, 0.9, 0.999, 1e-8) + decay * x
   memory['m'] = m = 0.95 * memory.get('m', 0) + 0.05 * gradient
   nesterov = 0.95 * m / (1 - 0.95 ** (t + 1)) + 0.05 * gradient / (1 - 0.95**t)
-  matrix = nesterov.reshape(-1, x.shape[-1]) if '/out/' in path else nesterov.reshape(x.shape[0], -1)
+  matrix = (
+    nesterov.reshape(-1, x.shape[-1]) if '/out/' in path else nesterov.reshape(x.shape[0], -1)
+  )
   z = matrix / np.linalg.norm(matrix)
   for _ in range(5):
     gram = z @ z.T
@@ -128,10 +149,18 @@ def muon_rule(path, x, gradient, t, memory, decay):
   return 0.2 * np.sqrt(max(matrix.shape)) * z.reshape(x.shape) + decay * x
 
 
-@pytest.mark.parametrize('config, rule', [
-    (section('adamw', b2=0.99, eps=1e-5), adamw_rule), (section('lamb'), lamb_rule), (section('lion'), lion_rule),
-    (section('sgd', momentum=0.5), sgd_rule), (section('adafactor'), adafactor_rule), (section('muon'), muon_rule)],
-    ids=lambda x: x['name'] if isinstance(x, dict) else '')
+@pytest.mark.parametrize(
+  'config, rule',
+  [
+    (section('adamw', b2=0.99, eps=1e-5), adamw_rule),
+    (section('lamb'), lamb_rule),
+    (section('lion'), lion_rule),
+    (section('sgd', momentum=0.5), sgd_rule),
+    (section('adafactor'), adafactor_rule),
+    (section('muon'), muon_rule),
+  ],
+  ids=lambda x: x['name'] if isinstance(x, dict) else '',
+)
 def test_updates_are_those_of_the_papers(config, rule):
   found, expected = run(config, model(0), GRADIENTS), reference(rule)
   for path, value in expected.items():
@@ -150,7 +179,10 @@ def separate(params):
   """The same parameters with each layer of the stack by itself."""
   stack = params['model']['stack']['layers']['block']
   layers = {f'stack_{i}': {'first': jax.tree.map(lambda x: x[i], stack)} for i in range(LAYERS)}  # noqa: B023
-  return {'model': {'embedder': params['model']['embedder'], **layers}, 'heads_mlm': params['heads_mlm']}
+  return {
+    'model': {'embedder': params['model']['embedder'], **layers},
+    'heads_mlm': params['heads_mlm'],
+  }
 
 
 @pytest.mark.parametrize('name', optim.OPTIMIZERS)
@@ -167,8 +199,11 @@ def test_a_stack_learns_like_its_layers_apart(name):
 def test_clipping_comes_first_and_is_global():
   norm = np.sqrt(sum(np.sum(g**2) for g in jax.tree.leaves(GRADIENTS[0])))
   config = section('sgd', momentum=0.0, weight_decay=0.0)
-  start, clipped, free = (tree.flatten(model(0)), run(config | {'clip_norm': 0.5}, model(0), GRADIENTS[:1]),
-                          run(config, model(0), GRADIENTS[:1]))
+  start, clipped, free = (
+    tree.flatten(model(0)),
+    run(config | {'clip_norm': 0.5}, model(0), GRADIENTS[:1]),
+    run(config, model(0), GRADIENTS[:1]),
+  )
   for path, value in start.items():
     np.testing.assert_allclose(value - clipped[path], (value - free[path]) * 0.5 / norm, rtol=1e-6)
 
@@ -176,23 +211,44 @@ def test_clipping_comes_first_and_is_global():
 def patterned():
   """Five layers: one apart, then two groups of a pattern of two."""
   block = lambda: {'mlp': {'up': {'kernel': np.ones((2, 4, 4))}, 'down': {'bias': np.ones((2, 4))}}}
-  return {'model': {'embedder': {'token': {'embedding': np.ones((7, 4))}, 'embedding_norm': {'scale': np.ones(4)}},
-                    'stack': {'first': {'mlp_norm': {'scale': np.ones(4)}}, 'layers': {'block_0': block(), 'block_1': block()}},
-                    'final_norm': {'scale': np.ones(4)}},
-          'heads_classify': {'dense': {'kernel': np.ones((4, 3))}}}
+  return {
+    'model': {
+      'embedder': {
+        'token': {'embedding': np.ones((7, 4))},
+        'embedding_norm': {'scale': np.ones(4)},
+      },
+      'stack': {
+        'first': {'mlp_norm': {'scale': np.ones(4)}},
+        'layers': {'block_0': block(), 'block_1': block()},
+      },
+      'final_norm': {'scale': np.ones(4)},
+    },
+    'heads_classify': {'dense': {'kernel': np.ones((4, 3))}},
+  }
 
 
 def test_layer_wise_rates():
   params = patterned()
   config = section('sgd', momentum=0.0, weight_decay=0.0, layer_decay=0.5)
-  steps = {path: (np.ones_like(value) - value) / RATE for path, value in run(config, params, [params]).items()}
+  steps = {
+    path: (np.ones_like(value) - value) / RATE
+    for path, value in run(config, params, [params]).items()
+  }
   assert np.all(steps['model/embedder/token/embedding'] == 0.5**5)
   assert np.all(steps['model/embedder/embedding_norm/scale'] == 0.5**5)
   assert np.all(steps['model/stack/first/mlp_norm/scale'] == 0.5**4)
   for name in ('up/kernel', 'down/bias'):
-    assert [np.unique(x).tolist() for x in steps[f'model/stack/layers/block_0/mlp/{name}']] == [[0.5**3], [0.5]]
-    assert [np.unique(x).tolist() for x in steps[f'model/stack/layers/block_1/mlp/{name}']] == [[0.25], [1.0]]
-  assert np.all(steps['model/final_norm/scale'] == 1) and np.all(steps['heads_classify/dense/kernel'] == 1)
+    assert [np.unique(x).tolist() for x in steps[f'model/stack/layers/block_0/mlp/{name}']] == [
+      [0.5**3],
+      [0.5],
+    ]
+    assert [np.unique(x).tolist() for x in steps[f'model/stack/layers/block_1/mlp/{name}']] == [
+      [0.25],
+      [1.0],
+    ]
+  assert np.all(steps['model/final_norm/scale'] == 1) and np.all(
+    steps['heads_classify/dense/kernel'] == 1
+  )
 
 
 def test_only_kernels_and_embeddings_are_decayed_and_every_leaf_is_known():
@@ -200,19 +256,37 @@ def test_only_kernels_and_embeddings_are_decayed_and_every_leaf_is_known():
   zeros = jax.tree.map(np.zeros_like, params)
   after = run(section('adamw'), params, [zeros])
   for path, value in after.items():
-    assert np.all(value == (1 - RATE * DECAY if path.endswith(('kernel', 'embedding')) else 1)), path
+    assert np.all(value == (1 - RATE * DECAY if path.endswith(('kernel', 'embedding')) else 1)), (
+      path
+    )
   with pytest.raises(ValueError, match='model/gate/alpha.*kernel, embedding, bias, scale'):
     optim.create(section('adamw'), 3, {'model': {'gate': {'alpha': np.ones(3)}}})
 
 
-@pytest.mark.parametrize('options, points', [
-    ({'schedule': 'linear', 'warmup_steps': 4}, {0: 0.25, 3: 1.0, 4: 1.0, 12: 0.5, 19: 1 / 16, 20: 0.0}),
+@pytest.mark.parametrize(
+  'options, points',
+  [
+    (
+      {'schedule': 'linear', 'warmup_steps': 4},
+      {0: 0.25, 3: 1.0, 4: 1.0, 12: 0.5, 19: 1 / 16, 20: 0.0},
+    ),
     ({'schedule': 'linear', 'final_fraction': 0.1}, {0: 1.0, 10: 0.55, 20: 0.1, 30: 0.1}),
-    ({'schedule': 'cosine', 'warmup_fraction': 0.2}, {1: 0.5, 4: 1.0, 8: 0.5 + math.sqrt(0.125), 12: 0.5, 20: 0.0}),
-    ({'schedule': 'inverse_sqrt', 'warmup_steps': 4}, {1: 0.5, 3: 1.0, 4: math.sqrt(4 / 5), 15: 0.5}),
-    ({'schedule': 'wsd', 'warmup_steps': 2, 'decay_fraction': 0.4}, {0: 0.5, 1: 1.0, 12: 1.0, 14: 0.5, 20: 0.0}),
+    (
+      {'schedule': 'cosine', 'warmup_fraction': 0.2},
+      {1: 0.5, 4: 1.0, 8: 0.5 + math.sqrt(0.125), 12: 0.5, 20: 0.0},
+    ),
+    (
+      {'schedule': 'inverse_sqrt', 'warmup_steps': 4},
+      {1: 0.5, 3: 1.0, 4: math.sqrt(4 / 5), 15: 0.5},
+    ),
+    (
+      {'schedule': 'wsd', 'warmup_steps': 2, 'decay_fraction': 0.4},
+      {0: 0.5, 1: 1.0, 12: 1.0, 14: 0.5, 20: 0.0},
+    ),
     ({'schedule': 'wsd'}, {0: 1.0, 16: 1.0, 17: 0.5, 20: 0.0}),
-    ({'schedule': 'constant'}, {0: 1.0, 19: 1.0})])
+    ({'schedule': 'constant'}, {0: 1.0, 19: 1.0}),
+  ],
+)
 def test_schedules_at_points(options, points):
   rate = optim.schedule(optim.parse(section('adamw', learning_rate=3.0) | options), 20)
   for step, expected in points.items():
@@ -223,15 +297,22 @@ def test_schedules_at_points(options, points):
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(optim.SCHEDULES), st.integers(1, 500), st.floats(0, 1))
 def test_every_step_learns_at_no_more_than_the_peak_rate(name, steps, warmup):
-  rate = optim.schedule(optim.parse({'name': 'adamw', 'learning_rate': 2.0, 'schedule': name, 'warmup_fraction': warmup}), steps)
+  rate = optim.schedule(
+    optim.parse(
+      {'name': 'adamw', 'learning_rate': 2.0, 'schedule': name, 'warmup_fraction': warmup}
+    ),
+    steps,
+  )
   rates = np.asarray(rate(np.arange(500)))[:steps]  # one shape, compiled once
   assert np.all(rates > 0) and np.all(rates <= 2.0 + 1e-6)
   peak = max(round(steps * warmup), 1) - 1
-  assert np.all(np.diff(rates[:peak + 1]) > 0) and np.all(np.diff(rates[peak:]) <= 1e-6)
+  assert np.all(np.diff(rates[: peak + 1]) > 0) and np.all(np.diff(rates[peak:]) <= 1e-6)
   assert rates[peak] == pytest.approx(2.0)
 
 
-@pytest.mark.parametrize('options, message', [
+@pytest.mark.parametrize(
+  'options, message',
+  [
     ({'name': 'adamv'}, "'adamv' is not known .did you mean 'adamw'"),
     ({'schedule': 'cosin'}, "did you mean 'cosine'"),
     ({'momentum': 0.9}, 'momentum is not an option'),
@@ -243,7 +324,9 @@ def test_every_step_learns_at_no_more_than_the_peak_rate(name, steps, warmup):
     ({'learning_rate': 0.0}, 'must be above 0'),
     ({'b1': 1.0}, 'b1=1.0 must be at least 0 and below 1'),
     ({'layer_decay': 1.5}, 'layer_decay=1.5'),
-    ({'clip_norm': -1.0}, 'clip_norm=-1.0 must be at least 0')])
+    ({'clip_norm': -1.0}, 'clip_norm=-1.0 must be at least 0'),
+  ],
+)
 def test_bad_options_are_refused(options, message):
   with pytest.raises(ValueError, match=message):
     optim.create(section('adamw') | options, 10, patterned())
@@ -257,7 +340,9 @@ def test_wrong_types_are_refused():
 def test_all_combinations_compile_on_abstract_parameters():
   abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, patterned()))
   for name, layer_decay in itertools.product(optim.OPTIMIZERS, (1.0, 0.9)):
-    tx, _ = optim.create({'name': name, 'learning_rate': 1e-3, 'layer_decay': layer_decay}, 10, abstract)
+    tx, _ = optim.create(
+      {'name': name, 'learning_rate': 1e-3, 'layer_decay': layer_decay}, 10, abstract
+    )
     state = jax.eval_shape(tx.init, abstract)
     updates, after = jax.eval_shape(tx.update, abstract, state, abstract)
     assert tree.difference(abstract, updates) == '' and tree.difference(state, after) == ''

@@ -1,4 +1,6 @@
-"""Files of a source: which ones a path means, what identifies them, and reading a byte range of one, gzip or plain."""
+"""Files of a source: which ones a path means, what identifies them, and reading a byte range of
+one, gzip or plain.
+"""
 
 import glob
 import gzip
@@ -15,8 +17,8 @@ _LOCAL = threading.local()  # the gzip stream that this thread read last
 def find(path: str, suffixes: tuple[str, ...]) -> list[str]:
   """Absolute names of the files that `path` means, without duplicates.
 
-  Args:
-    path: a file, a folder (searched to any depth for `suffixes`), a glob (`**` goes deep), or several of these with commas
+  Args: path: a file, a folder (searched to any depth for `suffixes`), a glob (`**` goes deep), or
+    several of these with commas
       between them. A file that is named, or matched by a glob, is taken whatever its suffix.
     suffixes: which files of a folder count, for example ('.txt', '.md').
 
@@ -29,14 +31,19 @@ def find(path: str, suffixes: tuple[str, ...]) -> list[str]:
   for entry in entries or [path]:
     matched = [name for hit in _hits(entry) for name in _files(hit, suffixes)]
     if not matched:
-      raise ValueError(f'path={entry!r} matches no file{_why(entry)}; give a file, a folder with {" ".join(suffixes)} files, '
-                       'a glob such as /data/**/*.txt, or several of these with commas between them.')
+      raise ValueError(
+        f'path={entry!r} matches no file{_why(entry)}; give a file, a folder with '
+        f'{" ".join(suffixes)} files, '
+        'a glob such as /data/**/*.txt, or several of these with commas between them.'
+      )
     found.update(dict.fromkeys(matched))
   return list(found)
 
 
 def fingerprint(paths: Sequence[str], *options: object) -> str:
-  """Hash of the files' names (from their common folder on), sizes and modification times, and of `options`; reads no content."""
+  """Hash of the files' names (from their common folder on), sizes and modification times, and of
+  `options`; reads no content.
+  """
   base = os.path.commonpath([os.path.dirname(path) for path in paths])
   stats = [(path, os.stat(path)) for path in paths]
   files = [(os.path.relpath(path, base), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
@@ -59,14 +66,16 @@ def lines(path: str) -> Iterator[bytes]:
 
 def broken_gzip(path: str, error: Exception) -> ValueError:
   """The error for a .gz file that does not decompress to its end."""
-  return ValueError(f'{path}: not a whole gzip file ({error}); make it anew or take it out of the path.')
+  return ValueError(
+    f'{path}: not a whole gzip file ({error}); make it anew or take it out of the path.'
+  )
 
 
 def read(path: str, start: int, stop: int) -> bytes:
   """Bytes [start, stop) of a file's (decompressed) content.
 
-  Plain files are read by seeking. A gzip stream stays open between calls of one thread, so that reading ranges in order
-  decompresses the file once; a step back starts it again.
+  Plain files are read by seeking. A gzip stream stays open between calls of one thread, so that
+  reading ranges in order decompresses the file once; a step back starts it again.
 
   Raises:
     ValueError: the file has become shorter than `stop`.
@@ -77,7 +86,9 @@ def read(path: str, start: int, stop: int) -> bytes:
     with open(path, 'rb') as file:
       data = _read(file, start, stop)
   if len(data) != stop - start:
-    raise ValueError(f'{path} ends before byte {stop}: it changed after it was indexed; start again.')
+    raise ValueError(
+      f'{path} ends before byte {stop}: it changed after it was indexed; start again.'
+    )
   return data
 
 
@@ -87,7 +98,11 @@ def _read(file: BinaryIO, start: int, stop: int) -> bytes:
 
 
 def _gzip_stream(path: str) -> BinaryIO:
-  key = (os.getpid(), path, os.stat(path).st_mtime_ns)  # a forked process shares the file's offset: it opens its own
+  key = (
+    os.getpid(),
+    path,
+    os.stat(path).st_mtime_ns,
+  )  # a forked process shares the file's offset: it opens its own
   if getattr(_LOCAL, 'key', None) != key:
     if hasattr(_LOCAL, 'file'):
       _LOCAL.file.close()

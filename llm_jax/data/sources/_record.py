@@ -1,4 +1,6 @@
-"""From a record (a JSON object, a table's row) to a document: the named fields, checked, labels in the forms of the contract."""
+"""From a record (a JSON object, a table's row) to a document: the named fields, checked, labels in
+the forms of the contract.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -7,7 +9,9 @@ from typing import Any
 from llm_jax.core import plugins
 
 
-def document(record: Mapping[str, Any], where: str, text: str, pair: str | None, label: str | None) -> dict[str, Any]:
+def document(
+  record: Mapping[str, Any], where: str, text: str, pair: str | None, label: str | None
+) -> dict[str, Any]:
   """Returns {'text': str} with 'pair' and 'label' where those fields are asked for.
 
   Args:
@@ -29,13 +33,17 @@ def document(record: Mapping[str, Any], where: str, text: str, pair: str | None,
   return out
 
 
-def check_fields(where: str, known: Iterable[str], text: str, pair: str | None, label: str | None) -> None:
+def check_fields(
+  where: str, known: Iterable[str], text: str, pair: str | None, label: str | None
+) -> None:
   """Raises ValueError unless every field that is asked for is among `known`."""
   known = list(known)
   for option, field in (('text', text), ('pair', pair), ('label', label)):
     if field is not None and field not in known:
-      raise ValueError(f'{where}: no field {field!r}{plugins.nearest(field, known)}; it has: {", ".join(known)}. '
-                       f'The option `{option}` names the field.')
+      raise ValueError(
+        f'{where}: no field {field!r}{plugins.nearest(field, known)}; it has: {", ".join(known)}. '
+        f'The option `{option}` names the field.'
+      )
 
 
 def string(value: Any, where: str) -> str:
@@ -45,7 +53,9 @@ def string(value: Any, where: str) -> str:
   try:
     value.encode('utf-8')
   except UnicodeEncodeError as error:
-    raise ValueError(f'{where} has half of a surrogate pair at character {error.start}: not valid text.') from error
+    raise ValueError(
+      f'{where} has half of a surrogate pair at character {error.start}: not valid text.'
+    ) from error
   return value
 
 
@@ -66,8 +76,13 @@ def label_value(value: Any, where: str) -> str | float | list[str]:
 
 def _name(value: Any, where: str) -> str:
   if value is None or value == '':
-    raise ValueError(f'{where} is missing; give every document a label, or set no label field to read them all without.')
+    raise ValueError(
+      f'{where} is missing; give every document a label, or set no label field to read them all '
+      'without.'
+    )
   if not isinstance(value, (str, int)):
-    raise ValueError(f'{where} is {value!r}, of type {type(value).__name__}; '
-                     'allowed: string, integer, boolean, number, list of strings.')
+    raise ValueError(
+      f'{where} is {value!r}, of type {type(value).__name__}; '
+      'allowed: string, integer, boolean, number, list of strings.'
+    )
   return str(value)

@@ -17,23 +17,28 @@ csv.field_size_limit(2**31 - 1)  # Python's default refuses a text of more than 
 class Source:
   """Documents of CSV and TSV files, by index over byte offsets.
 
-  Fields of a comma-separated file may be quoted with " and then hold line ends; in a tab-separated one (by its delimiter) a
-  quote is a character like any other, as in GLUE. All labels are strings.
+  Fields of a comma-separated file may be quoted with " and then hold line ends; in a tab-separated
+  one (by its delimiter) a quote is a character like any other, as in GLUE. All labels are strings.
 
-  Args:
-    path: a file, a folder (.csv, .tsv, and these with .gz, at any depth), a glob, or several with commas between them.
-    text: name of the column with the text.
-    pair: name of the column with the second text, if there is one.
-    label: name of the column with the label, if there is one.
+  Args: path: a file, a folder (.csv, .tsv, and these with .gz, at any depth), a glob, or several
+    with commas between them. text: name of the column with the text. pair: name of the column with
+    the second text, if there is one. label: name of the column with the label, if there is one.
     delimiter: one character; tab for .tsv files and a comma for others if not given.
 
-  Raises:
-    ValueError: nothing matches the path, a column that a header does not have, a delimiter of another length; when the
-      documents are first asked for: a malformed record, with file and line number, or no record at all.
+  Raises: ValueError: nothing matches the path, a column that a header does not have, a delimiter of
+    another length; when the
+      documents are first asked for: a malformed record, with file and line number, or no record at
+        all.
   """
 
-  def __init__(self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None,
-               delimiter: str | None = None):
+  def __init__(
+    self,
+    path: str,
+    text: str = 'text',
+    pair: str | None = None,
+    label: str | None = None,
+    delimiter: str | None = None,
+  ):
     delimiter = '\t' if delimiter == r'\t' else delimiter  # as a shell hands it over
     if delimiter is not None and len(delimiter) != 1:
       raise ValueError(f'delimiter={delimiter!r} must be one character, such as "," or ";".')
@@ -44,7 +49,10 @@ class Source:
       _record.check_fields(f'{file}, header', header, text, pair, label)
       for column in {text, pair, label} - {None}:
         if header.count(column) > 1:
-          raise ValueError(f'{file}, header: {header.count(column)} columns are named {column!r}; rename all but one.')
+          raise ValueError(
+            f'{file}, header: {header.count(column)} columns are named {column!r}; rename all but '
+            'one.'
+          )
     self.fingerprint = _paths.fingerprint(self.files, 'csv', text, pair, label, delimiter)
 
   def __len__(self) -> int:
@@ -62,18 +70,26 @@ class Source:
     """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
     index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
     if not len(index):
-      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a record below their header.')
+      raise ValueError(
+        f'path={self.path!r} is an empty corpus: {len(self.files)} files without a record below '
+        'their header.'
+      )
     return index
 
   def _scan(self) -> Iterator[tuple[int, int, int, int]]:
     for file, (path, header) in enumerate(zip(self.files, self.headers, strict=True)):
       for row, line, start, stop in itertools.islice(self._records(path), 1, None):
         if len(row) != len(header):
-          raise ValueError(f'{path}:{line}: {len(row)} fields where the header has {len(header)}; check quotes and delimiter.')
+          raise ValueError(
+            f'{path}:{line}: {len(row)} fields where the header has {len(header)}; check quotes '
+            'and delimiter.'
+          )
         yield file, line, start, stop
 
   def _records(self, path: str) -> Iterator[tuple[list[str], int, int, int]]:
-    """Yields the fields of each record that is not blank, its first line's number, first byte, and the byte after the last."""
+    """Yields the fields of each record that is not blank, its first line's number, first byte, and
+    the byte after the last.
+    """
     place, number = 0, 0
 
     def decoded() -> Iterator[str]:
@@ -100,4 +116,8 @@ class Source:
   def _dialect(self, path: str) -> dict[str, Any]:
     tsv = path.removesuffix('.gz').endswith('.tsv')
     delimiter = self.delimiter or ('\t' if tsv else ',')
-    return dict(delimiter=delimiter, strict=True, quoting=csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL)
+    return dict(
+      delimiter=delimiter,
+      strict=True,
+      quoting=csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL,
+    )

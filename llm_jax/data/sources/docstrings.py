@@ -1,4 +1,6 @@
-"""A labelled corpus on every machine: the docstrings of the Python standard library, and the package that each comes from."""
+"""A labelled corpus on every machine: the docstrings of the Python standard library, and the
+package that each comes from.
+"""
 
 import ast
 import collections
@@ -13,15 +15,18 @@ _MIN_EXAMPLES = 30
 
 
 class Source:
-  """Docstrings of modules, classes and functions, of 80 characters or more; the label is the top-level module or package.
+  """Docstrings of modules, classes and functions, of 80 characters or more; the label is the
+  top-level module or package.
 
-  Equal docstrings count once, for the first in order; labels with fewer than 30 are left out. Parsing takes a few seconds, when
-  the documents are first asked for.
+  Equal docstrings count once, for the first in order; labels with fewer than 30 are left out.
+  Parsing takes a few seconds, when the documents are first asked for.
   """
 
   def __init__(self):
     self.library = stdlib.Source()
-    self.fingerprint = hashlib.sha256(repr((self.library.fingerprint, _MIN_CHARACTERS, _MIN_EXAMPLES)).encode()).hexdigest()
+    self.fingerprint = hashlib.sha256(
+      repr((self.library.fingerprint, _MIN_CHARACTERS, _MIN_EXAMPLES)).encode()
+    ).hexdigest()
 
   def __len__(self) -> int:
     return len(self._documents)
@@ -45,5 +50,7 @@ class Source:
 def docstrings(source: bytes) -> list[str]:
   """The docstrings, indentation removed, of a module and of the classes and functions in it."""
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-  found = (ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+  found = (
+    ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)
+  )
   return [text for text in found if text]

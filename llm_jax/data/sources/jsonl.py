@@ -15,19 +15,20 @@ SUFFIXES = ('.jsonl', '.jsonl.gz')
 class Source:
   """Documents of JSON Lines files, by index over byte offsets; blank lines are none.
 
-  Args:
-    path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas between them.
-    text: name of the field with the text.
-    pair: name of the field with the second text, if there is one.
-    label: name of the field with the label, if there is one: a string, integer or boolean (a class), a float, or a list of
+  Args: path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas
+    between them. text: name of the field with the text. pair: name of the field with the second
+    text, if there is one. label: name of the field with the label, if there is one: a string,
+    integer or boolean (a class), a float, or a list of
       strings.
 
-  Raises:
-    ValueError: nothing matches the path, or the files hold no line; when a document is read: a malformed line or a missing field,
+  Raises: ValueError: nothing matches the path, or the files hold no line; when a document is read:
+    a malformed line or a missing field,
       with file and line number.
   """
 
-  def __init__(self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None):
+  def __init__(
+    self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None
+  ):
     self.path, self.text, self.pair, self.label = path, text, pair, label
     self.files = _paths.find(path, SUFFIXES)
     self.fingerprint = _paths.fingerprint(self.files, 'jsonl', text, pair, label)
@@ -44,7 +45,10 @@ class Source:
     except ValueError as error:
       raise ValueError(f'{where}: not a JSON object in UTF-8 ({error}).') from error
     if not isinstance(record, dict):
-      raise ValueError(f'{where}: a {type(record).__name__}, not a JSON object; each line must be like {{"{self.text}": "..."}}.')
+      raise ValueError(
+        f'{where}: a {type(record).__name__}, not a JSON object; each line must be like '
+        f'{{"{self.text}": "..."}}.'
+      )
     return _record.document(record, where, self.text, self.pair, self.label)
 
   @functools.cached_property
@@ -52,7 +56,10 @@ class Source:
     """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
     index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
     if not len(index):
-      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files without a line; give JSON lines.')
+      raise ValueError(
+        f'path={self.path!r} is an empty corpus: {len(self.files)} files without a line; give JSON '
+        'lines.'
+      )
     return index
 
   def _scan(self) -> Iterator[tuple[int, int, int, int]]:

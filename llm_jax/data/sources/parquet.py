@@ -10,19 +10,21 @@ SUFFIXES = ('.parquet',)
 
 
 class Source:
-  """Documents of Parquet files; only the columns that are asked for are read, and the last row group is kept.
+  """Documents of Parquet files; only the columns that are asked for are read, and the last row
+  group is kept.
 
-  Args:
-    path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
-    text: name of the column with the text.
-    pair: name of the column with the second text, if there is one.
-    label: name of the column with the label, if there is one: string, integer or boolean (a class), float, or list of strings.
+  Args: path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
+    text: name of the column with the text. pair: name of the column with the second text, if there
+    is one. label: name of the column with the label, if there is one: string, integer or boolean (a
+    class), float, or list of strings.
 
-  Raises:
-    ValueError: nothing matches the path, a file is not Parquet, a column is not there, or there is no row.
+  Raises: ValueError: nothing matches the path, a file is not Parquet, a column is not there, or
+    there is no row.
   """
 
-  def __init__(self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None):
+  def __init__(
+    self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None
+  ):
     import pyarrow
     import pyarrow.parquet
 
@@ -66,8 +68,12 @@ class Source:
     held, table = self._held
     if held != group:
       file, number = self._groups[group]
-      columns = [name for name in dict.fromkeys((self.text, self.pair, self.label)) if name is not None]
+      columns = [
+        name for name in dict.fromkeys((self.text, self.pair, self.label)) if name is not None
+      ]
       with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-        table = parquet.read_row_group(number, columns=columns, use_threads=False)  # threads do not survive a fork
+        table = parquet.read_row_group(
+          number, columns=columns, use_threads=False
+        )  # threads do not survive a fork
       self._held = (group, table)
     return table

@@ -1,4 +1,6 @@
-"""The running Python's own library as a corpus: about 11 MB of English and code on every machine, without a download."""
+"""The running Python's own library as a corpus: about 11 MB of English and code on every machine,
+without a download.
+"""
 
 import hashlib
 import os
@@ -6,13 +8,27 @@ import sys
 import sysconfig
 from typing import Any
 
-# Tests, other people's packages and what is made for one machine are left out; so is `encodings`: 1.4 MB of code tables.
-_SKIPPED = frozenset(('site-packages', 'dist-packages', '__pycache__', 'lib-dynload', 'test', 'tests', 'idle_test', 'encodings'))
+# Tests, other people's packages and what is made for one machine are left out; so is `encodings`:
+# 1.4 MB of code tables.
+_SKIPPED = frozenset(
+  (
+    'site-packages',
+    'dist-packages',
+    '__pycache__',
+    'lib-dynload',
+    'test',
+    'tests',
+    'idle_test',
+    'encodings',
+  )
+)
 _MADE = ('config-', '_sysconfigdata')  # beginnings of names written by the build
 
 
 class Source:
-  """The .py files of the standard library; another Python version has others, and so another fingerprint."""
+  """The .py files of the standard library; another Python version has others, and so another
+  fingerprint.
+  """
 
   def __init__(self):
     self.root = sysconfig.get_path('stdlib')
@@ -40,6 +56,9 @@ def _files(root: str) -> list[str]:
   names = []
   for folder, inner, files in os.walk(root):
     inner[:] = [name for name in inner if name not in _SKIPPED and not name.startswith(_MADE)]
-    names += [os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
-              for name in files if name.endswith('.py') and not name.startswith(_MADE)]
+    names += [
+      os.path.relpath(os.path.join(folder, name), root).replace(os.sep, '/')
+      for name in files
+      if name.endswith('.py') and not name.startswith(_MADE)
+    ]
   return sorted(names)

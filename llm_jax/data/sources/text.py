@@ -20,18 +20,19 @@ _FRAGMENT = 1 << 20  # most bytes of one line held while scanning
 class Source:
   """Documents of text files, found by one scan and then read by their byte range.
 
-  Line ends inside a document stay as they are in the file, CRLF too; the one that ends a line or a block is not part of it, and
-  neither is a byte order mark. Documents of white space alone are left out. A file with invalid UTF-8 or NUL bytes is skipped
-  whole; skipped files are counted and logged with the names of the first few.
+  Line ends inside a document stay as they are in the file, CRLF too; the one that ends a line or a
+  block is not part of it, and neither is a byte order mark. Documents of white space alone are left
+  out. A file with invalid UTF-8 or NUL bytes is skipped whole; skipped files are counted and logged
+  with the names of the first few.
 
-  Args:
-    path: a file, a folder (.txt, .md, .py, .gz at any depth), a glob, or several with commas between them.
-    unit: what a document is: 'file', 'line', or 'block' (lines between blank lines).
-    max_document_bytes: a longer document is cut in pieces of at most this size, at a line end where there is one and else between
+  Args: path: a file, a folder (.txt, .md, .py, .gz at any depth), a glob, or several with commas
+    between them. unit: what a document is: 'file', 'line', or 'block' (lines between blank lines).
+    max_document_bytes: a longer document is cut in pieces of at most this size, at a line end where
+    there is one and else between
       two characters; pieces are documents of their own, counted and logged.
 
-  Raises:
-    ValueError: nothing matches the path, or an unknown unit; when the documents are first asked for: a broken gzip file, or an
+  Raises: ValueError: nothing matches the path, or an unknown unit; when the documents are first
+    asked for: a broken gzip file, or an
       empty corpus.
   """
 
@@ -68,13 +69,25 @@ class Source:
       stops.append(ranges[:, 1])
       cuts += int(ranges[:, 2].sum())
     if skipped:
-      logging.warning('%d of %d files are not UTF-8 text and were skipped: %s%s', len(skipped), len(self.files),
-                      ', '.join(skipped[:5]), ', ...' if len(skipped) > 5 else '')
+      logging.warning(
+        '%d of %d files are not UTF-8 text and were skipped: %s%s',
+        len(skipped),
+        len(self.files),
+        ', '.join(skipped[:5]),
+        ', ...' if len(skipped) > 5 else '',
+      )
     if cuts:
-      logging.warning('Documents longer than max_document_bytes=%d were cut at %d places.', self.max_document_bytes, cuts)
+      logging.warning(
+        'Documents longer than max_document_bytes=%d were cut at %d places.',
+        self.max_document_bytes,
+        cuts,
+      )
     if not sum(map(len, files)):
-      raise ValueError(f'path={self.path!r} is an empty corpus: {len(self.files)} files, {len(skipped)} of them not UTF-8 text, '
-                       'hold no document; give files with text in them.')
+      raise ValueError(
+        f'path={self.path!r} is an empty corpus: {len(self.files)} files, {len(skipped)} of them '
+        'not UTF-8 text, '
+        'hold no document; give files with text in them.'
+      )
     return np.concatenate(files), np.concatenate(starts), np.concatenate(stops)
 
   def _scan_file(self, path: str) -> np.ndarray:
@@ -86,15 +99,18 @@ class Source:
 
 
 def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool]]:
-  """Yields (first byte, byte after the last, cut) of each document, holding one line, or 1 MiB of it, at a time.
+  """Yields (first byte, byte after the last, cut) of each document, holding one line, or 1 MiB of
+  it, at a time.
 
   `cut` says that the document goes on in the next range because it is longer than `limit`.
 
-  Raises:
-    UnicodeDecodeError: the bytes are not UTF-8, or one is NUL; only the whole scan says that they are.
+  Raises: UnicodeDecodeError: the bytes are not UTF-8, or one is NUL; only the whole scan says that
+    they are.
   """
   decoder = codecs.getincrementaldecoder('utf-8')()
-  start = line = end = place = 0  # of the document, of the line, the document's end without its line end, bytes scanned
+  start = line = end = place = (
+    0  # of the document, of the line, the document's end without its line end, bytes scanned
+  )
   filled = False
   while fragment := file.readline(min(_FRAGMENT, limit // 2)):
     partial = len(decoder.getstate()[0])  # bytes of a character that the fragment before began
@@ -128,5 +144,5 @@ def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool
 def _check(decoder: codecs.IncrementalDecoder, fragment: bytes) -> None:
   zero = fragment.find(b'\0')
   if zero >= 0:
-    raise UnicodeDecodeError('utf-8', fragment[zero:zero + 1], 0, 1, 'NUL byte')
+    raise UnicodeDecodeError('utf-8', fragment[zero : zero + 1], 0, 1, 'NUL byte')
   decoder.decode(fragment)

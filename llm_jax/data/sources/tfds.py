@@ -1,4 +1,6 @@
-"""Prepared TensorFlow Datasets in array_record format, read without TensorFlow (https://www.tensorflow.org/datasets)."""
+"""Prepared TensorFlow Datasets in array_record format, read without TensorFlow
+(https://www.tensorflow.org/datasets).
+"""
 
 import functools
 import os
@@ -10,38 +12,51 @@ from llm_jax.data.sources import _paths, _record
 
 
 class Source:
-  """Documents of a prepared dataset; integer classes carry their names where the dataset knows them.
+  """Documents of a prepared dataset; integer classes carry their names where the dataset knows
+  them.
 
-  Args:
-    name: dataset, with config and version if wanted: 'wiki40b/en', 'glue/sst2:2.0.0'; or a folder with a prepared dataset in it.
-    split: split to read, slices too: 'train', 'train[:10%]', 'train+validation'.
-    data_dir: where prepared datasets lie; TFDS's own default (~/tensorflow_datasets or $TFDS_DATA_DIR) if not given.
-    text: name of the feature with the text.
-    pair: name of the feature with the second text, if there is one.
-    label: name of the feature with the label, if there is one.
+  Args: name: dataset, with config and version if wanted: 'wiki40b/en', 'glue/sst2:2.0.0'; or a
+    folder with a prepared dataset in it. split: split to read, slices too: 'train', 'train[:10%]',
+    'train+validation'. data_dir: where prepared datasets lie; TFDS's own default
+    (~/tensorflow_datasets or $TFDS_DATA_DIR) if not given. text: name of the feature with the text.
+    pair: name of the feature with the second text, if there is one. label: name of the feature with
+    the label, if there is one.
 
-  Raises:
-    ValueError: the dataset is not prepared in array_record format, or has no such split or feature, or no example.
+  Raises: ValueError: the dataset is not prepared in array_record format, or has no such split or
+    feature, or no example.
   """
 
-  def __init__(self, name: str, split: str = 'train', data_dir: str | None = None, text: str = 'text', pair: str | None = None,
-               label: str | None = None):
+  def __init__(
+    self,
+    name: str,
+    split: str = 'train',
+    data_dir: str | None = None,
+    text: str = 'text',
+    pair: str | None = None,
+    label: str | None = None,
+  ):
     self.name, self.split, self.data_dir = name, split, data_dir
     self.text, self.pair, self.label = text, pair, label
     builder = _builder(name, data_dir)
     self._fields = [field for field in dict.fromkeys((text, pair, label)) if field is not None]
     _record.check_fields(f'dataset {name!r}', builder.info.features, text, pair, label)
-    self._names = {field: getattr(builder.info.features[field], 'names', None) for field in self._fields}
+    self._names = {
+      field: getattr(builder.info.features[field], 'names', None) for field in self._fields
+    }
     try:
       info = builder.info.splits[split]
     except (KeyError, ValueError) as error:
       known = ', '.join(builder.info.splits)
-      raise ValueError(f'split={split!r} of dataset {name!r} is not there ({error}); it has: {known}.') from error
+      raise ValueError(
+        f'split={split!r} of dataset {name!r} is not there ({error}); it has: {known}.'
+      ) from error
     self._length = info.num_examples
     if not self._length:
       raise ValueError(f'split={split!r} of dataset {name!r} is an empty corpus.')
     files = sorted(str(path) for path in info.filepaths)
-    self.fingerprint = _paths.fingerprint(files, 'tfds', builder.info.full_name, split, self._length, text, pair, label)
+    self.fingerprint = _paths.fingerprint(
+      files, 'tfds', builder.info.full_name, split, self._length, text, pair, label
+    )
 
   def __len__(self) -> int:
     return self._length
@@ -50,10 +65,18 @@ class Source:
     index = range(len(self))[index]
     example = self._data[index]
     record = {field: _python(example[field], self._names[field]) for field in self._fields}
-    return _record.document(record, f'dataset {self.name!r}, {self.split}, example {index}', self.text, self.pair, self.label)
+    return _record.document(
+      record,
+      f'dataset {self.name!r}, {self.split}, example {index}',
+      self.text,
+      self.pair,
+      self.label,
+    )
 
   def __getstate__(self) -> dict[str, Any]:
-    return {key: value for key, value in self.__dict__.items() if key != '_data'}  # open files stay in their process
+    return {
+      key: value for key, value in self.__dict__.items() if key != '_data'
+    }  # open files stay in their process
 
   @functools.cached_property
   def _data(self) -> Any:
@@ -61,21 +84,35 @@ class Source:
 
 
 def _builder(name: str, data_dir: str | None) -> Any:
-  """The dataset's description from its files alone: the code that prepared it is neither needed nor run."""
+  """The dataset's description from its files alone: the code that prepared it is neither needed nor
+  run.
+  """
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import read_only_builder
 
-  how = (f'Prepare it once, with tfds.builder({name!r}, file_format="array_record").download_and_prepare() or '
-         '`tfds build --file_format=array_record`, then set data_dir to the folder it was written under.')
+  how = (
+    f'Prepare it once, with tfds.builder({name!r}, '
+    'file_format="array_record").download_and_prepare() or '
+    '`tfds build --file_format=array_record`, then set data_dir to the folder it was written under.'
+  )
   folder = os.path.expanduser(name)
   try:
     prepared = os.path.isfile(os.path.join(folder, 'dataset_info.json'))
-    builder = tfds.builder_from_directory(folder) if prepared else read_only_builder.builder_from_files(name, data_dir=data_dir)
+    builder = (
+      tfds.builder_from_directory(folder)
+      if prepared
+      else read_only_builder.builder_from_files(name, data_dir=data_dir)
+    )
   except tfds.core.DatasetNotFoundError as error:
     place = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
-    raise ValueError(f'name={name!r} is no dataset prepared under {place}, nor the folder of one. {how}') from error
+    raise ValueError(
+      f'name={name!r} is no dataset prepared under {place}, nor the folder of one. {how}'
+    ) from error
   if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
-    raise ValueError(f'name={name!r} is prepared as {builder.info.file_format.value}, which has no random access. {how}')
+    raise ValueError(
+      f'name={name!r} is prepared as {builder.info.file_format.value}, which has no random access. '
+      f'{how}'
+    )
   return builder
 
 

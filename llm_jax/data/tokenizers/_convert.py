@@ -1,25 +1,30 @@
 """A SentencePiece model as a tokenizer.json, with the same ids for the same text.
 
-The `tokenizers` library reads the same two algorithms (unigram, BPE) in other words, so the habits of SentencePiece are
-spelled out:
+The `tokenizers` library reads the same two algorithms (unigram, BPE) in other words, so the habits
+of SentencePiece are spelled out:
 
-* Pieces are spelled with a plain space, not with U+2581, so that the sign itself stays a character where the model lets it.
-* BPE: SentencePiece joins the two neighbours whose union is the best piece, however it is split, and the leftmost of equals;
-  a list of merges ranks each split, so splits of one piece stand together, the longest left half first.
-* User-defined symbols stay whole and untouched: one of several characters, or one that the normalization would change, is
-  replaced by a private character before it and put back by the decoder.
-* No text may become a control or byte piece. A unigram model finds every piece of its list in a text, these too, so a
-  pre-tokenizer cuts through the spelling of each.
-* The character map: the library's `Precompiled` takes a whole cluster (a letter with its marks) or single characters, and
-  loses marks where a cluster begins with a mapped character. Clusters are therefore split by a marker that is taken out
-  again, and sequences composed by NFC afterwards.
+* Pieces are spelled with a plain space, not with U+2581, so that the sign itself stays a character
+  where the model lets it.
+* BPE: SentencePiece joins the two neighbours whose union is the best piece, however it is split,
+  and the leftmost of equals; a list of merges ranks each split, so splits of one piece stand
+  together, the longest left half first.
+* User-defined symbols stay whole and untouched: one of several characters, or one that the
+  normalization would change, is replaced by a private character before it and put back by the
+  decoder.
+* No text may become a control or byte piece. A unigram model finds every piece of its list in a
+  text, these too, so a pre-tokenizer cuts through the spelling of each.
+* The character map: the library's `Precompiled` takes a whole cluster (a letter with its marks) or
+  single characters, and loses marks where a cluster begins with a mapped character. Clusters are
+  therefore split by a marker that is taken out again, and sequences composed by NFC afterwards.
 
 What still differs:
 
-* Letters with two or more marks that are not in the order of Unicode's normal forms or whose composition skips a mark, and a
-  mark behind a ligature: NFC composes or reorders them, SentencePiece leaves them.
-* Equally good segmentations (the run of spaces as 4 and 2 or as 2 and 4) in a unigram model that was not trained here:
-  SentencePiece adds up scores in float32, `tokenizers` in float64. `rounded` makes the sums exact in both.
+* Letters with two or more marks that are not in the order of Unicode's normal forms or whose
+  composition skips a mark, and a mark behind a ligature: NFC composes or reorders them,
+  SentencePiece leaves them.
+* Equally good segmentations (the run of spaces as 4 and 2 or as 2 and 4) in a unigram model that
+  was not trained here: SentencePiece adds up scores in float32, `tokenizers` in float64. `rounded`
+  makes the sums exact in both.
 * A text that holds one of the private characters or the marker.
 """
 
@@ -36,17 +41,17 @@ _SPACE = '\u2581'
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.ModelType
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)  # SentencePiece.Type
 _MARKER = '\ufdd0\ufdd1'  # two noncharacters, which Unicode keeps out of text
-_CLUSTER = '(?<=\\r)(?=\\n)|(?<=[^\\n])(?=[\\p{M}\u200c\u200d])'  # where a cluster of several characters goes on
+# where a cluster of several characters goes on
+_CLUSTER = '(?<=\\r)(?=\\n)|(?<=[^\\n])(?=[\\p{M}\u200c\u200d])'
 _PRIVATE = 0x10F000  # stand-ins are taken from here, in the last plane of private use
 
 
 def convert(model: bytes, specials: Mapping[str, int], *, sign_is_space: bool) -> dict[str, Any]:
   """Returns tokenizer.json, without a post-processor.
 
-  Args:
-    model: the serialised SentencePiece model.
-    specials: id of each special token, by name; ids beyond the pieces become tokens of their own.
-    sign_is_space: U+2581 in a text is a space (as SentencePiece has it), else a character like any other.
+  Args: model: the serialised SentencePiece model. specials: id of each special token, by name; ids
+    beyond the pieces become tokens of their own. sign_is_space: U+2581 in a text is a space (as
+    SentencePiece has it), else a character like any other.
 
   Raises:
     ValueError: a kind of model that the `tokenizers` library has no twin of.
@@ -60,32 +65,43 @@ def convert(model: bytes, specials: Mapping[str, int], *, sign_is_space: bool) -
   bpe = proto.trainer_spec.model_type == _BPE
   make = _bpe if bpe else _unigram
   return _export.description(
-      make(proto, vocab, unknown, bytes_too), [_export.added_token(number, names[number]) for number in sorted(names)],
-      normalizer=_normalizers(proto, stand_ins, sign_is_space), pre_tokenizer=None if bpe else _cuts(proto, vocab),
-      decoder=_decoders(proto, stand_ins, bytes_too))
+    make(proto, vocab, unknown, bytes_too),
+    [_export.added_token(number, names[number]) for number in sorted(names)],
+    normalizer=_normalizers(proto, stand_ins, sign_is_space),
+    pre_tokenizer=None if bpe else _cuts(proto, vocab),
+    decoder=_decoders(proto, stand_ins, bytes_too),
+  )
 
 
 def foreign(model: bytes, *, xlm_roberta: bool) -> tuple[dict[str, Any], dict[str, str]]:
-  """tokenizer.json of a model in a Hugging Face folder, and the texts of its special tokens by name.
+  """tokenizer.json of a model in a Hugging Face folder, and the texts of its special tokens by
+  name.
 
-  Args:
-    model: the serialised SentencePiece model.
-    xlm_roberta: the ids are those of XLM-RoBERTa: <s>, <pad>, </s> and <unk> come first, <mask> after all pieces.
+  Args: model: the serialised SentencePiece model. xlm_roberta: the ids are those of XLM-RoBERTa:
+    <s>, <pad>, </s> and <unk> come first, <mask> after all pieces.
   """
   if xlm_roberta:
     model = _xlm_roberta(model)
   pieces = {piece.piece: number for number, piece in enumerate(_parse(model).pieces)}
-  specials = {name: text for name, usual in _export.NAMES.items() for text in reversed(usual) if text in pieces}
+  specials = {
+    name: text
+    for name, usual in _export.NAMES.items()
+    for text in reversed(usual)
+    if text in pieces
+  }
   if xlm_roberta:
     specials |= {'cls': '<s>', 'sep': '</s>'}
-  return convert(model, {name: pieces[text] for name, text in specials.items()}, sign_is_space=True), specials
+  return convert(
+    model, {name: pieces[text] for name, text in specials.items()}, sign_is_space=True
+  ), specials
 
 
 def rounded(model: bytes) -> bytes:
   """The model with the scores of a unigram model rounded to 1/64.
 
-  Sums of such scores are exact in float32 up to 65,536 (a text of some 8,000 tokens). Segmentations that are equally good (a
-  run of spaces as 4 and 2 or as 2 and 4) then tie in every implementation, and each takes the same one of them.
+  Sums of such scores are exact in float32 up to 65,536 (a text of some 8,000 tokens). Segmentations
+  that are equally good (a run of spaces as 4 and 2 or as 2 and 4) then tie in every implementation,
+  and each takes the same one of them.
   """
   proto = _parse(model)
   if proto.trainer_spec.model_type == _UNIGRAM:
@@ -99,8 +115,12 @@ def _xlm_roberta(model: bytes) -> bytes:
   proto = _parse(model)
   first = {piece.piece: piece for piece in proto.pieces[:3]}
   if first.keys() != {'<unk>', '<s>', '</s>'}:
-    raise ValueError(f'a model of XLM-RoBERTa begins with <unk>, <s>, </s>, this one with {", ".join(first)}.')
-  pad, mask = (type(first['<s>'])(piece=text, score=0.0, type=_CONTROL) for text in ('<pad>', '<mask>'))
+    raise ValueError(
+      f'a model of XLM-RoBERTa begins with <unk>, <s>, </s>, this one with {", ".join(first)}.'
+    )
+  pad, mask = (
+    type(first['<s>'])(piece=text, score=0.0, type=_CONTROL) for text in ('<pad>', '<mask>')
+  )
   pieces = [first['<s>'], pad, first['</s>'], first['<unk>'], *proto.pieces[3:], mask]
   del proto.pieces[:]
   proto.pieces.extend(pieces)
@@ -117,19 +137,33 @@ def special_names(proto: Any, specials: Mapping[str, int]) -> dict[int, str]:
 
 
 def _parse(model: bytes) -> Any:
-  from google.protobuf.message import DecodeError  # here, both: only training and export need protobuf
+  from google.protobuf.message import (
+    DecodeError,
+  )  # here, both: only training and export need protobuf
   from sentencepiece import sentencepiece_model_pb2
+
   try:
     proto = sentencepiece_model_pb2.ModelProto.FromString(model)
   except DecodeError as error:
     raise ValueError(f'not a SentencePiece model ({len(model)} bytes); copy it again.') from error
   if not any(piece.type == _UNKNOWN for piece in proto.pieces):
-    raise ValueError(f'a SentencePiece model without an unknown piece ({len(model)} bytes); copy it again.')
+    raise ValueError(
+      f'a SentencePiece model without an unknown piece ({len(model)} bytes); copy it again.'
+    )
   kind = proto.trainer_spec.model_type
   if kind not in (_UNIGRAM, _BPE):
-    raise ValueError(f'a SentencePiece model of type {kind} cannot be converted: the tokenizers library has unigram and BPE.')
-  if any(piece.type == _UNUSED for piece in proto.pieces) or proto.trainer_spec.treat_whitespace_as_suffix:
-    raise ValueError('a SentencePiece model with unused pieces, or with the space behind its word, cannot be converted.')
+    raise ValueError(
+      f'a SentencePiece model of type {kind} cannot be converted: the tokenizers library has '
+      'unigram and BPE.'
+    )
+  if (
+    any(piece.type == _UNUSED for piece in proto.pieces)
+    or proto.trainer_spec.treat_whitespace_as_suffix
+  ):
+    raise ValueError(
+      'a SentencePiece model with unused pieces, or with the space behind its word, cannot be '
+      'converted.'
+    )
   return proto
 
 
@@ -138,15 +172,23 @@ def _stand_ins(proto: Any, specials: Iterable[str]) -> dict[str, str]:
   symbols = {piece.piece for piece in proto.pieces if piece.type == _USER} - set(specials)
   used = set().union(*(piece.piece for piece in proto.pieces))
   free = (chr(number) for number in itertools.count(_PRIVATE) if chr(number) not in used)
-  return {symbol: next(free) for symbol in sorted(symbols, key=lambda symbol: (-len(symbol), symbol))
-          if len(symbol) > 1 or _is_mapped(proto.normalizer_spec, symbol)}
+  return {
+    symbol: next(free)
+    for symbol in sorted(symbols, key=lambda symbol: (-len(symbol), symbol))
+    if len(symbol) > 1 or _is_mapped(proto.normalizer_spec, symbol)
+  }
 
 
 def _is_mapped(spec: Any, character: str) -> bool:
-  """Whether the character map may change a character; the plain NFKC maps are known, any other one may."""
+  """Whether the character map may change a character; the plain NFKC maps are known, any other one
+  may.
+  """
   if not spec.precompiled_charsmap:
     return False
-  return spec.name not in ('nfkc', 'nfkc_cf') or unicodedata.normalize('NFKC', character).casefold() != character
+  return (
+    spec.name not in ('nfkc', 'nfkc_cf')
+    or unicodedata.normalize('NFKC', character).casefold() != character
+  )
 
 
 def _spelled(piece: Any, stand_ins: Mapping[str, str]) -> str:
@@ -161,56 +203,99 @@ def _bpe(proto: Any, vocab: list[str], unknown: int, bytes_too: bool) -> dict[st
   for text, piece in zip(vocab, proto.pieces, strict=True):
     if piece.type == _NORMAL:
       splits = [(text[:i], text[i:]) for i in range(len(text) - 1, 0, -1)]
-      merges += [(-piece.score, split) for split in splits if split[0] in normal and split[1] in normal]
+      merges += [
+        (-piece.score, split) for split in splits if split[0] in normal and split[1] in normal
+      ]
   merges.sort(key=lambda merge: merge[0])  # stable: the splits of a piece stay in their order
-  return {'type': 'BPE', 'dropout': None, 'unk_token': vocab[unknown], 'continuing_subword_prefix': None,
-          'end_of_word_suffix': None, 'fuse_unk': True, 'byte_fallback': bytes_too, 'ignore_merges': False,
-          'vocab': {text: number for number, text in enumerate(vocab)}, 'merges': [list(split) for _, split in merges]}
+  return {
+    'type': 'BPE',
+    'dropout': None,
+    'unk_token': vocab[unknown],
+    'continuing_subword_prefix': None,
+    'end_of_word_suffix': None,
+    'fuse_unk': True,
+    'byte_fallback': bytes_too,
+    'ignore_merges': False,
+    'vocab': {text: number for number, text in enumerate(vocab)},
+    'merges': [list(split) for _, split in merges],
+  }
 
 
 def _unigram(proto: Any, vocab: list[str], unknown: int, bytes_too: bool) -> dict[str, Any]:
   normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL] or [0.0]
-  # The lowest score sets the price of an unknown character, so nothing but ordinary pieces may set it.
+  # The lowest score sets the price of an unknown character, so nothing but ordinary pieces may set
+  # it.
   user = [max(min(normal), len(piece.piece.encode()) * max(normal) - 0.1) for piece in proto.pieces]
-  scores = [own if piece.type == _USER else piece.score for own, piece in zip(user, proto.pieces, strict=True)]
-  return {'type': 'Unigram', 'unk_id': unknown, 'byte_fallback': bytes_too,
-          'vocab': [[text, score] for text, score in zip(vocab, scores, strict=True)]}
+  scores = [
+    own if piece.type == _USER else piece.score
+    for own, piece in zip(user, proto.pieces, strict=True)
+  ]
+  return {
+    'type': 'Unigram',
+    'unk_id': unknown,
+    'byte_fallback': bytes_too,
+    'vocab': [[text, score] for text, score in zip(vocab, scores, strict=True)],
+  }
 
 
 def _cuts(proto: Any, vocab: list[str]) -> list[dict[str, Any]]:
   """A pre-tokenizer that cuts through the spelling of each piece that no text may become."""
-  reserved = [text for text, piece in zip(vocab, proto.pieces, strict=True) if piece.type in (_CONTROL, _UNKNOWN)]
-  ordinary = [text for text, piece in zip(vocab, proto.pieces, strict=True) if piece.type in (_NORMAL, _USER)]
+  reserved = [
+    text
+    for text, piece in zip(vocab, proto.pieces, strict=True)
+    if piece.type in (_CONTROL, _UNKNOWN)
+  ]
+  ordinary = [
+    text for text, piece in zip(vocab, proto.pieces, strict=True) if piece.type in (_NORMAL, _USER)
+  ]
   byte = ['(?<=<)(?=0x[0-9A-F]{2}>)'] if any(piece.type == _BYTE for piece in proto.pieces) else []
   return [split(cuts(reserved, ordinary) + byte)]
 
 
 def cuts(reserved: Iterable[str], ordinary: Iterable[str]) -> list[str]:
-  """Regular expressions for a place within each `reserved` spelling: one that no `ordinary` one spans, or else the last."""
-  pairs = {text[i:i + 2] for text in ordinary for i in range(len(text) - 1)}
+  """Regular expressions for a place within each `reserved` spelling: one that no `ordinary` one
+  spans, or else the last.
+  """
+  pairs = {text[i : i + 2] for text in ordinary for i in range(len(text) - 1)}
   patterns = []
   for text in reserved:
     if len(text) > 1:
-      place = next((i for i in range(1, len(text)) if text[i - 1:i + 1] not in pairs), len(text) - 1)
+      place = next(
+        (i for i in range(1, len(text)) if text[i - 1 : i + 1] not in pairs), len(text) - 1
+      )
       patterns.append(f'(?<={re.escape(text[:place])})(?={re.escape(text[place:])})')
   return patterns
 
 
 def split(patterns: list[str]) -> dict[str, Any]:
   """A pre-tokenizer that cuts where one of the patterns matches."""
-  return {'type': 'Split', 'pattern': {'Regex': '|'.join(patterns)}, 'behavior': 'Isolated', 'invert': False}
+  return {
+    'type': 'Split',
+    'pattern': {'Regex': '|'.join(patterns)},
+    'behavior': 'Isolated',
+    'invert': False,
+  }
 
 
-def _normalizers(proto: Any, stand_ins: Mapping[str, str], sign_is_space: bool) -> list[dict[str, Any]]:
+def _normalizers(
+  proto: Any, stand_ins: Mapping[str, str], sign_is_space: bool
+) -> list[dict[str, Any]]:
   spec = proto.normalizer_spec
   steps = [_export.replace(symbol, private) for symbol, private in stand_ins.items()]
   if spec.precompiled_charsmap:
     charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
-    steps += [_export.replace_regex(_CLUSTER, _MARKER), {'type': 'Precompiled', 'precompiled_charsmap': charsmap},
-              _export.replace(_MARKER, ''), {'type': 'NFC'}]
+    steps += [
+      _export.replace_regex(_CLUSTER, _MARKER),
+      {'type': 'Precompiled', 'precompiled_charsmap': charsmap},
+      _export.replace(_MARKER, ''),
+      {'type': 'NFC'},
+    ]
   if spec.remove_extra_whitespaces:
-    steps += [_export.replace_regex('\\A +', ''), _export.replace_regex(' {2,}', ' '),
-              _export.replace_regex(f'[ {_SPACE}]+\\z' if sign_is_space else ' \\z', '')]
+    steps += [
+      _export.replace_regex('\\A +', ''),
+      _export.replace_regex(' {2,}', ' '),
+      _export.replace_regex(f'[ {_SPACE}]+\\z' if sign_is_space else ' \\z', ''),
+    ]
   if spec.add_dummy_prefix:
     steps.append({'type': 'Prepend', 'prepend': ' '})
   if sign_is_space:
@@ -222,4 +307,8 @@ def _decoders(proto: Any, stand_ins: Mapping[str, str], bytes_too: bool) -> list
   steps = [_export.replace(private, symbol) for symbol, private in stand_ins.items()]
   steps += [{'type': 'ByteFallback'}] if bytes_too else []
   steps.append({'type': 'Fuse'})
-  return steps + [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}] * proto.normalizer_spec.add_dummy_prefix
+  return (
+    steps
+    + [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]
+    * proto.normalizer_spec.add_dummy_prefix
+  )

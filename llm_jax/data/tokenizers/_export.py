@@ -1,13 +1,21 @@
-"""The files that `transformers.AutoTokenizer` opens: the format of the `tokenizers` library, written as plain JSON."""
+"""The files that `transformers.AutoTokenizer` opens: the format of the `tokenizers` library,
+written as plain JSON.
+"""
 
 import json
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-NAMES = {  # special token -> what it may be called; the first name is the one that our own tokenizers give it
-    'pad': ('[PAD]', '<pad>'), 'unk': ('[UNK]', '<unk>'), 'cls': ('[CLS]', '<cls>'), 'sep': ('[SEP]', '<sep>'),
-    'mask': ('[MASK]', '<mask>'), 'bos': ('[BOS]', '<s>', '<bos>'), 'eos': ('[EOS]', '</s>', '<eos>'),
+# special token -> what it may be called; the first name is the one that our own tokenizers give it
+NAMES = {
+  'pad': ('[PAD]', '<pad>'),
+  'unk': ('[UNK]', '<unk>'),
+  'cls': ('[CLS]', '<cls>'),
+  'sep': ('[SEP]', '<sep>'),
+  'mask': ('[MASK]', '<mask>'),
+  'bos': ('[BOS]', '<s>', '<bos>'),
+  'eos': ('[EOS]', '</s>', '<eos>'),
 }
 FILES = ('tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json')
 
@@ -20,45 +28,86 @@ def write(directory: str, files: Mapping[str, str]) -> None:
       file.write(text)
 
 
-def folder(description: Mapping[str, Any], specials: Mapping[str, tuple[int, str]], *, causal: bool,
-           max_len: int, token_types: bool) -> dict[str, str]:
+def folder(
+  description: Mapping[str, Any],
+  specials: Mapping[str, tuple[int, str]],
+  *,
+  causal: bool,
+  max_len: int,
+  token_types: bool,
+) -> dict[str, str]:
   """The three files of a tokenizer, by name.
 
-  Args:
-    description: tokenizer.json without its post-processor.
-    specials: id and text of each special token, by name ('pad', 'cls', ...).
-    causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has type 1.
-    max_len: the longest row that the model takes.
-    token_types: whether the model wants to be told the types.
+  Args: description: tokenizer.json without its post-processor. specials: id and text of each
+    special token, by name ('pad', 'cls', ...). causal: BOS before each text, else [CLS] before and
+    [SEP] after; the second text of a pair has type 1. max_len: the longest row that the model
+    takes. token_types: whether the model wants to be told the types.
   """
-  around = {'before': specials['bos']} if causal else {'before': specials['cls'], 'after': specials['sep']}
+  around = (
+    {'before': specials['bos']} if causal else {'before': specials['cls'], 'after': specials['sep']}
+  )
   names = {f'{name}_token': text for name, (_, text) in specials.items()}
   inputs = ['input_ids', *['token_type_ids'] * token_types, 'attention_mask']
-  config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': max_len, 'clean_up_tokenization_spaces': False,
-            'model_input_names': inputs} | names
+  config = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'model_max_length': max_len,
+    'clean_up_tokenization_spaces': False,
+    'model_input_names': inputs,
+  } | names
   whole = dict(description) | {'post_processor': template(**around)}
-  return {name: json.dumps(content, ensure_ascii=False, indent=None if name == FILES[0] else 2)
-          for name, content in zip(FILES, (whole, config, names), strict=True)}
-
-
-def description(model: Mapping[str, Any], added: Sequence[Mapping[str, Any]], *, normalizer: Any = None,
-                pre_tokenizer: Any = None, decoder: Any = None, post_processor: Any = None) -> dict[str, Any]:
-  """A tokenizer.json; lists of normalizers, pre-tokenizers or decoders become sequences, empty ones nothing."""
   return {
-      'version': '1.0', 'truncation': None, 'padding': None, 'added_tokens': list(added),
-      'normalizer': _sequence(normalizer, 'normalizers'), 'pre_tokenizer': _sequence(pre_tokenizer, 'pretokenizers'),
-      'post_processor': post_processor, 'decoder': _sequence(decoder, 'decoders'), 'model': dict(model),
+    name: json.dumps(content, ensure_ascii=False, indent=None if name == FILES[0] else 2)
+    for name, content in zip(FILES, (whole, config, names), strict=True)
+  }
+
+
+def description(
+  model: Mapping[str, Any],
+  added: Sequence[Mapping[str, Any]],
+  *,
+  normalizer: Any = None,
+  pre_tokenizer: Any = None,
+  decoder: Any = None,
+  post_processor: Any = None,
+) -> dict[str, Any]:
+  """A tokenizer.json; lists of normalizers, pre-tokenizers or decoders become sequences, empty ones
+  nothing.
+  """
+  return {
+    'version': '1.0',
+    'truncation': None,
+    'padding': None,
+    'added_tokens': list(added),
+    'normalizer': _sequence(normalizer, 'normalizers'),
+    'pre_tokenizer': _sequence(pre_tokenizer, 'pretokenizers'),
+    'post_processor': post_processor,
+    'decoder': _sequence(decoder, 'decoders'),
+    'model': dict(model),
   }
 
 
 def added_token(number: int, text: str, *, special: bool = True) -> dict[str, Any]:
-  """A token that is found in a text before anything else; the ids of those that the model lacks must follow its own."""
-  return {'id': number, 'content': text, 'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': not special,
-          'special': special}
+  """A token that is found in a text before anything else; the ids of those that the model lacks
+  must follow its own.
+  """
+  return {
+    'id': number,
+    'content': text,
+    'single_word': False,
+    'lstrip': False,
+    'rstrip': False,
+    'normalized': not special,
+    'special': special,
+  }
 
 
-def template(before: tuple[int, str] | None = None, after: tuple[int, str] | None = None) -> dict[str, Any]:
-  """The post-processor that puts special tokens, each (id, text), around a text; around the second of a pair with type 1."""
+def template(
+  before: tuple[int, str] | None = None, after: tuple[int, str] | None = None
+) -> dict[str, Any]:
+  """The post-processor that puts special tokens, each (id, text), around a text; around the second
+  of a pair with type 1.
+  """
+
   def item(token: tuple[int, str] | None, type_id: int) -> list[dict[str, Any]]:
     return [{'SpecialToken': {'id': token[1], 'type_id': type_id}}] if token else []
 
@@ -66,9 +115,19 @@ def template(before: tuple[int, str] | None = None, after: tuple[int, str] | Non
     return [{'Sequence': {'id': name, 'type_id': type_id}}]
 
   first = item(before, 0) + text('A', 0) + item(after, 0)
-  second = (item(before, 1) if not after else []) + text('B', 1) + item(after, 1)  # BERT's pairs have one [CLS]
-  tokens = {text: {'id': text, 'ids': [number], 'tokens': [text]} for number, text in filter(None, (before, after))}
-  return {'type': 'TemplateProcessing', 'single': first, 'pair': first + second, 'special_tokens': tokens}
+  second = (
+    (item(before, 1) if not after else []) + text('B', 1) + item(after, 1)
+  )  # BERT's pairs have one [CLS]
+  tokens = {
+    text: {'id': text, 'ids': [number], 'tokens': [text]}
+    for number, text in filter(None, (before, after))
+  }
+  return {
+    'type': 'TemplateProcessing',
+    'single': first,
+    'pair': first + second,
+    'special_tokens': tokens,
+  }
 
 
 def replace(old: str, new: str) -> dict[str, Any]:

@@ -8,23 +8,29 @@ from typing import Any
 from llm_jax.data.tokenizers import _convert, _export
 
 SENTENCEPIECE = ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
-_BYTE_LEVEL = ('GPT2Tokenizer', 'RobertaTokenizer')  # others split texts by rules of their own, which vocab.json does not say
+_BYTE_LEVEL = (
+  'GPT2Tokenizer',
+  'RobertaTokenizer',
+)  # others split texts by rules of their own, which vocab.json does not say
 
 
 def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   """The files with a tokenizer.json, and a tokenizer_config.json that goes with it.
 
-  Args:
-    directory: holds vocab.txt (WordPiece), vocab.json and merges.txt (byte-level BPE) or a SentencePiece model.
-    files: tokenizer_config.json, special_tokens_map.json and config.json by name, as far as the folder has them.
+  Args: directory: holds vocab.txt (WordPiece), vocab.json and merges.txt (byte-level BPE) or a
+    SentencePiece model. files: tokenizer_config.json, special_tokens_map.json and config.json by
+    name, as far as the folder has them.
 
   Raises:
     ValueError: none of these files is there, or one of them is broken.
   """
   known = ('vocab.txt', 'vocab.json', 'merges.txt', *SENTENCEPIECE)
   there = {name for name in known if os.path.isfile(os.path.join(directory, name))}
-  options = {key: value for name in ('special_tokens_map.json', 'tokenizer_config.json')
-             for key, value in json.loads(files.get(name, '{}')).items()}
+  options = {
+    key: value
+    for name in ('special_tokens_map.json', 'tokenizer_config.json')
+    for key, value in json.loads(files.get(name, '{}')).items()
+  }
   if os.path.isfile(os.path.join(directory, 'added_tokens.json')):
     with open(os.path.join(directory, 'added_tokens.json'), encoding='utf-8') as file:
       options['added_tokens'] = json.load(file)
@@ -36,60 +42,134 @@ def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   elif models:
     description, names = _sentencepiece(os.path.join(directory, models[0]), options)
   else:
-    raise ValueError(f'{directory} holds no tokenizer; looked for tokenizer.json, vocab.txt, vocab.json with merges.txt, '
-                     f'{", ".join(SENTENCEPIECE)}.')
-  config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False} | {
-      key: options[key] for key in ('model_max_length', 'chat_template', 'model_input_names') if key in options} | names
-  return dict(files) | {'tokenizer.json': json.dumps(description, ensure_ascii=False),
-                        'tokenizer_config.json': json.dumps(config, ensure_ascii=False, indent=2)}
+    raise ValueError(
+      f'{directory} holds no tokenizer; looked for tokenizer.json, vocab.txt, vocab.json with '
+      'merges.txt, '
+      f'{", ".join(SENTENCEPIECE)}.'
+    )
+  config = (
+    {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+    | {
+      key: options[key]
+      for key in ('model_max_length', 'chat_template', 'model_input_names')
+      if key in options
+    }
+    | names
+  )
+  return dict(files) | {
+    'tokenizer.json': json.dumps(description, ensure_ascii=False),
+    'tokenizer_config.json': json.dumps(config, ensure_ascii=False, indent=2),
+  }
 
 
 def byte_alphabet() -> dict[str, int]:
-  """The characters that stand for bytes in a byte-level vocabulary (GPT-2): printable Latin-1 as it is, the rest from U+0100."""
-  printable = [byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255]
+  """The characters that stand for bytes in a byte-level vocabulary (GPT-2): printable Latin-1 as it
+  is, the rest from U+0100.
+  """
+  printable = [
+    byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
+  ]
   others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {chr(256 + number): byte for number, byte in enumerate(others)}
+  return {chr(byte): byte for byte in printable} | {
+    chr(256 + number): byte for number, byte in enumerate(others)
+  }
 
 
 def _wordpiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
-  """BERT's: text is normalised as tokenizer_config.json says, split at spaces, punctuation and Chinese signs."""
+  """BERT's: text is normalised as tokenizer_config.json says, split at spaces, punctuation and
+  Chinese signs.
+  """
   vocab = {line: number for number, line in enumerate(_lines(path))}
-  names = _names(options, {name: _export.NAMES[name][0] for name in ('pad', 'unk', 'cls', 'sep', 'mask')}, vocab)
+  names = _names(
+    options, {name: _export.NAMES[name][0] for name in ('pad', 'unk', 'cls', 'sep', 'mask')}, vocab
+  )
   if 'unk_token' not in names:
     raise ValueError(f'{path} has no [UNK]; name the unknown token in tokenizer_config.json.')
-  normalizer = {'type': 'BertNormalizer', 'clean_text': True, 'handle_chinese_chars': options.get('tokenize_chinese_chars', True),
-                'strip_accents': options.get('strip_accents'), 'lowercase': options.get('do_lower_case', True)}
-  model = {'type': 'WordPiece', 'unk_token': names['unk_token'], 'continuing_subword_prefix': '##',
-           'max_input_chars_per_word': 100, 'vocab': vocab}
-  ends = [(vocab[names[key]], names[key]) if key in names else None for key in ('cls_token', 'sep_token')]
+  normalizer = {
+    'type': 'BertNormalizer',
+    'clean_text': True,
+    'handle_chinese_chars': options.get('tokenize_chinese_chars', True),
+    'strip_accents': options.get('strip_accents'),
+    'lowercase': options.get('do_lower_case', True),
+  }
+  model = {
+    'type': 'WordPiece',
+    'unk_token': names['unk_token'],
+    'continuing_subword_prefix': '##',
+    'max_input_chars_per_word': 100,
+    'vocab': vocab,
+  }
+  ends = [
+    (vocab[names[key]], names[key]) if key in names else None for key in ('cls_token', 'sep_token')
+  ]
   return _export.description(
-      model, _added(options, names, vocab), normalizer=normalizer, pre_tokenizer={'type': 'BertPreTokenizer'},
-      decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': True}, post_processor=_export.template(*ends)), names
+    model,
+    _added(options, names, vocab),
+    normalizer=normalizer,
+    pre_tokenizer={'type': 'BertPreTokenizer'},
+    decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': True},
+    post_processor=_export.template(*ends),
+  ), names
 
 
-def _byte_level(directory: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def _byte_level(
+  directory: str, options: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
   """GPT-2's and RoBERTa's: bytes as characters, merged within what GPT-2's rule calls a word."""
   kind = str(options.get('tokenizer_class', 'GPT2Tokenizer')).removesuffix('Fast')
   if kind not in _BYTE_LEVEL:
-    raise ValueError(f'{directory} holds the vocabulary of a {kind} without a tokenizer.json; vocab.json and merges.txt are '
-                     f'enough for {" and ".join(_BYTE_LEVEL)} only. Open it with transformers once and save it: that writes one.')
+    raise ValueError(
+      f'{directory} holds the vocabulary of a {kind} without a tokenizer.json; vocab.json and '
+      'merges.txt are '
+      f'enough for {" and ".join(_BYTE_LEVEL)} only. Open it with transformers once and save it: '
+      'that writes one.'
+    )
   path = os.path.join(directory, 'vocab.json')
   with open(path, encoding='utf-8') as file:
     vocab = json.load(file)
-  merges = [line.split(' ') for line in _lines(os.path.join(directory, 'merges.txt')) if line and not line.startswith('#version')]
+  merges = [
+    line.split(' ')
+    for line in _lines(os.path.join(directory, 'merges.txt'))
+    if line and not line.startswith('#version')
+  ]
   roberta = kind == 'RobertaTokenizer' or ('<s>' in vocab and '<mask>' in vocab)
   usual = dict.fromkeys(('bos', 'eos', 'unk'), '<|endoftext|>')
   if roberta:
-    usual = dict(bos='<s>', eos='</s>', cls='<s>', sep='</s>', unk='<unk>', pad='<pad>', mask='<mask>')
+    usual = dict(
+      bos='<s>', eos='</s>', cls='<s>', sep='</s>', unk='<unk>', pad='<pad>', mask='<mask>'
+    )
   names = _names(options, usual, vocab)
   space = options.get('add_prefix_space', False)
-  level = {'type': 'ByteLevel', 'add_prefix_space': space, 'trim_offsets': roberta, 'use_regex': True}
+  level = {
+    'type': 'ByteLevel',
+    'add_prefix_space': space,
+    'trim_offsets': roberta,
+    'use_regex': True,
+  }
   around = {'type': 'RobertaProcessing', 'trim_offsets': True, 'add_prefix_space': space} | {
-      key: [names[f'{key}_token'], vocab[names[f'{key}_token']]] for key in ('sep', 'cls') if f'{key}_token' in names}
-  model = {'type': 'BPE', 'dropout': None, 'unk_token': None, 'continuing_subword_prefix': '', 'end_of_word_suffix': '',
-           'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': False, 'vocab': vocab, 'merges': merges}
-  return _export.description(model, _added(options, names, vocab), pre_tokenizer=level, decoder=level,
-                             post_processor=around if roberta else level), names
+    key: [names[f'{key}_token'], vocab[names[f'{key}_token']]]
+    for key in ('sep', 'cls')
+    if f'{key}_token' in names
+  }
+  model = {
+    'type': 'BPE',
+    'dropout': None,
+    'unk_token': None,
+    'continuing_subword_prefix': '',
+    'end_of_word_suffix': '',
+    'fuse_unk': False,
+    'byte_fallback': False,
+    'ignore_merges': False,
+    'vocab': vocab,
+    'merges': merges,
+  }
+  return _export.description(
+    model,
+    _added(options, names, vocab),
+    pre_tokenizer=level,
+    decoder=level,
+    post_processor=around if roberta else level,
+  ), names
 
 
 def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -97,11 +177,20 @@ def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
   with open(path, 'rb') as file:
     model = file.read()
   try:
-    description, specials = _convert.foreign(model, xlm_roberta=os.path.basename(path) == SENTENCEPIECE[-1])
+    description, specials = _convert.foreign(
+      model, xlm_roberta=os.path.basename(path) == SENTENCEPIECE[-1]
+    )
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  size, added = len(description['model']['vocab']), {token['id']: token for token in description['added_tokens']}
-  added |= {token['id']: token | {'normalized': False} for token in _added(options, {}, {}) if token['id'] >= size}
+  size, added = (
+    len(description['model']['vocab']),
+    {token['id']: token for token in description['added_tokens']},
+  )
+  added |= {
+    token['id']: token | {'normalized': False}
+    for token in _added(options, {}, {})
+    if token['id'] >= size
+  }
   description['added_tokens'] = [added[number] for number in sorted(added)]
   texts = {token['content']: token['id'] for token in description['added_tokens']}
   names = _names(options, specials, texts)
@@ -115,8 +204,12 @@ def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
   return description, names
 
 
-def _names(options: Mapping[str, Any], usual: Mapping[str, str], vocab: Mapping[str, int]) -> dict[str, str]:
-  """Texts of the special tokens that the vocabulary has: those that the folder names, else the usual ones."""
+def _names(
+  options: Mapping[str, Any], usual: Mapping[str, str], vocab: Mapping[str, int]
+) -> dict[str, str]:
+  """Texts of the special tokens that the vocabulary has: those that the folder names, else the
+  usual ones.
+  """
   names = {}
   for name in _export.NAMES:
     text = options.get(f'{name}_token', usual.get(name))
@@ -126,14 +219,19 @@ def _names(options: Mapping[str, Any], usual: Mapping[str, str], vocab: Mapping[
   return names
 
 
-def _added(options: Mapping[str, Any], names: Mapping[str, str], vocab: Mapping[str, int]) -> list[dict[str, Any]]:
+def _added(
+  options: Mapping[str, Any], names: Mapping[str, str], vocab: Mapping[str, int]
+) -> list[dict[str, Any]]:
   """Special tokens, and others that tokenizer_config.json or added_tokens.json adds."""
   added = {vocab[text]: _export.added_token(vocab[text], text) for text in names.values()}
   for text, number in (options.get('added_tokens') or {}).items():
     added.setdefault(number, _export.added_token(number, text, special=False))
   for number, token in (options.get('added_tokens_decoder') or {}).items():
-    added[int(number)] = _export.added_token(int(number), token['content'], special=token.get('special', False)) | {
-        key: token[key] for key in ('single_word', 'lstrip', 'rstrip', 'normalized') if key in token}
+    added[int(number)] = _export.added_token(
+      int(number), token['content'], special=token.get('special', False)
+    ) | {
+      key: token[key] for key in ('single_word', 'lstrip', 'rstrip', 'normalized') if key in token
+    }
   return [added[number] for number in sorted(added)]
 
 
@@ -142,4 +240,6 @@ def _lines(path: str) -> list[str]:
     with open(path, encoding='utf-8', newline='\n') as file:
       return [line.rstrip('\r\n') for line in file]
   except UnicodeDecodeError as error:
-    raise ValueError(f'{path} is not a text file in UTF-8 ({error.reason} at byte {error.start}); copy it again.') from error
+    raise ValueError(
+      f'{path} is not a text file in UTF-8 ({error.reason} at byte {error.start}); copy it again.'
+    ) from error

@@ -1,4 +1,6 @@
-"""What the tokenizers ask of text: its bytes, and where words begin (in scripts with spaces at the space, else at each sign)."""
+"""What the tokenizers ask of text: its bytes, and where words begin (in scripts with spaces at the
+space, else at each sign).
+"""
 
 import re
 import unicodedata
@@ -6,7 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-_SIGN_BY_SIGN = ('CJK', 'HIRAGANA', 'KATAKANA', 'THAI', 'LAO', 'KHMER', 'MYANMAR')  # scripts written without spaces
+_SIGN_BY_SIGN = (
+  'CJK',
+  'HIRAGANA',
+  'KATAKANA',
+  'THAI',
+  'LAO',
+  'KHMER',
+  'MYANMAR',
+)  # scripts written without spaces
 
 
 def utf8(text: str) -> bytes:
@@ -14,32 +24,45 @@ def utf8(text: str) -> bytes:
   try:
     return text.encode('utf-8')
   except UnicodeEncodeError as error:
-    raise ValueError(f'the text has half of a surrogate pair at character {error.start}, which UTF-8 cannot hold: '
-                     'repair it, say with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").') from error
+    raise ValueError(
+      f'the text has half of a surrogate pair at character {error.start}, which UTF-8 cannot hold: '
+      'repair it, say with text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").'
+    ) from error
 
 
 def checked(ids: Sequence[int], vocab_size: int) -> np.ndarray:
   """The ids as an array [n] int64; ValueError if one is out of the vocabulary."""
   ids = np.asarray(ids, np.int64).reshape(-1)
   if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
-    raise ValueError(f'ids from {ids.min()} to {ids.max()} are not all in the vocabulary: allowed are 0 to {vocab_size - 1}.')
+    raise ValueError(
+      f'ids from {ids.min()} to {ids.max()} are not all in the vocabulary: allowed are 0 to '
+      f'{vocab_size - 1}.'
+    )
   return ids
 
 
 def begins_word(character: str) -> bool:
-  """Whether a piece that starts so begins a word: with white space, punctuation, a sign of a script without spaces."""
+  """Whether a piece that starts so begins a word: with white space, punctuation, a sign of a script
+  without spaces.
+  """
   if not character.isalnum():
-    return not unicodedata.category(character).startswith(('M', 'Cf'))  # marks and joiners belong to what is before
+    return not unicodedata.category(character).startswith(
+      ('M', 'Cf')
+    )  # marks and joiners belong to what is before
   return unicodedata.name(character, '').startswith(_SIGN_BY_SIGN)
 
 
 def byte_begins_word(byte: int) -> bool:
-  """The same for a single byte: an ASCII one by its character, else the first of a character of three bytes or more."""
+  """The same for a single byte: an ASCII one by its character, else the first of a character of
+  three bytes or more.
+  """
   return begins_word(chr(byte)) if byte < 0x80 else byte >= 0xE0
 
 
 def bytes_begin_word(spelled: bytes) -> bool:
-  """The same for what a token spells: nothing begins no word; half a character counts as its first byte."""
+  """The same for what a token spells: nothing begins no word; half a character counts as its first
+  byte.
+  """
   if not spelled:
     return False
   if len(spelled) == 1:
@@ -48,13 +71,17 @@ def bytes_begin_word(spelled: bytes) -> bool:
   return begins_word(character) if character else byte_begins_word(spelled[0])
 
 
-def parts(text: str, known: Mapping[str, Sequence[int]]) -> Iterator[tuple[int, str, Sequence[int] | None]]:
-  """Cuts a text at the strings that have ids of their own, the longest at each place: place, string, ids (None between them)."""
+def parts(
+  text: str, known: Mapping[str, Sequence[int]]
+) -> Iterator[tuple[int, str, Sequence[int] | None]]:
+  """Cuts a text at the strings that have ids of their own, the longest at each place: place,
+  string, ids (None between them).
+  """
   names = sorted(filter(None, known), key=len, reverse=True)
   place = 0
   for match in re.finditer('|'.join(map(re.escape, names)), text) if names else ():
     if match.start() > place:
-      yield place, text[place:match.start()], None
+      yield place, text[place : match.start()], None
     yield match.start(), match[0], known[match[0]]
     place = match.end()
   if place < len(text):

@@ -1,4 +1,6 @@
-"""The simplest tokenizer: seven special tokens, then the 256 bytes of UTF-8 (as in ByT5, Xue et al. 2022, arXiv:2105.13626)."""
+"""The simplest tokenizer: seven special tokens, then the 256 bytes of UTF-8 (as in ByT5, Xue et al.
+2022, arXiv:2105.13626).
+"""
 
 import hashlib
 import json
@@ -14,7 +16,9 @@ _TEXTS = {usual[0]: [number] for number, usual in enumerate(_export.NAMES.values
 
 
 class Tokenizer:
-  """Byte b of a text's UTF-8 is id b + 7; any text comes back exactly. No text holds `unk`: the contract wants its id."""
+  """Byte b of a text's UTF-8 is id b + 7; any text comes back exactly. No text holds `unk`: the
+  contract wants its id.
+  """
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(len(SPECIALS))
   template = None
@@ -25,14 +29,16 @@ class Tokenizer:
     first = len(SPECIALS)
     self.special = np.arange(self.vocab_size) < first
     self.token_bytes = np.where(self.special, 0, 1).astype(np.int32)
-    self.word_start = np.array([False] * first + [_words.byte_begins_word(byte) for byte in range(256)])
+    self.word_start = np.array(
+      [False] * first + [_words.byte_begins_word(byte) for byte in range(256)]
+    )
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
-    """Returns the ids [n] int32 of the n bytes; ValueError for half of a surrogate pair, which UTF-8 cannot hold.
+    """Returns the ids [n] int32 of the n bytes; ValueError for half of a surrogate pair, which
+    UTF-8 cannot hold.
 
-    Args:
-      text: any text.
-      special: '[MASK]' and the like in the text become special tokens; otherwise they are text like any other.
+    Args: text: any text. special: '[MASK]' and the like in the text become special tokens;
+      otherwise they are text like any other.
     """
     if special:
       return self.offsets(text, special)[0]
@@ -41,21 +47,36 @@ class Tokenizer:
   def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids [n] int32 and, [n, 2], where each one's character begins and ends in the text."""
     _words.utf8(text)
-    return _words.joined(_ids_and_spans(place, part, ids) for place, part, ids in _words.parts(text, _TEXTS if special else {}))
+    return _words.joined(
+      _ids_and_spans(place, part, ids)
+      for place, part, ids in _words.parts(text, _TEXTS if special else {})
+    )
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for an id out of range."""
+    """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for
+    an id out of range.
+    """
     ids = _words.checked(ids, self.vocab_size)
-    return (ids[ids >= len(SPECIALS)] - len(SPECIALS)).astype(np.uint8).tobytes().decode('utf-8', 'replace')
+    return (
+      (ids[ids >= len(SPECIALS)] - len(SPECIALS))
+      .astype(np.uint8)
+      .tobytes()
+      .decode('utf-8', 'replace')
+    )
 
   def save(self, directory: str) -> None:
     """Writes tokenizer.json into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
-      json.dump({'name': 'byte', 'specials': {name: number for number, name in enumerate(SPECIALS)}}, file, indent=2)
+      json.dump(
+        {'name': 'byte', 'specials': {name: number for number, name in enumerate(SPECIALS)}},
+        file,
+        indent=2,
+      )
 
   def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
-    """Writes what `transformers.AutoTokenizer` opens, with the same ids: a BPE without merges, whose characters become bytes.
+    """Writes what `transformers.AutoTokenizer` opens, with the same ids: a BPE without merges,
+    whose characters become bytes.
 
     Args:
       directory: is made if needed.
@@ -63,20 +84,46 @@ class Tokenizer:
       max_len: the longest row that the model takes.
       token_types: whether the model tells the texts of a pair apart by an embedding.
     """
-    vocab = {text: number for text, [number] in _TEXTS.items()} | {f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)}
-    model = {'type': 'BPE', 'dropout': None, 'unk_token': '[UNK]', 'continuing_subword_prefix': None, 'end_of_word_suffix': None,
-             'fuse_unk': False, 'byte_fallback': True, 'ignore_merges': False, 'vocab': vocab, 'merges': []}
-    description = _export.description(model, [_export.added_token(number, text) for text, [number] in _TEXTS.items()],
-                                      decoder=[{'type': 'ByteFallback'}, {'type': 'Fuse'}])
-    specials = {name: (number, text) for name, (text, [number]) in zip(SPECIALS, _TEXTS.items(), strict=True)}
-    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len, token_types=token_types))
+    vocab = {text: number for text, [number] in _TEXTS.items()} | {
+      f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)
+    }
+    model = {
+      'type': 'BPE',
+      'dropout': None,
+      'unk_token': '[UNK]',
+      'continuing_subword_prefix': None,
+      'end_of_word_suffix': None,
+      'fuse_unk': False,
+      'byte_fallback': True,
+      'ignore_merges': False,
+      'vocab': vocab,
+      'merges': [],
+    }
+    description = _export.description(
+      model,
+      [_export.added_token(number, text) for text, [number] in _TEXTS.items()],
+      decoder=[{'type': 'ByteFallback'}, {'type': 'Fuse'}],
+    )
+    specials = {
+      name: (number, text) for name, (text, [number]) in zip(SPECIALS, _TEXTS.items(), strict=True)
+    }
+    _export.write(
+      directory,
+      _export.folder(
+        description, specials, causal=causal, max_len=max_len, token_types=token_types
+      ),
+    )
 
 
-def _ids_and_spans(place: int, text: str, ids: Sequence[int] | None) -> tuple[Sequence[int], Sequence]:
+def _ids_and_spans(
+  place: int, text: str, ids: Sequence[int] | None
+) -> tuple[Sequence[int], Sequence]:
   if ids is not None:
     return ids, [(place, place + len(text))]
   sizes = [len(character.encode()) for character in text]
-  return [byte + len(SPECIALS) for byte in text.encode()], np.repeat(place + np.arange(len(text)), sizes)[:, None] + [0, 1]
+  return [byte + len(SPECIALS) for byte in text.encode()], np.repeat(
+    place + np.arange(len(text)), sizes
+  )[:, None] + [0, 1]
 
 
 def create() -> Tokenizer:

@@ -1,4 +1,6 @@
-"""SentencePiece subwords (Kudo & Richardson 2018, arXiv:1808.06226): unigram or BPE, trained on the corpus or ready-made."""
+"""SentencePiece subwords (Kudo & Richardson 2018, arXiv:1808.06226): unigram or BPE, trained on the
+corpus or ready-made.
+"""
 
 import hashlib
 import io
@@ -18,8 +20,12 @@ from llm_jax.data.tokenizers import _convert, _export, _words
 KINDS = ('unigram', 'bpe')
 NORMALIZATIONS = ('nfkc', 'identity')
 PIECES = _export.NAMES
-_LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint and cache key
-_TRAINING = 2  # to be raised with any change to the models that training makes; part of every cache key
+_LAYOUT = (
+  1  # to be raised with any change to how text becomes ids; part of every fingerprint and cache key
+)
+_TRAINING = (
+  2  # to be raised with any change to the models that training makes; part of every cache key
+)
 _SPACE = '\u2581'  # SentencePiece writes a space as this sign
 _LINE_CHARACTERS = 1000  # at most 4000 bytes: the trainer drops a sentence of more than 4192
 
@@ -27,16 +33,18 @@ _LINE_CHARACTERS = 1000  # at most 4000 bytes: the trainer drops a sentence of m
 class Tokenizer:
   """A SentencePiece model with the seven special tokens.
 
-  A model that `create` trained gives decode(encode(x)) == x with normalization 'identity', and x as SentencePiece normalises it
-  with 'nfkc'; spaces, tabs and newlines survive in both, no text encodes to a special token, and the ids of a text spell exactly
-  as many bytes (`token_bytes`) as the normalised text has. A foreign model keeps its own habits: one that puts a space before a
-  text spells that byte too (decode takes it off again), one without byte pieces turns unknown characters into `unk_id`, which
-  spells nothing.
+  A model that `create` trained gives decode(encode(x)) == x with normalization 'identity', and x as
+  SentencePiece normalises it with 'nfkc'; spaces, tabs and newlines survive in both, no text
+  encodes to a special token, and the ids of a text spell exactly
+  as many bytes (`token_bytes`) as the normalised text has. A foreign model keeps its own habits:
+    one that puts a space before a
+  text spells that byte too (decode takes it off again), one without byte pieces turns unknown
+  characters into `unk_id`, which spells nothing.
 
-  Args:
-    model: the serialised SentencePiece model.
-    specials: id of each special token, by name ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos'); ids beyond the model's pieces
-      make the vocabulary larger. None: taken from the model by name, those that it lacks following its pieces. PAD is then
+  Args: model: the serialised SentencePiece model. specials: id of each special token, by name
+    ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos'); ids beyond the model's pieces
+      make the vocabulary larger. None: taken from the model by name, those that it lacks following
+        its pieces. PAD is then
       wherever the model has it, 0 or not: padding is known by segment 0, not by id.
 
   Raises:
@@ -49,30 +57,42 @@ class Tokenizer:
     self._model = model
     self._processor = processor = _processor(model)
     self.specials = dict(specials if specials is not None else _find_specials(processor))
-    self.pad_id, self.unk_id, self.cls_id, self.sep_id = (self.specials[name] for name in ('pad', 'unk', 'cls', 'sep'))
-    self.mask_id, self.bos_id, self.eos_id = (self.specials[name] for name in ('mask', 'bos', 'eos'))
+    self.pad_id, self.unk_id, self.cls_id, self.sep_id = (
+      self.specials[name] for name in ('pad', 'unk', 'cls', 'sep')
+    )
+    self.mask_id, self.bos_id, self.eos_id = (
+      self.specials[name] for name in ('mask', 'bos', 'eos')
+    )
     pieces = processor.vocab_size()
     self.added = [name for name, number in self.specials.items() if number >= pieces]
     self.vocab_size = max(pieces, 1 + max(self.specials.values()))
     self.special = np.zeros(self.vocab_size, bool)
     self.special[pieces:] = True
     self.special[list(self.specials.values())] = True
-    self.special[[i for i in range(pieces) if processor.is_control(i) or processor.is_unknown(i)]] = True
-    self._spelled = [b'' if self.special[i] else _spelling(processor, i) for i in range(self.vocab_size)]
+    self.special[
+      [i for i in range(pieces) if processor.is_control(i) or processor.is_unknown(i)]
+    ] = True
+    self._spelled = [
+      b'' if self.special[i] else _spelling(processor, i) for i in range(self.vocab_size)
+    ]
     self.token_bytes = np.array([len(spelled) for spelled in self._spelled], np.int32)
     self.word_start = np.array([_words.bytes_begin_word(spelled) for spelled in self._spelled])
     self._dummy_prefix = processor.normalize('a') != 'a'
     self._space_sign = _space_sign_ids(processor) if not self._dummy_prefix else None
     texts = {i: processor.id_to_piece(i) for i in range(pieces) if self.special[i]}
-    self._texts = texts | {number: PIECES[name][0] for name, number in self.specials.items() if name in self.added}
-    self.fingerprint = hashlib.sha256(model + repr((_LAYOUT, sorted(self.specials.items()))).encode()).hexdigest()
+    self._texts = texts | {
+      number: PIECES[name][0] for name, number in self.specials.items() if name in self.added
+    }
+    self.fingerprint = hashlib.sha256(
+      model + repr((_LAYOUT, sorted(self.specials.items()))).encode()
+    ).hexdigest()
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
-    """Returns the ids [n] int32, without special tokens; ValueError for half of a surrogate pair, which is no text.
+    """Returns the ids [n] int32, without special tokens; ValueError for half of a surrogate pair,
+    which is no text.
 
-    Args:
-      text: any text.
-      special: '[MASK]' and the other special tokens, by the names that the model has for them, become their ids; otherwise
+    Args: text: any text. special: '[MASK]' and the other special tokens, by the names that the
+      model has for them, become their ids; otherwise
         they are text like any other.
     """
     _words.utf8(text)
@@ -80,27 +100,41 @@ class Tokenizer:
       return self._processor.encode(text, return_type='numpy')
     known = self._known(special)
     parts = _words.parts(text, known)
-    return np.array([number for _, part, ids in parts for number in (ids or self._processor.encode(part))], np.int32)
+    return np.array(
+      [number for _, part, ids in parts for number in (ids or self._processor.encode(part))],
+      np.int32,
+    )
 
   def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids [n] int32 and, [n, 2], where each one's characters begin and end in the text.
 
-    A character that several tokens spell is given to each; the space that a model puts before a text has no characters.
+    A character that several tokens spell is given to each; the space that a model puts before a
+    text has no characters.
     """
     _words.utf8(text)
-    return _words.joined((ids, [(place, place + len(part))] * len(ids)) if ids is not None else self._spans(place, part)
-                         for place, part, ids in _words.parts(text, self._known(special)))
+    return _words.joined(
+      (ids, [(place, place + len(part))] * len(ids))
+      if ids is not None
+      else self._spans(place, part)
+      for place, part, ids in _words.parts(text, self._known(special))
+    )
 
   def _known(self, special: bool) -> dict[str, list[int]]:
-    """Strings that have ids of their own: special tokens, and the sign that SentencePiece would read as a space."""
+    """Strings that have ids of their own: special tokens, and the sign that SentencePiece would
+    read as a space.
+    """
     known = {text: [number] for number, text in self._texts.items()} if special else {}
     return known | ({_SPACE: self._space_sign} if self._space_sign else {})
 
   def _spans(self, place: int, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text that begins at `place`, and begins and ends: tokens spell the normalised text, whose places are known."""
+    """Ids of a text that begins at `place`, and begins and ends: tokens spell the normalised text,
+    whose places are known.
+    """
     ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
     normalised, places = self._processor.normalize(text, with_offsets=True)
-    character = np.repeat(np.arange(len(normalised)), [len(c.encode()) for c in normalised]).tolist() + [len(normalised)]
+    character = np.repeat(
+      np.arange(len(normalised)), [len(c.encode()) for c in normalised]
+    ).tolist() + [len(normalised)]
     spans, byte = [], 0
     for number, piece in zip(ids, pieces, strict=True):
       size = 1 if self._processor.is_byte(number) else len(piece.encode())
@@ -114,8 +148,12 @@ class Tokenizer:
     return ids, spans
 
   def decode(self, ids: Sequence[int]) -> str:
-    """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for an id out of range."""
-    text = b''.join(self._spelled[i] for i in _words.checked(ids, self.vocab_size)).decode('utf-8', 'replace')
+    """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for
+    an id out of range.
+    """
+    text = b''.join(self._spelled[i] for i in _words.checked(ids, self.vocab_size)).decode(
+      'utf-8', 'replace'
+    )
     return text.removeprefix(' ') if self._dummy_prefix else text
 
   def save(self, directory: str) -> None:
@@ -127,7 +165,8 @@ class Tokenizer:
       json.dump({'name': 'sentencepiece', 'specials': self.specials}, file, indent=2)
 
   def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
-    """Writes what `transformers.AutoTokenizer` opens, with the same ids; `_convert` says in which texts they may differ.
+    """Writes what `transformers.AutoTokenizer` opens, with the same ids; `_convert` says in which
+    texts they may differ.
 
     Args:
       directory: is made if needed.
@@ -138,9 +177,16 @@ class Tokenizer:
     Raises:
       ValueError: a model that is neither unigram nor BPE.
     """
-    description = _convert.convert(self._model, self.specials, sign_is_space=self._space_sign is None)
+    description = _convert.convert(
+      self._model, self.specials, sign_is_space=self._space_sign is None
+    )
     specials = {name: (number, self._texts[number]) for name, number in self.specials.items()}
-    _export.write(directory, _export.folder(description, specials, causal=causal, max_len=max_len, token_types=token_types))
+    _export.write(
+      directory,
+      _export.folder(
+        description, specials, causal=causal, max_len=max_len, token_types=token_types
+      ),
+    )
 
   def __reduce__(self):
     return Tokenizer, (self._model, self.specials)
@@ -152,58 +198,78 @@ def load(directory: str) -> Tokenizer:
     description = json.load(file)
   name = description.get('name', 'hf')
   if name != 'sentencepiece':
-    raise ValueError(f'{directory} holds a tokenizer {name!r}, not sentencepiece; load it with that module.')
+    raise ValueError(
+      f'{directory} holds a tokenizer {name!r}, not sentencepiece; load it with that module.'
+    )
   with open(os.path.join(directory, 'tokenizer.model'), 'rb') as file:
     return Tokenizer(file.read(), description['specials'])
 
 
 def create(
-    texts: Callable[[], Iterator[str]],
-    texts_fingerprint: str,
-    cache: str,
-    *,
-    vocab_size: int = 8192,
-    kind: str = 'unigram',
-    normalization: str = 'nfkc',
-    character_coverage: float = 0.9995,
-    sample_bytes: int = 4_000_000,
-    path: str | None = None,
+  texts: Callable[[], Iterator[str]],
+  texts_fingerprint: str,
+  cache: str,
+  *,
+  vocab_size: int = 8192,
+  kind: str = 'unigram',
+  normalization: str = 'nfkc',
+  character_coverage: float = 0.9995,
+  sample_bytes: int = 4_000_000,
+  path: str | None = None,
 ) -> Tokenizer:
-  """Trains a tokenizer on the corpus, or loads the one that an equal call trained before, or reads an existing model.
+  """Trains a tokenizer on the corpus, or loads the one that an equal call trained before, or reads
+  an existing model.
 
-  Args:
-    texts: gives a fresh iterator over the texts to train on.
-    texts_fingerprint: changes whenever these texts could.
-    cache: folder where trained models are kept, each under a hash of the fingerprint and the options.
-    vocab_size: ids in all: 7 special tokens, newline and tab, 256 bytes, then pieces.
-    kind: 'unigram' or 'bpe'.
-    normalization: 'nfkc' (Unicode compatibility forms folded, as SentencePiece does it) or 'identity' (text stays as it is).
-    character_coverage: share of the sample's characters that get a piece of their own; the rest is spelled in bytes.
-    sample_bytes: UTF-8 bytes of lines, spread evenly over the corpus, to train on. 4 MB take about 20 s with 'unigram'.
-    path: an existing .model file; then the other options are not used, and the log says so.
+  Args: texts: gives a fresh iterator over the texts to train on. texts_fingerprint: changes
+    whenever these texts could. cache: folder where trained models are kept, each under a hash of
+    the fingerprint and the options. vocab_size: ids in all: 7 special tokens, newline and tab, 256
+    bytes, then pieces. kind: 'unigram' or 'bpe'. normalization: 'nfkc' (Unicode compatibility forms
+    folded, as SentencePiece does it) or 'identity' (text stays as it is). character_coverage: share
+    of the sample's characters that get a piece of their own; the rest is spelled in bytes.
+    sample_bytes: UTF-8 bytes of lines, spread evenly over the corpus, to train on. 4 MB take about
+    20 s with 'unigram'. path: an existing .model file; then the other options are not used, and the
+    log says so.
 
-  Raises:
-    ValueError: an option out of range, an empty corpus, a vocabulary that the corpus cannot fill, a file that is no model.
+  Raises: ValueError: an option out of range, an empty corpus, a vocabulary that the corpus cannot
+    fill, a file that is no model.
   """
   if path is not None:
     return _read(path)
   _check_options(vocab_size, kind, normalization, character_coverage, sample_bytes)
-  options = dict(vocab_size=vocab_size, model_type=kind, normalization_rule_name=normalization,
-                 character_coverage=character_coverage)
-  key = repr((_LAYOUT, _TRAINING, sentencepiece.__version__, texts_fingerprint, sample_bytes, sorted(options.items())))
+  options = dict(
+    vocab_size=vocab_size,
+    model_type=kind,
+    normalization_rule_name=normalization,
+    character_coverage=character_coverage,
+  )
+  key = repr(
+    (
+      _LAYOUT,
+      _TRAINING,
+      sentencepiece.__version__,
+      texts_fingerprint,
+      sample_bytes,
+      sorted(options.items()),
+    )
+  )
   directory = os.path.join(cache, f'sentencepiece-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
   if os.path.exists(directory):
     logging.info('Tokenizer: %s', directory)
     return load(directory)
-  tokenizer = Tokenizer(_train(sample(texts(), sample_bytes), options), {name: number for number, name in enumerate(PIECES)})
+  tokenizer = Tokenizer(
+    _train(sample(texts(), sample_bytes), options),
+    {name: number for number, name in enumerate(PIECES)},
+  )
   _store(tokenizer, directory)
   return tokenizer
 
 
 def sample(texts: Iterable[str], limit: int) -> list[str]:
-  """Lines of at most about `limit` UTF-8 bytes in all, spread evenly over the texts, in one pass that holds twice that much.
+  """Lines of at most about `limit` UTF-8 bytes in all, spread evenly over the texts, in one pass
+  that holds twice that much.
 
-  Which lines are taken depends on their number alone: line i has the key i * 2654435769 mod 2**32 (multiples of the golden ratio,
+  Which lines are taken depends on their number alone: line i has the key i * 2654435769 mod 2**32
+    (multiples of the golden ratio,
   whose low values lie evenly and hit no period of the text), and those with the lowest keys stay.
   """
   kept: list[tuple[int, int, str]] = []  # (key, bytes, line)
@@ -220,11 +286,19 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
           kept, held = _below(kept, threshold)
   if held > limit:
     kept, held = _below(kept, threshold * limit // held)
-  logging.info('Tokenizer: trained on %d of %d lines, %.1f of %.1f MB.', len(kept), seen, held / 1e6, total / 1e6)
+  logging.info(
+    'Tokenizer: trained on %d of %d lines, %.1f of %.1f MB.',
+    len(kept),
+    seen,
+    held / 1e6,
+    total / 1e6,
+  )
   return [line for _, _, line in kept]
 
 
-def _below(kept: list[tuple[int, int, str]], threshold: int) -> tuple[list[tuple[int, int, str]], int]:
+def _below(
+  kept: list[tuple[int, int, str]], threshold: int
+) -> tuple[list[tuple[int, int, str]], int]:
   kept = [entry for entry in kept if entry[0] < threshold]
   return kept, sum(size for _, size, _ in kept)
 
@@ -232,37 +306,65 @@ def _below(kept: list[tuple[int, int, str]], threshold: int) -> tuple[list[tuple
 def _lines(text: str) -> Iterator[str]:
   for line in text.split('\n'):
     for start in range(0, len(line), _LINE_CHARACTERS):
-      yield line[start:start + _LINE_CHARACTERS]
+      yield line[start : start + _LINE_CHARACTERS]
 
 
-def _check_options(vocab_size: int, kind: str, normalization: str, character_coverage: float, sample_bytes: int) -> None:
+def _check_options(
+  vocab_size: int, kind: str, normalization: str, character_coverage: float, sample_bytes: int
+) -> None:
   if kind not in KINDS:
     raise ValueError(f'kind={kind!r} is not known; allowed: {", ".join(KINDS)}.')
   if normalization not in NORMALIZATIONS:
-    raise ValueError(f'normalization={normalization!r} is not known; allowed: {", ".join(NORMALIZATIONS)}.')
+    raise ValueError(
+      f'normalization={normalization!r} is not known; allowed: {", ".join(NORMALIZATIONS)}.'
+    )
   if not 0.9 <= character_coverage <= 1:
-    raise ValueError(f'character_coverage={character_coverage} must be from 0.9 to 1; 0.9995 suits most languages.')
+    raise ValueError(
+      f'character_coverage={character_coverage} must be from 0.9 to 1; 0.9995 suits most languages.'
+    )
   if sample_bytes < 1000:
     raise ValueError(f'sample_bytes={sample_bytes} is too small; give at least 1000.')
   if vocab_size <= len(PIECES) + 2 + 256:
-    raise ValueError(f'vocab_size={vocab_size} leaves no id for a piece; give more than {len(PIECES) + 2 + 256}, '
-                     'or take the tokenizer named byte.')
+    raise ValueError(
+      f'vocab_size={vocab_size} leaves no id for a piece; give more than {len(PIECES) + 2 + 256}, '
+      'or take the tokenizer named byte.'
+    )
 
 
 def _train(lines: list[str], options: Mapping[str, object]) -> bytes:
-  """Trains on the lines and returns the serialised model; one thread, so that equal lines give equal bytes."""
+  """Trains on the lines and returns the serialised model; one thread, so that equal lines give
+  equal bytes.
+  """
   if not lines:
-    raise ValueError('the tokenizer has an empty corpus to train on; give texts that are not empty.')
+    raise ValueError(
+      'the tokenizer has an empty corpus to train on; give texts that are not empty.'
+    )
   names = {name: pieces[0] for name, pieces in PIECES.items()}
   writer = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.Train(
-        sentence_iterator=iter(lines), model_writer=writer, num_threads=1, minloglevel=2, byte_fallback=True,
-        # Text comes back exactly: no space is added, dropped or merged; newline, tab and runs of spaces have pieces.
-        add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
-        user_defined_symbols=['\n', '\t'],
-        pad_id=0, unk_id=1, bos_id=5, eos_id=6, control_symbols=[names['cls'], names['sep'], names['mask']],  # these fill 2, 3, 4
-        pad_piece=names['pad'], unk_piece=names['unk'], bos_piece=names['bos'], eos_piece=names['eos'], **options)
+      sentence_iterator=iter(lines),
+      model_writer=writer,
+      num_threads=1,
+      minloglevel=2,
+      byte_fallback=True,
+      # Text comes back exactly: no space is added, dropped or merged; newline, tab and runs of
+      # spaces have pieces.
+      add_dummy_prefix=False,
+      remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,
+      user_defined_symbols=['\n', '\t'],
+      pad_id=0,
+      unk_id=1,
+      bos_id=5,
+      eos_id=6,
+      control_symbols=[names['cls'], names['sep'], names['mask']],  # these fill 2, 3, 4
+      pad_piece=names['pad'],
+      unk_piece=names['unk'],
+      bos_piece=names['bos'],
+      eos_piece=names['eos'],
+      **options,
+    )
   except RuntimeError as error:
     raise ValueError(_training_error(str(error), options)) from error
   return _convert.rounded(writer.getvalue())
@@ -271,16 +373,23 @@ def _train(lines: list[str], options: Mapping[str, object]) -> bytes:
 def _training_error(message: str, options: Mapping[str, object]) -> str:
   given = f'vocab_size={options["vocab_size"]}'
   if match := re.search(r'set it to a value <= (\d+)', message):
-    return (f'{given} is more than the corpus can fill; the largest that works is {match[1]} '
-            '(or give more text, or a larger sample_bytes).')
+    return (
+      f'{given} is more than the corpus can fill; the largest that works is {match[1]} '
+      '(or give more text, or a larger sample_bytes).'
+    )
   if match := re.search(r'smaller than required_chars\. \d+ vs (\d+)', message):
-    return (f'{given} is too small for the characters of the corpus at character_coverage={options["character_coverage"]}; '
-            f'give at least {match[1]}, or a lower character_coverage.')
+    return (
+      f'{given} is too small for the characters of the corpus at '
+      f'character_coverage={options["character_coverage"]}; '
+      f'give at least {match[1]}, or a lower character_coverage.'
+    )
   return f'SentencePiece could not train with {dict(options)}: {message}'
 
 
 def _store(tokenizer: Tokenizer, directory: str) -> None:
-  """Writes the tokenizer to `directory` whole or not at all; another process may do the same at the same time."""
+  """Writes the tokenizer to `directory` whole or not at all; another process may do the same at the
+  same time.
+  """
   os.makedirs(os.path.dirname(directory), exist_ok=True)
   draft = tempfile.mkdtemp(prefix='.sentencepiece-', dir=os.path.dirname(directory))
   try:
@@ -288,7 +397,9 @@ def _store(tokenizer: Tokenizer, directory: str) -> None:
     if not os.path.exists(directory):
       os.rename(draft, directory)
   except OSError:
-    if not os.path.exists(directory):  # otherwise the other process was first, with the same content
+    if not os.path.exists(
+      directory
+    ):  # otherwise the other process was first, with the same content
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)
@@ -296,16 +407,24 @@ def _store(tokenizer: Tokenizer, directory: str) -> None:
 
 def _read(path: str) -> Tokenizer:
   if not os.path.isfile(os.path.expanduser(path)):
-    raise ValueError(f'tokenizer path={path!r} is not a file; give a SentencePiece .model file, or none to train one.')
+    raise ValueError(
+      f'tokenizer path={path!r} is not a file; give a SentencePiece .model file, or none to train '
+      'one.'
+    )
   with open(os.path.expanduser(path), 'rb') as file:
     model = file.read()
   try:
     tokenizer = Tokenizer(model)
   except ValueError as error:
     raise ValueError(f'tokenizer path={path!r}: {error}') from error
-  logging.info('Tokenizer: %s as it is, %d ids (vocab_size, kind and the other training options are not used); '
-               'special tokens that it lacked, added at its end: %s.',
-               path, tokenizer.vocab_size, ', '.join(tokenizer.added) or 'none')
+  logging.info(
+    'Tokenizer: %s as it is, %d ids (vocab_size, kind and the other training options are not '
+    'used); '
+    'special tokens that it lacked, added at its end: %s.',
+    path,
+    tokenizer.vocab_size,
+    ', '.join(tokenizer.added) or 'none',
+  )
   return tokenizer
 
 
@@ -314,18 +433,31 @@ def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
   try:
     processor.LoadFromSerializedProto(model)
   except RuntimeError as error:
-    raise ValueError(f'not a SentencePiece model ({len(model)} bytes); give a .model file that its trainer wrote.') from error
+    raise ValueError(
+      f'not a SentencePiece model ({len(model)} bytes); give a .model file that its trainer wrote.'
+    ) from error
   if not processor.vocab_size():
-    raise ValueError('a SentencePiece model without a piece; give a .model file that its trainer wrote.')
+    raise ValueError(
+      'a SentencePiece model without a piece; give a .model file that its trainer wrote.'
+    )
   return processor
 
 
 def _find_specials(processor: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-  """Ids of the special tokens in a foreign model; new ones, after its pieces, for those that it does not have."""
-  own = {'pad': processor.pad_id(), 'unk': processor.unk_id(), 'bos': processor.bos_id(), 'eos': processor.eos_id()}
+  """Ids of the special tokens in a foreign model; new ones, after its pieces, for those that it
+  does not have.
+  """
+  own = {
+    'pad': processor.pad_id(),
+    'unk': processor.unk_id(),
+    'bos': processor.bos_id(),
+    'eos': processor.eos_id(),
+  }
   found, new = {}, processor.vocab_size()
   for name, pieces in PIECES.items():
-    known = [number for piece in pieces if (number := processor.piece_to_id(piece)) != processor.unk_id()]
+    known = [
+      number for piece in pieces if (number := processor.piece_to_id(piece)) != processor.unk_id()
+    ]
     found[name] = own[name] if own.get(name, -1) >= 0 else known[0] if known else new
     new += found[name] == new
   return found
@@ -339,6 +471,8 @@ def _spelling(processor: sentencepiece.SentencePieceProcessor, number: int) -> b
 
 
 def _space_sign_ids(processor: sentencepiece.SentencePieceProcessor) -> list[int] | None:
-  """Ids of the three bytes of the sign that stands for a space; None where the model has no byte pieces."""
+  """Ids of the three bytes of the sign that stands for a space; None where the model has no byte
+  pieces.
+  """
   numbers = [processor.piece_to_id(f'<0x{byte:02X}>') for byte in _SPACE.encode('utf-8')]
   return numbers if all(processor.is_byte(number) for number in numbers) else None

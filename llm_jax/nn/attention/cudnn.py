@@ -1,7 +1,9 @@
-"""Attention on an NVIDIA GPU by cuDNN's fused kernel, through JAX (`jax.nn.dot_product_attention`): no scores in main memory.
+"""Attention on an NVIDIA GPU by cuDNN's fused kernel, through JAX (`jax.nn.dot_product_attention`):
+no scores in main memory.
 
-The kernel knows causal rows and their windows by itself. What else hides a key (documents that share a row, windows to both
-sides) goes in as a mask, one number for each pair of places and the same for all heads. Letters are those of `llm_jax.nn.layers`.
+The kernel knows causal rows and their windows by itself. What else hides a key (documents that
+share a row, windows to both sides) goes in as a mask, one number for each pair of places and the
+same for all heads. Letters are those of `llm_jax.nn.layers`.
 """
 
 import jax
@@ -31,8 +33,16 @@ def refusal(q_BTNH: jax.Array, drops: bool) -> str | None:
   return None
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
-              causal: bool = False, window: int | None = None, implementation: str = 'cudnn') -> jax.Array:
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  segments_BT: jax.Array | None = None,
+  causal: bool = False,
+  window: int | None = None,
+  implementation: str = 'cudnn',
+) -> jax.Array:
   """As `llm_jax.nn.attention.dispatch.attention`, for what `refusal` has nothing against.
 
   `implementation`: that of `jax.nn.dot_product_attention`; 'xla' gives the same anywhere, slowly.
@@ -41,5 +51,11 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
   segments = None if segments_BT is None else (segments_BT, segments_BT)
   mask = visible(places, places, segments, causal=False, window=None if causal else window)
   return jax.nn.dot_product_attention(
-      q_BTNH, k_BSKH, v_BSKH, mask=None if mask is None else mask[:, 0], is_causal=causal, implementation=implementation,
-      local_window_size=(window - 1, 0) if causal and window is not None else None)
+    q_BTNH,
+    k_BSKH,
+    v_BSKH,
+    mask=None if mask is None else mask[:, 0],
+    is_causal=causal,
+    implementation=implementation,
+    local_window_size=(window - 1, 0) if causal and window is not None else None,
+  )

@@ -1,16 +1,26 @@
-"""What all implementations of attention share: which scores count, and the name of what their backward passes read."""
+"""What all implementations of attention share: which scores count, and the name of what their
+backward passes read.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 
-RESIDUALS = 'attention'  # for remat policies (`jax.ad_checkpoint.checkpoint_name`): output, and log of the sum of exponentials
+# for remat policies (`jax.ad_checkpoint.checkpoint_name`): output, and log of the sum of
+# exponentials
+RESIDUALS = 'attention'
 
 
-def visible(places_T: jax.Array, places_S: jax.Array, segments: tuple[jax.Array, jax.Array] | None, causal: bool,
-            window: int | None) -> jax.Array | None:
-  """Which key each query may see: bool, [B or 1, 1, 1, T, S]; None where every query sees every key.
+def visible(
+  places_T: jax.Array,
+  places_S: jax.Array,
+  segments: tuple[jax.Array, jax.Array] | None,
+  causal: bool,
+  window: int | None,
+) -> jax.Array | None:
+  """Which key each query may see: bool, [B or 1, 1, 1, T, S]; None where every query sees every
+  key.
 
   Args:
     places_T: places of the queries in their row, [T], or [B, T] where each row has its own.

@@ -1,13 +1,17 @@
-"""Ring attention (arXiv:2310.01889): rows are cut over the mesh axis `sequence`; queries stay, keys and values travel around.
+"""Ring attention (arXiv:2310.01889): rows are cut over the mesh axis `sequence`; queries stay, keys
+and values travel around.
 
-Each device sees one block of keys and values at a time, and sums up as FlashAttention does (arXiv:2205.14135): running maximum,
-sum, and mixed values, in float32. The backward pass computes the probabilities of each block again from the log of the sums, and
-the gradients of keys and values travel along with them. A device never holds more scores than those of a tile of its queries with
-one block of keys. A window makes the ring shorter: only blocks within it are sent. In causal rows blocks that are masked wholly
-are computed all the same: the device of the last places needs all blocks, and the others would only wait for it.
+Each device sees one block of keys and values at a time, and sums up as FlashAttention does
+(arXiv:2205.14135): running maximum, sum, and mixed values, in float32. The backward pass computes
+the probabilities of each block again from the log of the sums, and the gradients of keys and values
+travel along with them. A device never holds more scores than those of a tile of its queries with
+one block of keys. A window makes the ring shorter: only blocks within it are sent. In causal rows
+  blocks that are masked wholly
+are computed all the same: the device of the last places needs all blocks, and the others would only
+  wait for it.
 
-Letters are those of `llm_jax.nn.layers`; here T and S are the places on one device, I is the number of tiles that the queries are
-dealt with in, and t the places of one.
+Letters are those of `llm_jax.nn.layers`; here T and S are the places on one device, I is the number
+of tiles that the queries are dealt with in, and t the places of one.
 
 On one device the ring is of one, and this is blockwise attention for any device.
 """
@@ -32,7 +36,9 @@ BLOCK = 128  # the same where nothing is sent
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-  """What is static. `size`: devices around; `rows` and `heads`: what cuts these, as PartitionSpec writes it; `tile`: places."""
+  """What is static. `size`: devices around; `rows` and `heads`: what cuts these, as PartitionSpec
+  writes it; `tile`: places.
+  """
 
   layout: sharding.Layout | None
   size: int
@@ -45,23 +51,43 @@ class _Ring:
 
 
 def refusal(q_BTNH: jax.Array) -> str | None:
-  """Why these queries cannot be cut over the ring; None where they can. Without a layout the ring is of one device."""
+  """Why these queries cannot be cut over the ring; None where they can. Without a layout the ring
+  is of one device.
+  """
   layout, T = sharding.current(), q_BTNH.shape[1]
   size = 1 if layout is None else layout.mesh.shape[AXIS]
   return f'rows of {T} places do not divide by mesh.{AXIS}={size}' if T % size else None
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
-              causal: bool = False, window: int | None = None, dropout_rate: float = 0.0,
-              dropout_rng: jax.Array | None = None, tile: int = TILE) -> jax.Array:
-  """As `llm_jax.nn.attention.dispatch.attention`, for what `refusal` has nothing against; T and S are the places of whole rows here.
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  segments_BT: jax.Array | None = None,
+  causal: bool = False,
+  window: int | None = None,
+  dropout_rate: float = 0.0,
+  dropout_rng: jax.Array | None = None,
+  tile: int = TILE,
+) -> jax.Array:
+  """As `llm_jax.nn.attention.dispatch.attention`, for what `refusal` has nothing against; T and S
+  are the places of whole rows here.
 
-  Rows and heads are cut as the layout in force says. Which probabilities are dropped depends on how they are cut. `tile`: the
+  Rows and heads are cut as the layout in force says. Which probabilities are dropped depends on how
+    they are cut. `tile`: the
   most queries of a device at a time.
   """
   layout, rate = sharding.current(), 0.0 if dropout_rng is None else dropout_rate
   if layout is None:
-    return _attend(_Ring(None, 1, None, None, causal, window, rate, tile), q_BTNH, k_BSKH, v_BSKH, segments_BT, dropout_rng)
+    return _attend(
+      _Ring(None, 1, None, None, causal, window, rate, tile),
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      segments_BT,
+      dropout_rng,
+    )
   k_BSKH, v_BSKH = (sharding.divisible_heads(x, q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
   rows, _, heads, _ = layout.spec(('batch', 'length', 'heads', None), q_BTNH.shape)
   ring = _Ring(layout, layout.mesh.shape[AXIS], rows, heads, causal, window, rate, tile)
@@ -87,13 +113,25 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _on_mesh(ring, function, arrays, out):
-  """`function` in shard_map; a letter for each array: x [B, T, N, H], l [B, T, N], s [B, T], k a key."""
+  """`function` in shard_map; a letter for each array: x [B, T, N, H], l [B, T, N], s [B, T], k a
+  key.
+  """
   run = functools.partial(function, ring=ring)
   if ring.layout is None:
     return run
-  specs = {'x': P(ring.rows, AXIS, ring.heads, None), 'l': P(ring.rows, AXIS, ring.heads), 's': P(ring.rows, AXIS), 'k': P()}
-  return jax.shard_map(run, mesh=ring.layout.mesh, in_specs=tuple(specs[a] for a in arrays),
-                       out_specs=tuple(specs[a] for a in out), check_vma=False)
+  specs = {
+    'x': P(ring.rows, AXIS, ring.heads, None),
+    'l': P(ring.rows, AXIS, ring.heads),
+    's': P(ring.rows, AXIS),
+    'k': P(),
+  }
+  return jax.shard_map(
+    run,
+    mesh=ring.layout.mesh,
+    in_specs=tuple(specs[a] for a in arrays),
+    out_specs=tuple(specs[a] for a in out),
+    check_vma=False,
+  )
 
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, *, ring):
@@ -103,7 +141,9 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, *, ring):
   queries = tiles(q_BTNH, K), tiles(segments_BT)
   mixed_IBKGtH = jnp.zeros(queries[0].shape, wide)
   total_IBKGt = jnp.zeros(mixed_IBKGtH.shape[:-1], wide)
-  top_IBKGt = jnp.full_like(total_IBKGt, jnp.finfo(wide).min / 2)  # finite: a block may be masked wholly
+  top_IBKGt = jnp.full_like(
+    total_IBKGt, jnp.finfo(wide).min / 2
+  )  # finite: a block may be masked wholly
 
   def see(sums, keys, block):
 
@@ -116,20 +156,27 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, *, ring):
       total_BKGt = shrink_BKGt * total_BKGt + jnp.sum(p_BKGtS, axis=-1)
       p_BKGtS = _dropped(ring, key, p_BKGtS, number, block).astype(v_BSKH.dtype)
       mixed_BKGtH = shrink_BKGt[..., None] * mixed_BKGtH + jnp.einsum(
-          'BKGTS,BSKH->BKGTH', p_BKGtS, keys.v_BSKH, preferred_element_type=wide)
+        'BKGTS,BSKH->BKGTH', p_BKGtS, keys.v_BSKH, preferred_element_type=wide
+      )
       return mixed_BKGtH, total_BKGt, new_BKGt
 
     return jax.lax.map(tile, (jnp.arange(len(mixed_IBKGtH)), queries, sums))
 
   sums = mixed_IBKGtH, total_IBKGt, top_IBKGt
-  mixed_IBKGtH, total_IBKGt, top_IBKGt = _around(ring, see, sums, _Keys(k_BSKH, v_BSKH, segments_BT))
-  return _rows((mixed_IBKGtH / total_IBKGt[..., None]).astype(q_BTNH.dtype)), _rows(top_IBKGt + jnp.log(total_IBKGt))
+  mixed_IBKGtH, total_IBKGt, top_IBKGt = _around(
+    ring, see, sums, _Keys(k_BSKH, v_BSKH, segments_BT)
+  )
+  return _rows((mixed_IBKGtH / total_IBKGt[..., None]).astype(q_BTNH.dtype)), _rows(
+    top_IBKGt + jnp.log(total_IBKGt)
+  )
 
 
 def _backward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, out_BTNH, lse_BTN, dout_BTNH, *, ring):
   """On each device: the gradients of its queries, keys and values."""
   wide, K = lse_BTN.dtype, k_BSKH.shape[2]
-  mean_BTN = jnp.sum(out_BTNH.astype(wide) * dout_BTNH, axis=-1)  # of the gradients of the probabilities
+  mean_BTN = jnp.sum(
+    out_BTNH.astype(wide) * dout_BTNH, axis=-1
+  )  # of the gradients of the probabilities
   tiles = functools.partial(_tiles, ring.tile)
   queries = *(tiles(x, K) for x in (q_BTNH, dout_BTNH, lse_BTN, mean_BTN)), tiles(segments_BT)
   product = functools.partial(jnp.einsum, preferred_element_type=wide)
@@ -142,8 +189,12 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, out_BTNH, lse_BTN, dout_
       s_BKGtS = _scores(ring, q_BKGtH, segments_Bt, keys, number, block)
       p_BKGtS = jnp.exp(s_BKGtS - lse_BKGt[..., None])
       dropped_BKGtS = _dropped(ring, key, p_BKGtS, number, block).astype(do_BKGtH.dtype)
-      dp_BKGtS = _dropped(ring, key, product('BKGTH,BSKH->BKGTS', do_BKGtH, keys.v_BSKH), number, block)
-      ds_BKGtS = (p_BKGtS * (dp_BKGtS - mean_BKGt[..., None]) * q_BTNH.shape[-1]**-0.5).astype(q_BKGtH.dtype)
+      dp_BKGtS = _dropped(
+        ring, key, product('BKGTH,BSKH->BKGTS', do_BKGtH, keys.v_BSKH), number, block
+      )
+      ds_BKGtS = (p_BKGtS * (dp_BKGtS - mean_BKGt[..., None]) * q_BTNH.shape[-1] ** -0.5).astype(
+        q_BKGtH.dtype
+      )
       dk_BSKH = dkeys[0] + product('BKGTS,BKGTH->BSKH', ds_BKGtS, q_BKGtH)
       dv_BSKH = dkeys[1] + product('BKGTS,BKGTH->BSKH', dropped_BKGtS, do_BKGtH)
       return (dk_BSKH, dv_BSKH), dq_BKGtH + product('BKGTS,BSKH->BKGTH', ds_BKGtS, keys.k_BSKH)
@@ -151,11 +202,18 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, out_BTNH, lse_BTN, dout_
     dkeys, dq_IBKGtH = jax.lax.scan(tile, dkeys, (jnp.arange(len(dq_IBKGtH)), queries, dq_IBKGtH))
     return dq_IBKGtH, _turn(ring, dkeys, 1)
 
-  zeros = jnp.zeros(queries[0].shape, wide), (jnp.zeros(k_BSKH.shape, wide), jnp.zeros(v_BSKH.shape, wide))
+  zeros = (
+    jnp.zeros(queries[0].shape, wide),
+    (jnp.zeros(k_BSKH.shape, wide), jnp.zeros(v_BSKH.shape, wide)),
+  )
   dq_IBKGtH, dkeys = _around(ring, see, zeros, _Keys(k_BSKH, v_BSKH, segments_BT))
   first, count = _blocks(ring, k_BSKH.shape[1])
   dk_BSKH, dv_BSKH = _turn(ring, dkeys, -first - count)  # home
-  return _rows(dq_IBKGtH).astype(q_BTNH.dtype), dk_BSKH.astype(k_BSKH.dtype), dv_BSKH.astype(v_BSKH.dtype)
+  return (
+    _rows(dq_IBKGtH).astype(q_BTNH.dtype),
+    dk_BSKH.astype(k_BSKH.dtype),
+    dv_BSKH.astype(v_BSKH.dtype),
+  )
 
 
 class _Keys(NamedTuple):
@@ -167,7 +225,9 @@ class _Keys(NamedTuple):
 
 
 def _around(ring, see, state, keys):
-  """The state after `state = see(state, keys, number of their block)` for each block; the next is sent while one is seen."""
+  """The state after `state = see(state, keys, number of their block)` for each block; the next is
+  sent while one is seen.
+  """
   first, count = _blocks(ring, keys.k_BSKH.shape[1])
   number = lambda distance: (_index(AXIS if ring.size > 1 else None) - distance) % ring.size
 
@@ -183,7 +243,9 @@ def _around(ring, see, state, keys):
 
 
 def _blocks(ring, length: int) -> tuple[int, int]:
-  """Which blocks are seen: how far before the device's own the first is (negative: after it), and how many, each one earlier."""
+  """Which blocks are seen: how far before the device's own the first is (negative: after it), and
+  how many, each one earlier.
+  """
   if ring.window is None:
     return 0, ring.size
   reach = -(-(ring.window - 1 if ring.causal else ring.window // 2) // length)
@@ -200,11 +262,19 @@ def _turn(ring, tree, by: int):
 
 def _scores(ring, q_BKGtH, segments_Bt, keys, number, block):
   """Scaled and masked scores of one tile of queries with one block of keys, at least float32."""
-  wide, (t, H), S = jnp.promote_types(q_BKGtH.dtype, jnp.float32), q_BKGtH.shape[-2:], keys.k_BSKH.shape[1]
-  s_BKGtS = jnp.einsum('BKGTH,BSKH->BKGTS', q_BKGtH, keys.k_BSKH, preferred_element_type=wide) * H**-0.5
+  wide, (t, H), S = (
+    jnp.promote_types(q_BKGtH.dtype, jnp.float32),
+    q_BKGtH.shape[-2:],
+    keys.k_BSKH.shape[1],
+  )
+  s_BKGtS = (
+    jnp.einsum('BKGTH,BSKH->BKGTS', q_BKGtH, keys.k_BSKH, preferred_element_type=wide) * H**-0.5
+  )
   first = _index(AXIS if ring.size > 1 else None) * S + number * t
   segments = None if segments_Bt is None else (segments_Bt, keys.segments_BS)
-  mask = visible(first + jnp.arange(t), block * S + jnp.arange(S), segments, ring.causal, ring.window)
+  mask = visible(
+    first + jnp.arange(t), block * S + jnp.arange(S), segments, ring.causal, ring.window
+  )
   return s_BKGtS if mask is None else jnp.where(mask, s_BKGtS, jnp.finfo(wide).min / 2)
 
 
@@ -212,7 +282,13 @@ def _dropped(ring, key, x_BKGtS, number, block):
   """Zero where the dropout is, the rest larger; the same places for the same tile and block."""
   if not ring.dropout_rate:
     return x_BKGtS
-  for index in (_index(ring.rows), _index(ring.heads), _index(AXIS if ring.size > 1 else None), number, block):
+  for index in (
+    _index(ring.rows),
+    _index(ring.heads),
+    _index(AXIS if ring.size > 1 else None),
+    number,
+    block,
+  ):
     key = jax.random.fold_in(key, index)
   return dropout(x_BKGtS, ring.dropout_rate, key)
 
@@ -222,7 +298,9 @@ def _index(axes) -> jax.Array | int:
 
 
 def _tiles(most: int, x, kv_heads: int | None = None):
-  """[B, T] as [I, B, t], or, with `kv_heads`, [B, T, N, ...] as [I, B, K, G, t, ...]; t the longest divisor of T up to `most`."""
+  """[B, T] as [I, B, t], or, with `kv_heads`, [B, T, N, ...] as [I, B, K, G, t, ...]; t the longest
+  divisor of T up to `most`.
+  """
   if x is None:
     return None
   B, T = x.shape[:2]

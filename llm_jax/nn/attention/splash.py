@@ -1,5 +1,6 @@
-"""Attention on a TPU by the splash kernel that JAX ships (jax.experimental.pallas.ops.tpu.splash_attention): tiles of the scores
-stay in the chip's own memory (FlashAttention, arXiv:2205.14135), and tiles that a mask leaves empty are not computed.
+"""Attention on a TPU by the splash kernel that JAX ships
+(jax.experimental.pallas.ops.tpu.splash_attention): tiles of the scores stay in the chip's own
+memory (FlashAttention, arXiv:2205.14135), and tiles that a mask leaves empty are not computed.
 
 Letters are those of `llm_jax.nn.layers`.
 """
@@ -38,11 +39,20 @@ def refusal(q_BTNH: jax.Array, drops: bool) -> str | None:
   return None
 
 
-def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segments_BT: jax.Array | None = None,
-              causal: bool = False, window: int | None = None, interpret: bool = False) -> jax.Array:
+def attention(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  v_BSKH: jax.Array,
+  *,
+  segments_BT: jax.Array | None = None,
+  causal: bool = False,
+  window: int | None = None,
+  interpret: bool = False,
+) -> jax.Array:
   """As `llm_jax.nn.attention.dispatch.attention`, for what `refusal` has nothing against.
 
-  Batch and heads are cut as the layout in force says; rows are whole on a device. `interpret`: on any device, slowly.
+  Batch and heads are cut as the layout in force says; rows are whole on a device. `interpret`: on
+  any device, slowly.
   """
   run = functools.partial(_local, causal=causal, window=window, interpret=interpret)
   layout = sharding.current()
@@ -51,8 +61,9 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, *, segmen
   k_BSKH, v_BSKH = (sharding.divisible_heads(x, q_BTNH.shape[2]) for x in (k_BSKH, v_BSKH))
   rows, _, heads, _ = layout.spec(('batch', None, 'heads', None), q_BTNH.shape)
   cut, by_row = P(rows, None, heads, None), P(rows, None)
-  return jax.shard_map(run, mesh=layout.mesh, in_specs=(cut, cut, cut, by_row), out_specs=cut, check_vma=False)(
-      q_BTNH, k_BSKH, v_BSKH, segments_BT)
+  return jax.shard_map(
+    run, mesh=layout.mesh, in_specs=(cut, cut, cut, by_row), out_specs=cut, check_vma=False
+  )(q_BTNH, k_BSKH, v_BSKH, segments_BT)
 
 
 def _local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, causal, window, interpret):
@@ -60,27 +71,41 @@ def _local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, causal, window, interpret):
   T, N, H = q_BTNH.shape[1:]
   sizes = blocks(T, H, causal or window is not None)
   kernel = kernels.make_splash_mha(
-      masks.MultiHeadMask([_mask(T, causal, window)] * N), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-      residual_checkpoint_name=RESIDUALS, interpret=interpret)
+    masks.MultiHeadMask([_mask(T, causal, window)] * N),
+    block_sizes=sizes,
+    head_shards=1,
+    q_seq_shards=1,
+    residual_checkpoint_name=RESIDUALS,
+    interpret=interpret,
+  )
   q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
   segments = None if segments_BT is None else kernels.SegmentIds(segments_BT, segments_BT)
   with jax.named_scope(hlo.kernel_flops(**_flops(q_BTNH.shape, sizes, causal, window))):
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2)
 
 
-def _flops(shape: tuple[int, ...], sizes: kernels.BlockSizes, causal: bool, window: int | None) -> dict[str, int]:
-  """FLOPs of each of the kernel's passes over queries [B, T, N, H]: so many products of scores or their like, for what it visits.
+def _flops(
+  shape: tuple[int, ...], sizes: kernels.BlockSizes, causal: bool, window: int | None
+) -> dict[str, int]:
+  """FLOPs of each of the kernel's passes over queries [B, T, N, H]: so many products of scores or
+  their like, for what it visits.
 
-  Forward: scores, and the mix. Backward for keys and values: scores again, and the gradients of probabilities, values and keys;
-  fused, also of the queries. Backward for queries alone: scores, and the gradients of probabilities and queries.
+  Forward: scores, and the mix. Backward for keys and values: scores again, and the gradients of
+    probabilities, values and keys;
+  fused, also of the queries. Backward for queries alone: scores, and the gradients of probabilities
+    and queries.
   """
   B, T, N, H = shape
   visited = functools.partial(_visited, T, causal, window)
-  passes = {'fwd': (2, sizes.block_q, sizes.block_kv),
-            'dkv': (5 if sizes.use_fused_bwd_kernel else 4, sizes.block_q_dkv, sizes.block_kv_dkv)}
+  passes = {
+    'fwd': (2, sizes.block_q, sizes.block_kv),
+    'dkv': (5 if sizes.use_fused_bwd_kernel else 4, sizes.block_q_dkv, sizes.block_kv_dkv),
+  }
   if not sizes.use_fused_bwd_kernel:
     passes['dq'] = 3, sizes.block_q_dq, sizes.block_kv_dq
-  return {name: products * 2 * B * N * H * visited(*tile) for name, (products, *tile) in passes.items()}
+  return {
+    name: products * 2 * B * N * H * visited(*tile) for name, (products, *tile) in passes.items()
+  }
 
 
 def _visited(length: int, causal: bool, window: int | None, queries: int, keys: int) -> int:
@@ -101,16 +126,27 @@ def _mask(length: int, causal: bool, window: int | None) -> masks.Mask:
 
 
 def blocks(length: int, head_dim: int, sparse: bool) -> kernels.BlockSizes:
-  """Tiles that fit in a chip's memory, as large as they may be: a turn of the kernel costs some time whatever it does.
+  """Tiles that fit in a chip's memory, as large as they may be: a turn of the kernel costs some
+  time whatever it does.
 
-  The fused backward pass computes each tile of the scores once instead of twice, but writes one gradient of the queries for each
+  The fused backward pass computes each tile of the scores once instead of twice, but writes one
+  gradient of the queries for each
   piece of the keys, and skips only what a mask empties of a whole piece: up to two pieces it wins.
   """
   tile, most = _divisor(length, 512), 2048 if head_dim <= 128 else 1024
   # The hardware pads a last dimension of less than 128 up to it; places last, nothing is padded.
-  layout = kernels.QKVLayout.HEAD_DIM_MINOR if head_dim % LANES == 0 else kernels.QKVLayout.SEQ_MINOR
-  forward = dict(block_q=tile, block_kv=tile, block_q_dkv=tile, block_kv_dkv_compute=tile, q_layout=layout, k_layout=layout,
-                 v_layout=layout)
+  layout = (
+    kernels.QKVLayout.HEAD_DIM_MINOR if head_dim % LANES == 0 else kernels.QKVLayout.SEQ_MINOR
+  )
+  forward = dict(
+    block_q=tile,
+    block_kv=tile,
+    block_q_dkv=tile,
+    block_kv_dkv_compute=tile,
+    q_layout=layout,
+    k_layout=layout,
+    v_layout=layout,
+  )
   piece = _divisor(length, min(most, max(length // 2, tile) if sparse else length))
   if length // piece <= 2 and piece % tile == 0:
     return kernels.BlockSizes(**forward, block_kv_dkv=piece, use_fused_bwd_kernel=True)

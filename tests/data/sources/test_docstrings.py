@@ -33,6 +33,9 @@ def test_parsed_docstrings_travel_with_a_pickle(labelled):
 
 
 def test_docstrings():
-  source = (b'"""module"""\nclass A:\n  """class"""\n  async def f(self):\n    """\n    f\n      g\n    """\n'
-            b'def g():\n  "g"\n  return "no"\n')
+  source = (
+    b'"""module"""\nclass A:\n  """class"""\n  async def f(self):\n    """\n    f\n      g\n    '
+    b'"""\n'
+    b'def g():\n  "g"\n  return "no"\n'
+  )
   assert sorted(docstrings.docstrings(source)) == ['class', 'f\n  g', 'g', 'module']

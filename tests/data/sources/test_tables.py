@@ -1,4 +1,6 @@
-"""JSON Lines, CSV, TSV, Parquet: the same documents from each, and each form of bad input named by file and line."""
+"""JSON Lines, CSV, TSV, Parquet: the same documents from each, and each form of bad input named by
+file and line.
+"""
 
 import csv as python_csv
 import gzip
@@ -12,10 +14,10 @@ from hypothesis import strategies as st
 from llm_jax.data.sources import csv, jsonl, parquet
 
 ROWS = [
-    {'text': 'plain', 'other': 'p', 'label': 'x'},
-    {'text': 'comma, "quote" and\nline end', 'other': 'q', 'label': 'y'},
-    {'text': '中文，好', 'other': 'r', 'label': 'x'},
-    {'text': '', 'other': '', 'label': 'z'},
+  {'text': 'plain', 'other': 'p', 'label': 'x'},
+  {'text': 'comma, "quote" and\nline end', 'other': 'q', 'label': 'y'},
+  {'text': '中文，好', 'other': 'r', 'label': 'x'},
+  {'text': '', 'other': '', 'label': 'z'},
 ]
 WANT = [{'text': row['text'], 'pair': row['other'], 'label': row['label']} for row in ROWS]
 
@@ -49,11 +51,13 @@ def write_parquet(path, rows=ROWS, **options):
 def test_each_format_gives_the_same_documents(tmp_path):
   options = dict(pair='other', label='label')
   sources = [
-      jsonl.Source(write_jsonl(tmp_path / 'a.jsonl'), **options),
-      jsonl.Source(write_jsonl(tmp_path / 'a.jsonl.gz'), **options),
-      csv.Source(write_csv(tmp_path / 'a.csv'), **options),
-      csv.Source(write_csv(tmp_path / 'b.csv', delimiter=';', lineterminator='\n'), delimiter=';', **options),
-      parquet.Source(write_parquet(tmp_path / 'a.parquet', row_group_size=3), **options),
+    jsonl.Source(write_jsonl(tmp_path / 'a.jsonl'), **options),
+    jsonl.Source(write_jsonl(tmp_path / 'a.jsonl.gz'), **options),
+    csv.Source(write_csv(tmp_path / 'a.csv'), **options),
+    csv.Source(
+      write_csv(tmp_path / 'b.csv', delimiter=';', lineterminator='\n'), delimiter=';', **options
+    ),
+    parquet.Source(write_parquet(tmp_path / 'a.parquet', row_group_size=3), **options),
   ]
   for source in sources:
     assert documents(source) == WANT
@@ -72,10 +76,14 @@ def test_labels_take_the_forms_of_the_contract(tmp_path):
   assert [document['label'] for document in documents(source)] == want
   for name, label in (('int', 3), ('bool', True), ('float', 2.5), ('list', ['b', 'c'])):
     path = write_parquet(tmp_path / f'{name}.parquet', [{'text': 't', 'label': label}])
-    assert parquet.Source(path, label='label')[0]['label'] == {'int': '3', 'bool': 'True'}.get(name, label)
+    assert parquet.Source(path, label='label')[0]['label'] == {'int': '3', 'bool': 'True'}.get(
+      name, label
+    )
 
 
-@pytest.mark.parametrize('line, said', [
+@pytest.mark.parametrize(
+  'line, said',
+  [
     ('{"text": ', r'bad.jsonl:3: not a JSON object'),
     ('["text"]', r'bad.jsonl:3: a list'),
     ('{"txt": "a", "label": "x"}', r"bad.jsonl:3: no field 'text' \(did you mean 'txt'"),
@@ -86,20 +94,26 @@ def test_labels_take_the_forms_of_the_contract(tmp_path):
     ('{"text": "a", "label": NaN}', r'bad.jsonl:3: .*finite'),
     ('{"text": "a", "label": {"b": 1}}', r'bad.jsonl:3: .*of type dict'),
     ('{"text": "\xe9", "label": "x"}', r'bad.jsonl:3: not a JSON object in UTF-8'),
-])
+  ],
+)
 def test_a_bad_json_line_is_named(tmp_path, line, said):
-  (tmp_path / 'bad.jsonl').write_bytes(b'\xef\xbb\xbf{"text": "a", "label": "x"}\r\n\n' + line.encode('latin-1') + b'\n')
+  (tmp_path / 'bad.jsonl').write_bytes(
+    b'\xef\xbb\xbf{"text": "a", "label": "x"}\r\n\n' + line.encode('latin-1') + b'\n'
+  )
   source = jsonl.Source(str(tmp_path / 'bad.jsonl'), label='label')
   assert source[0] == {'text': 'a', 'label': 'x'}
   with pytest.raises(ValueError, match=said):
     source[1]
 
 
-@pytest.mark.parametrize('content, said', [
+@pytest.mark.parametrize(
+  'content, said',
+  [
     ('text,label\na,x\nb\n', r'bad.csv:3: 1 fields where the header has 2'),
     ('text,label\na,x\n"b,x\nc,y\n', r'bad.csv:3: malformed'),
     ('text,label\n', 'empty corpus'),
-])
+  ],
+)
 def test_a_bad_csv_record_is_named(tmp_path, content, said):
   (tmp_path / 'bad.csv').write_text(content)
   with pytest.raises(ValueError, match=said):
@@ -141,7 +155,9 @@ def test_a_csv_field_may_be_long(tmp_path):
 @settings(deadline=None, max_examples=100)
 @given(st.lists(st.text(alphabet='a,;"\n \t一', max_size=8), min_size=1, max_size=6))
 def test_csv_comes_back_from_what_python_wrote(tmp_path_factory, texts):
-  path = write_csv(tmp_path_factory.mktemp('csv') / 'x.csv', [{'text': text, 'n': 'n'} for text in texts])
+  path = write_csv(
+    tmp_path_factory.mktemp('csv') / 'x.csv', [{'text': text, 'n': 'n'} for text in texts]
+  )
   source = csv.Source(path)
   assert [source[i]['text'] for i in reversed(range(len(source)))] == texts[::-1]
 
@@ -150,7 +166,9 @@ def test_bad_parquet(tmp_path):
   (tmp_path / 'fake.parquet').write_text('no table')
   with pytest.raises(ValueError, match='fake.parquet: not a Parquet file'):
     parquet.Source(str(tmp_path / 'fake.parquet'))
-  path = write_parquet(tmp_path / 'a.parquet', [{'text': 'a', 'label': 'x'}, {'text': 'b', 'label': None}])
+  path = write_parquet(
+    tmp_path / 'a.parquet', [{'text': 'a', 'label': 'x'}, {'text': 'b', 'label': None}]
+  )
   with pytest.raises(ValueError, match=r"no field 'labels' \(did you mean 'label'"):
     parquet.Source(path, label='labels')
   with pytest.raises(ValueError, match=r'a.parquet, row group 0, row 1: .*missing'):
@@ -159,6 +177,10 @@ def test_bad_parquet(tmp_path):
 
 def test_several_parquet_files_follow_one_another(tmp_path):
   for part in range(3):
-    write_parquet(tmp_path / f'{part}.parquet', [{'text': f'{part} {i}'} for i in range(5)], row_group_size=2)
+    write_parquet(
+      tmp_path / f'{part}.parquet', [{'text': f'{part} {i}'} for i in range(5)], row_group_size=2
+    )
   source = parquet.Source(str(tmp_path))
-  assert [document['text'] for document in documents(source)] == [f'{part} {i}' for part in range(3) for i in range(5)]
+  assert [document['text'] for document in documents(source)] == [
+    f'{part} {i}' for part in range(3) for i in range(5)
+  ]

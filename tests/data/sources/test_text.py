@@ -29,7 +29,12 @@ def folder(tmp_path):
 
 def test_a_document_is_a_file(folder):
   source = text.Source(str(folder))
-  want = ['with a mark\n', 'first line\nsecond, 第二行\n\n\nnew block\r\nits end', 'zipped\n\nzwei\n', 'x = 1\n']
+  want = [
+    'with a mark\n',
+    'first line\nsecond, 第二行\n\n\nnew block\r\nits end',
+    'zipped\n\nzwei\n',
+    'x = 1\n',
+  ]
   assert texts(source) == want
   assert source[-1] == {'text': 'x = 1\n'}
   assert texts(pickle.loads(pickle.dumps(source))) == want
@@ -38,14 +43,28 @@ def test_a_document_is_a_file(folder):
 
 
 def test_a_document_is_a_line_or_a_block(folder):
-  assert texts(text.Source(str(folder / 'b.txt'), unit='line')) == ['first line', 'second, 第二行', 'new block', 'its end']
-  assert texts(text.Source(str(folder / 'b.txt'), unit='block')) == ['first line\nsecond, 第二行', 'new block\r\nits end']
+  assert texts(text.Source(str(folder / 'b.txt'), unit='line')) == [
+    'first line',
+    'second, 第二行',
+    'new block',
+    'its end',
+  ]
+  assert texts(text.Source(str(folder / 'b.txt'), unit='block')) == [
+    'first line\nsecond, 第二行',
+    'new block\r\nits end',
+  ]
   assert texts(text.Source(str(folder / 'deep'), unit='block')) == ['zipped', 'zwei', 'x = 1']
 
 
 def test_gzip_reads_in_any_order(folder):
   source = text.Source(f'{folder}/deep/d.txt.gz,{folder}/a.md', unit='line')
-  assert [source[i]['text'] for i in (1, 0, 2, 1, 0)] == ['zwei', 'zipped', 'with a mark', 'zwei', 'zipped']
+  assert [source[i]['text'] for i in (1, 0, 2, 1, 0)] == [
+    'zwei',
+    'zipped',
+    'with a mark',
+    'zwei',
+    'zipped',
+  ]
 
 
 def test_paths(folder):
@@ -57,8 +76,10 @@ def test_paths(folder):
   assert texts(text.Source(str(odd))) == ['comma and brackets']
 
 
-@pytest.mark.parametrize('path, said', [
-    ('nothing/*.txt', 'matches no file'), ('absent.txt', 'does not exist'), ('', 'matches no file')])
+@pytest.mark.parametrize(
+  'path, said',
+  [('nothing/*.txt', 'matches no file'), ('absent.txt', 'does not exist'), ('', 'matches no file')],
+)
 def test_a_path_that_matches_nothing(tmp_path, path, said):
   with pytest.raises(ValueError, match=said):
     text.Source(str(tmp_path / path) if path else path)

@@ -7,7 +7,7 @@ import pytest
 
 from llm_jax.data.sources import tfds
 
-BUILDER = '''
+BUILDER = """
 import numpy as np
 import tensorflow_datasets as tfds
 
@@ -30,12 +30,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     for i in range(count):
       yield i, {'text': f'text {i} 好', 'second': f'second {i}', 'label': -1 if i == 11 else i % 2, 'score': i / 2, 'number': i,
                 'tags': ['red', 'blue'][:i % 3], 'words': ['w'] * (i % 2)}
-'''
+"""
 
 
 @pytest.fixture(scope='module')
 def prepared(tmp_path_factory):
-  """The folder with the prepared dataset; its builder lies in a package folder of its own, as TFDS wants."""
+  """The folder with the prepared dataset; its builder lies in a package folder of its own, as TFDS
+  wants.
+  """
   import importlib
   import sys
 
@@ -81,16 +83,23 @@ def test_by_folder_and_by_slice(prepared):
   assert documents(part) == documents(whole)[:6]
 
 
-@pytest.mark.parametrize('field, want', [
+@pytest.mark.parametrize(
+  'field, want',
+  [
     ('label', lambda i: ['no', 'yes'][i % 2]),
     ('score', lambda i: i / 2),
     ('number', str),
-    ('tags', lambda i: ['red', 'blue'][:i % 3]),
+    ('tags', lambda i: ['red', 'blue'][: i % 3]),
     ('words', lambda i: ['w'] * (i % 2)),
-])
+  ],
+)
 def test_labels(prepared, field, want):
   source = tfds.Source('tiny_texts', data_dir=str(prepared), label=field)
-  read = [source[i] for i in range(len(source)) if number(tfds.Source('tiny_texts', data_dir=str(prepared))[i]) != 11]
+  read = [
+    source[i]
+    for i in range(len(source))
+    if number(tfds.Source('tiny_texts', data_dir=str(prepared))[i]) != 11
+  ]
   assert [d['label'] for d in read] == [want(number(d)) for d in read]
 
 

@@ -24,11 +24,27 @@ def test_tables_and_special_ids():
   tokenizer = byte.create()
   ids = [getattr(tokenizer, f'{name}_id') for name in byte.SPECIALS]
   assert ids == list(range(7)) and tokenizer.vocab_size == 263
-  assert list(np.flatnonzero(tokenizer.special)) == ids and list(np.flatnonzero(tokenizer.token_bytes == 0)) == ids
+  assert (
+    list(np.flatnonzero(tokenizer.special)) == ids
+    and list(np.flatnonzero(tokenizer.token_bytes == 0)) == ids
+  )
   assert tokenizer.decode([2, *tokenizer.encode('a'), 3, 0]) == 'a'
   assert tokenizer.decode(tokenizer.encode('é')[:1]) == '\ufffd'
   starts = tokenizer.word_start[tokenizer.encode('ab c-d 好é')]
-  assert list(starts) == [False, False, True, False, True, False, True, True, False, False, False, False]
+  assert list(starts) == [
+    False,
+    False,
+    True,
+    False,
+    True,
+    False,
+    True,
+    True,
+    False,
+    False,
+    False,
+    False,
+  ]
 
 
 def test_special_tokens_in_a_text():

@@ -1,4 +1,6 @@
-"""SentencePiece: exact round trips in English and Chinese, byte counts, special tokens, foreign models, trained ones kept."""
+"""SentencePiece: exact round trips in English and Chinese, byte counts, special tokens, foreign
+models, trained ones kept.
+"""
 
 import io
 import os
@@ -15,17 +17,32 @@ from llm_jax.core import plugins
 from llm_jax.data.sources import stdlib
 from llm_jax.data.tokenizers import sentencepiece
 
-CHINESE = ('清晨的港口还没有醒来，渔民们已经把小船推下了水。老张说：“今天的风从东边来，晚上也许会下雨。”\n'
-           '孩子们坐在石阶上吃早饭，有的看书，有的数着远处的灯。１９８７年，这里只有三户人家；如今街上有了学校、邮局和一间小小的图书馆。\n'
-           '　　图书馆里最旧的一本书，是用毛笔抄写的航海日记，每一页都画着云和星星。')
-SAMPLES = ['', ' ', '\n', '  two  spaces\tand\r\n\n lines \n', '[MASK] [CLS]<0x41> [PAD]', 'a\u2581b\u2581\u2581',
-           'ﬁ Ⅷ ａ ① \u00a0\u3000 e\u0301',
-           '👩‍👩‍👧 \U0010ffff', '\x00\x07', CHINESE]
+CHINESE = (
+  '清晨的港口还没有醒来，渔民们已经把小船推下了水。老张说：“今天的风从东边来，晚上也许会下雨。”\n'
+  '孩子们坐在石阶上吃早饭，有的看书，有的数着远处的灯。１９８７年，这里只有三户人家；如今街上有了学校、邮局和一间小小的图书馆。\n'
+  '　　图书馆里最旧的一本书，是用毛笔抄写的航海日记，每一页都画着云和星星。'
+)
+SAMPLES = [
+  '',
+  ' ',
+  '\n',
+  '  two  spaces\tand\r\n\n lines \n',
+  '[MASK] [CLS]<0x41> [PAD]',
+  'a\u2581b\u2581\u2581',
+  'ﬁ Ⅷ ａ ① \u00a0\u3000 e\u0301',
+  '👩‍👩‍👧 \U0010ffff',
+  '\x00\x07',
+  CHINESE,
+]
 
 
 def normalised(model, text):
-  """The text as the library normalises it, spaces as spaces; the sign that it writes for them stays where the text has it."""
-  return '\u2581'.join(model.normalize(part).replace('\u2581', ' ') for part in text.split('\u2581'))
+  """The text as the library normalises it, spaces as spaces; the sign that it writes for them stays
+  where the text has it.
+  """
+  return '\u2581'.join(
+    model.normalize(part).replace('\u2581', ' ') for part in text.split('\u2581')
+  )
 
 
 def training_texts():
@@ -45,13 +62,28 @@ def cache(tmp_path_factory):
   return str(tmp_path_factory.mktemp('cache'))
 
 
-@pytest.fixture(scope='module', params=[('unigram', 'identity'), ('bpe', 'nfkc'), ('unigram', 'nfkc')], ids='-'.join)
+@pytest.fixture(
+  scope='module',
+  params=[('unigram', 'identity'), ('bpe', 'nfkc'), ('unigram', 'nfkc')],
+  ids='-'.join,
+)
 def trained(request, cache):
   """(tokenizer, the library's own processor of the same model, normalization)."""
   kind, normalization = request.param
-  tokenizer = sentencepiece.create(training_texts, 'corpus', cache, vocab_size=900, kind=kind, normalization=normalization,
-                                   sample_bytes=150_000)
-  return tokenizer, library.SentencePieceProcessor(model_proto=pickle.loads(pickle.dumps(tokenizer))._model), normalization
+  tokenizer = sentencepiece.create(
+    training_texts,
+    'corpus',
+    cache,
+    vocab_size=900,
+    kind=kind,
+    normalization=normalization,
+    sample_bytes=150_000,
+  )
+  return (
+    tokenizer,
+    library.SentencePieceProcessor(model_proto=pickle.loads(pickle.dumps(tokenizer))._model),
+    normalization,
+  )
 
 
 def check(trained, text):
@@ -72,7 +104,10 @@ def test_real_text_comes_back(trained, english):
 
 
 @settings(deadline=None, max_examples=200)
-@given(text=st.text(max_size=40) | st.text(alphabet=st.sampled_from('的。，a b\n\t\r\u2581\u3000é\u0301[MASK]'), max_size=30))
+@given(
+  text=st.text(max_size=40)
+  | st.text(alphabet=st.sampled_from('的。，a b\n\t\r\u2581\u3000é\u0301[MASK]'), max_size=30)
+)
 @example('\u2581')
 def test_any_text_comes_back(trained, text):
   check(trained, text)
@@ -88,12 +123,29 @@ def test_normalization_does_what_it_says(trained):
 
 def test_special_tokens(trained):
   tokenizer, model, _ = trained
-  ids = [getattr(tokenizer, f'{name}_id') for name in ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos')]
+  ids = [
+    getattr(tokenizer, f'{name}_id') for name in ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos')
+  ]
   assert ids == list(range(7))
-  assert [model.id_to_piece(i) for i in ids] == ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', '[BOS]', '[EOS]']
-  assert list(np.flatnonzero(tokenizer.special)) == ids == list(np.flatnonzero(tokenizer.token_bytes == 0))
+  assert [model.id_to_piece(i) for i in ids] == [
+    '[PAD]',
+    '[UNK]',
+    '[CLS]',
+    '[SEP]',
+    '[MASK]',
+    '[BOS]',
+    '[EOS]',
+  ]
+  assert (
+    list(np.flatnonzero(tokenizer.special))
+    == ids
+    == list(np.flatnonzero(tokenizer.token_bytes == 0))
+  )
   assert tokenizer.vocab_size == 900 == len(tokenizer.token_bytes) == len(tokenizer.word_start)
-  assert tokenizer.decode([2, *tokenizer.encode('one'), 3, *tokenizer.encode(' two'), 3, 0, 0]) == 'one two'
+  assert (
+    tokenizer.decode([2, *tokenizer.encode('one'), 3, *tokenizer.encode(' two'), 3, 0, 0])
+    == 'one two'
+  )
   assert not tokenizer.special[tokenizer.encode('[PAD][UNK][CLS][SEP][MASK][BOS][EOS]')].any()
 
 
@@ -107,13 +159,18 @@ def test_special_tokens_in_a_text(trained):
 
 
 @settings(deadline=None, max_examples=150)
-@given(text=st.text(max_size=40) | st.text(alphabet=st.sampled_from('the的。 b\n\u2581\u3000é\u0301ﬁ㌔'), max_size=30))
+@given(
+  text=st.text(max_size=40)
+  | st.text(alphabet=st.sampled_from('the的。 b\n\u2581\u3000é\u0301ﬁ㌔'), max_size=30)
+)
 @example('ﬁ ㌔ e\u0301\u2581x')
 def test_places(trained, text):
   tokenizer, _, normalization = trained
   ids, spans = tokenizer.offsets(text)
   assert list(ids) == list(tokenizer.encode(text)) and spans.shape == (len(ids), 2)
-  assert np.all((spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(text))) and np.all(np.diff(spans[:, 0]) >= 0)
+  assert np.all((spans[:, 0] < spans[:, 1]) & (spans[:, 1] <= len(text))) and np.all(
+    np.diff(spans[:, 0]) >= 0
+  )
   if normalization == 'identity':
     for number, (begin, end) in zip(ids, spans, strict=True):
       spelled = tokenizer.decode([number])
@@ -125,7 +182,11 @@ def test_places_in_a_model_that_puts_a_space_first():
   ids, spans = tokenizer.offsets('  the  cat 好')
   pieces = [tokenizer.decode([i]) for i in ids]
   assert ids[-1] == tokenizer.unk_id and spans[-1].tolist() == [11, 12]
-  assert ''.join('  the  cat 好'[begin:end] for begin, end in spans).split() == ['the', 'cat', '好'], pieces
+  assert ''.join('  the  cat 好'[begin:end] for begin, end in spans).split() == [
+    'the',
+    'cat',
+    '好',
+  ], pieces
 
 
 def test_scores_are_rounded_so_that_sums_are_exact(trained):
@@ -148,8 +209,14 @@ def test_words_begin_at_spaces_signs_and_punctuation(trained):
       assert tokenizer.word_start[number] == want, piece
   text = 'the standard library (which)'
   ids = tokenizer.encode(text)
-  words = [tokenizer.decode(word) for word in np.split(ids, np.flatnonzero(tokenizer.word_start[ids])) if len(word)]
-  assert ''.join(words) == text and words[:3] == ['the', ' standard', ' library'] and words[-1] == ')'
+  words = [
+    tokenizer.decode(word)
+    for word in np.split(ids, np.flatnonzero(tokenizer.word_start[ids]))
+    if len(word)
+  ]
+  assert (
+    ''.join(words) == text and words[:3] == ['the', ' standard', ' library'] and words[-1] == ')'
+  )
 
 
 def test_errors_of_encode_and_decode(trained):
@@ -168,21 +235,38 @@ def test_save_load_and_other_processes(trained, tmp_path):
   loaded = sentencepiece.load(str(tmp_path / 'made' / 'here'))
   assert loaded.fingerprint == tokenizer.fingerprint and loaded.specials == tokenizer.specials
   sent = pickle.loads(pickle.dumps(tokenizer))
-  assert list(sent.encode(CHINESE)) == list(loaded.encode(CHINESE)) == list(tokenizer.encode(CHINESE))
+  assert (
+    list(sent.encode(CHINESE)) == list(loaded.encode(CHINESE)) == list(tokenizer.encode(CHINESE))
+  )
 
 
-def small(cache, texts=('the cat sat on the mat and the dog ran after the cat', '多少钱 一 二 三') * 5, key='small', **options):
+def small(
+  cache,
+  texts=('the cat sat on the mat and the dog ran after the cat', '多少钱 一 二 三') * 5,
+  key='small',
+  **options,
+):
   options = dict(vocab_size=310, kind='bpe', character_coverage=1.0) | options
   return sentencepiece.create(lambda: iter(texts), key, cache, **options)
 
 
 def test_training_happens_once_for_each_corpus_and_options(tmp_path):
   first = small(str(tmp_path / 'cache'))
-  again = sentencepiece.create(lambda: pytest.fail('trained again'), 'small', str(tmp_path / 'cache'), vocab_size=310, kind='bpe',
-                               character_coverage=1.0)
+  again = sentencepiece.create(
+    lambda: pytest.fail('trained again'),
+    'small',
+    str(tmp_path / 'cache'),
+    vocab_size=310,
+    kind='bpe',
+    character_coverage=1.0,
+  )
   assert again.fingerprint == first.fingerprint == small(str(tmp_path / 'elsewhere')).fingerprint
-  others = [small(str(tmp_path / 'cache'), key='other corpus'), small(str(tmp_path / 'cache'), vocab_size=311),
-            small(str(tmp_path / 'cache'), normalization='identity'), small(str(tmp_path / 'cache'), sample_bytes=2000)]
+  others = [
+    small(str(tmp_path / 'cache'), key='other corpus'),
+    small(str(tmp_path / 'cache'), vocab_size=311),
+    small(str(tmp_path / 'cache'), normalization='identity'),
+    small(str(tmp_path / 'cache'), sample_bytes=2000),
+  ]
   assert len(os.listdir(tmp_path / 'cache')) == 1 + len(others)
   assert others[1].fingerprint != first.fingerprint
 
@@ -199,9 +283,17 @@ def test_a_disk_that_fills_leaves_nothing_behind(tmp_path, monkeypatch):
   assert small(str(tmp_path)).vocab_size == 310
 
 
-@pytest.mark.parametrize('options, said', [
-    (dict(vocab_size=8000), r'vocab_size=8000 is more than the corpus can fill; the largest that works is \d+'),
-    (dict(vocab_size=8000, kind='unigram'), r'vocab_size=8000 is more than the corpus can fill; the largest that works is \d+'),
+@pytest.mark.parametrize(
+  'options, said',
+  [
+    (
+      dict(vocab_size=8000),
+      r'vocab_size=8000 is more than the corpus can fill; the largest that works is \d+',
+    ),
+    (
+      dict(vocab_size=8000, kind='unigram'),
+      r'vocab_size=8000 is more than the corpus can fill; the largest that works is \d+',
+    ),
     (dict(vocab_size=270), r'vocab_size=270 is too small for the characters .* give at least \d+'),
     (dict(vocab_size=265), r'more than 265'),
     (dict(kind='word'), r"kind='word'.*unigram, bpe"),
@@ -210,7 +302,8 @@ def test_a_disk_that_fills_leaves_nothing_behind(tmp_path, monkeypatch):
     (dict(sample_bytes=1), r'sample_bytes=1'),
     (dict(texts=['', '\n']), 'empty corpus'),
     (dict(texts=[]), 'empty corpus'),
-])
+  ],
+)
 def test_options_that_cannot_be(tmp_path, options, said):
   with pytest.raises(ValueError, match=said):
     small(str(tmp_path), **options)
@@ -226,10 +319,17 @@ def test_the_largest_vocabulary_that_works_works(tmp_path):
 
 
 def bare(**options):
-  """A model as the library makes it by default: a space before the text, unk 0, bos 1, eos 2, no pad, no bytes."""
+  """A model as the library makes it by default: a space before the text, unk 0, bos 1, eos 2, no
+  pad, no bytes.
+  """
   writer = io.BytesIO()
-  library.SentencePieceTrainer.Train(sentence_iterator=iter(['the cat sat on the mat', 'a dog ran'] * 20), model_writer=writer,
-                                     hard_vocab_limit=False, minloglevel=2, **(dict(vocab_size=60) | options))
+  library.SentencePieceTrainer.Train(
+    sentence_iterator=iter(['the cat sat on the mat', 'a dog ran'] * 20),
+    model_writer=writer,
+    hard_vocab_limit=False,
+    minloglevel=2,
+    **(dict(vocab_size=60) | options),
+  )
   return writer.getvalue()
 
 
@@ -238,13 +338,24 @@ def test_a_foreign_model(tmp_path):
   path.write_bytes(bare())
   model = library.SentencePieceProcessor(model_file=str(path))
   pieces = model.vocab_size()
-  tokenizer = plugins.construct('tokenizer', sentencepiece.create, {'path': str(path)},
-                                texts=None, texts_fingerprint='', cache=str(tmp_path / 'cache'))
+  tokenizer = plugins.construct(
+    'tokenizer',
+    sentencepiece.create,
+    {'path': str(path)},
+    texts=None,
+    texts_fingerprint='',
+    cache=str(tmp_path / 'cache'),
+  )
   assert not (tmp_path / 'cache').exists()
   assert list(tokenizer.encode('the cat ran')) == model.encode('the cat ran')
   assert tokenizer.decode(tokenizer.encode('the cat ran')) == 'the cat ran'
   assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-  assert [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id] == [pieces, pieces + 1, pieces + 2, pieces + 3]
+  assert [tokenizer.pad_id, tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id] == [
+    pieces,
+    pieces + 1,
+    pieces + 2,
+    pieces + 3,
+  ]
   assert tokenizer.vocab_size == pieces + 4 and tokenizer.added == ['pad', 'cls', 'sep', 'mask']
   assert tokenizer.encode('好')[-1] == tokenizer.unk_id
   tokenizer.save(str(tmp_path / 'saved'))
@@ -253,13 +364,31 @@ def test_a_foreign_model(tmp_path):
 
 
 def test_a_foreign_model_with_its_own_special_tokens():
-  tokenizer = sentencepiece.Tokenizer(bare(
-      pad_id=0, unk_id=3, control_symbols=['<mask>', '[CLS]'], user_defined_symbols=['[SEP]'], byte_fallback=True,
-      vocab_size=330))
+  tokenizer = sentencepiece.Tokenizer(
+    bare(
+      pad_id=0,
+      unk_id=3,
+      control_symbols=['<mask>', '[CLS]'],
+      user_defined_symbols=['[SEP]'],
+      byte_fallback=True,
+      vocab_size=330,
+    )
+  )
   model = library.SentencePieceProcessor(model_proto=tokenizer._model)
-  want = {'pad': 0, 'unk': 3, 'bos': 1, 'eos': 2, 'mask': model.piece_to_id('<mask>'), 'cls': model.piece_to_id('[CLS]'),
-          'sep': model.piece_to_id('[SEP]')}
-  assert tokenizer.specials == want and tokenizer.added == [] and tokenizer.vocab_size == model.vocab_size()
+  want = {
+    'pad': 0,
+    'unk': 3,
+    'bos': 1,
+    'eos': 2,
+    'mask': model.piece_to_id('<mask>'),
+    'cls': model.piece_to_id('[CLS]'),
+    'sep': model.piece_to_id('[SEP]'),
+  }
+  assert (
+    tokenizer.specials == want
+    and tokenizer.added == []
+    and tokenizer.vocab_size == model.vocab_size()
+  )
   assert list(np.flatnonzero(tokenizer.special)) == sorted(want.values())
   assert tokenizer.decode(tokenizer.encode('the 好 cat')) == 'the 好 cat'
 
@@ -272,7 +401,9 @@ def test_models_that_cannot_be_exported(tmp_path, kind):
   assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('content', [b'', b'not a model at all', b'\x00' * 100, b'{"version": "1.0"}' * 9])
+@pytest.mark.parametrize(
+  'content', [b'', b'not a model at all', b'\x00' * 100, b'{"version": "1.0"}' * 9]
+)
 def test_a_file_that_is_no_model(tmp_path, content):
   path = tmp_path / 'x.model'
   path.write_bytes(content)
