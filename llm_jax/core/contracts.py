@@ -1,48 +1,79 @@
-"""The few agreements that the parts of the program share: what a batch holds, what an objective, a
-tokenizer, a source must do.
+"""What the parts of the program agree on. A plug-in is one module that implements one of these.
 
-A batch is a dictionary of arrays whose leading axis is the row. Letters: B rows, T tokens of a row,
-  M masked positions,
-C classes, G the most texts of a row, where what is learned belongs to texts. Every array has one
-static shape for the whole run; rows that only fill up a batch are all zeros.
+Data flows one way: config -> records -> arrays -> rows -> batch -> step -> metrics -> checkpoint.
+
+| plug-in | config section | module defines | shipped in |
+|---|---|---|---|
+| source | `data` (`data.source`) | `Source(**options)` | `llm_jax.data.sources` |
+| tokenizer | `tokenizer` | `create(**options)`, `load(directory)` | `llm_jax.data.tokenizers` |
+| model | `model` | `Model(**options)`, `VARIANTS` | `llm_jax.models` |
+| objective | `objective` | `Objective(tokenizer, **options)` | `llm_jax.objectives` |
+| adapter | `adapter` | `Adapter(**options)` | `llm_jax.adapters` |
+| evaluator | `evaluators` (a section by name) | `Evaluator(**options)` | `llm_jax.evaluators` |
+| hook | `hooks` (a section by name) | `Hook(**options)` | `llm_jax.training.hooks` |
+| mode | `--mode` | `run(command)`, its flags | `llm_jax.modes` |
+
+A name with a dot is the path of a module of the user's own. Objectives, models, adapters and
+predictors inherit the classes below for their defaults; sources, tokenizers and evaluators have
+nothing to inherit.
+
+A batch is a dictionary of arrays whose leading axis is the row. Letters: B rows, T tokens of a
+row, P positions whose hidden states are read, M masked positions, C classes, G the most texts of a
+row. Every array has one static shape for the whole run; rows that only fill up a batch are zeros.
 
 | key | shape, type | meaning |
 |---|---|---|
 | tokens | B T int32 | input ids; anything where segments is 0 |
-| segments | B T int32 | 0 padding, then 1, 2, ...: one number a document; attention never crosses from one to another |
-| positions | B T int32 | place within the segment, from 0 |
+| segments | B T int32 | 0 padding, then 1, 2, ...: one number per document, which sees itself alone |
+| positions | B T int32 | position within the segment, from 0 |
 | token_types | B T int32 | 0 first text, 1 second text of a pair (only from objectives with pairs) |
-| mask_positions, mask_targets, mask_weights | B M int32, int32, float32 | masked LM: places in the row, true ids there, 1 or 0 |
-| targets, weights | B T int32, float32 | causal LM: the next id at each place, 1 where it counts |
+| mask_positions, mask_targets | B M int32 | masked LM: indices into the row, true ids there |
+| mask_weights | B M float32 | 1 or 0 |
+| targets, weights | B T int32, float32 | causal LM: the next id of each position, 1 where it counts |
 | bytes | B float32 | causal LM: UTF-8 bytes that the counted targets spell |
-| nsp_label, nsp_weight; sop_label, sop_weight | B int32, float32 | 1 when the pair is not what it should be |
-| text_firsts, text_lasts | B G int32 | first and last place of text g, which is segment g + 1; 0 where the row has fewer texts |
-| label, label_weight | B G int32, or B G C float32, or B G float32; B G float32 | classification; weight 0: no text or no label |
+| nsp_label, nsp_weight, sop_... | B int32, float32 | 1 when the pair is not what it should be |
+| text_firsts, text_lasts | B G int32 | first and last index of text g, which is segment g + 1 |
+| label | B G int32, B G C float32, or B G float32 | classes, several classes, a number |
+| label_weight | B G float32 | classification; 0: no text or no label |
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
+import flax.struct
 import numpy as np
 
+if TYPE_CHECKING:
+  from llm_jax.core.params import Info
+  from llm_jax.core.state import TrainState
+
+Record = Mapping[str, Any]  # what a source yields: field -> anything that JSON holds
+Encoded = dict[str, Any]  # of one record: name -> integers [n], or anything else that JSON holds
+Example = dict[str, np.ndarray]  # one row: batch keys without B
 Batch = Mapping[str, Any]
-Pairs = dict[
-  str, tuple[Any, Any]
-]  # name -> (sum, weight); divided once, at the end, by the global weight
+Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, weight); divided once, by the global weight
 
 
 class Tokenizer(Protocol):
   """Text to ids and back.
 
   Ids of special tokens are attributes: pad_id (0 where the tokenizer was trained here), unk_id,
-    cls_id, sep_id, mask_id, bos_id,
-  eos_id. Our own tokenizers have all seven. A Hugging Face folder may lack some: then cls is bos,
-    else eos; sep is eos; bos is
-  cls, else eos; eos is sep; pad is eos, else 0 (padding is known by segment 0, not by its id); unk
-  is pad; mask_id alone is None, and masked language modelling refuses such a tokenizer.
+  cls_id, sep_id, mask_id, bos_id, eos_id. Our own tokenizers have all seven. A Hugging Face folder
+  may lack some: then cls is bos, else eos; sep is eos; bos is cls, else eos; eos is sep; pad is
+  eos, else 0 (padding is known by segment 0, not by its id); unk is pad; mask_id alone is None,
+  and masked language modelling refuses such a tokenizer.
+
+  Attributes:
+    vocab_size: 1 + the highest id.
+    template: ids that a Hugging Face folder puts before and after one text; None for our own,
+      which an encoder reads as [CLS] ... [SEP] and a decoder as BOS ....
+    fingerprint: changes whenever any id of any text could change.
+    token_bytes: [vocab_size] int32, UTF-8 bytes that each id spells, 0 for special tokens.
+    word_start: [vocab_size] bool, whether the id begins a word (whole-word masking).
+    special: [vocab_size] bool, whether the id is a special token.
   """
 
-  vocab_size: int  # 1 + the highest id
+  vocab_size: int
   pad_id: int
   unk_id: int
   cls_id: int
@@ -51,39 +82,47 @@ class Tokenizer(Protocol):
   bos_id: int
   eos_id: int
   template: tuple[tuple[int, ...], tuple[int, ...]] | None
-  # ids that a Hugging Face folder puts before and after one text; None for our own: [CLS] ... [SEP]
-  # (encoder), BOS ... (decoder)
-  fingerprint: str  # changes whenever any id of any text could change
-  token_bytes: (
-    np.ndarray
-  )  # [vocab_size] int32: UTF-8 bytes that each id spells, 0 for special tokens
-  word_start: np.ndarray  # [vocab_size] bool: the id begins a word (whole-word masking)
-  special: np.ndarray  # [vocab_size] bool: the id is a special token
+  fingerprint: str
+  token_bytes: np.ndarray
+  word_start: np.ndarray
+  special: np.ndarray
 
-  def encode(self, text: str, special: bool = False) -> np.ndarray: ...
+  def encode(self, text: str, special: bool = False) -> np.ndarray:
+    """The ids of a text, [n] int32, none around it.
 
-  # [n] int32, none around it; '[MASK]' in the text is text like any other, with special=True its
-  # special token
+    '[MASK]' in the text is text like any other, with `special` it is its special token.
+    """
+    ...
 
-  def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]: ...
+  def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """What `encode` gives, and [n, 2] int64: where the characters of each id begin and end."""
+    ...
 
-  # what encode gives, and [n, 2] int64: where the characters of each id begin and end in the text
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids; special tokens are left out."""
+    ...
 
-  def decode(self, ids: Sequence[int]) -> str: ...  # special tokens left out
+  def save(self, directory: str) -> None:
+    """Writes what the module's `load(directory)` reads."""
+    ...
 
-  def save(self, directory: str) -> None: ...
-
-  def export(
-    self, directory: str, *, causal: bool, max_len: int, token_types: bool
-  ) -> None: ...  # for AutoTokenizer
+  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
+    """Writes what transformers' `AutoTokenizer` opens."""
+    ...
 
 
 class Source(Protocol):
-  """Documents by index: {'text': str} and, where the source has them, 'pair': str and 'label': str,
-  float or list of str.
+  """Records by index.
+
+  A record that a language model learns from has a `text` (str). Where the source has them, `pair`
+  is a second text, and `label` a str, a float, or a list of str. Further fields are the business
+  of the objective, whose `encode` reads them.
+
+  Attributes:
+    fingerprint: changes whenever the records could.
   """
 
-  fingerprint: str  # changes whenever the documents could
+  fingerprint: str
 
   def __len__(self) -> int: ...
 
@@ -91,108 +130,361 @@ class Source(Protocol):
 
 
 class Documents(Protocol):
-  """One split (training or validation) of one tokenized corpus, by index; ids without special
-  tokens.
+  """Encoded records by index: one split (training or validation) of one corpus, or a few texts.
+
+  Attributes:
+    ids: [documents] int64, the index of each document in its source, for messages.
+    names: what an objective's `encode` gave as arrays of integers.
   """
 
-  ids: np.ndarray  # [documents] int64: the index of each document in its source, for messages
-  lengths: np.ndarray  # [documents] int64: tokens of each text
-  pair_lengths: np.ndarray | None  # likewise for the second texts, None where there are none
-  labels: Sequence[Any] | None  # one a document, None where the corpus has none
+  ids: np.ndarray
+  names: frozenset[str]
 
   def __len__(self) -> int: ...
 
-  def text(
-    self, index: int, start: int = 0, stop: int | None = None
-  ) -> np.ndarray: ...  # [stop - start] int32
+  def lengths(self, name: str) -> np.ndarray:
+    """[documents] int64: how long the array `name` of each document is."""
+    ...
 
-  def pair(self, index: int) -> np.ndarray: ...  # [n] int32
+  def array(self, name: str, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """[stop - start] int32: a part of the array `name` of one document, cut as a slice is."""
+    ...
+
+  def values(self, name: str) -> Sequence[Any] | None:
+    """What `encode` gave under `name` that is no array, one per document; None where none has."""
+    ...
 
 
 class Rows(Protocol):
-  """The rows that an objective lays documents out in: how many there are, and the example of each."""
+  """The rows that an objective lays documents out in: how many there are, and what each holds."""
 
   def __len__(self) -> int: ...
 
-  def example(
-    self, index: int, rng: np.random.Generator
-  ) -> dict[str, np.ndarray]: ...  # one row: batch keys without B
+  def example(self, index: int, rng: np.random.Generator) -> Example: ...
 
 
 class Texts(Rows, Protocol):
-  """Rows that hold several texts each, all of them whole or cut to a row, none twice."""
+  """Rows that hold several texts each, all of them whole or cut to a row, none twice.
 
-  cut: int  # how many texts are longer than a row and lose their ends
-
-  def texts(
-    self, index: int
-  ) -> list[int]: ...  # the documents in one row, in the order in which they stand
-
-
-class Objective(Protocol):
-  """What is learned. Host half: rows and examples in NumPy. Device half: heads and loss in JAX,
-  pure.
+  Attributes:
+    cut: how many texts are longer than a row and lose their ends.
   """
 
-  def rows(self, documents: Documents, seq_len: int) -> Rows: ...
+  cut: int
 
-  def transform(
-    self, example: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
-    """Adds this objective's arrays to a row that any objective laid out (masking, say); called
-    after `Rows.example`.
-    """
+  def texts(self, index: int) -> list[int]:
+    """The documents of one row, in the order in which they stand in it."""
     ...
+
+
+@flax.struct.dataclass
+class Outputs:
+  """What a model returns.
+
+  Attributes:
+    hidden: [B, P, D] in the compute type, at the positions asked for; [B, T, D] for all.
+    aux_losses: (sum, weight) by name, each with a coefficient in the model's `terms`.
+    intermediates: arrays by name (attention maps, say), where they were asked for.
+    cache: what the next call continues from; None without a cache.
+  """
+
+  hidden: Any
+  aux_losses: Metrics = flax.struct.field(default_factory=dict)
+  intermediates: dict[str, Any] = flax.struct.field(default_factory=dict)
+  cache: Any = None
+
+
+class Model:
+  """A Linen module from a batch to hidden states: `class Model(contracts.Model, nn.Module)`.
+
+  Its fields are the options of the config. Parameters say what they are (`core.params.boxed`);
+  one that does not is replicated, and decayed if it is a matrix. Nothing outside a model names
+  its parameters' paths.
+
+  Attributes:
+    inputs: the batch arrays that it reads.
+    causal: whether a position sees no later one.
+    vocab_size: V.
+    max_len: the longest row.
+    options: `nn.Options`, which heads are made from: sizes, types, initialisation.
+    terms: coefficients of its `aux_losses` in the total loss.
+  """
+
+  inputs: ClassVar[tuple[str, ...]] = ('tokens', 'segments', 'positions')
+  causal: ClassVar[bool] = False
+  terms: ClassVar[Mapping[str, float]] = {}
+
+  def __call__(
+    self, batch: Batch, positions: Any = None, *, train: bool = False, cache: Any = None
+  ) -> Outputs:
+    """Hidden states, last norm included.
+
+    Args:
+      batch: has `inputs`, each [B, T]; one that is left out means one document per row.
+      positions: [B, P] int32, the indices of each row whose states are wanted, in any order, any
+        of them more than once; None for all.
+      train: dropout is on, from the stream `dropout`.
+      cache: of `empty_cache`, or as it was returned; models that generate only.
+    """
+    raise NotImplementedError
+
+  def table(self) -> Any:
+    """The projection on the vocabulary, [V, D]: logits are inner products with its rows."""
+    raise ValueError(f'{type(self).__name__} has no projection on the vocabulary.')
+
+  def empty_cache(self, rows: int, slots: int) -> Any:
+    """What `cache` begins with, for `rows` rows of at most `slots` tokens."""
+    raise ValueError(f'{type(self).__name__} keeps no cache, so it cannot generate.')
+
+  def flops(self, length: int, positions: int) -> float:
+    """FLOPs of the forward pass of one row of `length` tokens, its states read at `positions`.
+
+    0 where a model does not say; utilization is then not reported.
+    """
+    del length, positions
+    return 0.0
+
+
+class Net(NamedTuple):
+  """A network with its parameters, as objectives and predictors see it.
+
+  Attributes:
+    model: the bound model; `model.table()` is the projection on the vocabulary.
+    heads: the bound heads by name.
+    forward: (batch, positions) -> `Outputs`: a further pass through the model.
+  """
+
+  model: Any
+  heads: Mapping[str, Any]
+  forward: Callable[..., Outputs]
+
+
+class Objective:
+  """What is learned. The host half, in NumPy, makes rows; the device half, in JAX, is pure.
+
+  `rows` and `loss` are to be written; everything else has a default.
+
+  Attributes:
+    terms: name of each metric that is a loss -> its coefficient in the total.
+    predictor: what answers for single texts: itself, a part of it, or nothing.
+    evaluators: the evaluators of a validation set where the config names none.
+  """
+
+  terms: Mapping[str, float]
+  predictor: 'Predictor | None' = None
+  evaluators: tuple[str, ...] = ('loss',)
+
+  @staticmethod
+  def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
+    """A record as named arrays of integers, each [n], and other values, which JSON must hold.
+
+    The result is cached by source, tokenizer and the source code of this function, and read in
+    any order by other processes: it must depend on its arguments alone. By default `tokens` of
+    `text`, `pair_tokens` of `pair`, and `label` as it is.
+    """
+    encoded: Encoded = {'tokens': tokenizer.encode(record['text'])}
+    if record.get('pair') is not None:
+      encoded['pair_tokens'] = tokenizer.encode(record['pair'])
+    if record.get('label') is not None:
+      encoded['label'] = record['label']
+    return encoded
+
+  @classmethod
+  def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
+    """Options that only the training documents decide (names of classes), by name.
+
+    Args:
+      options: the section of the config; an option that it sets is not derived again.
+      documents: of each corpus.
+    """
+    del options, documents
+    return {}
+
+  def sample_records(self) -> list[dict[str, Any]]:
+    """Made-up records from which the shapes of a batch follow where the data is not there."""
+    return [{'text': 'word ' * 64}] * 4
+
+  def rows(self, documents: Documents, seq_len: int) -> Rows:
+    """How documents are laid out in rows of `seq_len` tokens."""
+    raise NotImplementedError
+
+  def transform(self, example: Example, rng: np.random.Generator) -> Example:
+    """Adds this objective's arrays to a row that any objective laid out (masking, say)."""
+    del rng
+    return example
 
   def heads(self, model: Any) -> dict[str, Any]:
-    """Linen modules by name, to be created beside the model as `heads_<name>`; equal names of two
-    objectives are one head.
+    """Linen modules by name, created beside the model as `heads_<name>`.
+
+    Equal names of two objectives are one head.
     """
-    ...
+    del model
+    return {}
 
-  terms: dict[str, float]  # name of each pair that is a loss -> its coefficient in the total
-  predictor: 'Predictor | None'  # what gives labels to rows: itself, a part of it, or nothing
+  def positions(self, batch: Batch) -> Any | None:
+    """The indices of each row whose hidden states are read, [B, P] int32; None for all."""
+    del batch
+    return None
 
-  def places(self, batch: Batch) -> Any | None:
-    """The places of each row whose hidden states are read, [B, P] int32, any of them more than
-    once; None for all of them.
+  def loss(self, net: Net, hidden_BPD: Any, batch: Batch) -> Metrics:
+    """(sum, weight) for each of `terms`, and for any further metric.
+
+    Args:
+      net: model, heads, and further passes.
+      hidden_BPD: hidden states at `positions`, in their order.
+      batch: a part of the global batch. Weights depend on it alone, never on parameters.
     """
-    ...
-
-  def loss(self, net: Any, hidden_BPD: Any, batch: Batch) -> Pairs:
-    """(sum, weight) for each term in `terms`, and for any further metric; weights depend on the
-    batch alone, never on parameters.
-
-    `hidden_BPD` are the hidden states at `places`, in their order. `net` is the bound network:
-    `net.model.table()` is the projection on the vocabulary, [V, D], for `vocabulary.cross_entropy`;
-    `net.heads[name](...)` calls a head.
-    """
-    ...
+    raise NotImplementedError
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Further numbers from the divided ones: perplexity from the mean loss, say."""
-    ...
+    del means
+    return {}
 
   def targets(self, batch: Batch) -> tuple[Any, Any] | None:
     """Ids that a batch asks for, and their weights; None where no tokens are predicted."""
-    ...
+    del batch
+    return None
+
+  def flops(self, model: Any, batch: Batch) -> float:
+    """FLOPs of the forward pass of heads and vocabulary over a batch (arrays or shapes)."""
+    del model, batch
+    return 0.0
 
 
-class Predictor(Protocol):
-  """An objective that gives labels to texts."""
+class Predictor:
+  """What says something of single texts.
 
-  def encode(self, documents: Documents, seq_len: int) -> Texts:
+  Attributes:
+    classes: names of the classes, where there are any.
+    task: one of 'multiclass', 'binary', 'multilabel', 'regression'; None for another.
+  """
+
+  classes: tuple[str, ...] | None = None
+  task: str | None = None
+
+  def layout(self, documents: Documents, seq_len: int) -> Texts:
     """Rows of texts without labels; the shapes of an example depend on `seq_len` alone."""
-    ...
+    raise NotImplementedError
 
-  def places(self, batch: Batch) -> Any | None:
+  def positions(self, batch: Batch) -> Any | None:
     """As an objective's."""
-    ...
+    del batch
+    return None
 
-  def predict(self, net: Any, hidden_BPD: Any, batch: Batch) -> dict[str, Any]:
-    """Arrays [B, G, ...]: what is said of text g of each row."""
-    ...
+  def predict(self, net: Net, hidden_BPD: Any, batch: Batch) -> dict[str, Any]:
+    """Arrays of which axis 0 is the row; by default axis 1 is the text of the row, [B, G, ...]."""
+    raise NotImplementedError
 
   def describe(self, text: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What `predict` says of one text, as JSON can hold it."""
+    raise NotImplementedError
+
+  def answers(
+    self, row: Mapping[str, np.ndarray], rows: Texts, index: int
+  ) -> Iterator[dict[str, Any]]:
+    """What is said of each text of row `index`, in the order of `rows.texts(index)`.
+
+    Args:
+      row: what `predict` gave for this row, without B.
+      rows: as `layout` made them.
+      index: the row's number.
+    """
+    for slot, _ in enumerate(rows.texts(index)):
+      yield self.describe({name: values[slot] for name, values in row.items()})
+
+
+class Validation(NamedTuple):
+  """What an evaluator works with.
+
+  Attributes:
+    objective: what is learned.
+    tokenizer: made the ids.
+    batches: gives a fresh iterator over this host's rows of each batch.
+    losses: this host's rows of a batch -> the objective's metrics over all hosts' rows.
+    predict: (this host's rows of a batch, keys) -> what the objective's predictor says of all
+      hosts' rows, and the batch's arrays `keys` of them.
+  """
+
+  objective: Objective
+  tokenizer: Tokenizer
+  batches: Callable[[], Iterable[Batch]]
+  losses: Callable[[Batch], Metrics]
+  predict: Callable[[Batch, tuple[str, ...]], dict[str, Any]]
+
+
+class Evaluator(Protocol):
+  """Numbers of a validation set; a run may have several."""
+
+  def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
+    """Numbers by name, and a report for people, which may be empty.
+
+    All hosts call it; they get the same numbers.
+    """
+    ...
+
+
+class WeightForm(Protocol):
+  """A pytree that stands where a kernel does, and multiplies in its own way.
+
+  Transposed, quantized or low-rank forms are of this kind. `nn.linear.multiply` is where every
+  projection meets one, in training, generation and plans.
+  """
+
+  def product(self, spec: str, x: Any, dtype: Any, result: Any) -> Any:
+    """The einsum `spec` ('...D,DF->...F') of x and the weight.
+
+    Args:
+      spec: the einsum of the dense kernel.
+      x: activations.
+      dtype: the type to multiply in.
+      result: the type to sum in and to return.
+    """
+    ...
+
+
+class Adapter:
+  """What is trained beside a frozen base, whose parameters keep their paths and their bits.
+
+  By default nothing is added and every parameter that the adapter created is trained.
+  """
+
+  def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+    """Stands around every method of every module (`flax.linen.intercept_methods`).
+
+    May create parameters in `context.module`; they are initialised after the whole base.
+    """
+    del context
+    return next_fun(*args, **kwargs)
+
+  def weights(self, params: Any) -> Any:
+    """The network's parameters in the form in which it reads them; kernels may be weight forms."""
+    return params
+
+  def trains(self, path: str, info: 'Info', base: bool) -> bool:
+    """Whether a parameter is trained; `base`: it is not the adapter's own."""
+    del path, info
+    return not base
+
+  def extras(self, params: Any) -> dict[str, Any]:
+    """Arrays that are carried from step to step in `TrainState.extras`."""
+    del params
+    return {}
+
+  def after_update(self, state: 'TrainState') -> 'TrainState':
+    """Runs inside the jitted step, after the optimizer."""
+    return state
+
+
+class Hook(Protocol):
+  """Something that a training run does every so many steps.
+
+  Attributes:
+    every: after how many steps; the last step counts too.
+  """
+
+  every: int
+
+  def __call__(self, step: int, state: 'TrainState', values: Mapping[str, float]) -> None:
+    """Called on all hosts, when step `step` is over; `values` are its numbers."""
     ...

@@ -1,21 +1,23 @@
-"""The state of a training run: everything that a step reads and writes besides the batch, and all
-that a checkpoint must hold.
-"""
+"""The state of a training run: everything that a step reads and writes besides the batch."""
 
 from typing import Any
 
 import flax.struct
 import jax
 
+from llm_jax.core import params as params_lib
+
 
 @flax.struct.dataclass
 class TrainState:
-  """A pytree.
+  """A pytree; a checkpoint holds it whole.
 
   Attributes:
     step: int32 scalar, optimizer steps taken.
-    params: parameters that the gradient is taken over, float32 arrays.
-    opt_state: the optimizer's state.
+    params: what is trained, nested by name, float32 arrays. Gradient and optimizer see these alone.
+    frozen: the other parameters of the network, which no step changes.
+    opt_state: the optimizer's state, of `params`.
+    extras: arrays by name that adapters, averages and masks carry from step to step.
     rng: uint32 [2], the key from which each step folds its own; it never changes.
   """
 
@@ -23,3 +25,10 @@ class TrainState:
   params: Any
   opt_state: Any
   rng: jax.Array
+  frozen: Any = flax.struct.field(default_factory=dict)
+  extras: Any = flax.struct.field(default_factory=dict)
+
+  @property
+  def network_params(self) -> Any:
+    """All parameters of the network, trained or not."""
+    return params_lib.merge(self.params, self.frozen) if self.frozen else self.params
