@@ -1,0 +1,1 @@
+"""Hugging Face's families of models, one file each."""
