@@ -1,41 +1,42 @@
-"""(sum, weight) pairs: kept apart on the device until the end, then divided once by the global
-weight.
+"""Weighted means: (sum, weight) is kept on the device until the end, then divided once by the
+global weight.
 
-Pairs of parts of a batch (micro-batches, hosts, evaluation batches) add up to the pair of the
-whole, which means of parts
-do not: a mean of means weighs a nearly empty part like a full one.
+The metrics of parts of a batch (micro-batches, hosts, evaluation batches) add up to those of the
+whole. Means do not: a mean of means weighs a nearly empty part like a full one.
 """
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from llm_jax.core.contracts import Pairs
+from llm_jax.core.contracts import Metrics
 
 
-def divide(pairs: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
-  """The means by name, of pairs that have been fetched to the host; NaN where the weight is 0, for
-  then there is none.
+def divide(metrics: Metrics) -> dict[str, float]:
+  """The means by name, of metrics that have been fetched to the host; NaN where the weight is 0."""
+  means = {}
+  for name, (value, weight) in metrics.items():
+    means[name] = float(value) / float(weight) if weight else math.nan
+  return means
+
+
+def total(metrics: Metrics, terms: Mapping[str, float]) -> jax.Array:
+  """The loss: coefficient * sum / weight, summed over `terms`.
+
+  A term of weight 0 counts 0, and so does its gradient.
+
+  Args:
+    metrics: (sum, weight) by name; for a part of a batch, the part's sum with the weight of the
+      whole batch.
+    terms: the coefficient of each metric that is a loss.
   """
-  return {
-    name: float(value) / float(weight) if weight else math.nan
-    for name, (value, weight) in pairs.items()
-  }
+  parts = [coefficient * _mean(*metrics[name]) for name, coefficient in terms.items()]
+  return jnp.asarray(sum(parts))
 
 
-def total(pairs: Pairs, terms: Mapping[str, float]) -> jax.Array:
-  """The loss: the sum over `terms` of coefficient * sum / weight, a term of weight 0 counting 0
-  (its gradient too).
-
-  Args: pairs: (sum, weight) by name; for a part of a batch, the part's sum with the weight of the
-    whole. terms: coefficients by name of the pair.
-  """
-  return sum(coefficient * _mean(*pairs[name], empty=0.0) for name, coefficient in terms.items())
-
-
-def _mean(value: jax.Array, weight: jax.Array, empty: float) -> jax.Array:
-  # The inner `where` keeps a division by 0 out of the gradient.
-  return jnp.where(weight == 0, empty, value / jnp.where(weight == 0, 1, weight))
+def _mean(value: ArrayLike, weight: ArrayLike) -> jax.Array:
+  """0 where there is no weight; the inner `where` keeps a division by 0 out of the gradient."""
+  return jnp.where(weight == 0, 0.0, value / jnp.where(weight == 0, 1, weight))

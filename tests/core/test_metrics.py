@@ -15,12 +15,12 @@ def test_divides_once_and_no_weight_is_no_mean():
 
 def test_total_and_its_gradient():
   def loss(x):
-    pairs = {
+    found = {
       'mlm': (x**2, jnp.array(4.0)),
       'nsp': (jnp.sqrt(x), jnp.array(0.0)),
       'accuracy': (x, 1.0),
     }
-    return metrics.total(pairs, {'mlm': 2.0, 'nsp': 1.0})
+    return metrics.total(found, {'mlm': 2.0, 'nsp': 1.0})
 
   value, gradient = jax.value_and_grad(loss)(3.0)
   assert value == 2 * 9 / 4 and gradient == 2 * 6 / 4

@@ -13,9 +13,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.core import scopes
 from llm_jax.nn.attention.masks import RESIDUALS
 from llm_jax.parallel import sharding
-from llm_jax.planning import hlo
 
 LANES = 128  # tiles are whole multiples of this many places
 
@@ -80,7 +80,7 @@ def _local(q_BTNH, k_BSKH, v_BSKH, segments_BT, *, causal, window, interpret):
   )
   q_BNTH, k_BKSH, v_BKSH = (x.swapaxes(1, 2) for x in (q_BTNH * H**-0.5, k_BSKH, v_BSKH))
   segments = None if segments_BT is None else kernels.SegmentIds(segments_BT, segments_BT)
-  with jax.named_scope(hlo.kernel_flops(**_flops(q_BTNH.shape, sizes, causal, window))):
+  with jax.named_scope(scopes.kernel_flops(**_flops(q_BTNH.shape, sizes, causal, window))):
     return jax.vmap(kernel)(q_BNTH, k_BKSH, v_BKSH, segments).swapaxes(1, 2)
 
 
