@@ -24,12 +24,12 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | key | shape, type | meaning |
 |---|---|---|
 | tokens | B T int32 | input ids; anything where segments is 0 |
-| segments | B T int32 | 0 padding, then 1, 2, ...: one number per document, which sees itself alone |
+| segments | B T int32 | 0 padding, then 1, 2, ...: a number per document; it sees itself alone |
 | positions | B T int32 | position within the segment, from 0 |
-| token_types | B T int32 | 0 first text, 1 second text of a pair (only from objectives with pairs) |
+| token_types | B T int32 | 0 first text, 1 second text of a pair (objectives with pairs only) |
 | mask_positions, mask_targets | B M int32 | masked LM: indices into the row, true ids there |
 | mask_weights | B M float32 | 1 or 0 |
-| targets, weights | B T int32, float32 | causal LM: the next id of each position, 1 where it counts |
+| targets, weights | B T int32, float32 | causal LM: the next ids, 1 where one counts |
 | bytes | B float32 | causal LM: UTF-8 bytes that the counted targets spell |
 | nsp_label, nsp_weight, sop_... | B int32, float32 | 1 when the pair is not what it should be |
 | text_firsts, text_lasts | B G int32 | first and last index of text g, which is segment g + 1 |
@@ -268,11 +268,13 @@ class Objective:
     terms: name of each metric that is a loss -> its coefficient in the total.
     predictor: what answers for single texts: itself, a part of it, or nothing.
     evaluators: the evaluators of a validation set where the config names none.
+    derived: the options that `derive` may give.
   """
 
   terms: Mapping[str, float]
   predictor: 'Predictor | None' = None
   evaluators: tuple[str, ...] = ('loss',)
+  derived: ClassVar[tuple[str, ...]] = ()
 
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
@@ -300,9 +302,16 @@ class Objective:
     del options, documents
     return {}
 
-  def sample_records(self) -> list[dict[str, Any]]:
-    """Made-up records from which the shapes of a batch follow where the data is not there."""
-    return [{'text': 'word ' * 64}] * 4
+  @classmethod
+  def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Made-up records from which the shapes of a batch follow where the data is not there.
+
+    Args:
+      options: the section of the config; an option of `derived` that it lacks is then derived
+        from these records.
+    """
+    del options
+    return [{'text': 'some words'}] * 4
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """How documents are laid out in rows of `seq_len` tokens."""

@@ -1,64 +1,26 @@
-"""The pure steps: `train_step(state, batch) -> (state, pairs)`, and the same without learning.
+"""The pure train step: `train_step(state, batch) -> (state, metrics)`.
 
 A loss stays a (sum, weight) pair until it is divided by the weight of the whole global batch.
-Micro-batches divide by the same global weight, so one batch of B and k micro-batches of B / k have
-the same gradient, however unevenly the weights fall.
+Micro-batches divide by the same global weight, so one batch of B rows and k micro-batches of B / k
+have the same gradient, however unevenly the weights fall.
 """
 
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from llm_jax.core import metrics
-from llm_jax.core.contracts import Batch, Objective, Pairs
+from llm_jax.core import metrics as metrics_lib
+from llm_jax.core import params as params_lib
+from llm_jax.core.contracts import Batch, Metrics
 from llm_jax.core.state import TrainState
-from llm_jax.parallel.sharding import constrain
+from llm_jax.programs import network as networks
+from llm_jax.programs.network import Network
 
-
-class Network(nn.Module):
-  """A model, the heads that an objective asked for, and that objective's loss: parameters under
-  `model` and `heads_<name>`.
-  """
-
-  model: nn.Module
-  heads: Mapping[str, nn.Module]
-  objective: Objective
-
-  def __call__(self, batch: Batch, train: bool = False) -> Pairs:
-    """The objective's (sum, weight) pairs for a batch; dropout draws from the stream `dropout` when
-    `train`.
-    """
-    hidden_BPD = self.hidden(batch, self.objective.places(batch), train)
-    with jax.named_scope('objective'):
-      return self.objective.loss(self, hidden_BPD, batch)
-
-  def predict(self, batch: Batch) -> dict[str, jax.Array]:
-    """What the objective's predictor says of each row."""
-    predictor = self.objective.predictor
-    return predictor.predict(self, self.hidden(batch, predictor.places(batch)), batch)
-
-  def hidden(
-    self, batch: Batch, places_BP: jax.Array | None = None, train: bool = False
-  ) -> jax.Array:
-    """The model's last hidden states at some places of each row, [B, P, D]; None for all, [B, T,
-    D].
-    """
-    tokens, segments, positions, types = (
-      None if key not in batch else constrain(batch[key], 'batch', 'length')
-      for key in ('tokens', 'segments', 'positions', 'token_types')
-    )
-    return self.model(
-      tokens,
-      segments_BT=segments,
-      positions_BT=positions,
-      token_types_BT=types,
-      places_BP=places_BP,
-      train=train,
-    )
+Rng = jax.Array
 
 
 def train_step(
@@ -70,94 +32,131 @@ def train_step(
   learning_rate: Callable[[jax.Array], jax.Array],
   micro_batches: int = 1,
   shardings: Any = None,
-) -> tuple[TrainState, Pairs]:
+) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
-  Args: state: the state before. batch: arrays with B rows, B divisible by `micro_batches`. network:
-    what to train. tx: the optimizer. learning_rate: step to rate, for the log only. micro_batches:
-    in how many parts the batch is run, one after the other, to save memory. shardings: where the
-    gradients lie: as what the optimizer keeps for each parameter. None: wherever.
+  Args:
+    state: the state before.
+    batch: arrays with B rows, B divisible by `micro_batches`.
+    network: what to train; its adapter's `after_update` comes after the optimizer.
+    tx: the optimizer of `state.params`.
+    learning_rate: step to rate, for the log only.
+    micro_batches: in how many parts the batch is run, one after the other, to save memory.
+    shardings: where the gradients lie: as what the optimizer keeps for each parameter. None:
+      anywhere.
 
-  Returns: The state after, and pairs: the objective's, and `loss`, `gradient_norm`,
-    `learning_rate`, `tokens` (counted, not mean).
+  Returns:
+    The state after, and metrics: the objective's, and `loss`, `gradient_norm`, `learning_rate`,
+    `tokens` (a count, not a mean).
   """
   rng = jax.random.fold_in(state.rng, state.step)
-  grads, pairs = gradient(
-    state.params, batch, rng, network=network, micro_batches=micro_batches, shardings=shardings
+  grads, metrics = gradient(
+    state.params,
+    batch,
+    rng,
+    frozen=state.frozen,
+    network=network,
+    micro_batches=micro_batches,
+    shardings=shardings,
   )
   with jax.named_scope('optimizer'):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-  pairs |= {
+  metrics |= {
     'gradient_norm': (optax.global_norm(grads), 1.0),
     'learning_rate': (learning_rate(state.step), 1.0),
-    'tokens': (jnp.sum(batch['segments'] > 0), 1.0),
+    'tokens': (_count_tokens(batch), 1.0),
   }
-  return state.replace(step=state.step + 1, params=params, opt_state=opt_state), pairs
+  state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
+  if network.adapter is not None:
+    state = network.adapter.after_update(state)
+  return state, metrics
 
 
 def gradient(
   params: Any,
   batch: Batch,
-  rng: jax.Array,
+  rng: Rng | None,
   *,
   network: Network,
+  frozen: Any = None,
   micro_batches: int = 1,
   shardings: Any = None,
-) -> tuple[Any, Pairs]:
-  """The gradient of the total loss over one global batch, and the pairs with the total as `loss`.
+) -> tuple[Any, Metrics]:
+  """The gradient of the total loss over one global batch, and the metrics with it as `loss`.
 
-  Total = sum over terms of coefficient * sum / (weight of the whole batch); dropout only where
-  `rng` is not None.
+  Total = sum over terms of coefficient * sum / (weight of the whole batch).
+
+  Args:
+    params: what the gradient is taken by.
+    batch: B rows.
+    rng: of the dropout; None for no dropout.
+    network: the network.
+    frozen: its other parameters.
+    micro_batches: as in `train_step`.
+    shardings: as in `train_step`.
   """
-  rngs = lambda key: {} if key is None else {'dropout': key}
+  loss = functools.partial(_loss, network=network, frozen=frozen)
 
-  def weighted(params, batch, key, weights):
-    pairs = network.apply({'params': params}, batch, train=key is not None, rngs=rngs(key))
-    shares = (
-      pairs
-      if weights is None
-      else {name: (pairs[name][0], weight) for name, weight in weights.items()}
-    )
-    return metrics.total(shares, network.objective.terms), pairs
-
-  def differentiate(*args):
-    grads, pairs = jax.grad(weighted, has_aux=True)(*args)
-    return (
-      grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
-    ), pairs
+  def differentiate(*args: Any) -> tuple[Any, Metrics]:
+    grads, metrics = jax.grad(loss, has_aux=True)(*args)
+    if shardings is not None:
+      grads = jax.lax.with_sharding_constraint(grads, shardings)
+    return grads, metrics
 
   if micro_batches == 1:
-    grads, pairs = differentiate(params, batch, rng, None)
+    grads, metrics = differentiate(params, batch, rng, None)
   else:
-    # Weights depend on the batch alone, so that of this forward pass the compiler keeps nothing but
-    # them.
-    weights = {
-      name: weight for name, (_, weight) in network.apply({'params': params}, batch).items()
-    }
-    parts = jax.tree.map(lambda x: _micro(x, micro_batches), dict(batch))
-    shapes = jax.eval_shape(
-      differentiate, params, jax.tree.map(lambda x: x[0], parts), rng, weights
-    )
-
-    def body(carry, part):
-      index, micro = part
-      key = None if rng is None else jax.random.fold_in(rng, index)
-      return jax.tree.map(jnp.add, carry, differentiate(params, micro, key, weights)), None
-
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (grads, pairs), _ = jax.lax.scan(body, zeros, (jnp.arange(micro_batches), parts))
-  return grads, pairs | {'loss': (metrics.total(pairs, network.objective.terms), 1.0)}
+    # Weights depend on the batch alone, so that of this forward pass the compiler keeps only them.
+    whole = networks.apply(network, _all(params, frozen), batch)
+    weights = {name: weight for name, (_, weight) in whole.items()}
+    grads, metrics = _accumulated(differentiate, params, batch, rng, weights, micro_batches)
+  total = metrics_lib.total(metrics, network.terms)
+  return grads, metrics | {'loss': (total, 1.0)}
 
 
-def eval_step(params: Any, batch: Batch, *, network: Network) -> Pairs:
-  """The objective's pairs for one batch, without dropout."""
-  return network.apply({'params': params}, batch)
+def _loss(
+  params: Any, batch: Batch, rng: Rng | None, weights: Any, *, network: Network, frozen: Any
+) -> tuple[jax.Array, Metrics]:
+  """The total loss of a part of a batch; `weights`: those of the whole, None where it is all."""
+  train = rng is not None
+  rngs = {'dropout': rng} if train else {}
+  metrics = networks.apply(network, _all(params, frozen), batch, rngs=rngs, train=train)
+  shares = metrics
+  if weights is not None:
+    shares = {name: (metrics[name][0], weight) for name, weight in weights.items()}
+  return metrics_lib.total(shares, network.terms), metrics
 
 
-def predict_step(params: Any, batch: Batch, *, network: Network) -> dict[str, jax.Array]:
-  """What the objective predicts for each row of one batch."""
-  return network.apply({'params': params}, batch, method='predict')
+def _accumulated(
+  differentiate: Callable[..., tuple[Any, Metrics]],
+  params: Any,
+  batch: Batch,
+  rng: Rng | None,
+  weights: Any,
+  count: int,
+) -> tuple[Any, Metrics]:
+  """The sum of the gradients and metrics of `count` micro-batches, run one after the other."""
+  parts = jax.tree.map(lambda x: _micro(x, count), dict(batch))
+  first = jax.tree.map(lambda x: x[0], parts)
+  shapes = jax.eval_shape(differentiate, params, first, rng, weights)
+
+  def body(carry: Any, part: Any) -> tuple[Any, None]:
+    index, micro = part
+    key = None if rng is None else jax.random.fold_in(rng, index)
+    return jax.tree.map(jnp.add, carry, differentiate(params, micro, key, weights)), None
+
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+  summed, _ = jax.lax.scan(body, zeros, (jnp.arange(count), parts))
+  return summed
+
+
+def _all(params: Any, frozen: Any) -> Any:
+  return params_lib.merge(params, frozen) if frozen else params
+
+
+def _count_tokens(batch: Batch) -> jax.Array:
+  return jnp.sum(batch['segments'] > 0)
 
 
 def _micro(x_B: jax.Array, count: int) -> jax.Array:

@@ -1,0 +1,118 @@
+"""A model, the heads that an objective asks for, and that objective's loss, as one Linen module.
+
+Parameters stand under `model` and `heads_<name>`. `initialize` and `apply` are the two ways in:
+both know the adapter, if there is one.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from llm_jax.core import params as params_lib
+from llm_jax.core import tree
+from llm_jax.core.contracts import Adapter, Batch, Metrics, Net, Objective, Outputs
+
+
+class Network(nn.Module):
+  """What is run on a batch.
+
+  Attributes:
+    model: the model.
+    heads: modules by name.
+    objective: what is learned; None where there is only a forward pass.
+    adapter: what is trained beside the model; None for nothing.
+  """
+
+  model: nn.Module
+  heads: Mapping[str, nn.Module]
+  objective: Objective | None = None
+  adapter: Adapter | None = None
+
+  @property
+  def terms(self) -> dict[str, float]:
+    """Coefficients of the metrics that make up the loss: the objective's and the model's."""
+    return dict(self.model.terms) | dict(self.objective.terms)
+
+  def __call__(self, batch: Batch, train: bool = False) -> Metrics:
+    """The (sum, weight) metrics of a batch; dropout draws from the stream `dropout` in training."""
+    outputs = self.model(batch, self.objective.positions(batch), train=train)
+    with jax.named_scope('objective'):
+      metrics = self.objective.loss(self.net(train), outputs.hidden, batch)
+    return metrics | outputs.aux_losses
+
+  def predict(self, batch: Batch) -> dict[str, jax.Array]:
+    """What the objective's predictor says of each row."""
+    predictor = self.objective.predictor
+    outputs = self.model(batch, predictor.positions(batch))
+    return predictor.predict(self.net(), outputs.hidden, batch)
+
+  def net(self, train: bool = False) -> Net:
+    """What objectives and predictors get to see."""
+
+    def forward(batch: Batch, positions: Any = None) -> Outputs:
+      return self.model(batch, positions, train=train)
+
+    return Net(self.model, self.heads, forward)
+
+
+def initialize(network: Network, key: jax.Array, rows: Batch) -> dict[str, Any]:
+  """New parameters, boxed (`core.params`): those of the base first, then the adapter's own.
+
+  The base draws what it would draw without an adapter.
+  """
+  base = network.clone(adapter=None)
+  params = base.init(key, rows)['params']
+  if network.adapter is None:
+    return params
+  with nn.intercept_methods(network.adapter.intercept):
+    adapted = base.init(jax.random.fold_in(key, 1), rows)['params']
+  return _with_new(params, adapted)
+
+
+def apply(
+  network: Network,
+  params: Any,
+  batch: Batch,
+  method: Callable[..., Any] | str | None = None,
+  rngs: Mapping[str, jax.Array] | None = None,
+  **kwargs: Any,
+) -> Any:
+  """`network.apply` on all parameters, through the adapter if there is one.
+
+  Args:
+    network: the network.
+    params: unboxed, trained and frozen ones together.
+    batch: what the method takes.
+    method: of the network; None for its call, the metrics.
+    rngs: random streams by name.
+    **kwargs: further arguments of the method.
+  """
+  rngs = dict(rngs or {})
+  adapter = network.adapter
+  if adapter is None:
+    return network.apply({'params': params}, batch, method=method, rngs=rngs, **kwargs)
+  with nn.intercept_methods(adapter.intercept):
+    weights = adapter.weights(params)
+    return network.apply({'params': weights}, batch, method=method, rngs=rngs, **kwargs)
+
+
+def base_paths(network: Network, rows: Batch) -> frozenset[str]:
+  """The paths of the parameters that the network has without its adapter."""
+  base = network.clone(adapter=None)
+  shapes = jax.eval_shape(lambda: base.init(jax.random.PRNGKey(0), rows)['params'])
+  return frozenset(params_lib.infos(shapes))
+
+
+def _with_new(old: Any, new: Any) -> dict[str, Any]:
+  """`old` with the leaves of `new` that it lacks; boxes are leaves."""
+  found: dict[str, Any] = {}
+  for params in (new, old):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box):
+      found[jax.tree_util.keystr(path, simple=True, separator='/')] = leaf
+  return tree.nest(found)
+
+
+def _is_box(leaf: Any) -> bool:
+  return isinstance(leaf, nn.meta.AxisMetadata)

@@ -1,0 +1,1 @@
+"""Hooks: what a training run does every so many steps; a module here defines `Hook`."""

@@ -1,0 +1,192 @@
+"""The training half of a program: optimizer, jitted train step, abstract state and model FLOPs."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from absl import logging
+
+from llm_jax.core import params as params_lib
+from llm_jax.core import tree
+from llm_jax.core.config import Config
+from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
+from llm_jax.core.state import TrainState
+from llm_jax.parallel import fsdp, sharding
+from llm_jax.programs import assemble, inference
+from llm_jax.programs import network as networks
+from llm_jax.programs.inference import Inference
+from llm_jax.programs.network import Network
+from llm_jax.training import optimizers, step
+
+
+@dataclasses.dataclass(frozen=True)
+class Training(Inference):
+  """All that a training run needs, compiled when first called.
+
+  Attributes:
+    state: abstract TrainState, each leaf a ShapeDtypeStruct with its sharding.
+    init: seed -> TrainState on the mesh.
+    train_step: (state, batch) -> (state, metrics); the state given is consumed.
+    flops: model FLOPs of one train step, forward and backward (PaLM, arXiv:2204.02311, appendix
+      B), nothing recomputed; 0 where the model does not say.
+    micro_batches: in how many parts a batch is run.
+    gradient_shardings: where the gradient of each trained parameter lies.
+  """
+
+  state: TrainState
+  init: Callable[[int], TrainState]
+  train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+  flops: float
+  micro_batches: int
+  gradient_shardings: Any
+
+
+def build(
+  config: Config,
+  objective: Objective,
+  example: Example,
+  devices: Sequence[jax.Device] | None = None,
+) -> Training:
+  """Makes the program of a resolved config; arguments and errors as `inference.build`."""
+  base = inference.build(config, objective, example, devices)
+  network, layout = base.network, base.layout
+  micro_batches = assemble.micro_batches(config, base.mesh)
+  _log_micro_batches(config, base.mesh, micro_batches)
+  trained = _trained(network, base.infos, example)
+  params, _ = params_lib.split(base.params, trained.__contains__)
+  tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos)
+  init = functools.partial(
+    _init, network=network, rows=inference.sample_rows(example), trained=trained, tx=tx
+  )
+  shapes = jax.eval_shape(init, 0)
+  shardings = _state_shardings(layout, shapes, base.infos)
+  gradient_shardings = sharding.parameter_shardings(layout, shapes.params, base.infos, True)
+  train_step = functools.partial(
+    step.train_step,
+    network=network,
+    tx=tx,
+    learning_rate=learning_rate,
+    micro_batches=micro_batches,
+    shardings=gradient_shardings,
+  )
+  fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
+  return Training(
+    **fields,
+    state=tree.with_shardings(shapes, shardings),
+    init=jax.jit(init, out_shardings=shardings),
+    train_step=jax.jit(
+      inference.on_layout(layout, train_step),
+      in_shardings=(shardings, sharding.batch_sharding(base.mesh)),
+      out_shardings=(shardings, sharding.replicated(base.mesh)),
+      donate_argnums=0,
+      compiler_options=fsdp.compiler_options(base.mesh),
+    ),
+    flops=_flops(base),
+    micro_batches=micro_batches,
+    gradient_shardings=gradient_shardings,
+  )
+
+
+def outline(
+  config: Config, devices: Sequence[jax.Device], tokenizer: Tokenizer | None = None
+) -> Training:
+  """The program of a config whose data is not there: made-up records give the shapes of a batch.
+
+  Without a tokenizer the vocabulary has `config.model.vocab_size` or
+  `config.tokenizer.vocab_size` ids; what only data can tell (class names) has stand-ins.
+
+  Args:
+    config: as it is read from a file.
+    devices: to build for, described ones included.
+    tokenizer: the model's own; None where it is not there either.
+
+  Raises:
+    ValueError, TypeError: whatever in the config is not possible.
+  """
+  size = config.model.get('vocab_size') or config.tokenizer.get('vocab_size')
+  if tokenizer is not None:
+    size = tokenizer.vocab_size
+  tokenizer = tokenizer or assemble.byte_tokenizer()
+  config = assemble.resolve(config, size or tokenizer.vocab_size)
+  config = assemble.with_stand_ins(config, tokenizer)
+  objective = assemble.create_objective(config, tokenizer)
+  return build(config, objective, assemble.template(config, objective, tokenizer), devices)
+
+
+def _init(
+  seed: Any,
+  *,
+  network: Network,
+  rows: Batch,
+  trained: frozenset[str],
+  tx: optax.GradientTransformation,
+) -> TrainState:
+  """The first state."""
+  param_key, rng = jax.random.split(jax.random.PRNGKey(seed))
+  whole = nn.meta.unbox(networks.initialize(network, param_key, rows))
+  params, frozen = params_lib.split(whole, trained.__contains__)
+  extras = {} if network.adapter is None else network.adapter.extras(whole)
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=tx.init(params),
+    rng=rng,
+    frozen=frozen,
+    extras=extras,
+  )
+
+
+def _trained(
+  network: Network, infos: dict[str, params_lib.Info], example: Example
+) -> frozenset[str]:
+  """The paths of the parameters that learn.
+
+  Raises:
+    ValueError: there is none.
+  """
+  adapter = network.adapter
+  if adapter is None:
+    return frozenset(infos)
+  base = networks.base_paths(network, inference.sample_rows(example))
+  trained = {path for path, info in infos.items() if adapter.trains(path, info, path in base)}
+  if not trained:
+    raise ValueError('config.adapter leaves no parameter to train; look at its `trains`.')
+  return frozenset(trained)
+
+
+def _state_shardings(
+  layout: sharding.Layout, shapes: TrainState, infos: dict[str, params_lib.Info]
+) -> TrainState:
+  everywhere = sharding.replicated(layout.mesh)
+  kept = sharding.parameter_shardings(layout, shapes.params, infos, optimizer=True)
+  return TrainState(
+    step=everywhere,
+    params=sharding.parameter_shardings(layout, shapes.params, infos),
+    opt_state=sharding.optimizer_shardings(layout.mesh, shapes.params, kept, shapes.opt_state),
+    rng=everywhere,
+    frozen=sharding.parameter_shardings(layout, shapes.frozen, infos),
+    extras=jax.tree.map(lambda _: everywhere, shapes.extras),
+  )
+
+
+def _flops(program: Inference) -> float:
+  """Three times the forward pass: the backward pass has two products for each of its."""
+  network, batch = program.network, program.batch
+  rows, length = next(iter(batch.values())).shape[0], program.config.seq_len
+  positions = jax.eval_shape(network.objective.positions, batch)
+  read = length if positions is None else positions.shape[1]
+  with sharding.use(program.layout):
+    model = network.model.flops(length, read)
+  if not model:
+    return 0.0
+  return 3.0 * (rows * model + network.objective.flops(network.model, batch))
+
+
+def _log_micro_batches(config: Config, mesh: jax.sharding.Mesh, count: int) -> None:
+  tokens = config.batch_size * config.seq_len // (count * sharding.row_shards(mesh))
+  logging.info('micro_batches=%d: %d tokens at once on a device.', count, tokens)
