@@ -19,7 +19,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +26,8 @@ from absl import logging
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from llm_jax.core import plugins
+from llm_jax.core import plugins, tree
+from llm_jax.core.params import Info
 
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
 BATCH = ('data', 'fsdp')  # mesh axes that share out the rows of a batch
@@ -276,27 +276,26 @@ def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
   return jnp.repeat(x_BSKH, math.lcm(K, parts) // K, axis=2)
 
 
-def parameter_shardings(layout: Layout, boxed_params: Any, optimizer: bool = False) -> Any:
-  """Shardings for parameters that carry logical axis names
-  (`flax.linen.with_logical_partitioning`).
+def parameter_shardings(
+  layout: Layout, params: Any, infos: Mapping[str, Info], optimizer: bool = False
+) -> Any:
+  """Shardings of parameters, by the logical axes that each has.
 
   Args:
     layout: mesh and rules.
-    boxed_params: a pytree of boxed `jax.ShapeDtypeStruct`; a leaf without names is replicated.
+    params: arrays or shapes, nested by name.
+    infos: what each parameter is, by path.
     optimizer: for what the optimizer keeps, in place of the parameters themselves.
 
   Returns:
-    A pytree of NamedSharding for the unboxed parameters.
+    A tree of NamedSharding like `params`.
   """
 
-  def leaf(boxed):
-    if not isinstance(boxed, nn.LogicallyPartitioned):
-      return replicated(layout.mesh)
-    return NamedSharding(
-      layout.mesh, layout.parameter_spec(boxed.names, boxed.value.shape, optimizer)
-    )
+  def leaf(path: str, x: Any) -> NamedSharding:
+    spec = layout.parameter_spec(infos[path].names, x.shape, optimizer)
+    return NamedSharding(layout.mesh, spec)
 
-  return jax.tree.map(leaf, boxed_params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+  return tree.map_with_path(leaf, params)
 
 
 def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any) -> Any:

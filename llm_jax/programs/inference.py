@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import params as params_lib
-from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.parallel import sharding
@@ -121,7 +120,7 @@ def build(
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape), value.dtype, sharding=by_row)
     for key, value in example.items()
   }
-  return Inference(config, network, layout, tree.with_shardings(shapes, shardings), infos, batch)
+  return Inference(config, network, layout, placed(shapes, shardings), infos, batch)
 
 
 def outline(
@@ -148,6 +147,15 @@ def abstract_boxed(network: Network, example: Example) -> Any:
 def sample_rows(example: Example) -> dict[str, jax.Array]:
   """A batch of one row of zeros, for initialization."""
   return {key: jnp.zeros((1, *value.shape), value.dtype) for key, value in example.items()}
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+  """Abstract arrays with their shardings."""
+
+  def leaf(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(leaf, shapes, shardings)
 
 
 def on_layout(layout: sharding.Layout, function: Callable[..., Any]) -> Callable[..., Any]:

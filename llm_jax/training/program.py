@@ -12,7 +12,6 @@ import optax
 from absl import logging
 
 from llm_jax.core import params as params_lib
-from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.core.state import TrainState
@@ -77,7 +76,7 @@ def build(
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
   return Training(
     **fields,
-    state=tree.with_shardings(shapes, shardings),
+    state=inference.placed(shapes, shardings),
     init=jax.jit(init, out_shardings=shardings),
     train_step=jax.jit(
       inference.on_layout(layout, train_step),

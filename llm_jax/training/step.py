@@ -156,7 +156,8 @@ def _all(params: Any, frozen: Any) -> Any:
 
 
 def _count_tokens(batch: Batch) -> jax.Array:
-  return jnp.sum(batch['segments'] > 0)
+  segments = [array for key, array in batch.items() if key.endswith('segments')]
+  return sum((jnp.sum(array > 0) for array in segments), jnp.zeros((), jnp.int32))
 
 
 def _micro(x_B: jax.Array, count: int) -> jax.Array:
