@@ -1,10 +1,9 @@
 """The config as the program reads it: one dataclass for the top level, plain dictionaries for the
-sections.
+sections that plug-ins define.
 
-A section is a constructor call: `config.model` is the keyword arguments of the model, and so on;
-  `llm_jax.programs.build` checks each
-against the signature it is meant for. This module checks the top level, and what may change between
-two runs of one workdir.
+A section is a constructor call: `config.model` holds the keyword arguments of the model, and so on.
+Whoever makes the plug-in checks its section against the signature. This module checks the top
+level, and says what may change between two runs of one workdir.
 """
 
 import dataclasses
@@ -14,11 +13,18 @@ from typing import Any
 
 from llm_jax.core import plugins
 
-# What a resumed run must share with the run that it continues. The rest (steps, intervals, rates,
-# mesh) may change.
-IDENTITY = ('model', 'data', 'tokenizer', 'objective', 'seq_len', 'seed', 'optimizer.name')
-# which says it all
-INIT_FROM = ', or --config.init_from=FOLDER, the folder of a run or of a Hugging Face model'
+# What a resumed run must share with the run that it continues; steps, intervals, rates and mesh may
+# change.
+IDENTITY = (
+  'model',
+  'data',
+  'tokenizer',
+  'objective',
+  'adapter',
+  'seq_len',
+  'seed',
+  'optimizer.name',
+)
 NOT_IDENTITY = (
   'data.cache',
   'data.workers',
@@ -28,11 +34,16 @@ NOT_IDENTITY = (
   'model.attention',
 )
 
+_INIT_FROM = ', or --config.init_from=FOLDER, the folder of a run or of a Hugging Face model'
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """When to save (every so many steps, and at the end) and how many of the newest to keep beside
-  the best one.
+  """Which checkpoints there are.
+
+  Attributes:
+    every: steps between two of them; the last step is always saved.
+    keep: how many of the newest are kept beside the best one.
   """
 
   every: int = 1000
@@ -46,7 +57,7 @@ class Evaluation:
   Attributes:
     rows: how many rows of the validation set to use; 0 for all.
     patience: after how many evaluations without a better loss to stop; 0 for never.
-    samples: how many texts a decoder shows, in the log and in samples.txt; 0 for none.
+    samples: how many texts a decoder writes, into the log and samples.txt; 0 for none.
   """
 
   rows: int = 512
@@ -56,8 +67,11 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Logging:
-  """Where numbers go besides metrics.jsonl: TensorBoard events, and a Weights & Biases project
-  (extra `wandb`).
+  """Where numbers go besides metrics.jsonl.
+
+  Attributes:
+    tensorboard: whether TensorBoard events are written.
+    wandb: a Weights & Biases project (extra `wandb`); None for none.
   """
 
   tensorboard: bool = True
@@ -66,7 +80,12 @@ class Logging:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """What is traced: `steps` steps (0 for none), after the first `start` of the whole run."""
+  """Which steps are traced.
+
+  Attributes:
+    start: how many steps of the whole run come first.
+    steps: how many are traced; 0 for none.
+  """
 
   start: int = 0
   steps: int = 0
@@ -74,11 +93,23 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """The top level of a config file. `batch_size` is global: sequences an optimizer step, over all
-  hosts and micro-batches.
+  """The top level of a config file.
 
-  Where `init_from` is given, `pretrained.complete` fills in `seq_len` and the sections without a
-  name.
+  Attributes:
+    steps: optimizer steps of the whole run.
+    batch_size: sequences per optimizer step, over all hosts and micro-batches.
+    data, tokenizer, model, objective, optimizer: sections, each with the `name` of its plug-in
+      (`data`: the `source`).
+    seq_len: tokens of a row. Where `init_from` is given, it and the sections without a name are
+      filled in from there.
+    seed: of parameters, data order and dropout.
+    micro_batches: in how many parts a batch is run; None for as few as keep memory moderate.
+    log_every, eval_every: steps between two log lines, and between two evaluations.
+    init_from: the folder of a run or of a Hugging Face model whose parameters the run starts from.
+    mesh: sizes of the mesh axes, and the name of the sharding rules.
+    adapter: what is trained beside a frozen base; {} trains all parameters.
+    evaluators: sections by name; {} for those that the objective names.
+    hooks: sections by name.
   """
 
   steps: int
@@ -95,84 +126,44 @@ class Config:
   eval_every: int = 500
   init_from: str | None = None
   mesh: dict = dataclasses.field(default_factory=dict)
+  adapter: dict = dataclasses.field(default_factory=dict)
+  evaluators: dict = dataclasses.field(default_factory=dict)
+  hooks: dict = dataclasses.field(default_factory=dict)
   checkpoint: Checkpoint = Checkpoint()
   evaluation: Evaluation = Evaluation()
   logging: Logging = Logging()
   profile: Profile = Profile()
 
-  def __post_init__(self):
-    for name in ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'eval_every'):
-      if getattr(self, name) is not None and getattr(self, name) < 1:
-        raise ValueError(f'config.{name}={getattr(self, name)} must be at least 1.')
-    if self.checkpoint.every < 1 or self.checkpoint.keep < 1:
-      raise ValueError(
-        f'config.checkpoint needs every and keep of at least 1, not {self.checkpoint}.'
-      )
-    for section in (
-      'data',
-      'optimizer',
-      *(() if self.init_from else ('tokenizer', 'model', 'objective')),
-    ):
-      need = 'source' if section == 'data' else 'name'
-      if not getattr(self, section).get(need):
-        raise ValueError(
-          f'config.{section} needs a {need!r}'
-          + INIT_FROM * (section not in ('data', 'optimizer'))
-          + '.'
-        )
-    if self.seq_len is None and not self.init_from:
-      raise ValueError(f'config.seq_len must be given, the tokens of a row{INIT_FROM}.')
-    if self.micro_batches and self.batch_size % self.micro_batches:
-      raise ValueError(
-        f'config.batch_size={self.batch_size} must divide by micro_batches={self.micro_batches}; '
-        f'try {-(-self.batch_size // self.micro_batches) * self.micro_batches}.'
-      )
-    if (self.data.get('workers') or 0) < 0:
-      raise ValueError(
-        f'config.data.workers={self.data["workers"]} must be at least 1, or 0 for one process a '
-        'core.'
-      )
-    share = self.data.get('validation')
-    if not isinstance(share, int | float) or not 0 <= share < 1:
-      raise ValueError(
-        f'config.data.validation={share} must be the share of the documents to hold out, at least '
-        '0 and below 1.'
-      )
-    if (
-      self.seed < 0
-      or min(self.evaluation.rows, self.evaluation.patience, self.evaluation.samples) < 0
-    ):
-      raise ValueError(f'config.seed={self.seed} and {self.evaluation} must not be negative.')
-    if min(self.profile.start, self.profile.steps) < 0:
-      raise ValueError(
-        f'config.profile needs start and steps of at least 0, not {self.profile}; steps=0 is for '
-        'no profile.'
-      )
+  def __post_init__(self) -> None:
+    _check_positive(self)
+    _check_names(self)
+    _check_batch(self)
+    _check_data(self)
+    _check_not_negative(self)
 
 
 def parse(tree: Mapping[str, Any]) -> Config:
-  """Makes a Config of nested dictionaries (an ml_collections ConfigDict's `to_dict()`, or
-  `config.json`), checked.
-  """
+  """A checked Config from nested dictionaries, such as `ConfigDict.to_dict()` or config.json."""
   tree = dict(tree)
-  for name, section in (
-    ('checkpoint', Checkpoint),
-    ('evaluation', Evaluation),
-    ('logging', Logging),
-    ('profile', Profile),
-  ):
+  sections = {
+    'checkpoint': Checkpoint,
+    'evaluation': Evaluation,
+    'logging': Logging,
+    'profile': Profile,
+  }
+  for name, section in sections.items():
     if name in tree:
       tree[name] = plugins.construct(name, section, tree[name])
   return plugins.construct('', Config, tree)
 
 
 def to_json(config: Config) -> str:
-  """The config as JSON, options that are None left out."""
+  """The config as JSON, without the options that are None."""
   return json.dumps(_without_none(dataclasses.asdict(config)), indent=2, sort_keys=True)
 
 
 def from_json(text: str) -> Config:
-  """Reads what `to_json` wrote."""
+  """Reads what `to_json` wrote, in this revision or an earlier one."""
   return parse(json.loads(text))
 
 
@@ -180,20 +171,80 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Keys in which two configs differ: those that make it another run, and those that may change on
   resuming.
 
-  Each entry reads 'model.dim: 128 -> 256'. Tuples and lists are the same thing, as JSON has it.
+  Each entry reads 'model.dim: 128 -> 256'. Tuples and lists are the same thing, as in JSON.
   """
-  before, after = (
-    {path: value for path, value in _leaves(json.loads(to_json(c)))} for c in (old, new)
-  )
+  before = dict(_leaves(json.loads(to_json(old))))
+  after = dict(_leaves(json.loads(to_json(new))))
   forbidden, allowed = [], []
   for path in sorted(before.keys() | after.keys()):
     if before.get(path) == after.get(path):
       continue
-    matters = _under(path, IDENTITY) and not _under(path, NOT_IDENTITY)
-    (forbidden if matters else allowed).append(
-      f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
-    )
+    line = f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
+    if _under(path, IDENTITY) and not _under(path, NOT_IDENTITY):
+      forbidden.append(line)
+    else:
+      allowed.append(line)
   return forbidden, allowed
+
+
+def _check_positive(config: Config) -> None:
+  for name in ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'eval_every'):
+    value = getattr(config, name)
+    if value is not None and value < 1:
+      raise ValueError(f'config.{name}={value} must be at least 1.')
+  if config.checkpoint.every < 1 or config.checkpoint.keep < 1:
+    raise ValueError(
+      f'config.checkpoint needs every and keep of at least 1, not {config.checkpoint}.'
+    )
+
+
+def _check_names(config: Config) -> None:
+  """A run that starts from another folder takes from there what it does not name itself."""
+  for section in ('data', 'optimizer'):
+    key = 'source' if section == 'data' else 'name'
+    if not getattr(config, section).get(key):
+      raise ValueError(f'config.{section} needs a {key!r}.')
+  if config.init_from:
+    return
+  for section in ('tokenizer', 'model', 'objective'):
+    if not getattr(config, section).get('name'):
+      raise ValueError(f"config.{section} needs a 'name'{_INIT_FROM}.")
+  if config.seq_len is None:
+    raise ValueError(f'config.seq_len must be given, the tokens of a row{_INIT_FROM}.')
+
+
+def _check_batch(config: Config) -> None:
+  size, parts = config.batch_size, config.micro_batches
+  if parts and size % parts:
+    raise ValueError(
+      f'config.batch_size={size} must divide by micro_batches={parts}; '
+      f'try {-(-size // parts) * parts}.'
+    )
+
+
+def _check_data(config: Config) -> None:
+  workers = config.data.get('workers') or 0
+  if workers < 0:
+    raise ValueError(
+      f'config.data.workers={workers} must be at least 1, or 0 for one process per core.'
+    )
+  share = config.data.get('validation')
+  if not isinstance(share, int | float) or not 0 <= share < 1:
+    raise ValueError(
+      f'config.data.validation={share} must be the share of the documents to hold out, at least 0 '
+      'and below 1.'
+    )
+
+
+def _check_not_negative(config: Config) -> None:
+  numbers = dataclasses.astuple(config.evaluation)
+  if config.seed < 0 or min(numbers) < 0:
+    raise ValueError(f'config.seed={config.seed} and {config.evaluation} must not be negative.')
+  if min(config.profile.start, config.profile.steps) < 0:
+    raise ValueError(
+      f'config.profile needs start and steps of at least 0, not {config.profile}; steps=0 is for '
+      'no profile.'
+    )
 
 
 def _under(path: str, keys: tuple[str, ...]) -> bool:

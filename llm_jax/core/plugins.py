@@ -1,9 +1,9 @@
-"""Open sets (models, objectives, sources, tokenizers) are found by module path; nothing registers
-itself.
+"""Open sets (models, objectives, sources, tokenizers, ...) are found by module path; nothing
+registers itself.
 
-`load('objective', 'mlm')` imports `llm_jax.objectives.mlm`; a name with a dot is a module path of
-the user's own. A config section is the keyword arguments of the class found there, checked against
-its signature before anything is compiled.
+`load('objective', 'mlm')` imports `llm_jax.objectives.mlm`; a name with a dot is the path of a
+module of the user's own. A config section holds the keyword arguments of the class found there,
+checked against its signature before anything is compiled.
 """
 
 import difflib
@@ -12,28 +12,38 @@ import inspect
 import pkgutil
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar
 
+# Kind -> the package of the modules that ship, and the name that each of them defines.
 KINDS = {
   'model': ('llm_jax.models', 'Model'),
   'objective': ('llm_jax.objectives', 'Objective'),
   'source': ('llm_jax.data.sources', 'Source'),
   'tokenizer': ('llm_jax.data.tokenizers', 'create'),
+  'adapter': ('llm_jax.adapters', 'Adapter'),
+  'evaluator': ('llm_jax.evaluators', 'Evaluator'),
+  'hook': ('llm_jax.training.hooks', 'Hook'),
+  'mode': ('llm_jax.modes', 'run'),
 }
+_FLAX_OWN = ('parent', 'name')  # fields that every Linen module has
+_Made = TypeVar('_Made')
 
 
 def load(kind: str, name: str) -> types.ModuleType:
-  """Imports the module that implements `name`, or raises ValueError listing the known names and the
-  nearest.
+  """The module that implements `name`.
+
+  Raises:
+    ValueError: an unknown name, with the known ones and the nearest.
   """
-  package = KINDS[kind][0]
+  package, defines = KINDS[kind]
   if '.' in name:
     return importlib.import_module(name)
   known = names(kind)
   if name not in known:
     raise ValueError(
       f'{kind} {name!r} is not known{nearest(name, known)}; known: {", ".join(known)}; '
-      f'or give the dotted path of a module that defines {KINDS[kind][1]}.'
+      f'or give the dotted path of a module that defines {defines}.'
     )
   return importlib.import_module(f'{package}.{name}')
 
@@ -41,64 +51,66 @@ def load(kind: str, name: str) -> types.ModuleType:
 def names(kind: str) -> list[str]:
   """The names of one kind that ship with the package, sorted."""
   package = importlib.import_module(KINDS[kind][0])
-  return sorted(
-    m.name for m in pkgutil.iter_modules(package.__path__) if not m.name.startswith('_')
-  )
+  found = [module.name for module in pkgutil.iter_modules(package.__path__)]
+  return sorted(name for name in found if not name.startswith('_'))
 
 
 def construct(
-  section: str, factory: typing.Callable, options: Mapping[str, typing.Any], **given
-) -> typing.Any:
+  section: str, factory: Callable[..., _Made], options: Mapping[str, Any], **given: Any
+) -> _Made:
   """Calls `factory(**options, **given)` after checking each option's name and type against its
   signature.
 
-  Args: section: where the options stand in the config ('objective'; '' for the top level), for the
-    error message. factory: a class or function; its annotations are the allowed types. options: the
-    config section without its `name`; an option that is None is left to the factory's default.
-    **given: arguments from the program, not from the user; those that the factory does not take are
-    left out.
+  Args:
+    section: where the options stand in the config, for messages: 'objective'; '' for the top level.
+    factory: a class or function; its annotations are the allowed types.
+    options: the config section without its `name`; an option that is None is left to the factory's
+      default.
+    **given: arguments from the program, not from the user; those that the factory does not take
+      are left out.
 
-  Raises: ValueError: an option that the factory does not take (with the nearest one it does), or a
-    required one missing. TypeError: an option of the wrong type.
+  Raises:
+    ValueError: an option that the factory does not take (with the nearest that it does), or a
+      required one missing.
+    TypeError: an option of the wrong type.
   """
+  checked = check(section, factory, options, given)
   parameters = signature(factory)
-  return factory(
-    **check(section, factory, options, given), **{k: v for k, v in given.items() if k in parameters}
-  )
+  taken = {name: value for name, value in given.items() if name in parameters}
+  return factory(**checked, **taken)
 
 
 def check(
   section: str,
-  factory: typing.Callable,
-  options: Mapping[str, typing.Any],
-  given: typing.Iterable[str] = (),
-) -> dict:
-  """The options that are set, with the names and types that `factory` wants; raises as `construct`
-  does, calls nothing.
+  factory: Callable[..., Any],
+  options: Mapping[str, Any],
+  given: Iterable[str] = (),
+) -> dict[str, Any]:
+  """The options that are set, in the types that `factory` wants; calls nothing.
+
+  Raises:
+    ValueError, TypeError: as `construct`.
   """
-  options, parameters = {k: v for k, v in options.items() if v is not None}, signature(factory)
-  check_names(path_of(section), options, [k for k in parameters if k not in given])
-  missing = [
-    k for k, p in parameters.items() if p.default is p.empty and k not in options and k not in given
-  ]
+  where, given = path_of(section), set(given)
+  parameters = {name: p for name, p in signature(factory).items() if name not in given}
+  chosen = {name: value for name, value in options.items() if value is not None}
+  check_names(where, chosen, parameters)
+  required = [name for name, p in parameters.items() if p.default is p.empty]
+  missing = [name for name in required if name not in chosen]
   if missing:
-    raise ValueError(f'{path_of(section)} needs {", ".join(missing)}.')
-  hints = typing.get_type_hints(factory)
-  if inspect.isclass(factory):
-    hints |= typing.get_type_hints(factory.__init__)
+    raise ValueError(f'{where} needs {", ".join(missing)}.')
+  hints = _type_hints(factory)
   return {
-    k: coerce(f'{path_of(section)}.{k}', v, hints.get(k, typing.Any)) for k, v in options.items()
+    name: coerce(f'{where}.{name}', value, hints.get(name, Any)) for name, value in chosen.items()
   }
 
 
-def signature(factory: typing.Callable) -> dict[str, inspect.Parameter]:
-  """The named parameters of a class or function; of a Linen module without `parent` and `name`,
-  which are Flax's own.
-  """
+def signature(factory: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+  """The named parameters of a class or function; of a Linen module without Flax's own."""
   parameters = dict(inspect.signature(factory).parameters)
-  return {
-    k: p for k, p in parameters.items() if 'parent' not in parameters or k not in ('parent', 'name')
-  }
+  if 'parent' not in parameters:
+    return parameters
+  return {name: p for name, p in parameters.items() if name not in _FLAX_OWN}
 
 
 def path_of(section: str) -> str:
@@ -106,10 +118,8 @@ def path_of(section: str) -> str:
   return f'config.{section}' if section else 'config'
 
 
-def check_names(where: str, given: typing.Iterable[str], allowed: typing.Iterable[str]) -> None:
-  """Raises ValueError for the first name in `given` that is not in `allowed`, with the nearest that
-  is.
-  """
+def check_names(where: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+  """Raises ValueError for the first name that is not allowed, with the nearest that is."""
   allowed = sorted(allowed)
   for name in given:
     if name not in allowed:
@@ -118,38 +128,60 @@ def check_names(where: str, given: typing.Iterable[str], allowed: typing.Iterabl
       )
 
 
-def coerce(where: str, value: typing.Any, hint: typing.Any) -> typing.Any:
-  """Returns `value` as the annotation `hint` wants it (int to float, list to tuple), or raises
-  TypeError.
+def coerce(where: str, value: Any, hint: Any) -> Any:
+  """`value` as the annotation `hint` wants it: an int becomes a float, a list a tuple.
+
+  Args:
+    where: the option's path, for the message.
+    value: as the config has it.
+    hint: a type, a union, a generic alias; anything else is not checked.
+
+  Raises:
+    TypeError: the value is of another type.
   """
   origin = typing.get_origin(hint)
-  if hint is typing.Any:
+  if hint is Any:
     return value
   if origin in (typing.Union, types.UnionType):
-    for option in typing.get_args(hint):
-      try:
-        return coerce(where, value, option)
-      except TypeError:
-        continue
-  elif origin is tuple or hint is tuple:
-    if isinstance(value, (list, tuple)):
-      return tuple(value)
-  elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return _coerce_to_one(where, value, hint)
+  if origin is tuple or hint is tuple:
+    return tuple(value) if isinstance(value, list | tuple) else _refuse(where, value, hint)
+  if hint is float and _is_int(value):
     return float(value)
-  elif origin is not None and isinstance(origin, type):
-    if isinstance(value, origin):
-      return value
-  elif not isinstance(hint, type) or (
-    isinstance(value, hint) and not (hint is int and isinstance(value, bool))
-  ):
+  kind = origin or hint
+  if not isinstance(kind, type):  # nothing that isinstance can check
     return value
-  raise TypeError(
-    f'{where}={value!r} is of type {type(value).__name__}; it must be '
-    f'{getattr(hint, "__name__", hint)}.'
-  )
+  if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+    return value
+  _refuse(where, value, hint)
 
 
-def nearest(name: str, known: typing.Iterable[str]) -> str:
-  """A half sentence with the nearest known name, or nothing when none is near."""
+def nearest(name: str, known: Iterable[str]) -> str:
+  """A half sentence with the nearest known name, or '' where none is near."""
   close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
   return f' (did you mean {close[0]!r}?)' if close else ''
+
+
+def _type_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+  hints = typing.get_type_hints(factory)
+  if inspect.isclass(factory):
+    hints |= typing.get_type_hints(factory.__init__)
+  return hints
+
+
+def _coerce_to_one(where: str, value: Any, union: Any) -> Any:
+  for hint in typing.get_args(union):
+    try:
+      return coerce(where, value, hint)
+    except TypeError:
+      continue
+  _refuse(where, value, union)
+
+
+def _is_int(value: Any) -> bool:
+  return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _refuse(where: str, value: Any, hint: Any) -> NoReturn:
+  wanted = getattr(hint, '__name__', hint)
+  raise TypeError(f'{where}={value!r} is of type {type(value).__name__}; it must be {wanted}.')

@@ -2,11 +2,11 @@
 of one.
 
 A path joins the keys on the way to a leaf by '/', whatever the containers are (dictionaries,
-tuples, dataclasses); None and empty containers have no leaves, hence no paths.
+tuples, dataclasses). None and empty containers have no leaves, hence no paths.
 """
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
   """Nested dictionaries from leaves by path."""
-  root = {}
+  root: dict[str, Any] = {}
   for path, leaf in flat.items():
     *parents, name = path.split('/')
     node = root
@@ -56,22 +56,30 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
   return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
 
 
-def difference(expected: Any, found: Any) -> str:
-  """What separates two trees of arrays (or of anything with shape and dtype), a line a leaf; ''
-  where nothing does.
+def with_shardings(shapes: Any, shardings: Any) -> Any:
+  """Abstract arrays of these shapes and types, each with its sharding; the trees are alike."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
 
-  '- path' stands in `expected` only, '+ path' in `found` only, '! path' in both with another shape
-  or type.
+
+def difference(expected: Any, found: Any) -> str:
+  """What separates two trees of arrays (or of anything with shape and dtype), one line per leaf.
+
+  '- path' is in `expected` only, '+ path' in `found` only, '! path' in both with another shape or
+  type; '' where the trees are alike.
   """
   expected, found = flatten(expected), flatten(found)
-  lines = [f'- {path} {_describe(leaf)}' for path, leaf in expected.items() if path not in found]
-  lines += [f'+ {path} {_describe(leaf)}' for path, leaf in found.items() if path not in expected]
-  lines += [
-    f'! {path}: expected {_describe(leaf)}, found {_describe(found[path])}'
-    for path, leaf in expected.items()
-    if path in found and _describe(leaf) != _describe(found[path])
-  ]
-  return '\n'.join(lines)
+  missing = [f'- {path} {_describe(leaf)}' for path, leaf in expected.items() if path not in found]
+  surplus = [f'+ {path} {_describe(leaf)}' for path, leaf in found.items() if path not in expected]
+  changed = []
+  for path, leaf in expected.items():
+    wanted, got = _describe(leaf), _describe(found.get(path, leaf))
+    if wanted != got:
+      changed.append(f'! {path}: expected {wanted}, found {got}')
+  return '\n'.join([*missing, *surplus, *changed])
 
 
 def _describe(leaf: Any) -> str:
@@ -82,5 +90,5 @@ def _join(path: tuple[Any, ...]) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def _nearest(path: str, known: Sequence[str]) -> str:
+def _nearest(path: str, known: Iterable[str]) -> str:
   return ', '.join(difflib.get_close_matches(path, known, n=3, cutoff=0.0)) or 'there are none'

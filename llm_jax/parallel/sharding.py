@@ -279,23 +279,23 @@ def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
 def parameter_shardings(
   layout: Layout, params: Any, infos: Mapping[str, Info], optimizer: bool = False
 ) -> Any:
-  """Shardings of parameters, by the logical axes that each has.
+  """Shardings for parameters, by their logical axes.
 
   Args:
     layout: mesh and rules.
-    params: arrays or shapes, nested by name.
-    infos: what each parameter is, by path.
+    params: the parameters, or some of them, as arrays or shapes.
+    infos: what each parameter is, by path (`core.params.infos`).
     optimizer: for what the optimizer keeps, in place of the parameters themselves.
 
   Returns:
-    A tree of NamedSharding like `params`.
+    A pytree of NamedSharding, like `params`.
   """
 
-  def leaf(path: str, x: Any) -> NamedSharding:
-    spec = layout.parameter_spec(infos[path].names, x.shape, optimizer)
+  def sharding(path: str, leaf: Any) -> NamedSharding:
+    spec = layout.parameter_spec(infos[path].names, leaf.shape, optimizer)
     return NamedSharding(layout.mesh, spec)
 
-  return tree.map_with_path(leaf, params)
+  return tree.map_with_path(sharding, params)
 
 
 def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any) -> Any:

@@ -1,5 +1,6 @@
 import dataclasses
 import importlib
+import json
 import pathlib
 
 import pytest
@@ -22,7 +23,8 @@ def tiny(**changes):
 def test_every_config_passes_the_checks(name):
   parsed = config.parse(importlib.import_module(f'configs.{name}').get_config().to_dict())
   build.check(parsed)
-  assert build.model_options(parsed, 7)['dim'] > 0 if 'vocab_size' not in parsed.model else True
+  options = build.model_options(parsed, 7)
+  assert options['dim'] > 0 and options['vocab_size'] >= 7
 
 
 def test_placeholders_of_one_section_are_not_tied_together():
@@ -33,13 +35,29 @@ def test_placeholders_of_one_section_are_not_tied_together():
 
 
 def test_a_config_survives_json():
-  assert config.from_json(config.to_json(tiny())) == dataclasses.replace(
-    tiny(),
-    **{
-      k: config._without_none(getattr(tiny(), k))
-      for k in ('data', 'tokenizer', 'model', 'objective', 'optimizer')
-    },
+  sections = ('data', 'tokenizer', 'model', 'objective', 'optimizer')
+  stored = {name: config._without_none(getattr(tiny(), name)) for name in sections}
+  assert config.from_json(config.to_json(tiny())) == dataclasses.replace(tiny(), **stored)
+
+
+def test_the_config_of_a_run_from_before_adapters_evaluators_and_hooks():
+  tree = json.loads(config.to_json(tiny()))
+  for section in ('adapter', 'evaluators', 'hooks'):
+    assert tree.pop(section) == {}
+  old = config.from_json(json.dumps(tree))
+  assert old.adapter == old.evaluators == old.hooks == {}
+  assert config.differences(old, tiny()) == ([], [])
+
+
+def test_an_adapter_makes_another_run_and_a_hook_does_not():
+  new = tiny(
+    adapter={'name': 'lora', 'rank': 8},
+    evaluators={'loss': {}},
+    hooks={'average': {'name': 'ema', 'every': 10}},
   )
+  forbidden, allowed = config.differences(tiny(), new)
+  assert forbidden == ["adapter.name: None -> 'lora'", 'adapter.rank: None -> 8']
+  assert [line.split(':')[0] for line in allowed] == ['hooks.average.every', 'hooks.average.name']
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Modes: what `--mode` names; a module here defines its flags and `run`."""
