@@ -12,10 +12,9 @@ def get_config(size: str = '3.2-1b'):
   """4M tokens a step, AdamW, cosine to a tenth of the peak rate, over all devices by FSDP.
 
   LLaMA 2 by section 2.2 of its paper: 2 trillion tokens. LLaMA 3.2 1B by what LLaMA 3's paper says
-    of models of its size (section
-  3.2.1, peak rates of 2e-4 to 4e-4) and the 9 trillion tokens of its model card; what is not said
-  is as in LLaMA 2. The model that was released was pruned from a larger one and distilled; this one
-  is trained from scratch.
+  of models of its size (section 3.2.1, peak rates of 2e-4 to 4e-4) and the 9 trillion tokens of its
+  model card; what is not said is as in LLaMA 2. The model that was released was pruned from a
+  larger one and distilled; this one is trained from scratch.
   """
   if size == 'tiny':
     return _tiny()

@@ -64,9 +64,10 @@ def build(source: Source, tokenizer: Tokenizer, directory: str, workers: int = 0
     directory: where caches are kept (`config.data.cache`); created if need be.
     workers: processes to tokenize with; 0 takes one a core.
 
-  Raises: ValueError: no documents, no tokens in any of them, ids outside the vocabulary, a negative
-    `workers`. OSError: the disk is full; what was written is removed, and the message says how much
-    is needed.
+  Raises:
+    ValueError: no documents, no tokens in any of them, ids outside the vocabulary, a negative
+      `workers`.
+    OSError: the disk is full; what was written is removed, and the message says how much is needed.
   """
   if workers < 0:
     raise ValueError(f'workers={workers} must be at least 1, or 0 for one process a core.')
@@ -155,8 +156,9 @@ class Corpus:
     So a document never changes sides when others are added or removed, and copies of it are all on
     the same side.
 
-    Raises: ValueError: `validation` is not in [0, 1), or (when it is above 0) one side is left
-      without a token.
+    Raises:
+      ValueError: `validation` is not in [0, 1), or (when it is above 0) one side is left without a
+        token.
     """
     if not 0 <= validation < 1:
       raise ValueError(f'validation={validation} must be a share of the documents in [0, 1).')

@@ -112,8 +112,9 @@ PACKINGS = {'windows': windows, 'best_fit': best_fit, 'none': one_per_row}
 def assemble(pieces: list[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
   """Concatenates pieces into one zero-padded row.
 
-  Returns: `tokens`, `segments` (k + 1 on piece k) and `positions` (from 0 in each piece), each
-    [seq_len] int32.
+  Returns:
+    `tokens`, `segments` (k + 1 on piece k) and `positions` (from 0 in each piece), each [seq_len]
+    int32.
 
   Raises:
     ValueError: the pieces are longer than the row.
@@ -142,8 +143,9 @@ def text_places(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
     lengths: places of each text, at most `slots` of them.
     slots: G.
 
-  Returns: `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0
-    where there is no text.
+  Returns:
+    `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0 where
+    there is no text.
   """
   row = {key: np.zeros(slots, dtype=np.int32) for key in ('text_firsts', 'text_lasts')}
   ends = np.cumsum(lengths)

@@ -62,8 +62,11 @@ def split(
   """Cuts a chunk in two texts at a random place, each with at least one token (the second is empty
   for a chunk of one).
 
-  Args: tokens: [n] ids. short_rate: how often the chunk is first shortened to a random length from
-    2 on (BERT's short_seq_prob). rng: where the randomness comes from.
+  Args:
+    tokens: [n] ids.
+    short_rate: how often the chunk is first shortened to a random length from 2 on (BERT's
+      short_seq_prob).
+    rng: where the randomness comes from.
   """
   if len(tokens) < 2:
     return tokens, tokens[:0]
@@ -91,14 +94,18 @@ def packed(
   """Lays out texts one after another in a row padded with zeros, each a segment of its own with
   positions from 0.
 
-  Args: texts: ids of a text and None, which becomes `begin first end`; or of a pair, `begin first
-    between second end`. seq_len: T, at least the sum over all texts of n + 2 for one of n ids, or n
-    + m + 3 for a pair. begin: id before a text. between: id between the two texts of a pair, of the
-    first one's token type. end: id after a text or a pair. slots: G, at least as many as there are
-    texts; 0 where nobody asks where each of them stands.
+  Args:
+    texts: ids of a text and None, which becomes `begin first end`; or of a pair, `begin first
+      between second end`.
+    seq_len: T, at least the sum over all texts of n + 2 for one of n ids, or n + m + 3 for a pair.
+    begin: id before a text.
+    between: id between the two texts of a pair, of the first one's token type.
+    end: id after a text or a pair.
+    slots: G, at least as many as there are texts; 0 where nobody asks where each of them stands.
 
-  Returns: tokens, segments, positions and token_types, each [T] int32; with slots also text_firsts
-    and text_lasts, each [G] int32.
+  Returns:
+    tokens, segments, positions and token_types, each [T] int32; with slots also text_firsts and
+    text_lasts, each [G] int32.
 
   Raises:
     ValueError: the texts are longer than the row.

@@ -56,9 +56,9 @@ def train_examples(
   Returns:
     Dataset of length sys.maxsize; element i is a dict of arrays, a row of the batch.
 
-  Raises: ValueError: weights that are not positive or not one a corpus, a negative seed, fewer rows
-    than a batch in all corpora
-      together or none in one of them.
+  Raises:
+    ValueError: weights that are not positive or not one a corpus, a negative seed, fewer rows than
+      a batch in all corpora together or none in one of them.
   """
   shares = _shares(weights, len(splits))
   rows = [objective.rows(split, seq_len) for split in splits]
@@ -129,11 +129,15 @@ def batches(
   (`.close()`) to stop the threads; an exception in a transform, or in `put`, is raised by the
   `next` that wants its batch.
 
-  Args: examples: an endless stream. batch_size: rows of the global batch. start: examples consumed
-    before, any number. rows: which rows of the global batch to make, in this order (`hosts.rows`);
-    None for all. threads: that make batches; they share Python's lock, so more than one only helps
-    where reading waits for a disk. put: what the threads do with a batch last (`Program.put`: it is
-    on the devices before it is asked for); None for nothing.
+  Args:
+    examples: an endless stream.
+    batch_size: rows of the global batch.
+    start: examples consumed before, any number.
+    rows: which rows of the global batch to make, in this order (`hosts.rows`); None for all.
+    threads: that make batches; they share Python's lock, so more than one only helps where reading
+      waits for a disk.
+    put: what the threads do with a batch last (`Program.put`: it is on the devices before it is
+      asked for); None for nothing.
 
   Yields:
     Arrays with a leading axis as long as `rows`, or what `put` made of them.

@@ -17,13 +17,14 @@ def evaluate(
 ) -> tuple[dict[str, float], str]:
   """Scores predictions against labels, text by text; those of label_weight 0 are left out.
 
-  Args: predict_step: this host's rows of a batch -> what `objective.predict` gives for all hosts'
-    rows, [B, G, ...], with the rows'
-      `label` and `label_weight`.
+  Args:
+    predict_step: this host's rows of a batch -> what `objective.predict` gives for all hosts' rows,
+      [B, G, ...], with the rows' `label` and `label_weight`.
     batches: this host's rows of the validation set.
     objective: a `classify` objective (of a mix, that part).
 
-  Returns: Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the
+  Returns:
+    Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the
     classes that occur), mcc. Multilabel: accuracy (all classes of a text right), micro_f1,
     macro_f1. Regression: pearson, spearman, mse; a correlation with constant values is NaN.
 

@@ -17,12 +17,15 @@ def evaluate(
 ) -> dict[str, float]:
   """Means over all batches: sums and weights are added in float64 on the host and divided once.
 
-  Args: eval_step: batch -> (sum, weight) pairs; fetched one batch late, so that the device does not
-    wait. batches: the validation set; rows of zeros count for nothing. objective: names the losses,
-    and gives further numbers.
+  Args:
+    eval_step: batch -> (sum, weight) pairs; fetched one batch late, so that the device does not
+      wait.
+    batches: the validation set; rows of zeros count for nothing.
+    objective: names the losses, and gives further numbers.
 
-  Returns: 'loss', the mean by each pair's name (NaN where nothing counted; such a term adds 0 to
-    the loss), and the objective's summary.
+  Returns:
+    'loss', the mean by each pair's name (NaN where nothing counted; such a term adds 0 to the
+    loss), and the objective's summary.
 
   Raises:
     ValueError: there is no batch.

@@ -2,11 +2,9 @@
 our parameters.
 
 A model's module declares the families that it can hold in `HF`, as data; `hf` reads and writes
-folders by them. Their tensors are
-ours with other names and axes: linear weights lie [out, in], heads are not an axis of their own,
-  queries, keys and values may be
-one matrix. `Tensor` says so by letters, and the same view of their array is read on the way in and
-filled on the way out.
+folders by them. Their tensors are ours with other names and axes: linear weights lie [out, in],
+heads are not an axis of their own, queries, keys and values may be one matrix. `Tensor` says so by
+letters, and the same view of their array is read on the way in and filled on the way out.
 """
 
 import dataclasses
@@ -77,10 +75,10 @@ _FIRST, _STACKED = 'model/stack/first/', 'model/stack/layers/'
 class Tensor:
   """One tensor of theirs, and the parameter or parameters of ours that it is.
 
-  Attributes: name: theirs, without the prefix of the model's body; {} is the number of a layer.
+  Attributes:
+    name: theirs, without the prefix of the model's body; {} is the number of a layer.
     axes: 'theirs->ours', a letter an axis; letters in brackets are one axis of theirs; S cuts
-    theirs into equal parts, one for
-      each path.
+      theirs into equal parts, one for each path.
     paths: ours; where the name has {}, within a layer.
     beside: a head that must be there too, for this to be the place of the parameter; None: none.
   """
@@ -154,11 +152,11 @@ class Rule:
 class Family:
   """One `model_type`.
 
-  Attributes: prefix: before the names of the body's tensors, in all classes but the last of
-    `classes`. fields: key of their config.json -> (our option, type or table of values[, default]).
-    Without a default the key must be there;
-      a default of None allows null. Sizes (int) are at least 1. Keys that are one option must
-      agree, if it is one of `NUMBERS`.
+  Attributes:
+    prefix: before the names of the body's tensors, in all classes but the last of `classes`.
+    fields: key of their config.json -> (our option, type or table of values[, default]). Without a
+      default the key must be there; a default of None allows null. Sizes (int) are at least 1. Keys
+      that are one option must agree, if it is one of `NUMBERS`.
     options: what the family fixes of ours.
     body: tensors under the prefix.
     heads: the other tensors; where two are one parameter, the first that fits is taken.
@@ -389,8 +387,9 @@ def rope(config: Mapping[str, Any], theta: Any) -> tuple[float, tuple[float, ...
     config: with these keys.
     theta: the base where they do not say it.
 
-  Raises: ValueError: a kind of rotation other than 'default', 'linear' and 'llama3', or a part of
-    the dimensions only.
+  Raises:
+    ValueError: a kind of rotation other than 'default', 'linear' and 'llama3', or a part of the
+      dimensions only.
   """
   said = config.get('rope_parameters') or config.get('rope_scaling') or {}
   if not isinstance(said, dict):

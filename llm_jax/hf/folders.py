@@ -70,8 +70,9 @@ def is_folder(path: str) -> bool:
 def read_config(path: str) -> dict[str, Any]:
   """The config.json of a folder.
 
-  Raises: ValueError: there is none, it is broken or names no `model_type`; or the weights are no
-    safetensors.
+  Raises:
+    ValueError: there is none, it is broken or names no `model_type`; or the weights are no
+      safetensors.
   """
   file = os.path.join(path, CONFIG)
   if not os.path.exists(file):
@@ -97,8 +98,9 @@ def read_config(path: str) -> dict[str, Any]:
 def model_options(path: str, families: Families) -> dict[str, Any]:
   """The section `config.model` of a folder: the name of our model, and its options.
 
-  Raises: ValueError: a family that is not known, or a config.json that asks for what its model
-    cannot do here.
+  Raises:
+    ValueError: a family that is not known, or a config.json that asks for what its model cannot do
+      here.
   """
   config = read_config(path)
   name, family = _family(path, config, families)
@@ -131,18 +133,20 @@ def labels(path: str) -> tuple[str, ...] | None:
 def load(path: str, families: Families, abstract_params: Any) -> Loaded:
   """The parameters of a folder.
 
-  Args: path: the folder. families: what is known, as for `model_options`. abstract_params: the
-    parameters that are wanted, nested or by path: a `jax.ShapeDtypeStruct` each; without a
-    sharding, the
-      array lies on the first device.
+  Args:
+    path: the folder.
+    families: what is known, as for `model_options`.
+    abstract_params: the parameters that are wanted, nested or by path: a `jax.ShapeDtypeStruct`
+      each; without a sharding, the array lies on the first device.
 
-  Returns: The parameters that the folder holds, in the types wanted. A head that it holds in part
-    only is new as a whole.
+  Returns:
+    The parameters that the folder holds, in the types wanted. A head that it holds in part only is
+    new as a whole.
 
-  Raises: ValueError: a tensor is missing or of another shape, or is a part of the layers and has no
-    place; a projection on the
-      vocabulary that is tied by config.json and not by its values; whatever `read_config` and
-      `safetensors.read_folder` raise.
+  Raises:
+    ValueError: a tensor is missing or of another shape, or is a part of the layers and has no
+      place; a projection on the vocabulary that is tied by config.json and not by its values;
+      whatever `read_config` and `safetensors.read_folder` raise.
   """
   config = read_config(path)
   _, family = _family(path, config, families)
@@ -177,19 +181,26 @@ def save(
   """Writes a folder that `transformers` opens, whole or not at all; all processes call it, the
   first one writes.
 
-  Args: directory: a new or empty folder. families: what is known; the first that holds the model
-    exactly is taken. model_name: our model's name. model: the model. params: its parameters and
-    those of the heads, nested or by path; sharded as they may be. classes: names of the classes,
-    where there is a classifier. dtype: of the file. extra: further keys of config.json: ids of
-    special tokens (pad_token_id, ...), problem_type. also: writes further files (a tokenizer) into
-    the folder before it gets its name; called on the first process only. shard_bytes: the most that
-    one file holds.
+  Args:
+    directory: a new or empty folder.
+    families: what is known; the first that holds the model exactly is taken.
+    model_name: our model's name.
+    model: the model.
+    params: its parameters and those of the heads, nested or by path; sharded as they may be.
+    classes: names of the classes, where there is a classifier.
+    dtype: of the file.
+    extra: further keys of config.json: ids of special tokens (pad_token_id, ...), problem_type.
+    also: writes further files (a tokenizer) into the folder before it gets its name; called on the
+      first process only.
+    shard_bytes: the most that one file holds.
 
-  Returns: Paths of parameters that the family has no place for, and which are left out: heads of
+  Returns:
+    Paths of parameters that the family has no place for, and which are left out: heads of
     objectives that it does not know.
 
-  Raises: ValueError: no family holds the model (which option stands in the way), or its classifier;
-    or the folder is not empty.
+  Raises:
+    ValueError: no family holds the model (which option stands in the way), or its classifier; or
+      the folder is not empty.
   """
   if dtype not in DTYPES:
     raise ValueError(f'dtype={dtype!r} must be one of {", ".join(DTYPES)}.')

@@ -131,8 +131,9 @@ def read(path: str) -> Tensors:
 def read_folder(directory: str) -> Tensors:
   """The arrays of a folder, from `model.safetensors` or from the shards that its index names.
 
-  Raises: ValueError: neither is there; a shard is missing, or does not hold what the index says;
-    whatever `read` raises.
+  Raises:
+    ValueError: neither is there; a shard is missing, or does not hold what the index says; whatever
+      `read` raises.
   """
   single, index = (os.path.join(directory, name) for name in (SINGLE, INDEX))
   if os.path.exists(single):

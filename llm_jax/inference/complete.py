@@ -41,9 +41,10 @@ Stream = Callable[[int, str], None]
 class Filled:
   """A text whose masks are filled in.
 
-  Attributes: text: with the most likely token at each mask, as the tokenizer spells it. masks: for
-    each mask, in order, the most likely tokens and their probabilities; each mask is seen by
-    itself.
+  Attributes:
+    text: with the most likely token at each mask, as the tokenizer spells it.
+    masks: for each mask, in order, the most likely tokens and their probabilities; each mask is
+      seen by itself.
   """
 
   text: str
@@ -75,10 +76,13 @@ class Completer:
     A text stands after the ids that the tokenizer's template has before one, else after BOS; it
     ends with EOS.
 
-    Args: weights: as `Generator.weights` makes them. texts: the prompts; an empty one asks for any
-      text. sampling: how tokens are chosen. stop: strings before which a text ends, wherever tokens
-      begin and end. stream: called with the number of a text and the next piece of what comes after
-      it, as soon as that is certain.
+    Args:
+      weights: as `Generator.weights` makes them.
+      texts: the prompts; an empty one asks for any text.
+      sampling: how tokens are chosen.
+      stop: strings before which a text ends, wherever tokens begin and end.
+      stream: called with the number of a text and the next piece of what comes after it, as soon as
+        that is certain.
 
     Raises:
       ValueError: an empty stop string; whatever `Generator.tokens` raises.
@@ -200,8 +204,9 @@ def run(
     sampling: how tokens are chosen.
     stop: strings before which a text ends.
 
-  Raises: ValueError: prompts in both places or in none, files that cannot be, whatever `complete`
-    or `fill` raises.
+  Raises:
+    ValueError: prompts in both places or in none, files that cannot be, whatever `complete` or
+      `fill` raises.
   """
   prompts = _prompts(opened, prompts, source, target)
   devices = jax.device_count()

@@ -6,13 +6,12 @@ alone. `Generator.tokens` gives the new tokens of a place as soon as they are th
 is then on its way already.
 
 Greedy and sampled rows need nothing of each other: the randomness of a token comes from the seed,
-  the number of its row and its
-place in it. Logits are processed as `transformers` does it, in its order: repetition penalty
-  (arXiv:1909.05858, section 4.1),
-temperature, top-k (arXiv:1805.04833), top-p (arXiv:1904.09751), min-p (arXiv:2407.01082). Beam
-search is that of `transformers` with early_stopping=False: scores are summed log-probabilities over
-length ** length_penalty, and a row ends when no running beam, at its present length, would be
-better than the worst of its finished ones.
+the number of its row and its place in it. Logits are processed as `transformers` does it, in its
+order: repetition penalty (arXiv:1909.05858, section 4.1), temperature, top-k (arXiv:1805.04833),
+top-p (arXiv:1904.09751), min-p (arXiv:2407.01082). Beam search is that of `transformers` with
+early_stopping=False: scores are summed log-probabilities over length ** length_penalty, and a row
+ends when no running beam, at its present length, would be better than the worst of its finished
+ones.
 """
 
 import dataclasses
@@ -37,14 +36,18 @@ LOWEST = -1e9  # a score below all others
 class Sampling:
   """How tokens are chosen.
 
-  Attributes: max_new_tokens: after so many a row ends, if it does not before. temperature: logits
-    are divided by it; 0 takes the most likely token. top_k: only the `top_k` most likely tokens may
-    be drawn; 0 for all. top_p: only the most likely tokens that together have a probability of
-    `top_p`; 1 for all. min_p: only tokens that are at least `min_p` times as likely as the most
-    likely one; 0 for all. repetition_penalty: positive logits of tokens that the row has, prompt
-    included, are divided by it, negative ones multiplied. beams: rows that are kept for each
-    prompt; 1 for no beam search. length_penalty: exponent of the length that the score of a
-    finished beam is divided by; above 0 favours long texts. seed: of all that is drawn.
+  Attributes:
+    max_new_tokens: after so many a row ends, if it does not before.
+    temperature: logits are divided by it; 0 takes the most likely token.
+    top_k: only the `top_k` most likely tokens may be drawn; 0 for all.
+    top_p: only the most likely tokens that together have a probability of `top_p`; 1 for all.
+    min_p: only tokens that are at least `min_p` times as likely as the most likely one; 0 for all.
+    repetition_penalty: positive logits of tokens that the row has, prompt included, are divided by
+      it, negative ones multiplied.
+    beams: rows that are kept for each prompt; 1 for no beam search.
+    length_penalty: exponent of the length that the score of a finished beam is divided by; above 0
+      favours long texts.
+    seed: of all that is drawn.
   """
 
   max_new_tokens: int = 128
@@ -409,9 +412,12 @@ class _Beams(NamedTuple):
 class _Search(NamedTuple):
   """Beam search after `made` tokens.
 
-  Attributes: running: beams that go on; their cache has B W rows. finished: the best that have
-    ended; scores are divided by their lengths, and `LOWEST` where there are fewer than W. open_B:
-    whether a better one may still come. limit: tokens after which all beams end.
+  Attributes:
+    running: beams that go on; their cache has B W rows.
+    finished: the best that have ended; scores are divided by their lengths, and `LOWEST` where
+      there are fewer than W.
+    open_B: whether a better one may still come.
+    limit: tokens after which all beams end.
   """
 
   cache: Any

@@ -30,10 +30,13 @@ def run(
 ) -> None:
   """Writes the vectors of a file's texts, whole or not at all.
 
-  Args: opened: a run or a Hugging Face folder. source: .jsonl, an object a line, the text in the
-    field `config.data.text` ('text'); or .txt, a text a line. target: .npy, [texts, D] float32; or
-    .jsonl, {"text": ..., "embedding": [...]} a line. pool: one of `heads.POOLS`. normalize: whether
-    the vectors have length 1.
+  Args:
+    opened: a run or a Hugging Face folder.
+    source: .jsonl, an object a line, the text in the field `config.data.text` ('text'); or .txt, a
+      text a line.
+    target: .npy, [texts, D] float32; or .jsonl, {"text": ..., "embedding": [...]} a line.
+    pool: one of `heads.POOLS`.
+    normalize: whether the vectors have length 1.
 
   Raises:
     ValueError: files that cannot be, a text without tokens, a model that cannot pool so.

@@ -52,8 +52,10 @@ class Opened:
 def open_model(workdir: pathlib.Path | None, given: Config | None = None) -> Opened:
   """Opens what `config.init_from` names, or else the run in the workdir.
 
-  Args: workdir: of a run; None where the config names a folder. given: a config. Where it names no
-    folder, its data, evaluation and batch size go before the run's own.
+  Args:
+    workdir: of a run; None where the config names a folder.
+    given: a config. Where it names no folder, its data, evaluation and batch size go before the
+      run's own.
 
   Raises:
     ValueError: no such run or folder, or a tokenizer that does not belong to it.
@@ -172,8 +174,9 @@ def export(opened: Opened, target: pathlib.Path) -> None:
     opened: a run or a Hugging Face folder.
     target: a folder that is empty or not there yet.
 
-  Raises: ValueError: a model that none of their architectures holds, parameters that are missing, a
-    folder that holds something.
+  Raises:
+    ValueError: a model that none of their architectures holds, parameters that are missing, a
+      folder that holds something.
   """
   config = dataclasses.replace(opened.config, micro_batches=1)
   program = build.outline(config, jax.devices(), opened.tokenizer)
@@ -213,8 +216,9 @@ def predict(opened: Opened, source: pathlib.Path, target: pathlib.Path) -> None:
     source: the lines.
     target: written whole or not at all.
 
-  Raises: ValueError: no such run, an objective that predicts no labels, a line that is not as it
-    should be.
+  Raises:
+    ValueError: no such run, an objective that predicts no labels, a line that is not as it should
+      be.
   """
   if source.suffix != '.jsonl' or not source.is_file():
     raise ValueError(f'--input={source} must be one .jsonl file that exists.')

@@ -2,8 +2,7 @@
 (2407.21783), by options.
 
 Parameters: `embedder`, `stack/layers/block` (stacked), `final_norm` where norms come first,
-  `output` where the vocabulary
-projection is not tied.
+`output` where the vocabulary projection is not tied.
 """
 
 import dataclasses
@@ -29,13 +28,18 @@ class Cache(NamedTuple):
 class Model(nn.Module):
   """Tokens to hidden states; no place sees a later one.
 
-  Attributes (the rest as in `layers.Options` and `layers.Stack`): vocab_size: V. max_len: longest
-    row; rows of the position table, if there is one. positions: 'learned' or 'rope'. position_std:
-    standard deviation of the position table at initialisation (0.01 in GPT-2's code). rope_theta:
-    base of the rotations. rope_scaling: None, (factor,), or LLaMA 3's (factor, low, high, original
-    length), as in `layers.rope_frequencies`. window: how many places each layer sees, its own among
-    them (Mistral, arXiv:2310.06825); None for all. tied: logits use the token table; otherwise a
-    matrix of their own. remat: what backpropagation keeps, one of `layers.REMAT`, or 'auto'.
+  Attributes (the rest as in `layers.Options` and `layers.Stack`):
+    vocab_size: V.
+    max_len: longest row; rows of the position table, if there is one.
+    positions: 'learned' or 'rope'.
+    position_std: standard deviation of the position table at initialisation (0.01 in GPT-2's code).
+    rope_theta: base of the rotations.
+    rope_scaling: None, (factor,), or LLaMA 3's (factor, low, high, original length), as in
+      `layers.rope_frequencies`.
+    window: how many places each layer sees, its own among them (Mistral, arXiv:2310.06825); None
+      for all.
+    tied: logits use the token table; otherwise a matrix of their own.
+    remat: what backpropagation keeps, one of `layers.REMAT`, or 'auto'.
     unroll: layers a turn of the compiled loop; 0 for all.
   """
 
@@ -125,15 +129,17 @@ class Model(nn.Module):
     """Hidden states [B, T, D], or [B, P, D], in the compute type, last norm included; with a cache
     also the cache after them.
 
-    Args: tokens_BT: ids. segments_BT: document of each token, 0 for padding; a token sees only its
-      own document. None: one document a row. positions_BT: place of each token in its document;
-      None: its place in the row. token_types_BT: which text of a pair; decoders have no embedding
-      for it, the separators tell. places_BP: places of each row whose states are wanted, without a
-      cache; None for all. train: dropout is on, from the stream `dropout`. cache: of `empty_cache`,
-      or as it was returned. One token a row (T = 1) follows those in it. More are the first of
-      their
-        rows, whatever the cache held: where segments are 0 they are padding, after all others, and
-          stay out of it.
+    Args:
+      tokens_BT: ids.
+      segments_BT: document of each token, 0 for padding; a token sees only its own document. None:
+        one document a row.
+      positions_BT: place of each token in its document; None: its place in the row.
+      token_types_BT: which text of a pair; decoders have no embedding for it, the separators tell.
+      places_BP: places of each row whose states are wanted, without a cache; None for all.
+      train: dropout is on, from the stream `dropout`.
+      cache: of `empty_cache`, or as it was returned. One token a row (T = 1) follows those in it.
+        More are the first of their rows, whatever the cache held: where segments are 0 they are
+        padding, after all others, and stay out of it.
 
     Raises:
       ValueError: a row longer than `max_len`.

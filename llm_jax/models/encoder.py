@@ -2,8 +2,7 @@
 (2412.13663), by options.
 
 Parameters: `embedder`, `stack/first` (ModernBERT's first layer), `stack/layers/block*` (stacked),
-  `final_norm` where norms come
-first, `output` where the vocabulary projection is not tied.
+`final_norm` where norms come first, `output` where the vocabulary projection is not tied.
 """
 
 import dataclasses
@@ -18,16 +17,22 @@ from llm_jax.nn import layers as L
 class Model(nn.Module):
   """Tokens to hidden states.
 
-  Attributes (the rest as in `layers.Options` and `layers.Stack`): vocab_size: V. max_len: longest
-    row; rows of the position table, if there is one. positions: 'learned' or 'rope'.
+  Attributes (the rest as in `layers.Options` and `layers.Stack`):
+    vocab_size: V.
+    max_len: longest row; rows of the position table, if there is one.
+    positions: 'learned' or 'rope'.
     position_offset: rows of the position table left free before position 0 (RoBERTa: 2).
-    rope_theta: base of the rotations of layers that see everywhere. rope_local_theta: base of those
-    with a window. token_types: kinds of text in a pair that are told apart by an embedding; 0 for
-    no such embedding. embedding_norm: a norm on the embeddings; layer 0 of a pre-norm stack then
-    has none before its attention. window: how far local layers see, half to either side; None where
-    there are none. global_every: one layer in so many sees everywhere, layer 0 first. tied: logits
-    use the token table; otherwise a matrix of their own. remat: what backpropagation keeps, one of
-    `layers.REMAT`, or 'auto'. unroll: layer groups a turn of the compiled loop; 0 for all.
+    rope_theta: base of the rotations of layers that see everywhere.
+    rope_local_theta: base of those with a window.
+    token_types: kinds of text in a pair that are told apart by an embedding; 0 for no such
+      embedding.
+    embedding_norm: a norm on the embeddings; layer 0 of a pre-norm stack then has none before its
+      attention.
+    window: how far local layers see, half to either side; None where there are none.
+    global_every: one layer in so many sees everywhere, layer 0 first.
+    tied: logits use the token table; otherwise a matrix of their own.
+    remat: what backpropagation keeps, one of `layers.REMAT`, or 'auto'.
+    unroll: layer groups a turn of the compiled loop; 0 for all.
   """
 
   vocab_size: int
@@ -123,11 +128,14 @@ class Model(nn.Module):
   ) -> jax.Array:
     """Hidden states [B, T, D], or [B, P, D], in the compute type, last norm included.
 
-    Args: tokens_BT: ids. segments_BT: document of each token, 0 for padding; a token sees only its
-      own document. None: one document a row. positions_BT: place of each token in its document;
-      None: its place in the row. token_types_BT: 0 or 1, first or second text; None: all first.
-      places_BP: places of each row whose states are wanted; None for all. train: dropout is on,
-      from the stream `dropout`.
+    Args:
+      tokens_BT: ids.
+      segments_BT: document of each token, 0 for padding; a token sees only its own document. None:
+        one document a row.
+      positions_BT: place of each token in its document; None: its place in the row.
+      token_types_BT: 0 or 1, first or second text; None: all first.
+      places_BP: places of each row whose states are wanted; None for all.
+      train: dropout is on, from the stream `dropout`.
 
     Raises:
       ValueError: a row longer than `max_len`.

@@ -23,11 +23,11 @@ def pool_places(batch: Batch, how: str) -> jax.Array | None:
 def pool(hidden_BPD: jax.Array, batch: Batch, how: str) -> jax.Array:
   """One vector a text, [B, G, D]; anything finite where a row has fewer texts.
 
-  Args: hidden_BPD: hidden states of the row that holds the texts, at `pool_places`. batch: its
-    `segments`, where text g has the number g + 1, and its `text_firsts`, [B, G]. how: one of
-    `POOLS`; 'mean' is over all places of a text, special tokens included (Reimers and Gurevych
-    2019,
-      arXiv:1908.10084, section 3), at least float32.
+  Args:
+    hidden_BPD: hidden states of the row that holds the texts, at `pool_places`.
+    batch: its `segments`, where text g has the number g + 1, and its `text_firsts`, [B, G].
+    how: one of `POOLS`; 'mean' is over all places of a text, special tokens included (Reimers and
+      Gurevych 2019, arXiv:1908.10084, section 3), at least float32.
   """
   if how != 'mean':
     return hidden_BPD

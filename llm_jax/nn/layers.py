@@ -109,22 +109,34 @@ class Options:
   """What all layers of a model share, heads included; values are checked here, so a wrong one never
   reaches a compiler.
 
-  Attributes: dim: D. layers: L. heads: N. kv_heads: K; divides `heads`. None: as many as `heads`.
-    head_dim: H. None: D / N, and N must divide D. mlp_dim: F. causal: a token sees no later one.
-    norm: 'layernorm' (arXiv:1607.06450) or 'rmsnorm' (arXiv:1910.07467). norm_order: 'post'
-    normalises sums (the first Transformer, BERT); 'pre' each layer's input, and the last output.
-    norm_bias: a bias in every norm ('layernorm' only). norm_eps: added to the variance. bias: a
-    bias in every linear layer. qkv_bias: a bias in the projections to queries, keys and values
-    (Qwen2). None: as `bias` says. qk_norm: queries and keys are normalised, each head by itself,
-    before they are turned (Qwen3; arXiv:2302.05442, section 2). activation: one of `ACTIVATIONS`.
-    gated: the mlp is activation(x W_gate) * (x W_up) (GeGLU, SwiGLU; arXiv:2002.05202). dropout:
-    rate on the embeddings and on what each sublayer adds. attention_dropout: rate on the attention
-    probabilities. init_distribution: distribution of every kernel and embedding, one of
-    `INITIALIZERS`; truncated at two `init_std`. init_std: its standard deviation (before
-    truncation). depth_scaled_init: kernels that add to the residual stream start smaller by sqrt(2
-    L) (GPT-2). dtype: what activations are computed in; softmax, norms and logits in at least
-    float32. param_dtype: what parameters are kept in. attention: which implementation, one of
-    `attention.IMPLEMENTATIONS`.
+  Attributes:
+    dim: D.
+    layers: L.
+    heads: N.
+    kv_heads: K; divides `heads`. None: as many as `heads`.
+    head_dim: H. None: D / N, and N must divide D.
+    mlp_dim: F.
+    causal: a token sees no later one.
+    norm: 'layernorm' (arXiv:1607.06450) or 'rmsnorm' (arXiv:1910.07467).
+    norm_order: 'post' normalises sums (the first Transformer, BERT); 'pre' each layer's input, and
+      the last output.
+    norm_bias: a bias in every norm ('layernorm' only).
+    norm_eps: added to the variance.
+    bias: a bias in every linear layer.
+    qkv_bias: a bias in the projections to queries, keys and values (Qwen2). None: as `bias` says.
+    qk_norm: queries and keys are normalised, each head by itself, before they are turned (Qwen3;
+      arXiv:2302.05442, section 2).
+    activation: one of `ACTIVATIONS`.
+    gated: the mlp is activation(x W_gate) * (x W_up) (GeGLU, SwiGLU; arXiv:2002.05202).
+    dropout: rate on the embeddings and on what each sublayer adds.
+    attention_dropout: rate on the attention probabilities.
+    init_distribution: distribution of every kernel and embedding, one of `INITIALIZERS`; truncated
+      at two `init_std`.
+    init_std: its standard deviation (before truncation).
+    depth_scaled_init: kernels that add to the residual stream start smaller by sqrt(2 L) (GPT-2).
+    dtype: what activations are computed in; softmax, norms and logits in at least float32.
+    param_dtype: what parameters are kept in.
+    attention: which implementation, one of `attention.IMPLEMENTATIONS`.
   """
 
   dim: int
@@ -301,11 +313,15 @@ class Output(nn.Module):
 class Embedder(nn.Module):
   """Sum of token, position and token-type embeddings, then (where asked) a norm, then dropout.
 
-  Attributes: vocab_size: V. options: shared options. positions: rows of the table of learned
-    positions; 0 for no table. position_offset: row of position 0 (RoBERTa leaves two unused rows).
+  Attributes:
+    vocab_size: V.
+    options: shared options.
+    positions: rows of the table of learned positions; 0 for no table.
+    position_offset: row of position 0 (RoBERTa leaves two unused rows).
     position_std: standard deviation of that table at initialisation; None for `options.init_std`.
     token_types: rows of the token-type table, 0 for none; a higher type than it knows counts as its
-    last (RoBERTa has one). norm: whether a norm follows the sum.
+      last (RoBERTa has one).
+    norm: whether a norm follows the sum.
   """
 
   vocab_size: int
@@ -355,11 +371,13 @@ def rope_frequencies(
   """Radians a position for each pair of dimensions (RoFormer, arXiv:2104.09864, eq. 15), [H / 2]
   float64.
 
-  Args: head_dim: H, even. theta: the base. scaling: None; or (factor,), all waves stretched alike
-    (arXiv:2306.15595); or LLaMA 3's (arXiv:2407.21783; code of release
-      3.1): (factor, low, high, length). Waves shorter than length / high are kept, those longer
-        than length / low are stretched
-      `factor` times, those between partly.
+  Args:
+    head_dim: H, even.
+    theta: the base.
+    scaling: None; or (factor,), all waves stretched alike (arXiv:2306.15595); or LLaMA 3's
+      (arXiv:2407.21783; code of release 3.1): (factor, low, high, length). Waves shorter than
+      length / high are kept, those longer than length / low are stretched `factor` times, those
+      between partly.
 
   Raises:
     ValueError: an odd head dimension, or a scaling that is not one number, or four with low < high.
@@ -490,9 +508,11 @@ class Block(nn.Module):
   """One layer: attention and mlp, each with a residual connection, a norm and dropout on what it
   adds.
 
-  Attributes: options: shared options. window: how far this layer sees; None for everywhere.
+  Attributes:
+    options: shared options.
+    window: how far this layer sees; None for everywhere.
     attention_norm: False leaves out the norm before attention (ModernBERT's first layer, whose
-    input is normalised already).
+      input is normalised already).
   """
 
   options: Options
@@ -571,12 +591,14 @@ class Stack(nn.Module):
   (`layers/block` where P = 1); with `first_bare`, layer 0 stands apart as `first`, and the pattern
   starts at layer 1. Parameters that `apart` has taken out of the stack are run one by one.
 
-  Attributes: options: shared options. window: window of the local layers; None where there are
-    none. global_every: how often a layer is global; 1 where all are, 0 where none is. first_bare:
-    layer 0 has no norm before its attention. remat: what backpropagation keeps, one of `REMAT`; all
-    else is computed again. unroll: layer groups that one turn of the compiled loop runs; 0 for all
-    (no loop). Changes no parameter, and no value but
-      what dropout draws.
+  Attributes:
+    options: shared options.
+    window: window of the local layers; None where there are none.
+    global_every: how often a layer is global; 1 where all are, 0 where none is.
+    first_bare: layer 0 has no norm before its attention.
+    remat: what backpropagation keeps, one of `REMAT`; all else is computed again.
+    unroll: layer groups that one turn of the compiled loop runs; 0 for all (no loop). Changes no
+      parameter, and no value but what dropout draws.
   """
 
   options: Options
@@ -621,16 +643,20 @@ class Stack(nn.Module):
   ) -> Any:
     """Runs all layers.
 
-    Args: x_BTD: the embedded rows. segments_BT: document of each token. turns: the rotations of
-      global and of local layers. train: dropout is on. caches: what the layers keep of rows that
-      grow (`attention.KeyValues`), stacked or `apart` as the parameters are. None for
-        rows that are whole.
+    Args:
+      x_BTD: the embedded rows.
+      segments_BT: document of each token.
+      turns: the rotations of global and of local layers.
+      train: dropout is on.
+      caches: what the layers keep of rows that grow (`attention.KeyValues`), stacked or `apart` as
+        the parameters are. None for rows that are whole.
       lengths_B: with caches, the tokens of each row so far, these included.
       places_BP: without caches, the places of each row that are wanted, in any order, any of them
         more than once; None for all.
 
-    Returns: The rows, or their places; with caches the pair of them and the caches with these
-      tokens in them.
+    Returns:
+      The rows, or their places; with caches the pair of them and the caches with these tokens in
+      them.
     """
     if self.first_bare:
       x_BTD, _ = self.first(x_BTD, segments_BT, turns[self.layer_windows()[0] is not None], train)

@@ -24,9 +24,10 @@ CHUNK_BYTES = 1 << 28  # of logits at once on a device
 class Sums(NamedTuple):
   """Weighted sums over places, at least float32. Only `loss` has a gradient.
 
-  Attributes: loss: what is trained: (1 - label_smoothing) * nll + label_smoothing * (mean of -log p
-    over the vocabulary; arXiv:1512.00567,
-      section 7) + z_loss * (log of the sum of exponentials)^2 (arXiv:2204.02311, section 5).
+  Attributes:
+    loss: what is trained: (1 - label_smoothing) * nll + label_smoothing * (mean of -log p over the
+      vocabulary; arXiv:1512.00567, section 7) + z_loss * (log of the sum of exponentials)^2
+      (arXiv:2204.02311, section 5).
     nll: the cross-entropy in nats, without either.
     right: how often the target has the highest logit.
   """

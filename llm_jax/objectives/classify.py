@@ -40,16 +40,16 @@ class Objective:
   longer text of a pair first.
 
   A batch has `config.batch_size` rows, not texts. Where k texts share a row on average (the log
-  says how many), an optimizer step
-  learns from k times as many texts as it would without packing, and an epoch has k times fewer
-    steps: to keep the number of texts
-  a step, divide batch_size by k; or keep the rows, and take fewer steps. Which texts share a row,
-  and so a step, is fixed for the run by their lengths, among equal lengths by chance.
+  says how many), an optimizer step learns from k times as many texts as it would without packing,
+  and an epoch has k times fewer steps: to keep the number of texts a step, divide batch_size by k;
+  or keep the rows, and take fewer steps. Which texts share a row, and so a step, is fixed for the
+  run by their lengths, among equal lengths by chance.
 
-  Args: tokenizer: makes the ids. classes: names of the classes in the order of their numbers; None
-    for regression. task: 'multiclass' (one of the classes), 'binary' (the second of two classes or
-    not, one logit), 'multilabel' (any of
-      them), 'regression' (a number).
+  Args:
+    tokenizer: makes the ids.
+    classes: names of the classes in the order of their numbers; None for regression.
+    task: 'multiclass' (one of the classes), 'binary' (the second of two classes or not, one logit),
+      'multilabel' (any of them), 'regression' (a number).
     dropout: rate before the last linear layer.
     pool: 'cls' reads the first place through a pooler, as BERT does; 'mean' the mean of all places,
       for encoders that were trained by masked LM alone (arXiv:1908.10084, section 3); 'last' the
@@ -228,8 +228,9 @@ class Objective:
   def describe(self, text: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """What `predict` says of one text, for JSON.
 
-    Returns: label, probability and probabilities by class; for multilabel the labels of probability
-      above one half and probabilities; for regression the value.
+    Returns:
+      label, probability and probabilities by class; for multilabel the labels of probability above
+      one half and probabilities; for regression the value.
     """
     if self.task == 'regression':
       return {'value': float(text['values'])}
@@ -286,9 +287,11 @@ class Objective:
 class _Rows:
   """Documents in rows.
 
-  Attributes: first: [documents] int64, how many tokens of each text are kept; second: likewise of
-    the second texts, or None. cut: how many documents are longer than a row. plan: which documents
-    share a row.
+  Attributes:
+    first: [documents] int64, how many tokens of each text are kept; second: likewise of the second
+      texts, or None.
+    cut: how many documents are longer than a row.
+    plan: which documents share a row.
   """
 
   def __init__(

@@ -20,9 +20,11 @@ from llm_jax.nn import heads
 class Objective:
   """Pooled hidden states of each text.
 
-  Args: tokenizer: not used; every objective gets one. pool: 'mean' of all places of a text, its
-    special tokens among them; 'cls', its first place; 'last', its last. normalize: vectors have
-    length 1, so that inner products are cosines.
+  Args:
+    tokenizer: not used; every objective gets one.
+    pool: 'mean' of all places of a text, its special tokens among them; 'cls', its first place;
+      'last', its last.
+    normalize: vectors have length 1, so that inner products are cosines.
   """
 
   terms: dict[str, float] = {}

@@ -29,17 +29,17 @@ class Objective:
   """Masked language modelling.
 
   Exactly round(mask_rate * n) of the n ordinary tokens of a row are masked, and at least one. Words
-  are never masked by
-  half: where only longer words are left, the masked tokens may be fewer by less than a word, and a
-    row whose words are all
-  longer than M = ceil(mask_rate * seq_len) has none.
+  are never masked by half: where only longer words are left, the masked tokens may be fewer by less
+  than a word, and a row whose words are all longer than M = ceil(mask_rate * seq_len) has none.
 
-  Args: tokenizer: gives the special ids and where words start. mask_rate: share of the ordinary
-    tokens that is predicted, in (0, 1]. masking: 'token', 'word' (all tokens of a word) or 'span'
-    (runs of words, lengths geometric up to 10 with mean 3.8). mask_token_rate: share of the
-    predicted tokens that is replaced by the mask token. random_token_rate: share of them that is
-    replaced by a random ordinary token; the rest stays. Drawn for each token,
-      with 'span' for each span.
+  Args:
+    tokenizer: gives the special ids and where words start.
+    mask_rate: share of the ordinary tokens that is predicted, in (0, 1].
+    masking: 'token', 'word' (all tokens of a word) or 'span' (runs of words, lengths geometric up
+      to 10 with mean 3.8).
+    mask_token_rate: share of the predicted tokens that is replaced by the mask token.
+    random_token_rate: share of them that is replaced by a random ordinary token; the rest stays.
+      Drawn for each token, with 'span' for each span.
     packing: how documents fill rows: 'windows', 'best_fit' or 'none'. Each piece of a document
       stands as [CLS] piece [SEP].
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.

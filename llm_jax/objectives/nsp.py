@@ -24,8 +24,10 @@ class Objective:
   place: every token is in one row of an epoch, except the second half of the chunks that are given
   another one. A chunk of one token counts for nothing.
 
-  Args: tokenizer: gives the special ids. short_seq_rate: how often a chunk is shortened to a random
-    length (0.1 in BERT, so that short texts are seen too).
+  Args:
+    tokenizer: gives the special ids.
+    short_seq_rate: how often a chunk is shortened to a random length (0.1 in BERT, so that short
+      texts are seen too).
   """
 
   def __init__(self, tokenizer: Tokenizer, short_seq_rate: float = 0.0):

@@ -23,8 +23,10 @@ class Objective:
   Documents are cut in chunks of seq_len - 3 tokens, one a row, and each chunk in two at a random
   place: every token is in one row of an epoch. A chunk of one token counts for nothing.
 
-  Args: tokenizer: gives the special ids. short_seq_rate: how often a chunk is shortened to a random
-    length (0.1 in ALBERT, so that short texts are seen too).
+  Args:
+    tokenizer: gives the special ids.
+    short_seq_rate: how often a chunk is shortened to a random length (0.1 in ALBERT, so that short
+      texts are seen too).
   """
 
   def __init__(self, tokenizer: Tokenizer, short_seq_rate: float = 0.0):

@@ -2,10 +2,9 @@
 plans.
 
 Figures are for one JAX device: half a chip where the two cores of a chip are two devices (TPU v2,
-  v3, 7x). Sources: Google's
-pages on each TPU version (docs.cloud.google.com/tpu/docs/v4 and so on), NVIDIA's data sheets of
-each product, whose sparse figures are halved here; `usable_bytes` is what the TPU compiler itself
-grants a program (it says so when it refuses one).
+v3, 7x). Sources: Google's pages on each TPU version (docs.cloud.google.com/tpu/docs/v4 and so on),
+NVIDIA's data sheets of each product, whose sparse figures are halved here; `usable_bytes` is what
+the TPU compiler itself grants a program (it says so when it refuses one).
 """
 
 import dataclasses
@@ -17,11 +16,13 @@ GIB = 2**30
 class Chip:
   """One kind of device.
 
-  Attributes: flops: peak dense matrix products a second in bfloat16 with float32 sums; float16 for
-    V100 and T4, which have no bfloat16. usable_bytes: of its main memory, for a program; None where
-    no compiler for it runs here. memory_bandwidth: bytes a second between main memory and cores.
+  Attributes:
+    flops: peak dense matrix products a second in bfloat16 with float32 sums; float16 for V100 and
+      T4, which have no bfloat16.
+    usable_bytes: of its main memory, for a program; None where no compiler for it runs here.
+    memory_bandwidth: bytes a second between main memory and cores.
     link_bandwidth: bytes a second that it can send its neighbours in a slice, all links together,
-    one way.
+      one way.
   """
 
   flops: float

@@ -2,9 +2,8 @@
 asking for it again.
 
 On a CPU the activations of a step are one block of some GB, which the system would hand out anew
-each time, page by page and
-zeroed: a fifth of the time of a BERT-base step. Imports nothing that takes long, since it must come
-  before JAX.
+each time, page by page and zeroed: a fifth of the time of a BERT-base step. Imports nothing that
+takes long, since it must come before JAX.
 """
 
 import ctypes

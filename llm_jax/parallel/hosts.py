@@ -12,9 +12,8 @@ number from the first of these:
 | a TPU pod of TPU VMs | TPU chips here, and the machine's metadata server names several workers |
 
 Otherwise this is the only process, and nothing of `jax.distributed` is touched: so on a laptop, a
-  GPU box, a single TPU VM, in
-Colab. The metadata server is asked only where there are TPU chips, once, for METADATA_SECONDS at
-most.
+GPU box, a single TPU VM, in Colab. The metadata server is asked only where there are TPU chips,
+once, for METADATA_SECONDS at most.
 
 How they end. A process that fails says why to the others, which repeat it and stop within a few
 seconds. One that dies without a word (kill -9, a machine that is gone) is missed after
@@ -80,10 +79,14 @@ def start(
 ) -> None:
   """Joins the other processes, if there are any; before anything else of JAX.
 
-  Args: coordinator: HOST:PORT where process 0 listens; None, like the other two, to find out from
-    the environment. num_processes: how many there are. process_id: which of them this is, from 0.
-    saves: whether SIGTERM is kept for `preemption`; otherwise it ends the process. seconds: how
-    long to wait for the others; then this process ends with exit status 1 and a message.
+  Args:
+    coordinator: HOST:PORT where process 0 listens; None, like the other two, to find out from the
+      environment.
+    num_processes: how many there are.
+    process_id: which of them this is, from 0.
+    saves: whether SIGTERM is kept for `preemption`; otherwise it ends the process.
+    seconds: how long to wait for the others; then this process ends with exit status 1 and a
+      message.
 
   Raises:
     ValueError: arguments that do not agree, or an environment that does not say where process 0 is.
@@ -133,8 +136,9 @@ def agree(decide: Callable[[], Any]) -> Any:
   """What `decide` returns on process 0 (anything that JSON can hold), on all processes; it is
   called there only.
 
-  Raises: ValueError: process 0 raised it (or a TypeError or OSError); likewise RuntimeError for all
-    other exceptions.
+  Raises:
+    ValueError: process 0 raised it (or a TypeError or OSError); likewise RuntimeError for all other
+      exceptions.
   """
   client = _client()
   if client is None:

@@ -71,9 +71,12 @@ def create_mesh(
 ) -> Mesh:
   """A mesh over all devices (or `devices`), neighbours on it close to each other in the machine.
 
-  Args: data, fsdp, sequence, tensor: sizes within one slice (or node); one may be -1, and takes
-    what the others leave. dcn_data, dcn_fsdp: how many times larger `data` and `fsdp` are across
-    slices, over the data centre's network. devices: all by default.
+  Args:
+    data, fsdp, sequence, tensor: sizes within one slice (or node); one may be -1, and takes what
+      the others leave.
+    dcn_data, dcn_fsdp: how many times larger `data` and `fsdp` are across slices, over the data
+      centre's network.
+    devices: all by default.
 
   Raises:
     ValueError: sizes whose product is not the number of devices.
@@ -195,7 +198,7 @@ class Layout:
     dimensions.
 
     Axes that cannot cut their own dimension cut `embed` as well, where there is one: nothing is
-      kept twice for being odd.
+    kept twice for being odd.
     """
     rules = self.rules.optimizer if optimizer else self.rules.parameters
     axes = [rules.get(name, ()) for name in names]

@@ -99,8 +99,9 @@ def devices(topology: str) -> list[Any]:
 
   For a CPU they are real ones, for which `prepare` makes room.
 
-  Raises: ValueError: a name that is not one, a shape that does not exist, no TPU compiler on this
-    machine, too few CPU devices.
+  Raises:
+    ValueError: a name that is not one, a shape that does not exist, no TPU compiler on this
+      machine, too few CPU devices.
   """
   kind, shape, slices = parse(topology)
   if kind == 'cpu':

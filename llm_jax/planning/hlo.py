@@ -6,8 +6,7 @@ scanned model hides most of its work from it. Here each instruction counts as of
 figures are of one device.
 
 The grammar is that of `jax.stages.Compiled.as_text()`: computations of one instruction a line,
-  `%name = type opcode(operands),
-attributes`, in the order in which they are scheduled.
+`%name = type opcode(operands), attributes`, in the order in which they are scheduled.
 """
 
 import dataclasses
@@ -117,10 +116,13 @@ class Computation:
 class Collective:
   """What the chips send each other by one kind of operation in a step.
 
-  Attributes: count: how often it runs. bytes: the whole array that is put together or taken apart
-    (the larger of operand and result), each time, on one device. wire_bytes: what a device sends in
-    a ring: (n - 1) / n of `bytes` in a group of n, twice that for an all-reduce. overlapped_bytes:
-    the part of `bytes` whose transfer runs while the device computes.
+  Attributes:
+    count: how often it runs.
+    bytes: the whole array that is put together or taken apart (the larger of operand and result),
+      each time, on one device.
+    wire_bytes: what a device sends in a ring: (n - 1) / n of `bytes` in a group of n, twice that
+      for an all-reduce.
+    overlapped_bytes: the part of `bytes` whose transfer runs while the device computes.
   """
 
   count: float = 0
@@ -133,11 +135,14 @@ class Collective:
 class Costs:
   """One run of the program on one device.
 
-  Attributes: flops: of matrix products and convolutions, 2 a multiply and add, and what kernels say
-    of themselves. kernel_flops: the part of `flops` in custom kernels (Pallas). bytes: of the
-    device's main memory, read and written. collectives: by kind. unknown_loops: loops whose number
-    of turns could not be read, counted once. unknown_kernels: custom kernels that do not say their
-    FLOPs, counted 0.
+  Attributes:
+    flops: of matrix products and convolutions, 2 a multiply and add, and what kernels say of
+      themselves.
+    kernel_flops: the part of `flops` in custom kernels (Pallas).
+    bytes: of the device's main memory, read and written.
+    collectives: by kind.
+    unknown_loops: loops whose number of turns could not be read, counted once.
+    unknown_kernels: custom kernels that do not say their FLOPs, counted 0.
   """
 
   flops: float = 0

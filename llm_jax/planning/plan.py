@@ -2,9 +2,9 @@
 train step for it.
 
 Nothing is read and nothing allocated: shapes come from the config alone, memory from the compiler,
-  work and traffic from the
-compiled text (`llm_jax/planning/hlo.py`), times from a roofline (Williams et al. 2009,
-doi:10.1145/1498765.1498785) over the published figures of the chip (`llm_jax/parallel/chips.py`).
+work and traffic from the compiled text (`llm_jax/planning/hlo.py`), times from a roofline (Williams
+et al. 2009, doi:10.1145/1498765.1498785) over the published figures of the chip
+(`llm_jax/parallel/chips.py`).
 """
 
 import dataclasses
@@ -39,15 +39,19 @@ ASSUMPTIONS = (
 def run(config: Config, names: str, folder: pathlib.Path) -> dict[str, Any]:
   """Plans a run, prints the report, and writes it to `plan.json` and `plan.md`.
 
-  Args: config: checked; `batch_size` is that of the first topology. names: topologies, as
-    `topology.devices` takes them, separated by commas; the later ones get as many sequences a chip.
+  Args:
+    config: checked; `batch_size` is that of the first topology.
+    names: topologies, as `topology.devices` takes them, separated by commas; the later ones get as
+      many sequences a chip.
     folder: where the files go.
 
-  Returns: The report of the first topology as it stands in plan.json; with several, `scaling` has
-    one of each.
+  Returns:
+    The report of the first topology as it stands in plan.json; with several, `scaling` has one of
+    each.
 
-  Raises: ValueError: an unknown topology, no compiler for it, a mesh or a batch that cannot be cut
-    for it.
+  Raises:
+    ValueError: an unknown topology, no compiler for it, a mesh or a batch that cannot be cut for
+      it.
   """
   every = names.split(',')
   chip_counts = [topology.chips(name) for name in every]

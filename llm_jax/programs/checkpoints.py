@@ -2,13 +2,11 @@
 the training runs.
 
 A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`:
-  the size and SHA-256 of every
-file, and the validation metrics. The seal is written last, so a folder without one is a save that
-did not end (as if it had never begun), and a folder that does not agree with its seal is damaged;
-neither is ever read. Damage is told from a mismatch by this
-alone: whatever agrees with its seal and still does not fit the model is another model's checkpoint,
-  which is an error and never a
-reason to fall back.
+the size and SHA-256 of every file, and the validation metrics. The seal is written last, so a
+folder without one is a save that did not end (as if it had never begun), and a folder that does not
+agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this alone:
+whatever agrees with its seal and still does not fit the model is another model's checkpoint, which
+is an error and never a reason to fall back.
 
 The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the
 arrays are written by all.
@@ -104,8 +102,9 @@ class Checkpoints:
       meta: whatever JSON can hold.
       metrics: validation metrics at this step; `loss` decides which checkpoint is the best.
 
-    Raises: OSError: this save or the one before it failed (a full disk, say); earlier checkpoints
-      are as they were.
+    Raises:
+      OSError: this save or the one before it failed (a full disk, say); earlier checkpoints are as
+        they were.
     """
     self.wait()
     path = self._directory / str(step)
@@ -154,12 +153,13 @@ class Checkpoints:
     Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to
     `unfinished/<step>`, with an error in the log.
 
-    Args: abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding
-      need not be that of the save.
+    Args:
+      abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding need
+        not be that of the save.
 
-    Raises: ValueError: no checkpoint is left whole; or the newest does not fit, listing '-'
-      parameters that it lacks, '+' those that
-        it has beyond, '!' those of another shape or type.
+    Raises:
+      ValueError: no checkpoint is left whole; or the newest does not fit, listing '-' parameters
+        that it lacks, '+' those that it has beyond, '!' those of another shape or type.
     """
     step = hosts.agree(self._newest_whole)
     if step == _NONE:
@@ -257,10 +257,11 @@ def restore_params(
 ) -> Loaded:
   """Reads parameters of another run, by path; that run's folder is not changed.
 
-  Args: directory: the checkpoints of that run. abstract_params: parameters wanted, each leaf with
-    shape, dtype and sharding. which: 'best' (lowest validation loss; the latest where none was
-    measured) or 'latest'. A checkpoint that is damaged is
-      passed over, with an error in the log.
+  Args:
+    directory: the checkpoints of that run.
+    abstract_params: parameters wanted, each leaf with shape, dtype and sharding.
+    which: 'best' (lowest validation loss; the latest where none was measured) or 'latest'. A
+      checkpoint that is damaged is passed over, with an error in the log.
 
   Raises:
     ValueError: no whole checkpoint there; or a parameter that both have, in another shape or type.

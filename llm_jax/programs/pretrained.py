@@ -34,8 +34,10 @@ def complete(config: Config, workdir: pathlib.Path | None = None) -> Config:
   without a name. Both bring their tokenizer, fill an objective without a name, and a row length
   that is not set.
 
-  Args: config: as it is read from a file. workdir: where to train. A run that goes on there has all
-    of this itself, and its `init_from` may be gone.
+  Args:
+    config: as it is read from a file.
+    workdir: where to train. A run that goes on there has all of this itself, and its `init_from`
+      may be gone.
 
   Raises:
     ValueError: a folder that is neither; an option that contradicts it.

@@ -52,9 +52,10 @@ def load(config: Config, workdir: pathlib.Path) -> Data:
   """Tokenizes what is not in the cache yet, and gives the splits; of several processes, process 0
   goes first.
 
-  Raises: ValueError: an unusable source, an empty corpus, a label that is not one, a config that
-    the workdir's run cannot go on with,
-      processes that were given different configs or read different documents.
+  Raises:
+    ValueError: an unusable source, an empty corpus, a label that is not one, a config that the
+      workdir's run cannot go on with, processes that were given different configs or read different
+      documents.
   """
   saved = runs.read_config(workdir) if hosts.agree(lambda: runs.has_checkpoints(workdir)) else None
   config = _absolute(pretrained.complete(config, workdir))

@@ -73,8 +73,9 @@ def baselines(program: Program, tokenizer: Tokenizer, examples: Any) -> dict[str
     tokenizer: spells the text of causal targets, for xz.
     examples: the validation set.
 
-  Returns: unigram_loss in nats a target; xz_bits_per_byte for causal objectives; nothing for those
-    that predict no tokens.
+  Returns:
+    unigram_loss in nats a target; xz_bits_per_byte for causal objectives; nothing for those that
+    predict no tokens.
   """
   whole = lambda: pipeline.padded_batches(examples, program.config.batch_size)
   return hosts.agree(lambda: _baselines(program.objective, tokenizer, whole))

@@ -2,10 +2,10 @@
 lines, and loss.png at the end.
 
 `metrics.jsonl` has one JSON object a line: `step`, `split`, then numbers by name; a number that is
-  not finite is null. Only the
-primary process writes. A resumed run drops the lines after the step that it goes on from and says
-them again, so its file ends like that of a run that was never disturbed, timings aside; for that,
-everything up to a step must be written before its checkpoint is.
+not finite is null. Only the primary process writes. A resumed run drops the lines after the step
+that it goes on from and says them again, so its file ends like that of a run that was never
+disturbed, timings aside; for that, everything up to a step must be written before its checkpoint
+is.
 """
 
 import json

@@ -86,8 +86,9 @@ class Patience:
 def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
   """Builds the program and restores the newest checkpoint, or makes a first state.
 
-  Raises: ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does
-    not fit.
+  Raises:
+    ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does not
+      fit.
   """
   config = data.config
   objective, splits = build.create_objective(config, data.tokenizer), data.splits

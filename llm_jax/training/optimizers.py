@@ -7,12 +7,10 @@ gradient transformation:
     layer -> schedule
 
 Every parameter is covered exactly once, by the name of its leaf (LEAVES): kernels and embeddings
-  are decayed, biases and scales
-of norms are not, any other name is an error. A leaf with a component `layers` in its path is a
-  stack: its first axis counts
-layers. Whatever an optimizer measures on a parameter (LAMB's and Adafactor's norms, Muon's
-orthogonalization) it measures on each layer of the stack by itself, so that a stacked model and a
-model of separate layers take the same step.
+are decayed, biases and scales of norms are not, any other name is an error. A leaf with a component
+`layers` in its path is a stack: its first axis counts layers. Whatever an optimizer measures on a
+parameter (LAMB's and Adafactor's norms, Muon's orthogonalization) it measures on each layer of the
+stack by itself, so that a stacked model and a model of separate layers take the same step.
 """
 
 import abc
@@ -47,9 +45,10 @@ SCHEDULES = ('linear', 'cosine', 'inverse_sqrt', 'wsd', 'constant')
 class Optimizer(abc.ABC):
   """What all optimizers share.
 
-  Attributes: learning_rate: the peak rate. schedule: 'linear' or 'cosine' decay to the end,
-    'inverse_sqrt' (arXiv:1804.04235, section 8), 'wsd' (warmup, stable, decay by
-      1 - sqrt: arXiv:2405.18392, eq. 1), 'constant'.
+  Attributes:
+    learning_rate: the peak rate.
+    schedule: 'linear' or 'cosine' decay to the end, 'inverse_sqrt' (arXiv:1804.04235, section 8),
+      'wsd' (warmup, stable, decay by 1 - sqrt: arXiv:2405.18392, eq. 1), 'constant'.
     warmup_steps: steps of linear warmup; the first has rate learning_rate / warmup_steps, the last
       the peak rate.
     warmup_fraction: the same as a share of all steps, for runs whose length changes; only one of
@@ -165,9 +164,10 @@ class Adafactor(Optimizer):
   of a kernel with more than two axes the two longest are factored, none where the second longest is
   below 128. Weight decay is decoupled here as elsewhere.
 
-  Attributes: decay_rate: the second moment's decay at step t is 1 - t ** -decay_rate.
+  Attributes:
+    decay_rate: the second moment's decay at step t is 1 - t ** -decay_rate.
     parameter_scale: whether the rate is relative to the parameter's root mean square (rates near
-    1e-2), or absolute.
+      1e-2), or absolute.
   """
 
   decay_rate: float = 0.8
@@ -299,11 +299,15 @@ def create(
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The gradient transformation of a config section, and its learning rate by step.
 
-  Args: section: `config.optimizer`. steps: length of the whole run in optimizer steps. params: the
-    (abstract) parameters, whose paths and shapes decide what is decayed, stacked, orthogonalized.
+  Args:
+    section: `config.optimizer`.
+    steps: length of the whole run in optimizer steps.
+    params: the (abstract) parameters, whose paths and shapes decide what is decayed, stacked,
+      orthogonalized.
 
-  Raises: ValueError: as `parse` does; a warmup longer than the run; a leaf of a name that is not in
-    LEAVES.
+  Raises:
+    ValueError: as `parse` does; a warmup longer than the run; a leaf of a name that is not in
+      LEAVES.
   """
   optimizer = parse(section)
   rate = schedule(optimizer, steps)

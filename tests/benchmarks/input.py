@@ -4,10 +4,10 @@ SentencePiece, turn about.
     python tests/benchmarks/input.py [--pairs=5] [--mb=4] [--json=FILE]
 
 The standard library of Python, SentencePiece with 8192 ids. Feeding is what the thread of a run
-  does: rows in shuffled order
-out of the memory-mapped cache, packed, masked or with targets, stacked to batches. Tokenization: a
-part of the text, document by document, by SentencePiece's own `encode` alone, and by the cache's
-builder with hashes, checks and narrow ids. All in seconds of the processor, of one thread.
+does: rows in shuffled order out of the memory-mapped cache, packed, masked or with targets, stacked
+to batches. Tokenization: a part of the text, document by document, by SentencePiece's own `encode`
+alone, and by the cache's builder with hashes, checks and narrow ids. All in seconds of the
+processor, of one thread.
 """
 
 import argparse

@@ -5,10 +5,9 @@ shapes, turn about.
     [--json=FILE]
 
 Theirs: `steps` calls of the compiled step with one batch that is on the device, then a wait. Ours:
-  as many turns of the loop of
-`train`, with reading, masking, stacking, logging and TensorBoard, without evaluations and
-checkpoints. The bare steps are run while the loop stands between two steps with nothing under way;
-the batches that wait by then, up to four, are all that it has in advance.
+as many turns of the loop of `train`, with reading, masking, stacking, logging and TensorBoard,
+without evaluations and checkpoints. The bare steps are run while the loop stands between two steps
+with nothing under way; the batches that wait by then, up to four, are all that it has in advance.
 """
 
 import argparse

@@ -7,9 +7,8 @@ step need.
 Theirs: the bytes that XLA says the compiled step needs (state and batch, results that share no
   memory with them, temporaries).
 Ours: the most that the process held (VmHWM, set back after the first steps) while the loop of
-  `train` took `steps` steps, less
-what it held with all modules imported and the corpus open, before there was a state. A process a
-case; needs Linux.
+`train` took `steps` steps, less what it held with all modules imported and the corpus open, before
+there was a state. A process a case; needs Linux.
 """
 
 import argparse

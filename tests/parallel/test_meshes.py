@@ -3,8 +3,8 @@ work is shared out.
 
 The programs run in a process of their own (this file as a script), for which the number of CPU
 devices is set at the start. The gradient is read from AdamW's first moment after one true train
-step, which is 0.1 of it. How the work is shared out is read from
-the compiled text: the sizes of the models are such that a dimension is known by its size.
+step, which is 0.1 of it. How the work is shared out is read from the compiled text: the sizes of
+the models are such that a dimension is known by its size.
 """
 
 import dataclasses

@@ -17,9 +17,10 @@ _LOCAL = threading.local()  # the gzip stream that this thread read last
 def find(path: str, suffixes: tuple[str, ...]) -> list[str]:
   """Absolute names of the files that `path` means, without duplicates.
 
-  Args: path: a file, a folder (searched to any depth for `suffixes`), a glob (`**` goes deep), or
-    several of these with commas
-      between them. A file that is named, or matched by a glob, is taken whatever its suffix.
+  Args:
+    path: a file, a folder (searched to any depth for `suffixes`), a glob (`**` goes deep), or
+      several of these with commas between them. A file that is named, or matched by a glob, is
+      taken whatever its suffix.
     suffixes: which files of a folder count, for example ('.txt', '.md').
 
   Raises:

@@ -20,15 +20,18 @@ class Source:
   Fields of a comma-separated file may be quoted with " and then hold line ends; in a tab-separated
   one (by its delimiter) a quote is a character like any other, as in GLUE. All labels are strings.
 
-  Args: path: a file, a folder (.csv, .tsv, and these with .gz, at any depth), a glob, or several
-    with commas between them. text: name of the column with the text. pair: name of the column with
-    the second text, if there is one. label: name of the column with the label, if there is one.
+  Args:
+    path: a file, a folder (.csv, .tsv, and these with .gz, at any depth), a glob, or several with
+      commas between them.
+    text: name of the column with the text.
+    pair: name of the column with the second text, if there is one.
+    label: name of the column with the label, if there is one.
     delimiter: one character; tab for .tsv files and a comma for others if not given.
 
-  Raises: ValueError: nothing matches the path, a column that a header does not have, a delimiter of
-    another length; when the
-      documents are first asked for: a malformed record, with file and line number, or no record at
-        all.
+  Raises:
+    ValueError: nothing matches the path, a column that a header does not have, a delimiter of
+      another length; when the documents are first asked for: a malformed record, with file and line
+      number, or no record at all.
   """
 
   def __init__(

@@ -15,15 +15,17 @@ SUFFIXES = ('.jsonl', '.jsonl.gz')
 class Source:
   """Documents of JSON Lines files, by index over byte offsets; blank lines are none.
 
-  Args: path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas
-    between them. text: name of the field with the text. pair: name of the field with the second
-    text, if there is one. label: name of the field with the label, if there is one: a string,
-    integer or boolean (a class), a float, or a list of
-      strings.
+  Args:
+    path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas between
+      them.
+    text: name of the field with the text.
+    pair: name of the field with the second text, if there is one.
+    label: name of the field with the label, if there is one: a string, integer or boolean (a
+      class), a float, or a list of strings.
 
-  Raises: ValueError: nothing matches the path, or the files hold no line; when a document is read:
-    a malformed line or a missing field,
-      with file and line number.
+  Raises:
+    ValueError: nothing matches the path, or the files hold no line; when a document is read: a
+      malformed line or a missing field, with file and line number.
   """
 
   def __init__(

@@ -13,13 +13,16 @@ class Source:
   """Documents of Parquet files; only the columns that are asked for are read, and the last row
   group is kept.
 
-  Args: path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
-    text: name of the column with the text. pair: name of the column with the second text, if there
-    is one. label: name of the column with the label, if there is one: string, integer or boolean (a
-    class), float, or list of strings.
+  Args:
+    path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
+    text: name of the column with the text.
+    pair: name of the column with the second text, if there is one.
+    label: name of the column with the label, if there is one: string, integer or boolean (a class),
+      float, or list of strings.
 
-  Raises: ValueError: nothing matches the path, a file is not Parquet, a column is not there, or
-    there is no row.
+  Raises:
+    ValueError: nothing matches the path, a file is not Parquet, a column is not there, or there is
+      no row.
   """
 
   def __init__(

@@ -25,15 +25,17 @@ class Source:
   out. A file with invalid UTF-8 or NUL bytes is skipped whole; skipped files are counted and logged
   with the names of the first few.
 
-  Args: path: a file, a folder (.txt, .md, .py, .gz at any depth), a glob, or several with commas
-    between them. unit: what a document is: 'file', 'line', or 'block' (lines between blank lines).
+  Args:
+    path: a file, a folder (.txt, .md, .py, .gz at any depth), a glob, or several with commas
+      between them.
+    unit: what a document is: 'file', 'line', or 'block' (lines between blank lines).
     max_document_bytes: a longer document is cut in pieces of at most this size, at a line end where
-    there is one and else between
-      two characters; pieces are documents of their own, counted and logged.
+      there is one and else between two characters; pieces are documents of their own, counted and
+      logged.
 
-  Raises: ValueError: nothing matches the path, or an unknown unit; when the documents are first
-    asked for: a broken gzip file, or an
-      empty corpus.
+  Raises:
+    ValueError: nothing matches the path, or an unknown unit; when the documents are first asked
+      for: a broken gzip file, or an empty corpus.
   """
 
   def __init__(self, path: str, unit: str = 'file', max_document_bytes: int = 16 << 20):
@@ -104,8 +106,9 @@ def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool
 
   `cut` says that the document goes on in the next range because it is longer than `limit`.
 
-  Raises: UnicodeDecodeError: the bytes are not UTF-8, or one is NUL; only the whole scan says that
-    they are.
+  Raises:
+    UnicodeDecodeError: the bytes are not UTF-8, or one is NUL; only the whole scan says that they
+      are.
   """
   decoder = codecs.getincrementaldecoder('utf-8')()
   start = line = end = place = (

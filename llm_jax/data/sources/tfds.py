@@ -15,15 +15,19 @@ class Source:
   """Documents of a prepared dataset; integer classes carry their names where the dataset knows
   them.
 
-  Args: name: dataset, with config and version if wanted: 'wiki40b/en', 'glue/sst2:2.0.0'; or a
-    folder with a prepared dataset in it. split: split to read, slices too: 'train', 'train[:10%]',
-    'train+validation'. data_dir: where prepared datasets lie; TFDS's own default
-    (~/tensorflow_datasets or $TFDS_DATA_DIR) if not given. text: name of the feature with the text.
-    pair: name of the feature with the second text, if there is one. label: name of the feature with
-    the label, if there is one.
+  Args:
+    name: dataset, with config and version if wanted: 'wiki40b/en', 'glue/sst2:2.0.0'; or a folder
+      with a prepared dataset in it.
+    split: split to read, slices too: 'train', 'train[:10%]', 'train+validation'.
+    data_dir: where prepared datasets lie; TFDS's own default (~/tensorflow_datasets or
+      $TFDS_DATA_DIR) if not given.
+    text: name of the feature with the text.
+    pair: name of the feature with the second text, if there is one.
+    label: name of the feature with the label, if there is one.
 
-  Raises: ValueError: the dataset is not prepared in array_record format, or has no such split or
-    feature, or no example.
+  Raises:
+    ValueError: the dataset is not prepared in array_record format, or has no such split or feature,
+      or no example.
   """
 
   def __init__(

@@ -49,9 +49,11 @@ _PRIVATE = 0x10F000  # stand-ins are taken from here, in the last plane of priva
 def convert(model: bytes, specials: Mapping[str, int], *, sign_is_space: bool) -> dict[str, Any]:
   """Returns tokenizer.json, without a post-processor.
 
-  Args: model: the serialised SentencePiece model. specials: id of each special token, by name; ids
-    beyond the pieces become tokens of their own. sign_is_space: U+2581 in a text is a space (as
-    SentencePiece has it), else a character like any other.
+  Args:
+    model: the serialised SentencePiece model.
+    specials: id of each special token, by name; ids beyond the pieces become tokens of their own.
+    sign_is_space: U+2581 in a text is a space (as SentencePiece has it), else a character like any
+      other.
 
   Raises:
     ValueError: a kind of model that the `tokenizers` library has no twin of.
@@ -77,8 +79,10 @@ def foreign(model: bytes, *, xlm_roberta: bool) -> tuple[dict[str, Any], dict[st
   """tokenizer.json of a model in a Hugging Face folder, and the texts of its special tokens by
   name.
 
-  Args: model: the serialised SentencePiece model. xlm_roberta: the ids are those of XLM-RoBERTa:
-    <s>, <pad>, </s> and <unk> come first, <mask> after all pieces.
+  Args:
+    model: the serialised SentencePiece model.
+    xlm_roberta: the ids are those of XLM-RoBERTa: <s>, <pad>, </s> and <unk> come first, <mask>
+      after all pieces.
   """
   if xlm_roberta:
     model = _xlm_roberta(model)

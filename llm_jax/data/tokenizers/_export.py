@@ -38,10 +38,13 @@ def folder(
 ) -> dict[str, str]:
   """The three files of a tokenizer, by name.
 
-  Args: description: tokenizer.json without its post-processor. specials: id and text of each
-    special token, by name ('pad', 'cls', ...). causal: BOS before each text, else [CLS] before and
-    [SEP] after; the second text of a pair has type 1. max_len: the longest row that the model
-    takes. token_types: whether the model wants to be told the types.
+  Args:
+    description: tokenizer.json without its post-processor.
+    specials: id and text of each special token, by name ('pad', 'cls', ...).
+    causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has
+      type 1.
+    max_len: the longest row that the model takes.
+    token_types: whether the model wants to be told the types.
   """
   around = (
     {'before': specials['bos']} if causal else {'before': specials['cls'], 'after': specials['sep']}

@@ -17,9 +17,11 @@ _BYTE_LEVEL = (
 def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   """The files with a tokenizer.json, and a tokenizer_config.json that goes with it.
 
-  Args: directory: holds vocab.txt (WordPiece), vocab.json and merges.txt (byte-level BPE) or a
-    SentencePiece model. files: tokenizer_config.json, special_tokens_map.json and config.json by
-    name, as far as the folder has them.
+  Args:
+    directory: holds vocab.txt (WordPiece), vocab.json and merges.txt (byte-level BPE) or a
+      SentencePiece model.
+    files: tokenizer_config.json, special_tokens_map.json and config.json by name, as far as the
+      folder has them.
 
   Raises:
     ValueError: none of these files is there, or one of them is broken.

@@ -37,8 +37,10 @@ class Tokenizer:
     """Returns the ids [n] int32 of the n bytes; ValueError for half of a surrogate pair, which
     UTF-8 cannot hold.
 
-    Args: text: any text. special: '[MASK]' and the like in the text become special tokens;
-      otherwise they are text like any other.
+    Args:
+      text: any text.
+      special: '[MASK]' and the like in the text become special tokens; otherwise they are text like
+        any other.
     """
     if special:
       return self.offsets(text, special)[0]

@@ -37,16 +37,14 @@ class Tokenizer:
   switched off.
 
   The rules are those of tokenizer.json, or of the SentencePiece model, which the model was trained
-  with. For the class
-  LlamaTokenizer transformers 5 makes rules of its own from the vocabulary: there a text that begins
-    with a space gets no
-  further one in front, and so one token less or another one.
+  with. For the class LlamaTokenizer transformers 5 makes rules of its own from the vocabulary:
+  there a text that begins with a space gets no further one in front, and so one token less or
+  another one.
 
   `token_bytes` counts the UTF-8 bytes of what a token spells: a byte-level token its bytes, a piece
   with a sign for a space the space too, a byte piece 1, a WordPiece its letters without the ## in
-  front. A WordPiece vocabulary does not spell
-  spaces, and one without capitals or accents counts the text as it normalises it: sums are those of
-    the normalised words.
+  front. A WordPiece vocabulary does not spell spaces, and one without capitals or accents counts
+  the text as it normalises it: sums are those of the normalised words.
 
   `word_start` is true for a WordPiece without ##, else as for the other tokenizers: at spaces,
   signs and punctuation.
@@ -56,9 +54,9 @@ class Tokenizer:
   config.json point at. Where there is none: cls is bos, else eos; sep is eos; bos is cls, else eos;
   eos is sep; pad is eos, else 0; unk is pad; mask_id is None.
 
-  Args: files: texts by name: tokenizer.json, and as far as the folder has them
-    tokenizer_config.json, special_tokens_map.json,
-      config.json (the ids of special tokens) and chat_template.jinja.
+  Args:
+    files: texts by name: tokenizer.json, and as far as the folder has them tokenizer_config.json,
+      special_tokens_map.json, config.json (the ids of special tokens) and chat_template.jinja.
 
   Raises:
     ValueError: tokenizer.json is broken.
@@ -100,8 +98,10 @@ class Tokenizer:
   def encode(self, text: str, special: bool = False) -> np.ndarray:
     """Returns the ids [n] int32; ValueError for half of a surrogate pair, which is no text.
 
-    Args: text: any text. special: special tokens in the text ('[MASK]') become their ids; otherwise
-      they are text like any other.
+    Args:
+      text: any text.
+      special: special tokens in the text ('[MASK]') become their ids; otherwise they are text like
+        any other.
     """
     return np.array(self._encoding(text, special).ids, np.int32)
 

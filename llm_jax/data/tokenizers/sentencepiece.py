@@ -35,17 +35,17 @@ class Tokenizer:
 
   A model that `create` trained gives decode(encode(x)) == x with normalization 'identity', and x as
   SentencePiece normalises it with 'nfkc'; spaces, tabs and newlines survive in both, no text
-  encodes to a special token, and the ids of a text spell exactly
-  as many bytes (`token_bytes`) as the normalised text has. A foreign model keeps its own habits:
-    one that puts a space before a
-  text spells that byte too (decode takes it off again), one without byte pieces turns unknown
-  characters into `unk_id`, which spells nothing.
+  encodes to a special token, and the ids of a text spell exactly as many bytes (`token_bytes`) as
+  the normalised text has. A foreign model keeps its own habits: one that puts a space before a text
+  spells that byte too (decode takes it off again), one without byte pieces turns unknown characters
+  into `unk_id`, which spells nothing.
 
-  Args: model: the serialised SentencePiece model. specials: id of each special token, by name
-    ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos'); ids beyond the model's pieces
-      make the vocabulary larger. None: taken from the model by name, those that it lacks following
-        its pieces. PAD is then
-      wherever the model has it, 0 or not: padding is known by segment 0, not by id.
+  Args:
+    model: the serialised SentencePiece model.
+    specials: id of each special token, by name ('pad', 'unk', 'cls', 'sep', 'mask', 'bos', 'eos');
+      ids beyond the model's pieces make the vocabulary larger. None: taken from the model by name,
+      those that it lacks following its pieces. PAD is then wherever the model has it, 0 or not:
+      padding is known by segment 0, not by id.
 
   Raises:
     ValueError: `model` is not a SentencePiece model.
@@ -91,9 +91,10 @@ class Tokenizer:
     """Returns the ids [n] int32, without special tokens; ValueError for half of a surrogate pair,
     which is no text.
 
-    Args: text: any text. special: '[MASK]' and the other special tokens, by the names that the
-      model has for them, become their ids; otherwise
-        they are text like any other.
+    Args:
+      text: any text.
+      special: '[MASK]' and the other special tokens, by the names that the model has for them,
+        become their ids; otherwise they are text like any other.
     """
     _words.utf8(text)
     if not special and (self._space_sign is None or _SPACE not in text):
@@ -220,18 +221,24 @@ def create(
   """Trains a tokenizer on the corpus, or loads the one that an equal call trained before, or reads
   an existing model.
 
-  Args: texts: gives a fresh iterator over the texts to train on. texts_fingerprint: changes
-    whenever these texts could. cache: folder where trained models are kept, each under a hash of
-    the fingerprint and the options. vocab_size: ids in all: 7 special tokens, newline and tab, 256
-    bytes, then pieces. kind: 'unigram' or 'bpe'. normalization: 'nfkc' (Unicode compatibility forms
-    folded, as SentencePiece does it) or 'identity' (text stays as it is). character_coverage: share
-    of the sample's characters that get a piece of their own; the rest is spelled in bytes.
+  Args:
+    texts: gives a fresh iterator over the texts to train on.
+    texts_fingerprint: changes whenever these texts could.
+    cache: folder where trained models are kept, each under a hash of the fingerprint and the
+      options.
+    vocab_size: ids in all: 7 special tokens, newline and tab, 256 bytes, then pieces.
+    kind: 'unigram' or 'bpe'.
+    normalization: 'nfkc' (Unicode compatibility forms folded, as SentencePiece does it) or
+      'identity' (text stays as it is).
+    character_coverage: share of the sample's characters that get a piece of their own; the rest is
+      spelled in bytes.
     sample_bytes: UTF-8 bytes of lines, spread evenly over the corpus, to train on. 4 MB take about
-    20 s with 'unigram'. path: an existing .model file; then the other options are not used, and the
-    log says so.
+      20 s with 'unigram'.
+    path: an existing .model file; then the other options are not used, and the log says so.
 
-  Raises: ValueError: an option out of range, an empty corpus, a vocabulary that the corpus cannot
-    fill, a file that is no model.
+  Raises:
+    ValueError: an option out of range, an empty corpus, a vocabulary that the corpus cannot fill, a
+      file that is no model.
   """
   if path is not None:
     return _read(path)
@@ -269,8 +276,8 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
   that holds twice that much.
 
   Which lines are taken depends on their number alone: line i has the key i * 2654435769 mod 2**32
-    (multiples of the golden ratio,
-  whose low values lie evenly and hit no period of the text), and those with the lowest keys stay.
+  (multiples of the golden ratio, whose low values lie evenly and hit no period of the text), and
+  those with the lowest keys stay.
   """
   kept: list[tuple[int, int, str]] = []  # (key, bytes, line)
   total, held, seen, threshold = 0, 0, 0, 2**32

@@ -54,11 +54,16 @@ def attention(
   no softmax is over nothing: padding (segment 0) sees padding, and comes out meaningless and
   finite.
 
-  Args: q_BTNH: queries. k_BSKH: keys of the same row, S = T. v_BSKH: values. segments_BT: one
-    number a document; a token sees only its own number. None: the row is one document. causal: a
-    token sees no later place of the row. window: None for no limit. Causal: the last `window`
-    places, its own among them (Mistral, arXiv:2310.06825). Otherwise
-      `window // 2` places to either side (ModernBERT, arXiv:2412.13663).
+  Args:
+    q_BTNH: queries.
+    k_BSKH: keys of the same row, S = T.
+    v_BSKH: values.
+    segments_BT: one number a document; a token sees only its own number. None: the row is one
+      document.
+    causal: a token sees no later place of the row.
+    window: None for no limit. Causal: the last `window` places, its own among them (Mistral,
+      arXiv:2310.06825). Otherwise `window // 2` places to either side (ModernBERT,
+      arXiv:2412.13663).
     dropout_rate: share of the probabilities that is dropped. Which ones is drawn anew by each
       implementation.
     dropout_rng: key for the dropout; None for no dropout.
@@ -67,9 +72,9 @@ def attention(
   Returns:
     [B, T, N, H] in the type of `q_BTNH`.
 
-  Raises: ValueError: key heads that do not divide the query heads, queries and keys of unequal
-    length, an implementation that is not
-      known or cannot do what is asked.
+  Raises:
+    ValueError: key heads that do not divide the query heads, queries and keys of unequal length, an
+      implementation that is not known or cannot do what is asked.
   """
   T, N, H = q_BTNH.shape[1:]
   S, K = k_BSKH.shape[1:3]
@@ -145,9 +150,13 @@ def extended(
 ) -> KeyValues:
   """A cache with new tokens in it.
 
-  Args: cache: of one layer. k_BTKH: keys: of the newest token where T = 1; otherwise of the first
-    tokens, in place of all that the cache held. v_BTKH: their values. lengths_B: tokens of each row
-    so far, these included; places from there on are padding, and stay out.
+  Args:
+    cache: of one layer.
+    k_BTKH: keys: of the newest token where T = 1; otherwise of the first tokens, in place of all
+      that the cache held.
+    v_BTKH: their values.
+    lengths_B: tokens of each row so far, these included; places from there on are padding, and stay
+      out.
   """
   S = cache.keys.shape[2]
   if k_BTKH.shape[1] == 1:
@@ -178,9 +187,11 @@ def recall(q_B1NH: jax.Array, cache: KeyValues, lengths_B: jax.Array) -> jax.Arr
   """Mixes the values of a cache by the softmax of scaled scores, at least float32, for the newest
   token of each row.
 
-  Args: q_B1NH: its queries. cache: has the newest token in it. All that is in it is seen: a layer
-    with a window has no more slots than its window. lengths_B: tokens of each row so far, at least
-    1.
+  Args:
+    q_B1NH: its queries.
+    cache: has the newest token in it. All that is in it is seen: a layer with a window has no more
+      slots than its window.
+    lengths_B: tokens of each row so far, at least 1.
 
   Returns:
     [B, 1, N, H] in the type of `q_B1NH`.

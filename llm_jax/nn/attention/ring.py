@@ -6,9 +6,8 @@ Each device sees one block of keys and values at a time, and sums up as FlashAtt
 the probabilities of each block again from the log of the sums, and the gradients of keys and values
 travel along with them. A device never holds more scores than those of a tile of its queries with
 one block of keys. A window makes the ring shorter: only blocks within it are sent. In causal rows
-  blocks that are masked wholly
-are computed all the same: the device of the last places needs all blocks, and the others would only
-  wait for it.
+blocks that are masked wholly are computed all the same: the device of the last places needs all
+blocks, and the others would only wait for it.
 
 Letters are those of `llm_jax.nn.layers`; here T and S are the places on one device, I is the number
 of tiles that the queries are dealt with in, and t the places of one.
@@ -75,8 +74,7 @@ def attention(
   are the places of whole rows here.
 
   Rows and heads are cut as the layout in force says. Which probabilities are dropped depends on how
-    they are cut. `tile`: the
-  most queries of a device at a time.
+  they are cut. `tile`: the most queries of a device at a time.
   """
   layout, rate = sharding.current(), 0.0 if dropout_rng is None else dropout_rate
   if layout is None:

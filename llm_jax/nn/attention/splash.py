@@ -91,9 +91,8 @@ def _flops(
   their like, for what it visits.
 
   Forward: scores, and the mix. Backward for keys and values: scores again, and the gradients of
-    probabilities, values and keys;
-  fused, also of the queries. Backward for queries alone: scores, and the gradients of probabilities
-    and queries.
+  probabilities, values and keys; fused, also of the queries. Backward for queries alone: scores,
+  and the gradients of probabilities and queries.
   """
   B, T, N, H = shape
   visited = functools.partial(_visited, T, causal, window)
@@ -130,8 +129,8 @@ def blocks(length: int, head_dim: int, sparse: bool) -> kernels.BlockSizes:
   time whatever it does.
 
   The fused backward pass computes each tile of the scores once instead of twice, but writes one
-  gradient of the queries for each
-  piece of the keys, and skips only what a mask empties of a whole piece: up to two pieces it wins.
+  gradient of the queries for each piece of the keys, and skips only what a mask empties of a whole
+  piece: up to two pieces it wins.
   """
   tile, most = _divisor(length, 512), 2048 if head_dim <= 128 else 1024
   # The hardware pads a last dimension of less than 128 up to it; places last, nothing is padded.
