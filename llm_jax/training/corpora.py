@@ -1,10 +1,9 @@
-"""Everything between a config and the first batch: the tokenizer in its folder, and the tokenized
-corpora.
+"""Everything between a config and the first batch: the tokenizer in its folder, the tokenized
+documents, and the objective that reads them.
 """
 
 import dataclasses
 import functools
-import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -14,11 +13,12 @@ from absl import logging
 
 from llm_jax.core import config as config_lib
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Documents, Source, Tokenizer
+from llm_jax.core.contracts import Documents, Objective, Source, Tokenizer
 from llm_jax.data import cache
 from llm_jax.parallel import hosts
-from llm_jax.programs import build, pretrained
-from llm_jax.programs import workdir as runs
+from llm_jax.programs import assemble, pretrained, workdir
+
+EMBEDDED = ('stdlib', 'docstrings')  # sources that come with Python
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,13 +26,15 @@ class Data:
   """What a run reads.
 
   Attributes:
-    config: the config with model shape and class names filled in.
+    config: the config with the model's shape and the derived options filled in.
     tokenizer: made the ids.
+    objective: lays documents out in rows.
     splits: the documents.
   """
 
   config: Config
   tokenizer: Tokenizer
+  objective: Objective
   splits: 'Splits'
 
 
@@ -48,64 +50,61 @@ class Splits:
   fingerprint: str
 
 
-def load(config: Config, workdir: pathlib.Path) -> Data:
-  """Tokenizes what is not in the cache yet, and gives the splits; of several processes, process 0
-  goes first.
+def load(config: Config, folder: pathlib.Path) -> Data:
+  """Tokenizes what is not in the cache yet, and gives the splits; process 0 goes first.
+
+  Args:
+    config: with the sections that a run starts from filled in (`pretrained.fill_in`).
+    folder: the workdir.
 
   Raises:
     ValueError: an unusable source, an empty corpus, a label that is not one, a config that the
-      workdir's run cannot go on with, processes that were given different configs or read different
-      documents.
+      workdir's run cannot continue with, processes that were given different configs or read
+      different documents.
   """
-  saved = runs.read_config(workdir) if hosts.agree(lambda: runs.has_checkpoints(workdir)) else None
-  config = _absolute(pretrained.complete(config, workdir))
+  has_run = hosts.agree(lambda: workdir.has_checkpoints(folder))
+  saved = workdir.read_config(folder) if has_run else None
+  config = _with_absolute_paths(config)
   hosts.check_same('a config', config_lib.to_json(config))
-  if saved:
-    config = dataclasses.replace(config, tokenizer=saved.tokenizer)
-    _check_same(
-      build.resolve(config, saved.model['vocab_size'], build.class_names(saved)), saved, workdir
-    )
-  if config.data['source'] in ('stdlib', 'docstrings'):
+  if saved is not None:
+    config = _continued(config, saved, folder)
+  if config.data['source'] in EMBEDDED:
     logging.warning(
       'EMBEDDED CORPUS: this run reads the source and documentation of the Python standard '
-      'library. Your own text '
-      "is one flag: --config.data.source=text --config.data.path='/data/*.txt'"
+      'library. Your own text is one flag: --config.data.source=text '
+      "--config.data.path='/data/*.txt'"
     )
-  tokenizer = _tokenizer(config, workdir, bool(saved))
+  tokenizer = _tokenizer(config, folder, saved is not None)
   splits = documents(config, tokenizer)
-  classes = build.class_names(saved or config) or build.collect_classes(
-    config, _labels(splits.train)
-  )
-  return Data(build.resolve(config, tokenizer.vocab_size, classes), tokenizer, splits)
+  config = assemble.derive(config, splits.train)
+  config = assemble.resolve(config, tokenizer.vocab_size)
+  return Data(config, tokenizer, assemble.create_objective(config, tokenizer), splits)
 
 
 def documents(config: Config, tokenizer: Tokenizer) -> Splits:
   """The documents of the config's data, tokenized; by process 0 first, for the cache may be on a
   disk that all share.
   """
-  sources, weights = build.sources(config)
+  sources, weights = assemble.sources(config)
+  encoder = assemble.encoder(config)
   folder = str(cache_directory(config) / 'tokens')
-  corpora = hosts.first(
-    lambda: [
-      cache.build(source, tokenizer, folder, config.data.get('workers') or 0) for source in sources
-    ]
-  )
-  train, validation = zip(
-    *(corpus.split(config.data['validation']) for corpus in corpora), strict=True
-  )
+  workers = config.data.get('workers') or 0
+
+  def build() -> list[cache.Corpus]:
+    return [cache.build(source, tokenizer, encoder, folder, workers) for source in sources]
+
+  corpora = hosts.first(build)
+  share = config.data['validation']
+  train, validation = zip(*(corpus.split(share) for corpus in corpora), strict=True)
   fingerprint = ' '.join(corpus.content for corpus in corpora)
   hosts.check_same('documents of config.data', fingerprint)
   return Splits(train, validation, weights, fingerprint)
 
 
 def cache_directory(config: Config) -> pathlib.Path:
-  """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache
-  folder.
-  """
-  default = (
-    pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'llm_jax'
-  )
-  folder = pathlib.Path(config.data.get('cache') or default).expanduser()
+  """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache."""
+  home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+  folder = pathlib.Path(config.data.get('cache') or home / 'llm_jax').expanduser()
   try:
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
@@ -116,62 +115,77 @@ def cache_directory(config: Config) -> pathlib.Path:
   return folder
 
 
-def _absolute(config: Config) -> Config:
-  """The config with its paths made whole, so that a run can be used from any folder."""
-  whole = lambda path: (
-    path and ','.join(os.path.abspath(os.path.expanduser(part)) for part in path.split(','))
-  )
-  section = lambda part: (
-    part | {key: whole(part[key]) for key in ('path', 'data_dir') if part.get(key)}
-  )
-  data = section(config.data)
-  if data.get('parts'):
-    data['parts'] = {name: section(part) for name, part in data['parts'].items()}
-  return dataclasses.replace(config, data=data, init_from=whole(config.init_from))
+def _continued(config: Config, saved: Config, folder: pathlib.Path) -> Config:
+  """The config of a run that continues.
 
-
-def _check_same(config: Config, saved: Config, workdir: pathlib.Path) -> None:
-  forbidden, allowed = config_lib.differences(saved, config)
+  Raises:
+    ValueError: it would make it another run.
+  """
+  config = dataclasses.replace(config, tokenizer=saved.tokenizer)
+  config = assemble.with_derived(config, saved)
+  resolved = assemble.resolve(config, saved.model['vocab_size'])
+  forbidden, allowed = config_lib.differences(saved, resolved)
   if forbidden:
     raise ValueError(
-      f'{workdir} holds a run of another config:\n  '
+      f'{folder} holds a run of another config:\n  '
       + '\n  '.join(forbidden)
       + '\nGive this one a --workdir of its own, or the config it was started with.'
     )
   for line in allowed:
     logging.warning('changed since the last start: %s', line)
+  return config
 
 
-def _tokenizer(config: Config, workdir: pathlib.Path, resuming: bool) -> Tokenizer:
+def _with_absolute_paths(config: Config) -> Config:
+  """The config with its paths made absolute, so that a run can be used from any folder."""
+  data = _absolute_section(config.data)
+  if data.get('parts'):
+    data['parts'] = {name: _absolute_section(part) for name, part in data['parts'].items()}
+  return dataclasses.replace(config, data=data, init_from=_absolute(config.init_from))
+
+
+def _absolute_section(section: dict[str, Any]) -> dict[str, Any]:
+  paths = {key: section[key] for key in ('path', 'data_dir') if section.get(key)}
+  return section | {key: _absolute(path) for key, path in paths.items()}
+
+
+def _absolute(path: str | None) -> str | None:
+  if not path:
+    return path
+  return ','.join(os.path.abspath(os.path.expanduser(part)) for part in path.split(','))
+
+
+def _tokenizer(config: Config, folder: pathlib.Path, resuming: bool) -> Tokenizer:
   if resuming:
-    return runs.load_tokenizer(config, workdir)
-  hosts.agree(lambda: runs.save_tokenizer(_new_tokenizer(config), workdir))
-  return build.load_tokenizer(config, str(workdir / 'tokenizer'))
+    return workdir.load_tokenizer(config, folder)
+  hosts.agree(lambda: workdir.save_tokenizer(_new_tokenizer(config), folder))
+  return assemble.load_tokenizer(config, str(folder / 'tokenizer'))
 
 
 def _new_tokenizer(config: Config) -> Tokenizer:
   if config.init_from:
     return pretrained.load_tokenizer(config)  # it comes along with the weights
-  sources, _ = build.sources(config)
-  texts = functools.partial(_training_texts, sources, config.data['validation'])
-  fingerprint = ' '.join(
-    [*(source.fingerprint for source in sources), str(config.data['validation'])]
-  )
-  return build.create_tokenizer(
-    config, texts, fingerprint, str(cache_directory(config) / 'tokenizers')
-  )
-
-
-def _labels(splits: Sequence[Documents]) -> Iterator[Any]:
-  return itertools.chain.from_iterable(split.labels or () for split in splits)
+  sources, _ = assemble.sources(config)
+  share = config.data['validation']
+  texts = functools.partial(_training_texts, sources, share)
+  fingerprint = ' '.join([*(source.fingerprint for source in sources), str(share)])
+  folder = str(cache_directory(config) / 'tokenizers')
+  return assemble.create_tokenizer(config, texts, fingerprint, folder)
 
 
 def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[str]:
-  documents = itertools.chain.from_iterable(
-    (source[i] for i in range(len(source))) for source in sources
-  )
-  for document in documents:
-    if not cache.held_out(document, validation):
-      yield document['text']
-      if 'pair' in document:
-        yield document['pair']
+  """Every string field of every training record; of those with a text, the text and its pair."""
+  for source in sources:
+    for index in range(len(source)):
+      record = source[index]
+      if not cache.held_out(record, validation):
+        yield from _strings(record)
+
+
+def _strings(record: dict[str, Any]) -> Iterator[str]:
+  if 'text' in record:
+    yield record['text']
+    if 'pair' in record:
+      yield record['pair']
+  else:
+    yield from (value for value in record.values() if isinstance(value, str))

@@ -1,70 +1,80 @@
 """The numbers of a program on a validation set, and the baselines that belong beside them."""
 
+import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import numpy as np
 
-from llm_jax.core.contracts import Batch, Objective, Tokenizer
+from llm_jax.core.contracts import Batch, Example, Objective, Tokenizer, Validation
 from llm_jax.data import pipeline
-from llm_jax.evaluators import classification, loss
+from llm_jax.evaluators import loss
 from llm_jax.parallel import hosts, sharding
-from llm_jax.programs.build import Program
+from llm_jax.programs import assemble
+from llm_jax.programs.inference import Inference
 
 
 def scores(
-  program: Program, params: Any, examples: Any, report: pathlib.Path | None
+  program: Inference,
+  params: Any,
+  tokenizer: Tokenizer,
+  examples: Any,
+  report: pathlib.Path | None,
 ) -> dict[str, float]:
-  """Loss and metrics over a validation set, the same on all processes; a classifier's report for
-  people goes to `report`.
+  """The numbers of all evaluators over a validation set, the same on all processes.
 
   Args:
     program: what to evaluate.
     params: its parameters, on its mesh.
+    tokenizer: for evaluators that look at texts.
     examples: the validation set, as `pipeline.validation_examples` gives it.
-    report: a file; None for no report.
+    report: a file for what evaluators say to people; None for none.
   """
-  objective, eval_step = program.objective, hosts.compiled(program.eval_step)
-  values = loss.evaluate(
-    lambda batch: eval_step(params, program.put(batch)), batches(program, examples), objective
+  eval_step = hosts.compiled(program.eval_step)
+  validation = Validation(
+    objective=program.objective,
+    tokenizer=tokenizer,
+    batches=functools.partial(batches, program, examples),
+    losses=lambda batch: eval_step(params, program.put(batch)),
+    predict=predictions(program, params),
   )
-  if objective.predictor is not None:
-    predict = predictions(program, params, ('label', 'label_weight'))
-    more, text = classification.evaluate(predict, batches(program, examples), objective.predictor)
-    values |= more
-    if report and hosts.primary():
-      report.write_text(text + '\n')
-  return hosts.agree(lambda: values)  # what depends on them is then decided alike, to the last bit
+  values: dict[str, float] = {}
+  reports = []
+  for evaluator in assemble.create_evaluators(program.config, program.objective).values():
+    numbers, text = evaluator.evaluate(validation)
+    values |= numbers
+    reports += [text] if text else []
+  if report and reports and hosts.primary():
+    report.write_text('\n\n'.join(reports) + '\n')
+  return hosts.agree(lambda: values)  # decisions by them are then the same, to the last bit
 
 
 def predictions(
-  program: Program, params: Any, keys: tuple[str, ...]
-) -> Callable[[Batch], dict[str, jax.Array]]:
-  """A function from this host's rows of a batch to what is predicted for all hosts' rows, beside
-  the batch's arrays `keys`.
+  program: Inference, params: Any
+) -> Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]:
+  """A function from this host's rows of a batch, and keys, to what is predicted for all hosts' rows
+  beside the batch's arrays of these keys.
   """
   predict_step = hosts.compiled(program.predict_step)
-  gather = jax.jit(lambda arrays: arrays, out_shardings=sharding.replicated(program.mesh))
+  whole = sharding.replicated(program.mesh)
+  gather = jax.jit(lambda arrays: arrays, out_shardings=whole)
 
-  def predict(batch: Batch) -> dict[str, jax.Array]:
+  def predict(batch: Batch, keys: tuple[str, ...] = ()) -> dict[str, jax.Array]:
     placed = program.put(batch)
     return dict(predict_step(params, placed)) | gather({key: placed[key] for key in keys})
 
   return predict
 
 
-def batches(program: Program, examples: Any) -> Iterator[dict[str, np.ndarray]]:
+def batches(program: Inference, examples: Any) -> Iterator[Example]:
   """This host's rows of the validation set, once."""
-  return pipeline.padded_batches(
-    examples, program.config.batch_size, hosts.rows(program.mesh, program.config.batch_size)
-  )
+  size = program.config.batch_size
+  return pipeline.padded_batches(examples, size, hosts.rows(program.mesh, size))
 
 
-def baselines(program: Program, tokenizer: Tokenizer, examples: Any) -> dict[str, float]:
-  """What the best guess without reading, and `xz -9`, reach on the targets of a validation set,
-  where tokens are predicted.
+def baselines(program: Inference, tokenizer: Tokenizer, examples: Any) -> dict[str, float]:
+  """What the best guess without reading, and `xz -9`, reach on the targets of a validation set.
 
   Process 0 reads the whole set; the others take its word.
 
@@ -74,10 +84,13 @@ def baselines(program: Program, tokenizer: Tokenizer, examples: Any) -> dict[str
     examples: the validation set.
 
   Returns:
-    unigram_loss in nats a target; xz_bits_per_byte for causal objectives; nothing for those that
+    unigram_loss in nats per target; xz_bits_per_byte for causal objectives; nothing for those that
     predict no tokens.
   """
-  whole = lambda: pipeline.padded_batches(examples, program.config.batch_size)
+
+  def whole() -> Iterator[Example]:
+    return pipeline.padded_batches(examples, program.config.batch_size)
+
   return hosts.agree(lambda: _baselines(program.objective, tokenizer, whole))
 
 
@@ -86,12 +99,16 @@ def _baselines(
 ) -> dict[str, float]:
   unigram = loss.unigram_loss(validation(), objective)
   found = {} if unigram is None else {'unigram_loss': unigram}
-  texts = [
-    tokenizer.decode(batch['targets'][row][batch['weights'][row] > 0])
-    for batch in validation()
-    if 'targets' in batch
-    for row in range(len(batch['targets']))
-  ]
-  return found | (
-    {'xz_bits_per_byte': loss.xz_bits_per_byte(''.join(texts).encode())} if texts else {}
-  )
+  text = ''.join(_target_texts(tokenizer, validation()))
+  if text:
+    found['xz_bits_per_byte'] = loss.xz_bits_per_byte(text.encode())
+  return found
+
+
+def _target_texts(tokenizer: Tokenizer, validation: Iterable[Batch]) -> Iterator[str]:
+  """The text that the causal targets of each row spell."""
+  for batch in validation:
+    if 'targets' not in batch:
+      return
+    for targets, weights in zip(batch['targets'], batch['weights'], strict=True):
+      yield tokenizer.decode(targets[weights > 0])

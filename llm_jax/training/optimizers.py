@@ -6,37 +6,28 @@ gradient transformation:
     clip by global norm -> the optimizer's own direction, with decoupled weight decay -> rate of the
     layer -> schedule
 
-Every parameter is covered exactly once, by the name of its leaf (LEAVES): kernels and embeddings
-are decayed, biases and scales of norms are not, any other name is an error. A leaf with a component
-`layers` in its path is a stack: its first axis counts layers. Whatever an optimizer measures on a
-parameter (LAMB's and Adafactor's norms, Muon's orthogonalization) it measures on each layer of the
-stack by itself, so that a stacked model and a model of separate layers take the same step.
+What a parameter is decides how it is treated (`core.params.Info`): whether it is decayed, which
+layers it holds, which of its axes go in. Whatever an optimizer measures on a parameter (LAMB's and
+Adafactor's norms, Muon's orthogonalization) it measures on each layer of a stack by itself, so that
+a stacked model and a model of separate layers take the same step.
 """
 
 import abc
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax import contrib
 
 from llm_jax.core import plugins, tree
+from llm_jax.core.params import Info
 
-LEAVES = {
-  'kernel': True,
-  'embedding': True,
-  'bias': False,
-  'scale': False,
-}  # name of a leaf -> is it decayed
-# Layer g P + j is index g of layers/block_j (layers/block where P = 1); a layer before all groups
-# is called `first`.
-_LAYER = re.compile(r'(?P<stack>.*?)(layers/(block_(?P<place>\d+)/)?|(?P<first>first)/)')
+Infos = Mapping[str, Info]
+
 Schedule = Callable[[Any], jax.Array]  # step -> learning rate
 SCHEDULES = ('linear', 'cosine', 'inverse_sqrt', 'wsd', 'constant')
 
@@ -114,10 +105,14 @@ class Optimizer(abc.ABC):
 
   @abc.abstractmethod
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
-    """From gradient to ascent direction at rate 1, `decay` (adds weight_decay * parameter) in its
-    place.
+    """From gradient to ascent direction at rate 1.
+
+    Args:
+      params: the (abstract) parameters.
+      infos: what each of them is, by path.
+      decay: adds weight_decay * parameter; goes where the algorithm has it.
     """
 
 
@@ -130,7 +125,7 @@ class AdamW(Optimizer):
   eps: float = 1e-8
 
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(self.b1, self.b2, self.eps), decay)
 
@@ -147,12 +142,12 @@ class LAMB(Optimizer):
   eps: float = 1e-6
 
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(
       optax.scale_by_adam(self.b1, self.b2, self.eps),
       decay,
-      _per_layer(optax.scale_by_trust_ratio()),
+      _per_layer(optax.scale_by_trust_ratio(), infos),
     )
 
 
@@ -174,13 +169,12 @@ class Adafactor(Optimizer):
   parameter_scale: bool = True
 
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     scale = optax.scale_by_param_block_rms() if self.parameter_scale else optax.identity()
     factored = optax.scale_by_factored_rms(decay_rate=self.decay_rate)
-    return optax.chain(
-      _per_layer(optax.chain(factored, optax.clip_by_block_rms(1.0), scale)), decay
-    )
+    inner = optax.chain(factored, optax.clip_by_block_rms(1.0), scale)
+    return optax.chain(_per_layer(inner, infos), decay)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +187,7 @@ class SGD(Optimizer):
   nesterov: bool = False
 
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(optax.trace(self.momentum, self.nesterov), decay)
 
@@ -208,7 +202,7 @@ class Lion(Optimizer):
   b2: float = 0.99
 
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_lion(self.b1, self.b2), decay)
 
@@ -234,35 +228,32 @@ class Muon(Optimizer):
   eps: float = 1e-8
 
   def direction(
-    self, params: Any, decay: optax.GradientTransformation
+    self, params: Any, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
-    axes = {
-      path: _matrix_axes(path, leaf.ndim)
-      for path, leaf in tree.flatten(params).items()
-      if _is_hidden_matrix(path)
-    }
+    axes = {}
+    for path, leaf in tree.flatten(params).items():
+      if _is_hidden_matrix(infos[path]):
+        axes[path] = _matrix_axes(infos[path], leaf.ndim)
     labels = tree.map_with_path(lambda path, _: 'muon' if path in axes else 'adam', params)
 
-    def dimensions(
-      updates,
-    ):  # optax puts MaskedNode, which has no leaves, in the place of what Muon does not treat
+    def dimensions(updates: Any) -> Any:
+      # optax puts MaskedNode, which has no leaves, where Muon is not the one that treats a leaf.
       return tree.map_with_path(lambda path, _: axes[path], updates)
 
-    def scale(updates, params=None):
-      return tree.map_with_path(
-        lambda path, u: u * 0.2 * math.sqrt(max(_fans(u.shape, axes[path]))), updates
-      )
+    def scale(updates: Any, params: Any = None) -> Any:
+      del params
+
+      def leaf(path: str, update: jax.Array) -> jax.Array:
+        return update * 0.2 * math.sqrt(max(_fans(update.shape, axes[path])))
+
+      return tree.map_with_path(leaf, updates)
 
     muon = optax.chain(
       contrib.scale_by_muon(beta=self.momentum, weight_dimension_numbers=dimensions),
       optax.stateless(scale),
     )
-    return optax.chain(
-      optax.partition(
-        {'muon': muon, 'adam': optax.scale_by_adam(self.b1, self.b2, self.eps)}, labels
-      ),
-      decay,
-    )
+    adam = optax.scale_by_adam(self.b1, self.b2, self.eps)
+    return optax.chain(optax.partition({'muon': muon, 'adam': adam}, labels), decay)
 
 
 OPTIMIZERS = {
@@ -295,26 +286,29 @@ def parse(section: Mapping[str, Any]) -> Optimizer:
 
 
 def create(
-  section: Mapping[str, Any], steps: int, params: Any
+  section: Mapping[str, Any], steps: int, params: Any, infos: Infos
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The gradient transformation of a config section, and its learning rate by step.
 
   Args:
     section: `config.optimizer`.
     steps: length of the whole run in optimizer steps.
-    params: the (abstract) parameters, whose paths and shapes decide what is decayed, stacked,
-      orthogonalized.
+    params: the (abstract) parameters that are trained.
+    infos: what each parameter is, by path; those of others are ignored.
 
   Raises:
-    ValueError: as `parse` does; a warmup longer than the run; a leaf of a name that is not in
-      LEAVES.
+    ValueError: as `parse` does; a warmup longer than the run.
   """
   optimizer = parse(section)
   rate = schedule(optimizer, steps)
-  decayed = tree.map_with_path(lambda path, _: _is_decayed(path), params)
-  parts = [optax.clip_by_global_norm(optimizer.clip_norm)] if optimizer.clip_norm else []
-  parts += [optimizer.direction(params, optax.add_decayed_weights(optimizer.weight_decay, decayed))]
-  parts += [_scale_by_layer(params, optimizer.layer_decay)] if optimizer.layer_decay != 1 else []
+  decayed = tree.map_with_path(lambda path, _: infos[path].decayed, params)
+  decay = optax.add_decayed_weights(optimizer.weight_decay, decayed)
+  parts = []
+  if optimizer.clip_norm:
+    parts.append(optax.clip_by_global_norm(optimizer.clip_norm))
+  parts.append(optimizer.direction(params, infos, decay))
+  if optimizer.layer_decay != 1:
+    parts.append(_scale_by_layer(params, infos, optimizer.layer_decay))
   return optax.chain(*parts, optax.scale_by_learning_rate(rate)), rate
 
 
@@ -325,11 +319,9 @@ def schedule(optimizer: Optimizer, steps: int) -> Schedule:
   Raises:
     ValueError: a warmup that is longer than the run.
   """
-  warmup = (
-    round(steps * optimizer.warmup_fraction)
-    if optimizer.warmup_fraction is not None
-    else optimizer.warmup_steps or 0
-  )
+  warmup = optimizer.warmup_steps or 0
+  if optimizer.warmup_fraction is not None:
+    warmup = round(steps * optimizer.warmup_fraction)
   if warmup > steps:
     raise ValueError(
       f'config.optimizer.warmup_steps={warmup} is more than config.steps={steps}; lower it, or set '
@@ -361,77 +353,44 @@ def schedule(optimizer: Optimizer, steps: int) -> Schedule:
   return rate
 
 
-def layer_rates(params: Any, layer_decay: float) -> Any:
-  """A tree of factors on the rate: a number for a leaf, [layers, 1, ...] for a stack; see
-  `Optimizer.layer_decay`.
-  """
-  depths = _depths(params)
-  count = 1 + max((int(np.max(depth)) for depth in depths.values()), default=-1)
+def layer_rates(params: Any, infos: Infos, layer_decay: float) -> Any:
+  """Factors on the learning rate; see `Optimizer.layer_decay`.
 
-  def factor(path, leaf):
-    if _is_embedding(path):
-      return layer_decay**count
-    if path not in depths:
+  Returns:
+    A tree like `params`: a number for a leaf, [layers, 1, ...] for a stack.
+  """
+  count = _count_layers(params, infos)
+
+  def factor(path: str, leaf: Any) -> Any:
+    depths = infos[path].depths(leaf.shape)
+    if depths is None:
       return 1.0
-    rates = layer_decay ** (count - 1.0 - depths[path])
-    return rates.reshape(-1, *[1] * (leaf.ndim - 1)) if is_stack(path) else float(rates)
+    rates = layer_decay ** (count - 1.0 - depths)
+    return rates.reshape(-1, *[1] * (leaf.ndim - 1)) if infos[path].stacked else float(rates)
 
   return tree.map_with_path(factor, params)
 
 
-def is_stack(path: str) -> bool:
-  """Whether the leaf at a path holds several layers along its first axis."""
-  return 'layers' in path.split('/')
+def _count_layers(params: Any, infos: Infos) -> int:
+  """One more than the highest layer number; 0 where nothing belongs to a layer."""
+  deepest = -1
+  for path, leaf in tree.flatten(params).items():
+    depths = infos[path].depths(leaf.shape)
+    if depths is not None:
+      deepest = max(deepest, int(depths.max()))
+  return deepest + 1
 
 
-def _is_embedding(path: str) -> bool:
-  return 'embedder' in path.split('/') or path.endswith('embedding')
+def _is_hidden_matrix(info: Info) -> bool:
+  return info.layer is not None and info.layer >= 0 and bool(info.inputs)
 
 
-def _is_hidden_matrix(path: str) -> bool:
-  return _LAYER.match(path) is not None and path.endswith('/kernel')
-
-
-def _is_decayed(path: str) -> bool:
-  name = path.split('/')[-1]
-  if name not in LEAVES:
-    raise ValueError(
-      f'parameter {path}: its last component must be one of {", ".join(LEAVES)}, which say whether '
-      'it is decayed.'
-    )
-  return LEAVES[name]
-
-
-def _depths(params: Any) -> dict[str, np.ndarray]:
-  """Layer numbers of each leaf that belongs to a layer: [groups] for a stack, [] for a single
-  layer.
-  """
-  found = {path: match for path in tree.paths(params) if (match := _LAYER.match(path))}
-  period, offset = {}, {}
-  for match in found.values():
-    stack = match['stack']
-    period[stack] = max(period.get(stack, 1), int(match['place'] or 0) + 1)
-    offset[stack] = max(offset.get(stack, 0), int(match['first'] is not None))
-  leaves = tree.flatten(params)
-
-  def depth(path, match):
-    if match['first']:
-      return np.zeros(())
-    stack = match['stack']
-    return (
-      offset[stack] + period[stack] * np.arange(leaves[path].shape[0]) + int(match['place'] or 0)
-    )
-
-  return {path: depth(path, match) for path, match in found.items()}
-
-
-def _matrix_axes(path: str, ndim: int) -> contrib.MuonDimensionNumbers:
-  """Axes that go in and come out of a layer's kernel: all but the last go in where heads are joined
-  (`out`), else the first.
-  """
-  axes = tuple(range(int(is_stack(path)), ndim))
-  inputs = len(axes) - 1 if path.endswith('/out/kernel') else 1
-  return contrib.MuonDimensionNumbers(axes[:inputs], axes[inputs:])
+def _matrix_axes(info: Info, ndim: int) -> contrib.MuonDimensionNumbers:
+  """Axes that go in and come out of a layer's kernel, in the array as it is kept."""
+  shift = int(info.stacked)
+  inputs = tuple(shift + axis for axis in info.inputs)
+  outputs = tuple(axis for axis in range(shift, ndim) if axis not in inputs)
+  return contrib.MuonDimensionNumbers(inputs, outputs)
 
 
 def _fans(shape: tuple[int, ...], axes: contrib.MuonDimensionNumbers) -> tuple[int, int]:
@@ -440,34 +399,37 @@ def _fans(shape: tuple[int, ...], axes: contrib.MuonDimensionNumbers) -> tuple[i
   )
 
 
-def _scale_by_layer(params: Any, layer_decay: float) -> optax.GradientTransformation:
-  rates = layer_rates(params, layer_decay)
-  return optax.stateless(
-    lambda updates, _: jax.tree.map(lambda u, rate: u * jnp.asarray(rate, u.dtype), updates, rates)
-  )
+def _scale_by_layer(params: Any, infos: Infos, layer_decay: float) -> optax.GradientTransformation:
+  rates = layer_rates(params, infos, layer_decay)
+
+  def scale(updates: Any, params: Any = None) -> Any:
+    del params
+    return jax.tree.map(lambda u, rate: u * jnp.asarray(rate, u.dtype), updates, rates)
+
+  return optax.stateless(scale)
 
 
-def _per_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def _per_layer(inner: optax.GradientTransformation, infos: Infos) -> optax.GradientTransformation:
   """Applies `inner` to each leaf alone, and to each layer of a stack alone."""
 
-  def init(params):
-    return tree.map_with_path(
-      lambda path, p: jax.vmap(inner.init)(p) if is_stack(path) else inner.init(p), params
-    )
+  def over_layers(path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    return jax.vmap(function) if infos[path].stacked else function
 
-  def update(updates, state, params):
+  def init(params: Any) -> Any:
+    return tree.map_with_path(lambda path, p: over_layers(path, inner.init)(p), params)
+
+  def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
     structure = jax.tree.structure(updates)
-    done = [
-      (jax.vmap(inner.update) if is_stack(path) else inner.update)(u, s, p)
-      for path, u, s, p in zip(
-        tree.paths(updates),
-        structure.flatten_up_to(updates),
-        structure.flatten_up_to(state),
-        structure.flatten_up_to(params),
-        strict=True,
-      )
-    ]
-    return structure.unflatten([u for u, _ in done]), structure.unflatten([s for _, s in done])
+    leaves = zip(
+      tree.paths(updates),
+      structure.flatten_up_to(updates),
+      structure.flatten_up_to(state),
+      structure.flatten_up_to(params),
+      strict=True,
+    )
+    done = [over_layers(path, inner.update)(u, s, p) for path, u, s, p in leaves]
+    new_updates, new_state = zip(*done, strict=True)
+    return structure.unflatten(new_updates), structure.unflatten(new_state)
 
   return optax.GradientTransformation(init, update)
 
@@ -482,13 +444,13 @@ def _check_range(
   open_above: bool = False,
 ) -> None:
   value = getattr(optimizer, name)
-  if (
-    value is None
-    or (low < value if open_below else low <= value)
-    and (value < high if open_above else value <= high)
-  ):
+  if value is None:
     return
-  raise ValueError(
-    f'config.optimizer.{name}={value} must be {"above" if open_below else "at least"} {low}'
-    + (f' and {"below" if open_above else "at most"} {high}.' if math.isfinite(high) else '.')
-  )
+  above = low < value if open_below else low <= value
+  below = value < high if open_above else value <= high
+  if above and below:
+    return
+  message = f'config.optimizer.{name}={value} must be {"above" if open_below else "at least"} {low}'
+  if math.isfinite(high):
+    message += f' and {"below" if open_above else "at most"} {high}'
+  raise ValueError(f'{message}.')
