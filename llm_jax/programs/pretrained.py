@@ -9,7 +9,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from absl import logging
 
 from llm_jax.core.config import Config

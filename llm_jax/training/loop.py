@@ -1,67 +1,34 @@
-"""The host loop: next batch, step, log, evaluate, save. Numbers of step n are fetched after step n
-+ 1 is dispatched.
+"""The host loop: next batch, step, log, evaluate, save, hooks.
+
+Numbers of step n are fetched after step n + 1 is dispatched.
 """
 
 import contextlib
 import dataclasses
 import math
 import pathlib
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import logging
 
-from llm_jax.core import metrics, tree
-from llm_jax.core.config import Config
-from llm_jax.core.contracts import Pairs
+from llm_jax.core import params as params_lib
+from llm_jax.core import tree
+from llm_jax.core.contracts import Hook
 from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
-from llm_jax.inference import complete
-from llm_jax.parallel import chips, hosts
-from llm_jax.programs import build, pretrained
-from llm_jax.programs import workdir as runs
-from llm_jax.programs.build import Program
+from llm_jax.parallel import hosts
+from llm_jax.programs import pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora as prepare
-from llm_jax.training import evaluation as evaluate
-from llm_jax.training import logs, memory
-
-SAMPLES = 'samples.txt'
-PROFILE = 'profile'
-STEPS_TO_ESTIMATE = 3  # after the first, which compiles
-TINY = {
-  'encoder': 'configs/bert_tiny.py',
-  'decoder': 'configs/gpt_tiny.py',
-}  # what to try where a run would take days
-
-
-@dataclasses.dataclass
-class Run:
-  """A run that is ready to go on.
-
-  Attributes:
-    state: at the step where it goes on.
-    position: examples consumed so far.
-    patience: where early stopping stands.
-  """
-
-  program: Program
-  data: prepare.Data
-  workdir: pathlib.Path
-  checkpoints: Checkpoints
-  train: Any
-  validation: Any
-  state: TrainState
-  position: int
-  patience: 'Patience'
+from llm_jax.training import corpora, evaluation, logs, memory, meter
+from llm_jax.training import program as programs
+from llm_jax.training.program import Training
 
 
 @dataclasses.dataclass
 class Patience:
-  """Early stopping: the best validation loss so far, and for how many evaluations it has not been
-  beaten.
+  """Early stopping: the best validation loss, and for how many evaluations it has not been beaten.
 
   Attributes:
     limit: evaluations without a better loss after which to stop; 0 for never.
@@ -83,15 +50,54 @@ class Patience:
     return 0 < self.limit <= self.waited
 
 
-def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
+@dataclasses.dataclass
+class Run:
+  """A run that is ready to go on.
+
+  Attributes:
+    program: what it trains.
+    data: what it reads.
+    workdir: its folder.
+    checkpoints: what it has saved.
+    train: the endless training stream.
+    validation: the validation set.
+    state: at the step where it continues.
+    position: examples consumed so far.
+    patience: where early stopping stands.
+  """
+
+  program: Training
+  data: corpora.Data
+  workdir: pathlib.Path
+  checkpoints: Checkpoints
+  train: Any
+  validation: Any
+  state: TrainState
+  position: int
+  patience: Patience
+
+  @property
+  def step(self) -> int:
+    """Optimizer steps taken."""
+    return int(self.state.step)
+
+  @property
+  def over(self) -> bool:
+    """Whether there is nothing left to train."""
+    return self.step >= self.program.config.steps or self.patience.over
+
+
+MakeHook = Callable[[Run, logs.Log], Hook | None]
+
+
+def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   """Builds the program and restores the newest checkpoint, or makes a first state.
 
   Raises:
-    ValueError: what the config asks for cannot be, a corpus too small, a checkpoint that does not
-      fit.
+    ValueError: a corpus too small, a checkpoint that does not fit, or whatever in the config is
+      not possible.
   """
-  config = data.config
-  objective, splits = build.create_objective(config, data.tokenizer), data.splits
+  config, objective, splits = data.config, data.objective, data.splits
   train = pipeline.train_examples(
     splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size
   )
@@ -99,320 +105,184 @@ def start(data: prepare.Data, workdir: pathlib.Path) -> Run:
     splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows
   )
   example = train[0]
-  program = memory.fitting(config, lambda config: build.build(config, data.tokenizer, example))
-  logging.info('Parameters:\n%s', logs.parameter_overview(program.state.params))
-  checkpoints = Checkpoints(workdir / 'checkpoints', config.checkpoint.keep)
+  program = memory.fitting(config, lambda config: programs.build(config, objective, example))
+  logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
+  checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
   restored = checkpoints.restore(program.state)
-  patience = Patience(config.evaluation.patience)
   if restored is None:
     state, position = _first_state(program), 0
+    patience = Patience(config.evaluation.patience)
   else:
+    _check_corpus(restored.meta, splits, restored.step, folder)
     state, position = restored.state, restored.position
-    if restored.meta['corpus'] != splits.fingerprint:
-      raise ValueError(
-        f'the documents of config.data have changed since the checkpoint of step {restored.step} '
-        'was saved, so '
-        'the run cannot go on with the very next example; bring them back, or start in another '
-        '--workdir with '
-        f'--config.init_from={workdir}.'
-      )
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
-  return Run(program, data, workdir, checkpoints, train, validation, state, position, patience)
+  return Run(program, data, folder, checkpoints, train, validation, state, position, patience)
 
 
-def train(run: Run) -> None:
-  """Trains to the last step of the config, until no evaluation gets better, or until SIGTERM."""
-  program, config = run.program, run.program.config
-  step = int(run.state.step)
+def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
+  """Trains to the last step of the config, until no evaluation gets better, or until SIGTERM.
+
+  Args:
+    run: of `start`; it is changed.
+    hooks: functions that make a hook of the run and its log, or None.
+
+  Returns:
+    The numbers of the last evaluation; empty where there was none.
+  """
+  config = run.program.config
   log = logs.Log(
     run.workdir,
     primary=hosts.primary(),
     steps=config.steps,
-    resume_step=step,
+    resume_step=run.step,
     tensorboard=config.logging.tensorboard,
     wandb=config.logging.wandb,
     config=dataclasses.asdict(config),
   )
   with contextlib.closing(log), contextlib.closing(run.checkpoints):
-    if step >= config.steps or run.patience.over:
+    if run.over:
       log.say(
         'This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.',
-        step,
+        run.step,
         config.steps,
       )
-      return
+      return {}
     if hosts.primary():
-      runs.write_config(run.workdir, config)
-    baselines = evaluate.baselines(program, run.data.tokenizer, run.validation)
-    _announce(run, log)
-    batches = pipeline.batches(
-      run.train,
-      config.batch_size,
-      run.position,
-      hosts.rows(program.mesh, config.batch_size),
-      put=program.put,
-    )
-    with (
-      contextlib.closing(batches),
-      hosts.preemption() as preempted,
-      contextlib.closing(Profiler(run, log, step)) as profiler,
-    ):
-      _loop(run, log, batches, step, baselines, preempted, profiler)
-    if int(run.state.step) < config.steps and not run.patience.over:
-      log.say(
-        'Stopped by SIGTERM after step %d, which is saved; the same command goes on from there.',
-        int(run.state.step),
-      )
-    if run.patience.over:
-      log.say(
-        'Stopped early: no better validation loss than %.4f for %d evaluations.',
-        run.patience.best,
-        run.patience.waited,
-      )
-    run.checkpoints.wait()
-    steps = ', '.join(map(str, run.checkpoints.steps()))
-    log.say(
-      'Done. Checkpoints of steps %s; the best is %s. %s shows the loss.',
-      steps,
-      run.checkpoints.best_step(),
-      run.workdir / logs.PLOT,
-    )
+      workdir.write_config(run.workdir, config)
+    values = _train(run, log, hooks)
+    _say_how_it_ended(run, log)
+    return values
+
+
+def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, float]:
+  program, config = run.program, run.program.config
+  baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
+  meter.announce(program, log, run.step)
+  rows = hosts.rows(program.mesh, config.batch_size)
+  batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
+  made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]
+  profiler = meter.Profiler(config, run.workdir, log, run.step)
+  with (
+    contextlib.closing(batches),
+    hosts.preemption() as preempted,
+    contextlib.closing(profiler),
+  ):
+    return _loop(run, log, batches, baselines, preempted, profiler, made)
 
 
 def _loop(
   run: Run,
   log: logs.Log,
   batches: Iterator[dict[str, jax.Array]],
-  step: int,
   baselines: dict[str, float],
   preempted: Callable[[], bool],
-  profiler: 'Profiler',
-) -> None:
-  program, config = run.program, run.program.config
-  train_step, meter = hosts.compiled(program.train_step), Meter(program, log, step)
-  stopping, samples = False, _samples(run)
+  profiler: meter.Profiler,
+  hooks: Sequence[Hook],
+) -> dict[str, float]:
+  program, config, step = run.program, run.program.config, run.step
+  train_step, gauge = hosts.compiled(program.train_step), meter.Meter(program, log, step)
+  values: dict[str, float] = {}
+  stopping = False
   while step < config.steps and not run.patience.over and not stopping:
-    profiler.before(step, meter)
+    profiler.before(step, gauge)
     with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
-      run.state, pairs = train_step(run.state, next(batches))
+      run.state, metrics = train_step(run.state, next(batches))
     run.position += config.batch_size
     step += 1
-    meter.dispatched(step, pairs)
-    profiler.after(step, meter)
-    evaluated = step % config.eval_every == 0 or step == config.steps
+    gauge.dispatched(step, metrics)
+    profiler.after(step, gauge)
     stopping = preempted()
-    saving = step % config.checkpoint.every == 0 or step == config.steps or stopping
-    if evaluated or saving:
-      meter.flush()  # what is said about a step stands in the log before the step is saved
-    values = None
+    evaluated = _due(step, config.eval_every, config.steps)
+    saving = _due(step, config.checkpoint.every, config.steps) or stopping
+    called = [] if stopping else [hook for hook in hooks if _due(step, hook.every, config.steps)]
+    if not (evaluated or saving or called):
+      continue
+    gauge.flush()  # what is said about a step stands in the log before the step is saved
     if evaluated:
-      values = evaluate.scores(
-        program, run.state.params, run.validation, run.workdir / 'report.txt'
-      )
-      log.write(step, 'validation', values | baselines)
-      log.say(
-        'step %d  validation: %s',
-        step,
-        '  '.join(f'{k} {v:.4f}' for k, v in (values | baselines).items()),
-      )
+      values = _evaluate(run, log, step, baselines)
       saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
-      meta = {
-        'config': dataclasses.asdict(config),
-        'corpus': run.data.splits.fingerprint,
-        'tokenizer': runs.pack_tokenizer(run.workdir),
-        'patience': {'best': run.patience.best, 'waited': run.patience.waited},
-      }
-      run.checkpoints.save(step, run.state, run.position, meta, values)
-    if evaluated and samples and not stopping:
-      _show(run, log, step, samples(run.state.params))
-    if evaluated or saving:
-      meter.restart(step)
+      run.checkpoints.save(step, run.state, run.position, _meta(run), values if evaluated else None)
+    for hook in called:
+      hook(step, run.state, gauge.values | (values if evaluated else {}))
+    gauge.restart(step)
+  return values | (baselines if values else {})
 
 
-def _samples(run: Run) -> complete.Samples | None:
-  """What shows samples at evaluations: nothing but for language models that go on from a prompt."""
-  count = run.program.config.evaluation.samples
-  if not count or not run.program.network.model.causal or 'clm' not in run.program.objective.terms:
-    return None
-  return complete.Samples(run.program, run.data.tokenizer, run.data.splits.validation, count)
+def _due(step: int, every: int, last: int) -> bool:
+  return step % every == 0 or step == last
 
 
-def _show(run: Run, log: logs.Log, step: int, samples: list[tuple[str, str]]) -> None:
-  """Samples in the log and, after those of earlier evaluations, in a file of the workdir."""
-  lines = [f'{beginning!r} -> {text!r}' for beginning, text in samples]
-  for line in lines:
-    log.say('step %d  sample: %s', step, line)
-  if hosts.primary():
-    with open(run.workdir / SAMPLES, 'a', encoding='utf-8') as file:
-      file.write(f'step {step}\n' + ''.join(f'  {line}\n' for line in lines))
+def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
+  program, report = run.program, run.workdir / 'report.txt'
+  params, tokenizer = run.state.network_params, run.data.tokenizer
+  values = evaluation.scores(program, params, tokenizer, run.validation, report)
+  shown = values | baselines
+  log.write(step, 'validation', shown)
+  log.say(
+    'step %d  validation: %s', step, '  '.join(f'{name} {x:.4f}' for name, x in shown.items())
+  )
+  return values
 
 
-class Meter:
-  """Logs the numbers of a step once the next one is on its way, and the speed since it last did."""
-
-  def __init__(self, program: Program, log: logs.Log, step: int):
-    """Starts counting at `step`; the first step, which compiles, is not part of any speed."""
-    self._program, self._log, self._first = program, log, step + 1
-    self._waiting: tuple[int, Pairs] | None = None
-    self._estimated = False
-    peaks = [chips.peak_flops(device.device_kind) for device in program.mesh.devices.flat]
-    self._peak = sum(peaks) if all(peaks) else None
-    self.restart(step)
-
-  def restart(self, step: int) -> None:
-    """Leaves out of the speed whatever happened since the last step."""
-    self._since, self._clock, self._tokens = step, time.perf_counter(), 0.0
-
-  def dispatched(self, step: int, pairs: Pairs) -> None:
-    """Takes the numbers of the step just dispatched, and logs those of the one before."""
-    self.flush()
-    self._waiting = step, pairs
-
-  def flush(self) -> None:
-    """Waits for the last step, and logs it where it is time to."""
-    if self._waiting is None:
-      return
-    (step, pairs), self._waiting = self._waiting, None
-    values = metrics.divide(jax.device_get(pairs))
-    if not math.isfinite(values['loss']):
-      raise FloatingPointError(
-        f'the loss of step {step} is {values["loss"]}: training cannot go on. The last checkpoint '
-        'is as '
-        'it was; a lower config.optimizer.learning_rate or more warmup is the usual way out.'
-      )
-    self._tokens += values.pop('tokens')
-    if step == self._first:
-      self.restart(step)
-    config = self._program.config
-    due = step % config.log_every == 0 or step == config.steps
-    if due or (not self._estimated and step - self._since >= STEPS_TO_ESTIMATE):
-      self._report(step, values, due)
-
-  def _report(self, step: int, values: dict[str, float], due: bool) -> None:
-    config, steps = self._program.config, step - self._since
-    seconds = time.perf_counter() - self._clock
-    speed = {}
-    if steps:
-      speed = {'tokens_per_second': self._tokens / seconds, 'seconds_per_step': seconds / steps}
-      if self._peak:
-        speed['model_flops_utilization'] = self._program.flops * steps / seconds / self._peak
-      if not self._estimated:
-        self._estimated = True
-        self._log.say('%s', _estimate(config, seconds / steps, step))
-    if due:
-      self._log.write(step, 'train', values | speed)
-      if steps:
-        self._log.progress(
-          step, values['loss'], speed['tokens_per_second'], speed['seconds_per_step']
-        )
-      self.restart(step)
+def _meta(run: Run) -> dict[str, Any]:
+  """What a checkpoint keeps beside the state."""
+  return {
+    'config': dataclasses.asdict(run.program.config),
+    'corpus': run.data.splits.fingerprint,
+    'tokenizer': workdir.pack_tokenizer(run.workdir),
+    'patience': {'best': run.patience.best, 'waited': run.patience.waited},
+  }
 
 
-class Profiler:
-  """Traces the steps that config.profile asks for, whole, into `workdir/profile`: process 0 does,
-  whose devices stand for all.
+def _say_how_it_ended(run: Run, log: logs.Log) -> None:
+  if not run.over:
+    log.say(
+      'Stopped by SIGTERM after step %d, which is saved; the same command continues from there.',
+      run.step,
+    )
+  if run.patience.over:
+    log.say(
+      'Stopped early: no better validation loss than %.4f for %d evaluations.',
+      run.patience.best,
+      run.patience.waited,
+    )
+  run.checkpoints.wait()
+  steps = ', '.join(map(str, run.checkpoints.steps()))
+  best = run.checkpoints.best_step()
+  picture = run.workdir / logs.PLOT
+  log.say('Done. Checkpoints of steps %s; the best is %s. %s shows the loss.', steps, best, picture)
+
+
+def _check_corpus(
+  meta: dict[str, Any], splits: corpora.Splits, step: int, folder: pathlib.Path
+) -> None:
+  """Raises ValueError where the documents are not those of the checkpoint."""
+  if meta['corpus'] != splits.fingerprint:
+    raise ValueError(
+      f'the documents of config.data have changed since the checkpoint of step {step} was saved, '
+      'so the run cannot continue with the very next example; bring them back, or start in another '
+      f'--workdir with --config.init_from={folder}.'
+    )
+
+
+def _first_state(program: Training) -> TrainState:
+  """A new state, with the parameters of `config.init_from` if there is one.
+
+  Raises:
+    ValueError: a folder that has no parameter in common with the model.
   """
-
-  def __init__(self, run: Run, log: logs.Log, step: int):
-    """Says if the steps that are wanted are none of those that come after `step`."""
-    config = run.program.config
-    self._folder, self._log, self._active = run.workdir / PROFILE, log, False
-    self._start, self._stop = config.profile.start, config.profile.start + config.profile.steps
-    if config.profile.steps and not step <= self._start < config.steps:
-      log.say(
-        'Nothing is profiled: config.profile.start=%d is not one of the steps from %d to %d that '
-        'this run takes.',
-        self._start,
-        step,
-        config.steps - 1,
-      )
-
-  def before(self, step: int, meter: Meter) -> None:
-    """Begins if the next step is the first that is wanted; `step` of them have been dispatched."""
-    if step == self._start < self._stop and hosts.primary():
-      meter.flush()
-      options = jax.profiler.ProfileOptions()
-      options.python_tracer_level = 0  # calls of Python are many, and slow down what is measured
-      jax.profiler.start_trace(self._folder, create_perfetto_trace=True, profiler_options=options)
-      self._active = True
-
-  def after(self, step: int, meter: Meter) -> None:
-    """Ends if that was the last step that is wanted."""
-    if self._active and step == self._stop:
-      meter.flush()
-      self.close()
-      meter.restart(step)
-
-  def close(self) -> None:
-    """Writes what was traced, if that has not been done."""
-    if self._active:
-      self._active = False
-      jax.profiler.stop_trace()
-      self._log.say(
-        'Profile written to %s; XProf (xprof --logdir=...) and ui.perfetto.dev open it.',
-        self._folder,
-      )
-
-
-def _first_state(program: Program) -> TrainState:
   config = program.config
   state = program.init(config.seed)
   if config.init_from is None:
     return state
-  loaded = pretrained.load_params(program, pathlib.Path(config.init_from))
+  folder = pathlib.Path(config.init_from)
+  loaded = pretrained.load_params(config, folder, program.params, program.infos)
   if not loaded.params:
-    raise ValueError(
-      f'config.init_from={config.init_from} has no parameter in common with this model.'
-    )
-  logging.info(
-    'From %s: took %d parameters.\nNew, from scratch:\n%s\nNot used:\n%s',
-    config.init_from,
-    len(loaded.params),
-    _listed(loaded.new),
-    _listed(loaded.unused),
-  )
-  return state.replace(params=tree.replace(state.params, loaded.params))
-
-
-def _announce(run: Run, log: logs.Log) -> None:
-  """Says what is about to run, and before the first step how long it must take at the least."""
-  program, config = run.program, run.program.config
-  devices = list(program.mesh.devices.flat)
-  log.say(
-    'Training on %d %s: %d steps of %d x %d tokens, %.3g model TFLOP a step.',
-    len(devices),
-    devices[0].device_kind,
-    config.steps,
-    config.batch_size,
-    config.seq_len,
-    program.flops / 1e12,
-  )
-  together = 1 if devices[0].platform == 'cpu' else len(devices)  # CPU devices share the cores
-  seconds = program.flops / (chips.peak_flops(devices[0].device_kind) or _matmul_rate()) / together
-  log.say(
-    'At least, with nothing but matrix products at full speed: %s',
-    _estimate(config, seconds, int(run.state.step)),
-  )
-
-
-def _estimate(config: Config, seconds_per_step: float, step: int) -> str:
-  return logs.estimate(
-    seconds_per_step, config.steps - step, TINY.get(config.model['name'], 'one of the tiny configs')
-  )
-
-
-def _matmul_rate(size: int = 1024, repeats: int = 5) -> float:
-  """FLOP/s of a float32 matrix product on one device, as it is measured now."""
-  x = jax.numpy.ones((size, size))
-  product = jax.jit(jax.numpy.matmul)
-  product(x, x).block_until_ready()
-  began = time.perf_counter()
-  for _ in range(repeats):
-    product(x, x).block_until_ready()
-  return repeats * 2 * size**3 / (time.perf_counter() - began)
-
-
-def _listed(paths: list[str]) -> str:
-  return '\n'.join(f'  {path}' for path in paths) or '  none'
+    raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
+  meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))
+  whole = tree.replace(state.network_params, loaded.params)
+  trained = set(tree.paths(state.params))
+  params, frozen = params_lib.split(whole, trained.__contains__)
+  return state.replace(params=params, frozen=frozen)
