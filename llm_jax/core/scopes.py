@@ -7,7 +7,7 @@ XLA cannot look into a Pallas kernel, so a kernel that states no cost estimate i
 import re
 
 _KERNEL_FLOPS = 'kernel_flops'
-_OP_NAME = re.compile(rf'{_KERNEL_FLOPS}\.([\w.]+)(.*)', re.DOTALL)
+_OP_NAME = re.compile(rf'.*{_KERNEL_FLOPS}\.([\w.]+)(.*)', re.DOTALL)  # the innermost
 
 
 def kernel_flops(**passes: int) -> str:
@@ -26,7 +26,7 @@ def flops_of_kernel(op_name: str) -> int | None:
   Args:
     op_name: of a custom call, 'jit(f)/kernel_flops.fwd_2.dkv_5/splash_mha_fwd_residuals/...'.
   """
-  scope = _OP_NAME.search(op_name)
+  scope = _OP_NAME.match(op_name)
   if scope is None:
     return None
   kernel = scope[2]

@@ -1,0 +1,102 @@
+"""Costs of compiled programs, against sizes that are known and programs that XLA compiles here."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from llm_jax.core import scopes
+from llm_jax.planning import costs
+from llm_jax.planning.hlo_text import Instruction
+
+
+def test_collectives_by_kind_with_what_runs_beside_them(written):
+  found = costs.costs(written).collectives
+  block = 64 * 32 * 2
+  gather, permute, reduce = found['all-gather'], found['collective-permute'], found['all-reduce']
+  assert (gather.count, gather.bytes, gather.wire_bytes) == (4, 4 * 4 * block, 4 * 3 * block)
+  assert (
+    gather.overlapped_bytes == gather.bytes
+    and not permute.overlapped_bytes
+    and not reduce.overlapped_bytes
+  )
+  assert (permute.count, permute.bytes, permute.wire_bytes) == (4, 4 * block, 4 * block)
+  assert (
+    reduce.bytes == 4 * 64 * 32 * 4 and reduce.wire_bytes == reduce.bytes
+  )  # a ring of two sends each half twice
+
+
+def test_a_collective_of_another_thread_is_beside_what_runs_until_it_ends(written):
+  text = written.replace(
+    '%gather-start = (bf16[64,32]{1,0}, bf16[256,32]{1,0}) all-gather-start(%x)',
+    '%gather-start = ((bf16[64,32]{1,0}), bf16[256,32]{1,0}, u32[]) call-start(%x), calls=%sent, '
+    'unused',
+  )
+  text = text.replace('all-gather-done(', 'call-done(').replace(
+    'ENTRY',
+    """%sent (y: bf16[64,32]) -> bf16[256,32] {
+  %y = bf16[64,32]{1,0} parameter(0)
+  ROOT %gathered = bf16[256,32]{1,0} all-gather(%y), replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+ENTRY""",
+  )
+  assert costs.costs(text).collectives == costs.costs(written).collectives
+  late = text.replace('  %product', '  %later').replace(
+    '%gather = bf16[256,32]{1,0} call-done(%gather-start)\n', ''
+  )
+  lines = late.splitlines()
+  lines.insert(
+    next(i for i, line in enumerate(lines) if '%later' in line),
+    '  %gather = bf16[256,32] call-done(%gather-start)',
+  )
+  assert costs.costs('\n'.join(lines)).collectives['all-gather'].overlapped_bytes == 0
+
+
+def test_what_lies_in_the_core_is_no_memory_traffic(written):
+  moved = costs.costs(written).bytes
+  assert costs.costs(written.replace('S(1)', '')).bytes > moved > 0
+
+
+@pytest.mark.parametrize(
+  ('groups', 'size'),
+  [
+    ('replica_groups={{0,1,2},{3,4,5}}', 3),
+    ('replica_groups=[2,4]<=[8]', 4),
+    ('replica_groups=[16,4]<=[8,8]T(1,0)', 4),
+    ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", 8),
+  ],
+)
+def test_group_sizes(groups, size):
+  assert costs._group_size(Instruction('x', (), 'all-reduce', (), groups)) == size
+
+
+def test_programs_compiled_here():
+  """Two products in a scan of seven turns, one outside; XLA's own analysis counts the loop once."""
+
+  def run(x, w):
+    y, _ = lax.scan(lambda c, _: (jnp.tanh(c @ w) @ w, None), x, None, length=7)
+    return y @ w
+
+  compiled = jax.jit(run).lower(jnp.ones((32, 64)), jnp.ones((64, 64))).compile()
+  one = 2 * 32 * 64 * 64
+  found = costs.costs(compiled.as_text())
+  assert found.flops == 15 * one and found.unknown_loops == 0
+  assert compiled.cost_analysis()['flops'] < 5 * one
+
+
+def test_a_kernel_says_its_flops_by_its_scope():
+  scope = scopes.kernel_flops(fwd=10, dkv=25)
+  text = """ENTRY %main (p: f32[2]) -> f32[2] {
+  %p = f32[2]{0} parameter(0)
+  %k = f32[2]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/transpose(jvp(SCOPE))/splash_mha_NAME_residuals/pallas_call"}
+  ROOT %n = f32[2]{0} negate(%k)
+}"""  # noqa: E501
+  found = {
+    name: costs.costs(text.replace('SCOPE', scope).replace('NAME', name))
+    for name in ('fwd', 'dkv', 'dq')
+  }
+  assert [cost.kernel_flops for cost in found.values()] == [10, 25, 0]
+  assert [cost.unknown_kernels for cost in found.values()] == [0, 0, 1]
