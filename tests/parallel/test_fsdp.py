@@ -52,18 +52,18 @@ PLAN = """
 import json, sys, jax
 from llm_jax.core import config
 from llm_jax.parallel import topology
-from llm_jax.planning import hlo
-from llm_jax.programs import build
+from llm_jax.planning import costs
+from llm_jax.training import program
 from configs import gpt_tiny
 tree = gpt_tiny.get_config().to_dict()
 tree |= dict(batch_size=64, seq_len=128, micro_batches=1, mesh=dict(data=1, fsdp=-1))
 tree['model'] |= dict(variant='llama_tiny', dim=1024, mlp_dim=2816, heads=8, layers=2, dtype='bfloat16', remat='full')
 tree['optimizer'] = dict(name='adamw', learning_rate=1e-3)
 topology.prepare(['v5p:4x4x4'])
-program = build.outline(config.parse(tree), topology.devices('v5p:4x4x4'))
-costs = hlo.costs(program.train_step.lower(program.state, program.batch).compile().as_text())
-print(json.dumps({kind: [c.bytes, c.overlapped_bytes] for kind, c in costs.collectives.items()}
-                 | {'parameters': sum(leaf.size for leaf in jax.tree.leaves(program.state.params))}))
+made = program.outline(config.parse(tree), topology.devices('v5p:4x4x4'))
+found = costs.costs(made.train_step.lower(made.state, made.batch).compile().as_text())
+print(json.dumps({kind: [c.bytes, c.overlapped_bytes] for kind, c in found.collectives.items()}
+                 | {'parameters': sum(leaf.size for leaf in jax.tree.leaves(made.state.params))}))
 """
 
 
