@@ -1,0 +1,171 @@
+"""Prompts to completions: a decoder continues texts.
+
+Text comes in whole characters: where a character's bytes are spread over several tokens, it waits
+for the last of them.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm_jax.core.contracts import Tokenizer
+from llm_jax.inference.decoding import Generator
+from llm_jax.inference.sampling import Sampling
+
+CONTEXT = 8  # prompt tokens that new ones are decoded with: a space may depend on what precedes it
+BROKEN = '\ufffd'  # what bytes that are no character are decoded to
+
+Stream = Callable[[int, str], None]
+
+
+def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
+  """The ids that stand before and after one text, as the model was trained."""
+  if tokenizer.template is not None:
+    return tokenizer.template
+  return ((tokenizer.bos_id,), ()) if causal else ((tokenizer.cls_id,), (tokenizer.sep_id,))
+
+
+class Completer:
+  """Continues prompts with a decoder.
+
+  Args:
+    generator: of the decoder.
+    tokenizer: that of the model.
+    rows: prompts that are run at once.
+  """
+
+  def __init__(self, generator: Generator, tokenizer: Tokenizer, rows: int = 8):
+    self.generator, self._tokenizer, self._rows = generator, tokenizer, rows
+
+  def __call__(
+    self,
+    weights: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stream: Stream | None = None,
+  ) -> list[str]:
+    """The completion of each prompt; the prompts themselves are left out.
+
+    A prompt stands after the ids that the tokenizer's template has before a text, else after BOS;
+    a completion ends with EOS.
+
+    Args:
+      weights: as `Generator.weights` makes them.
+      prompts: texts; an empty one asks for any text.
+      sampling: how tokens are chosen.
+      stop: strings before which a completion ends, wherever tokens begin and end.
+      stream: called with the number of a prompt and the next piece of its completion, as soon as
+        that is certain.
+
+    Raises:
+      ValueError: an empty stop string; whatever `Generator.tokens` raises.
+    """
+    before = template(self._tokenizer, causal=True)[0]
+    ids = [[*before, *self._tokenizer.encode(text)] or [self._tokenizer.bos_id] for text in prompts]
+    return self.from_ids(weights, ids, sampling, stop, stream)
+
+  def from_ids(
+    self,
+    weights: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stream: Stream | None = None,
+  ) -> list[str]:
+    """The same for prompts that are ids already."""
+    if '' in stop:
+      raise ValueError('an empty stop string would end every text before it begins; leave it out.')
+    stream = stream or (lambda *_: None)
+    completions = [_Completion(self._tokenizer, prompt, stop) for prompt in prompts]
+    for first in range(0, len(completions), self._rows):
+      numbers = list(range(first, min(first + self._rows, len(completions))))
+      if first:
+        # The last batch is filled up with its own last row: another number of rows would have to
+        # be compiled.
+        numbers += numbers[-1:] * (self._rows - len(numbers))
+      columns = self.generator.tokens(
+        weights,
+        [prompts[i] for i in numbers],
+        sampling,
+        [self._tokenizer.eos_id],
+        rows=numbers,
+      )
+      _write(columns, {i: completions[i] for i in numbers}, stream)
+    return [completion.text for completion in completions]
+
+
+def _write(
+  columns: Iterator[np.ndarray], completions: dict[int, '_Completion'], stream: Stream
+) -> None:
+  """Gives each completion its tokens, until all are over."""
+  for ids in columns:
+    for (number, completion), token in zip(completions.items(), ids, strict=False):
+      if completion.over:
+        continue
+      piece = completion.add(int(token)) if token >= 0 else completion.finish()
+      if piece:
+        stream(number, piece)
+    if all(completion.over for completion in completions.values()):
+      break
+  for number, completion in completions.items():
+    piece = completion.finish()
+    if piece:
+      stream(number, piece)
+
+
+class _Completion:
+  """A text that grows: whole characters only, and nothing that may yet become a stop string."""
+
+  def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
+    self._tokenizer, self._stop = tokenizer, stop
+    self._ids = [int(token) for token in prompt[-CONTEXT:]]
+    # Tokens that decoding begins with, and those whose text is known.
+    self._from, self._read = 0, len(self._ids)
+    self.text, self._given, self.over = '', 0, False
+
+  def add(self, token: int) -> str:
+    """Takes a token; returns what is certain now and was not before."""
+    self._ids.append(token)
+    new = self._decoded()
+    if not new.endswith(BROKEN):
+      self._take(new)
+    return self._certain()
+
+  def finish(self) -> str:
+    """Ends the text; returns what was held back. Bytes that are no whole character are dropped."""
+    if not self.over:
+      self._take(self._decoded().rstrip(BROKEN))
+      self.over = True
+    piece, self._given = self.text[self._given :], len(self.text)
+    return piece
+
+  def _decoded(self) -> str:
+    known = self._tokenizer.decode(self._ids[self._from : self._read])
+    return self._tokenizer.decode(self._ids[self._from :])[len(known) :]
+
+  def _take(self, new: str) -> None:
+    self._from, self._read = self._read, len(self._ids)
+    self.text += new
+    found = [self.text.find(stop, self._given) for stop in self._stop]
+    found = [offset for offset in found if offset >= 0]
+    if found:
+      self.text, self.over = self.text[: min(found)], True
+
+  def _certain(self) -> str:
+    """The new part of the text but for an end with which a stop string begins."""
+    held = 0 if self.over else self._held()
+    end = max(len(self.text) - held, self._given)
+    piece, self._given = self.text[self._given : end], end
+    return piece
+
+  def _held(self) -> int:
+    """How many characters at the end may be the beginning of a stop string."""
+    lengths = [
+      length
+      for stop in self._stop
+      for length in range(1, len(stop))
+      if self.text.endswith(stop[:length])
+    ]
+    return max(lengths, default=0)

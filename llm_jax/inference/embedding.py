@@ -1,0 +1,162 @@
+"""Texts to vectors: the hidden states of each text, pooled; several texts per row.
+
+Reimers and Gurevych 2019, "Sentence-BERT", arXiv:1908.10084, section 3: the mean over the positions
+of a text, or its first position.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from llm_jax.core.contracts import Batch, Example, Tokenizer
+from llm_jax.data import pack, pipeline
+from llm_jax.inference.completion import template
+from llm_jax.nn import heads
+from llm_jax.parallel import hosts, sharding
+from llm_jax.programs.inference import Inference
+from llm_jax.programs.network import Network
+
+TILE = 64  # rows are as long as the longest text, rounded up to this: attention costs their square
+
+
+class Embedder:
+  """Makes vectors with the model of a program.
+
+  Args:
+    program: of a model; its heads are not used.
+    tokenizer: that of the model.
+  """
+
+  def __init__(self, program: Inference, tokenizer: Tokenizer):
+    self._program, self._tokenizer = program, tokenizer
+    self._functions: dict[tuple[str, bool], Callable[[Any, Batch], jax.Array]] = {}
+
+  def __call__(
+    self, params: Any, texts: Sequence[str], pool: str = 'mean', normalize: bool = True
+  ) -> np.ndarray:
+    """[texts, D] float32: a vector for each text.
+
+    Args:
+      params: of the network.
+      texts: none without a token.
+      pool: one of `heads.POOLS`.
+      normalize: whether the vectors have length 1, so that inner products are cosines.
+
+    Raises:
+      ValueError: a text without tokens, a model that cannot pool so.
+    """
+    run = self._function(pool, normalize)
+    model = self._program.network.model
+    ids = _ids(texts, self._tokenizer, model.causal, self._program.config.seq_len)
+    rows = _Rows(ids, self._row_length(max(map(len, ids))))
+    logging.info(
+      '%d texts in %d rows of %d tokens: %.0f%% of the positions are used.',
+      len(ids),
+      len(rows),
+      rows.seq_len,
+      100 * sum(map(len, ids)) / (len(rows) * rows.seq_len),
+    )
+    vectors = np.zeros((len(ids), model.options.dim), np.float32)
+    index = 0
+    for batch in self._batches(rows):
+      for vectors_GD in np.asarray(run(params, self._program.put(batch))):
+        if index < len(rows):  # the last batch is filled up
+          numbers = rows.texts(index)
+          vectors[numbers] = vectors_GD[: len(numbers)]
+        index += 1
+    return vectors
+
+  def _function(self, pool: str, normalize: bool) -> Callable[[Any, Batch], jax.Array]:
+    if pool not in heads.POOLS:
+      raise ValueError(f'pool={pool!r} must be one of {", ".join(heads.POOLS)}.')
+    if self._program.network.model.causal and pool == 'cls':
+      raise ValueError(
+        "pool='cls' reads the first position, which in a causal model has seen nothing; use "
+        "'last' or 'mean'."
+      )
+    if (pool, normalize) not in self._functions:
+      self._functions[pool, normalize] = self._program.function(_pooled(pool, normalize))
+    return self._functions[pool, normalize]
+
+  def _row_length(self, longest: int) -> int:
+    """Tokens of a row, few lengths for many texts, which the mesh can cut."""
+    tile = math.lcm(TILE, self._program.mesh.shape['sequence'])
+    return min(self._program.config.seq_len, -(-longest // tile) * tile)
+
+  def _batches(self, rows: '_Rows') -> Iterator[Example]:
+    program = self._program
+    shards = sharding.row_shards(program.mesh)
+    most = program.config.batch_size * (program.config.seq_len // rows.seq_len)
+    size = min(most, rounded_rows(len(rows), shards))
+    return pipeline.padded_batches(rows, size, hosts.rows(program.mesh, size))
+
+
+def rounded_rows(rows: int, shards: int) -> int:
+  """A power of two times `shards` that is at least `rows`: few sizes are compiled for."""
+  return shards << (-(-rows // shards) - 1).bit_length()
+
+
+class _Rows:
+  """Rows of several texts, as few as they need."""
+
+  def __init__(self, ids: Sequence[np.ndarray], seq_len: int):
+    self._ids, self.seq_len = ids, seq_len
+    self._plan = pack.best_fit([len(text) for text in ids], seq_len)
+    most = int(np.max(np.diff(self._plan.offsets)))
+    self._slots = 1 << (most - 1).bit_length()
+
+  def __len__(self) -> int:
+    return len(self._plan)
+
+  def __getitem__(self, index: int) -> Example:
+    texts = [self._ids[number] for number in self.texts(index)]
+    lengths = [len(ids) for ids in texts]
+    return pack.assemble(texts, self.seq_len) | pack.text_positions(lengths, self._slots)
+
+  def texts(self, index: int) -> list[int]:
+    """Which texts a row holds."""
+    return [number for number, _, _ in self._plan[index]]
+
+
+def _pooled(pool: str, normalize: bool) -> Callable[[Network, Batch], jax.Array]:
+  """A function of the bound network: [B, G, D] vectors of the texts of each row, at least float32;
+  anything where the row has fewer.
+  """
+
+  def run(network: Network, batch: Batch) -> jax.Array:
+    outputs = network.model(batch, heads.pool_positions(batch, pool))
+    x_BGD = heads.pool(outputs.hidden, batch, pool)
+    x_BGD = x_BGD.astype(jnp.promote_types(x_BGD.dtype, jnp.float32))
+    if normalize:
+      x_BGD /= jnp.maximum(jnp.linalg.norm(x_BGD, axis=-1, keepdims=True), 1e-12)
+    return x_BGD
+
+  return run
+
+
+def _ids(
+  texts: Sequence[str], tokenizer: Tokenizer, causal: bool, seq_len: int
+) -> list[np.ndarray]:
+  """The ids of each text with its special tokens, cut to a row."""
+  before, after = template(tokenizer, causal)
+  room = seq_len - len(before) - len(after)
+  found, cut = [], 0
+  for number, text in enumerate(texts):
+    ids = tokenizer.encode(text)
+    cut += len(ids) > room
+    found.append(np.concatenate([before, ids[:room], after]).astype(np.int32))
+    if not len(found[-1]):
+      raise ValueError(f'text {number} of the input is empty: there is nothing to embed.')
+  if cut:
+    logging.warning(
+      '%d of %d texts are longer than seq_len=%d allows; their ends were not read.',
+      cut,
+      len(found),
+      seq_len,
+    )
+  return found

@@ -1,0 +1,252 @@
+"""A model opened for use: `llm_jax.open(folder)`.
+
+    >>> session = llm_jax.open('/tmp/run')              # doctest: +SKIP
+    >>> session.predict(['a text', 'another one'])      # doctest: +SKIP
+
+Nothing is trained here, and no optimizer is made. What a call compiles is kept for the next one.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from llm_jax.core import config as config_lib
+from llm_jax.core import tree
+from llm_jax.core.config import Config
+from llm_jax.core.contracts import Tokenizer
+from llm_jax.hf import folders as hf
+from llm_jax.inference import prediction
+from llm_jax.inference.completion import Completer, Stream
+from llm_jax.inference.decoding import Generator
+from llm_jax.inference.embedding import Embedder, rounded_rows
+from llm_jax.inference.filling import Filled, Filler
+from llm_jax.inference.sampling import Sampling
+from llm_jax.parallel import sharding
+from llm_jax.programs import assemble, inference, pretrained, workdir
+from llm_jax.programs.inference import Inference
+
+Text = str | Sequence[str] | Mapping[str, Any]  # a text, a pair, or a record
+
+
+class Session:
+  """A model, its tokenizer and what they can be asked.
+
+  Attributes:
+    origin: the folder that holds the weights.
+    config: the resolved config.
+    tokenizer: that of the model.
+  """
+
+  def __init__(self, origin: pathlib.Path, config: Config, tokenizer: Tokenizer):
+    self.origin, self.tokenizer = origin, tokenizer
+    self.config = assemble.resolve(config, tokenizer.vocab_size)
+
+  @functools.cached_property
+  def program(self) -> Inference:
+    """Network, shardings and compiled functions, for any text."""
+    return inference.outline(self.config, self.tokenizer)
+
+  @functools.cached_property
+  def params(self) -> dict[str, Any]:
+    """The parameters on the mesh; heads that the folder does not hold are left out.
+
+    Raises:
+      ValueError: a parameter of the model is missing, or a part of a head.
+    """
+    return load_params(self.program, self.origin)
+
+  def predict(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
+    """What the model says of each text: label and probabilities, or a value.
+
+    Args:
+      texts: texts, pairs of texts, or records with `text` and `pair`.
+
+    Raises:
+      ValueError: the model gives no labels, or its head is missing.
+    """
+    return list(self.answers(map(prediction.record, texts)))
+
+  def answers(self, records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same for a stream of records, block by block."""
+    self._require(self._labeller_heads)
+    return self._labeller(self.params, records)
+
+  def embed(self, texts: Sequence[str], pool: str = 'mean', normalize: bool = True) -> np.ndarray:
+    """[texts, D] float32: a vector for each text.
+
+    Args:
+      texts: each with at least one token.
+      pool: 'mean' of all positions, 'cls' the first, 'last' the last.
+      normalize: whether the vectors have length 1.
+    """
+    if not len(texts):
+      return np.zeros((0, self.program.network.model.options.dim), np.float32)
+    return self._embedder(self.params, texts, pool, normalize)
+
+  def complete(
+    self,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    stream: Stream | None = None,
+    **numbers: Any,
+  ) -> list[str]:
+    """The completion of each prompt, without the prompt.
+
+    Args:
+      prompts: texts; an empty one asks for any text.
+      sampling: how tokens are chosen.
+      stop: strings before which a completion ends.
+      stream: called with the number of a prompt and the next piece of its completion.
+      **numbers: fields of `Sampling`, in place of `sampling`: max_new_tokens=50, temperature=0.
+
+    Raises:
+      ValueError: the model is no decoder, a prompt too long, a sampling that is not possible.
+    """
+    if not self.causal:
+      raise ValueError('this model is an encoder: it fills in [MASK]s (`fill`) and does not write.')
+    if sampling is not None and numbers:
+      raise ValueError(f'give either sampling or {", ".join(numbers)}.')
+    if not prompts:
+      return []
+    completer = Completer(self._generator, self.tokenizer, self._rows(len(prompts)))
+    return completer(self._weights, prompts, sampling or Sampling(**numbers), stop, stream)
+
+  def fill(self, texts: Sequence[str], top: int = 5) -> list[Filled]:
+    """The most likely tokens at each [MASK] of each text.
+
+    Args:
+      texts: with one mask or several.
+      top: how many candidates a mask gets.
+
+    Raises:
+      ValueError: the model has no masked-LM head, a text without a mask or too long.
+    """
+    filler = self._filler
+    self._require(('mlm',))
+    return filler(self.params, texts, self._rows(len(texts)), top) if texts else []
+
+  @property
+  def causal(self) -> bool:
+    """Whether the model is a decoder."""
+    return bool(self.program.network.model.causal)
+
+  def _rows(self, count: int) -> int:
+    """Texts that are run at once."""
+    shards = sharding.row_shards(self.program.mesh)
+    return min(self.config.batch_size, rounded_rows(count, shards))
+
+  @functools.cached_property
+  def _labeller(self) -> prediction.Labeller:
+    return prediction.Labeller(self.program, self.tokenizer, assemble.encoder(self.config))
+
+  @property
+  def _labeller_heads(self) -> tuple[str, ...]:
+    self._labeller  # says so where the objective has no predictor
+    predictor = self.program.objective.predictor
+    return tuple(predictor.heads(self.program.network.model))
+
+  @functools.cached_property
+  def _embedder(self) -> Embedder:
+    return Embedder(self.program, self.tokenizer)
+
+  @functools.cached_property
+  def _filler(self) -> Filler:
+    return Filler(self.program, self.tokenizer)
+
+  @functools.cached_property
+  def _generator(self) -> Generator:
+    program = self.program
+    return Generator(program.network.model, program.model_infos, program.layout)
+
+  @functools.cached_property
+  def _weights(self) -> Any:
+    return self._generator.weights(self.params['model'])
+
+  def _require(self, heads: Sequence[str]) -> None:
+    """Raises ValueError where the folder lacks one of these heads."""
+    missing = [f'heads_{name}' for name in heads if f'heads_{name}' not in self.params]
+    wanted = tree.paths({name: self.program.params[name] for name in missing})
+    if wanted:
+      raise ValueError(f'{self.origin} lacks parameters that this needs:\n  ' + '\n  '.join(wanted))
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Session:
+  """Opens the workdir of a run, or a Hugging Face folder.
+
+  Raises:
+    ValueError: no such run or folder, or a tokenizer that does not belong to it.
+  """
+  path = pathlib.Path(folder).expanduser().absolute()
+  if not hf.is_folder(str(path)):
+    return open_model(path)
+  sections = dict(tokenizer={}, model={}, objective={}, optimizer={}, data={})
+  config = Config(steps=1, batch_size=32, init_from=str(path), **sections)
+  return open_model(None, pretrained.fill_in(config))
+
+
+def open_model(folder: pathlib.Path | None, given: Config | None = None) -> Session:
+  """Opens what `config.init_from` names, or else the run in a workdir.
+
+  Args:
+    folder: of a run; None where the config names a folder.
+    given: a config. Where it names no folder, its data, evaluation and batch size go before the
+      run's own.
+
+  Raises:
+    ValueError: no such run or folder, or a tokenizer that does not belong to it.
+  """
+  if given is not None and given.init_from:
+    return Session(pathlib.Path(given.init_from), given, pretrained.load_tokenizer(given))
+  config = workdir.read_config(folder)
+  if given is not None:
+    config = _with_data_of(given, config)
+  return Session(folder, config, workdir.load_tokenizer(config, folder))
+
+
+def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -> dict[str, Any]:
+  """The parameters in a folder, of a run those of its best checkpoint, as a program wants them.
+
+  Args:
+    program: wants them.
+    origin: the folder.
+    heads: all heads must be there; otherwise those that are not are left out.
+
+  Raises:
+    ValueError: there are none, or some are missing.
+  """
+  loaded = pretrained.load_params(program.config, origin, program.params, program.infos)
+  missing = {path.split('/')[0] for path in loaded.new}
+  partial = any(path.split('/')[0] in missing for path in loaded.params)
+  if loaded.new and (heads or partial or 'model' in missing):
+    raise ValueError(f'{origin} lacks parameters that this needs:\n  ' + '\n  '.join(loaded.new))
+  if loaded.new:
+    logging.info('%s has no %s.', origin, ', '.join(sorted(missing)))
+  step = '' if loaded.step is None else f', step {loaded.step}'
+  logging.info('Parameters of %s%s.', origin, step)
+  if loaded.unused:
+    logging.info('Not used: %s.', ', '.join(loaded.unused))
+  return tree.nest(loaded.params)
+
+
+def _with_data_of(given: Config, config: Config) -> Config:
+  theirs, ours = given.data.get('pair'), config.data.get('pair')
+  if (theirs is None) != (ours is None):
+    raise ValueError(
+      f'the run read config.data.pair={ours!r}, and is to be evaluated on '
+      f'config.data.pair={theirs!r}; both need pairs, or neither.'
+    )
+  chosen = dataclasses.replace(
+    config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size
+  )
+  forbidden, allowed = config_lib.differences(chosen, given)
+  for line in [*forbidden, *allowed]:
+    logging.info('as in the run, not as in --config: %s', line)
+  return chosen
