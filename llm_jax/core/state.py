@@ -1,6 +1,9 @@
-"""The state of a training run: everything that a step reads and writes besides the batch."""
+"""The state of a training run: everything that a step reads and writes besides the batch; and
+parameters that a run starts from.
+"""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -32,3 +35,19 @@ class TrainState:
   def network_params(self) -> Any:
     """All parameters of the network, trained or not."""
     return params_lib.merge(self.params, self.frozen) if self.frozen else self.params
+
+
+class Loaded(NamedTuple):
+  """Parameters of another run, or of a Hugging Face folder.
+
+  Attributes:
+    params: those that are wanted and were found, by path.
+    new: paths of those that are wanted and were not found.
+    unused: what was found and is not wanted: paths, or names of a folder's tensors.
+    step: the other run's step; None where the parameters are of no run.
+  """
+
+  params: dict[str, jax.Array]
+  new: Sequence[str]
+  unused: Sequence[str]
+  step: int | None

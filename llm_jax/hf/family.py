@@ -1,64 +1,39 @@
-"""What a family of Hugging Face's models is to ours: its config.json as our options, its tensors as
-our parameters.
+"""What a family of Hugging Face's models is to ours: its config.json our options, its tensors our
+parameters.
 
-A model's module declares the families that it can hold in `HF`, as data; `hf` reads and writes
-folders by them. Their tensors are ours with other names and axes: linear weights lie [out, in],
-heads are not an axis of their own, queries, keys and values may be one matrix. `Tensor` says so by
-letters, and the same view of their array is read on the way in and filled on the way out.
+`families` holds one file per family, as data; `folders` reads and writes folders by them.
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
+from llm_jax.core.params import EMBEDDINGS, Info
+from llm_jax.hf.fields import Kind, field
+from llm_jax.hf.tensors import OUTPUT, TOKEN, Location, Tensor
 
-ACTIVATIONS = {
-  'gelu': 'gelu',
-  'gelu_python': 'gelu',
-  'gelu_new': 'gelu_tanh',
-  'gelu_pytorch_tanh': 'gelu_tanh',
-  'gelu_fast': 'gelu_tanh',
-  'relu': 'relu',
-  'silu': 'silu',
-  'swish': 'silu',
-}
-NUMBERS = (
-  'vocab_size',
-  'dim',
-  'layers',
-  'heads',
-  'kv_heads',
-  'head_dim',
-  'mlp_dim',
-  'max_len',
-  'positions',
-  'position_offset',
-  'rope_theta',
-  'rope_local_theta',
-  'rope_scaling',
-  'token_types',
-  'embedding_norm',
-  'norm',
-  'norm_order',
-  'norm_bias',
-  'norm_eps',
-  'bias',
-  'qkv_bias',
-  'qk_norm',
-  'activation',
-  'gated',
-  'window',
-  'global_every',
-  'tied',
+RUN_TIME = frozenset(
+  {
+    'dropout',
+    'attention_dropout',
+    'init_distribution',
+    'init_std',
+    'position_std',
+    'depth_scaled_init',
+    'dtype',
+    'param_dtype',
+    'attention',
+    'remat',
+    'unroll',
+  }
 )
-"""Options that decide what a model computes; the others say how it is initialised, trained or run.
+"""Options that say how a model is initialised, trained or run. All others decide what it computes.
 """
-LINEAR = ('OI->IO', 'O->O')  # axes of a weight and of its bias
-HEADS_OUT = ('(NH)D->DNH', '(NH)->NH')
-HEADS_IN = ('D(NH)->NHD', 'D->D')
+
+CONFIG = 'config.json'
+
+_LINEN = ('parent', 'name')  # fields of every Linen module
 _ALWAYS = {
   'quantization_config': None,
   'is_encoder_decoder': False,
@@ -67,82 +42,18 @@ _ALWAYS = {
   'pruned_heads': {},
 }
 _MOST_LAYERS = 10_000  # so that a damaged number is an error and not a list of that length
-TOKEN, OUTPUT = 'model/embedder/token/embedding', 'model/output/kernel'
-_FIRST, _STACKED = 'model/stack/first/', 'model/stack/layers/'
+_OLD_NORMS = {'LayerNorm.gamma': 'LayerNorm.weight', 'LayerNorm.beta': 'LayerNorm.bias'}
+_UNREAD = {
+  'rope': ('position_offset',),
+  'learned': ('rope_theta', 'rope_local_theta', 'rope_scaling'),
+}  # positions -> the options that have no effect with them
 
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-  """One tensor of theirs, and the parameter or parameters of ours that it is.
-
-  Attributes:
-    name: theirs, without the prefix of the model's body; {} is the number of a layer.
-    axes: 'theirs->ours', a letter an axis; letters in brackets are one axis of theirs; S cuts
-      theirs into equal parts, one for each path.
-    paths: ours; where the name has {}, within a layer.
-    beside: a head that must be there too, for this to be the place of the parameter; None: none.
-  """
-
-  name: str
-  axes: str
-  paths: tuple[str, ...]
-  beside: str | None = None
-
-  @property
-  def layered(self) -> bool:
-    """Whether there is one in each layer."""
-    return '{}' in self.name
-
-  def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-    """Their shape, by the shape of one of ours."""
-    sizes = self._sizes(ours)
-    return tuple(
-      math.prod(sizes[letter] for letter in axis.strip('()'))
-      for axis in re.findall(r'\(\w+\)|\w', self._theirs)
-    )
-
-  def part(self, theirs: np.ndarray, path: str, ours: Sequence[int]) -> np.ndarray:
-    """The view of their array that is the parameter `path`, of shape `ours`; what is assigned to it
-    stands in theirs.
-    """
-    sizes, letters = self._sizes(ours), re.sub(r'[()]', '', self._theirs)
-    x = theirs.reshape([sizes[letter] for letter in letters])
-    if 'S' in letters:
-      x = x[(slice(None),) * letters.index('S') + (self.paths.index(path),)]
-      letters = letters.replace('S', '')
-    return x.transpose([letters.index(letter) for letter in self._ours])
-
-  @property
-  def _theirs(self) -> str:
-    return self.axes.split('->')[0]
-
-  @property
-  def _ours(self) -> str:
-    return self.axes.split('->')[1]
-
-  def _sizes(self, ours: Sequence[int]) -> dict[str, int]:
-    return dict(zip(self._ours, ours, strict=True)) | {'S': len(self.paths)}
-
-
-class Place(NamedTuple):
-  """Where a parameter stands in a folder.
-
-  Attributes:
-    tensor: what kind of tensor it is, or is a part of.
-    path: which of its `paths`.
-    names: their names, without prefix: one a layer where the parameter is stacked, else one.
-    stacked: whether axis 0 of the parameter is that of the layers.
-  """
-
-  tensor: Tensor
-  path: str
-  names: tuple[str, ...]
-  stacked: bool
+Families = Mapping[str, tuple[str, 'Family']]  # model_type -> (our model's name, family)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """Options that are not one field each: how they are read from a config.json, and written to one."""
+  """Options that are not one key each: how a config.json gives them, and which keys they become."""
 
   read: Callable[[Mapping[str, Any]], dict[str, Any]]
   write: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -154,22 +65,23 @@ class Family:
 
   Attributes:
     prefix: before the names of the body's tensors, in all classes but the last of `classes`.
-    fields: key of their config.json -> (our option, type or table of values[, default]). Without a
-      default the key must be there; a default of None allows null. Sizes (int) are at least 1. Keys
-      that are one option must agree, if it is one of `NUMBERS`.
-    options: what the family fixes of ours.
+    fields: key of their config.json -> (our option, kind[, default]), as `fields.field` takes
+      them. `tie_word_embeddings` must be among them. Keys that are one option must agree, unless
+      it is one of `RUN_TIME`.
+    options: options of ours that are the same in the whole family.
     body: tensors under the prefix.
-    heads: the other tensors; where two are one parameter, the first that fits is taken.
-    classes: their classes, the most special first, and the heads that each holds; 'vocabulary' is a
-      decoder's projection.
-    fixed: key -> (the value that it must have, what it is where it is left out).
-    rules: the options that are not one field each.
-    copies: other names of a tensor; both may be there, and are equal.
-    ignored: patterns of the names of tensors that are no parameters.
+    heads: the other tensors. Where two hold one parameter, the first that the folder has is read.
+    classes: their classes, the most special first, and the heads that each holds; 'vocabulary' is
+      a decoder's projection.
+    fixed: key -> (the only value that is supported, the default of a key that is left out).
+    rules: options that are not one key each.
+    copies: second names of a tensor -> the first. A folder may hold both, if they are equal.
+    ignored: patterns of names of tensors that are no parameters.
+    rank: where several families hold a model, it is exported as the one with the lowest rank.
   """
 
   prefix: str
-  fields: Mapping[str, tuple]
+  fields: Mapping[str, tuple[str, Kind] | tuple[str, Kind, Any]]
   options: Mapping[str, Any]
   body: tuple[Tensor, ...]
   heads: tuple[Tensor, ...]
@@ -178,75 +90,68 @@ class Family:
   rules: tuple[Rule, ...] = ()
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
+  rank: int = 1000
 
   def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of our model, from a config.json.
 
     Raises:
-      ValueError: a key that is missing or of the wrong type, or a value that our model cannot do.
+      ValueError: a key that is missing or of the wrong type, or a value that is not supported.
     """
-    for key, (wanted, left_out) in (
-      {key: (value, value) for key, value in _ALWAYS.items()} | dict(self.fixed)
-    ).items():
-      found = config.get(key, left_out)
-      if found != wanted and (found or wanted):
-        said = '' if key in config else ' (what it is where it is left out)'
-        raise ValueError(f'{key}={found!r}{said} cannot be done here; only {key}={wanted!r} can.')
+    self._check_fixed(config)
     options = dict(self.options)
     for key, (option, kind, *default) in self.fields.items():
       value = field(config, key, kind, *default)
-      if options.setdefault(option, value) != value and option in NUMBERS:
-        raise ValueError(
-          f'{key}={value!r} cannot be done here together with {option}={options[option]!r}.'
-        )
+      other = options.setdefault(option, value)
+      if other != value and option not in RUN_TIME:
+        raise ValueError(f'{key}={value!r} is not supported together with {option}={other!r}.')
     if options['layers'] > _MOST_LAYERS:
-      raise ValueError(f'{options["layers"]} layers cannot be; at most {_MOST_LAYERS}.')
+      raise ValueError(f'{options["layers"]} layers are too many; at most {_MOST_LAYERS}.')
     for rule in self.rules:
       options |= rule.read(config)
     return options
 
   def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json from options as `values` gives them; whether `read` gives the same again is for
-    the caller to see.
+    """A config.json from options as `values` gives them.
+
+    It may not say all of them: whether `read` gives the same again is for the caller to check.
     """
     config = {key: wanted for key, (wanted, _) in self.fixed.items()}
     for key, (option, kind, *_) in self.fields.items():
       value = options.get(option)
-      config[key] = (
-        next((name for name, ours in kind.items() if ours == value), value)
-        if isinstance(kind, Mapping)
-        else value
-      )
+      if isinstance(kind, Mapping):
+        value = next((theirs for theirs, ours in kind.items() if ours == value), value)
+      config[key] = value
     for rule in self.rules:
       config |= rule.write(options)
     return config
 
-  def places(self, params: Mapping[str, Any]) -> dict[str, list[Place]]:
-    """Every place of each parameter, the most special first; `params` are all of the network, by
-    path, with their shapes.
+  def locations(
+    self, params: Mapping[str, Any], infos: Mapping[str, Info]
+  ) -> dict[str, list[Location]]:
+    """Every location of each parameter, the most special first.
+
+    Args:
+      params: all parameters of the network by path, or their shapes.
+      infos: what each of them is.
+
+    Raises:
+      ValueError: two parameters would be the same tensor.
     """
-    parents = {path.split('/')[0] for path in params}
-    tensors: dict[str, list[Tensor]] = {}
-    for tensor in (*self.heads, *self.body):
-      if tensor.beside is None or tensor.beside in parents:
-        for path in tensor.paths:
-          tensors.setdefault(path, []).append(tensor)
-    first = any(path.startswith(_FIRST) for path in params)
-    period = len(
-      {path.removeprefix(_STACKED).split('/')[0] for path in params if path.startswith(_STACKED)}
-    )
+    outside, layered = self._by_path({path.split('/')[0] for path in params})
     found = {}
     for path, leaf in params.items():
-      inner, layers = _layers(path, leaf, first, period)
+      info = infos[path]
+      if info.layer is None or info.layer == EMBEDDINGS:
+        found[path] = [Location(t, path, (t.name,), info.stacked) for t in outside.get(path, ())]
+        continue
+      inner = within_layer(path, layered)
+      numbers = info.depths(leaf.shape).reshape(-1)
       found[path] = [
-        Place(
-          tensor,
-          inner,
-          tuple(tensor.name.format(i) for i in layers or (0,)),
-          path.startswith(_STACKED),
-        )
-        for tensor in tensors.get(inner, ())
+        Location(t, inner, tuple(t.name.format(n) for n in numbers), info.stacked)
+        for t in layered.get(inner, ())
       ]
+    _check_distinct(found)
     return found
 
   def tied(self, config: Mapping[str, Any]) -> bool:
@@ -254,210 +159,119 @@ class Family:
     return bool(config.get('tie_word_embeddings', self.fields['tie_word_embeddings'][2]))
 
   def canonical(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
-    """The names of a folder's tensors by what they are called here: without prefix, norms' old
-    `gamma` and `beta` as today.
+    """The names by which the tables know a folder's tensors -> its own names.
+
+    They have no prefix, and norms' old `gamma` and `beta` are `weight` and `bias`.
 
     Raises:
       ValueError: two names of one tensor.
     """
-    there: dict[str, str] = {}
+    found: dict[str, str] = {}
     for name in names:
       short = name.removeprefix(self.prefix)
-      for old, new in (
-        ('LayerNorm.gamma', 'LayerNorm.weight'),
-        ('LayerNorm.beta', 'LayerNorm.bias'),
-      ):
-        short = short.removesuffix(old) + new if short.endswith(old) else short
-      if short in there:
-        raise ValueError(f'{there[short]!r} and {name!r} are two names of the same tensor.')
-      there[short] = name
+      for old, new in _OLD_NORMS.items():
+        if short.endswith(old):
+          short = short.removesuffix(old) + new
+      if short in found:
+        raise ValueError(f'{found[short]!r} and {name!r} are two names of the same tensor.')
+      found[short] = name
+    tied = self.tied(config)
     for copy, name in self.equal(config).items():
-      # Where the projection is not tied, neither is its bias, and that of the projection is the one
-      # that counts.
-      if copy in there and (
-        name not in there or (copy.endswith('.bias') and not self.tied(config))
-      ):
-        there[name] = there.pop(copy)
-    return there
+      # Where the projection is not tied, its bias is not tied either, and is the one that counts.
+      counts = copy.endswith('.bias') and not tied
+      if copy in found and (name not in found or counts):
+        found[name] = found.pop(copy)
+    return found
 
   def equal(self, config: Mapping[str, Any]) -> dict[str, str]:
-    """Names of tensors that are others under a second name, and the others'; a tied projection
-    among them.
-    """
-    table, projection = (
-      next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
-      for path in (TOKEN, OUTPUT)
-    )
-    return {**self.copies} | ({projection: table} if self.tied(config) else {})
+    """Second names of tensors -> the first; a tied projection is one of them."""
+    if not self.tied(config):
+      return dict(self.copies)
+    projection, token_table = (self._name_of(path) for path in (OUTPUT, TOKEN))
+    return {**self.copies, projection: token_table}
 
   def within_layers(self, name: str) -> bool:
-    """Whether a name, without prefix, is one of a layer's tensors, known or not."""
+    """Whether a name, without prefix, is that of a tensor in a layer, known or not."""
     stems = {tensor.name.partition('{}')[0] for tensor in self.body if tensor.layered}
     return any(re.match(rf'{re.escape(stem)}\d+\.', name) for stem in stems)
+
+  def _check_fixed(self, config: Mapping[str, Any]) -> None:
+    always = {key: (value, value) for key, value in _ALWAYS.items()}
+    for key, (wanted, left_out) in (always | dict(self.fixed)).items():
+      found = config.get(key, left_out)
+      if found != wanted and (found or wanted):  # null is as good as false
+        origin = '' if key in config else ' (the default of a key that is left out)'
+        raise ValueError(f'{key}={found!r}{origin} is not supported; only {key}={wanted!r} is.')
+
+  def _by_path(self, parents: set[str]) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """The tensors of each parameter outside of layers, and in them, the most special first."""
+    outside: dict[str, list[Tensor]] = {}
+    layered: dict[str, list[Tensor]] = {}
+    for tensor in (*self.heads, *self.body):
+      if tensor.beside is None or tensor.beside in parents:
+        group = layered if tensor.layered else outside
+        for path in tensor.paths:
+          group.setdefault(path, []).append(tensor)
+    return outside, layered
+
+  def _name_of(self, path: str) -> str:
+    return next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
+
+
+def within_layer(path: str, known: Iterable[str]) -> str:
+  """The name of a parameter in its layer: its path without the modules that hold the layers.
+
+  That is the longest end of the path (whole components) that `known` has; without one, the path.
+  """
+  parts = path.split('/')
+  ends = ('/'.join(parts[i:]) for i in range(len(parts)))
+  return next((end for end in ends if end in known), path)
+
+
+def decisive(model: Any) -> tuple[str, ...]:
+  """The names of the options that decide what a model computes; `model` may be its class."""
+  return tuple(name for name in _option_names(model) if name not in RUN_TIME)
 
 
 def values(model: Any) -> dict[str, Any]:
   """All options of a model, with what is left open filled in."""
-  options = {
-    f.name: getattr(model, f.name)
-    for f in dataclasses.fields(model)
-    if f.name not in ('parent', 'name')
-  }
-  options['head_dim'] = model.options.head_dim
-  options['kv_heads'] = options['kv_heads'] or options['heads']
-  options['qkv_bias'] = options['bias'] if options['qkv_bias'] is None else options['qkv_bias']
+  options = {name: getattr(model, name) for name in _option_names(model)}
+  if 'head_dim' in options:
+    options['head_dim'] = model.options.head_dim
+  if 'kv_heads' in options:
+    options['kv_heads'] = options['kv_heads'] or options['heads']
+  if 'qkv_bias' in options and options['qkv_bias'] is None:
+    options['qkv_bias'] = options['bias']
   return options
 
 
 def differences(model: Any, other: Any) -> list[str]:
-  """The options by which two models compute different things, as the first has them:
+  """The options by which two models compute different things, with the values of the first:
   'norm="rmsnorm"'.
   """
-  mine, theirs = (_relevant(values(each)) for each in (model, other))
-  return [
-    f'{name}={mine[name]!r}' for name in mine if name in theirs and mine[name] != theirs[name]
-  ]
+  mine, theirs = _effective(model), _effective(other)
+  shared = [name for name in mine if name in theirs]
+  return [f'{name}={mine[name]!r}' for name in shared if mine[name] != theirs[name]]
 
 
-def field(config: Mapping[str, Any], key: str, kind: Any, *default: Any) -> Any:
-  """The value of a key as `kind` (int, float, bool, or a table of allowed values) wants it;
-  ValueError where it is not.
-  """
-  if key not in config and not default:
-    raise ValueError(f'{key} is missing.')
-  value = config.get(key, *default)
-  if value is None and default == (None,):
-    return None
-  if isinstance(kind, Mapping):
-    if not isinstance(value, str) or value not in kind:
-      raise ValueError(f'{key}={value!r} cannot be done here; known: {", ".join(kind)}.')
-    return kind[value]
-  if kind is bool and isinstance(value, bool):
-    return value
-  if kind is int and type(value) is int and 1 <= value < 2**31:
-    return value
-  if kind is float and type(value) in (int, float) and 0 <= value < math.inf:
-    return float(value)
-  wanted = {
-    bool: 'true or false',
-    int: 'a whole number, at least 1',
-    float: 'a number, at least 0',
-  }[kind]
-  raise ValueError(f'{key}={value!r} must be {wanted}.')
+def _option_names(model: Any) -> list[str]:
+  return [f.name for f in dataclasses.fields(model) if f.name not in _LINEN]
 
 
-def table(name: str, path: str) -> tuple[Tensor, ...]:
-  """Their embedding `name`."""
-  return (Tensor(f'{name}.weight', 'VD->VD', (f'{path}/embedding',)),)
+def _effective(model: Any) -> dict[str, Any]:
+  """The options that have an effect on what a model computes."""
+  options = values(model)
+  unread = set(_UNREAD.get(options.get('positions'), ()))
+  if 'window' in options and options['window'] is None:
+    unread.add('rope_local_theta')
+  return {name: options[name] for name in decisive(model) if name not in unread}
 
 
-def linear(
-  name: str, *paths: str, axes: tuple[str, str] = LINEAR, beside: str | None = None
-) -> tuple[Tensor, ...]:
-  """Weight and bias of their layer `name`, which is one linear layer of ours, or several."""
-  return tuple(
-    Tensor(f'{name}.{theirs}', letters, tuple(f'{path}/{ours}' for path in paths), beside)
-    for theirs, ours, letters in zip(('weight', 'bias'), ('kernel', 'bias'), axes, strict=True)
-  )
-
-
-def norm(name: str, path: str) -> tuple[Tensor, ...]:
-  """Weight and bias of their norm `name`."""
-  return (
-    Tensor(f'{name}.weight', 'D->D', (f'{path}/scale',)),
-    Tensor(f'{name}.bias', 'D->D', (f'{path}/bias',)),
-  )
-
-
-def bias(name: str, path: str) -> tuple[Tensor, ...]:
-  """A bias of theirs that stands by itself."""
-  return (Tensor(name, 'V->V', (path,)),)
-
-
-def vocabulary(name: str) -> tuple[Tensor, ...]:
-  """Their projection on the vocabulary, where it is not tied."""
-  return (Tensor(name, 'VD->DV', (OUTPUT,)),)
-
-
-def rope(config: Mapping[str, Any], theta: Any) -> tuple[float, tuple[float, ...] | None]:
-  """Base and scaling of rotary positions, in the spelling of transformers 5 (`rope_parameters`) or
-  4 (`rope_scaling`).
-
-  Args:
-    config: with these keys.
-    theta: the base where they do not say it.
-
-  Raises:
-    ValueError: a kind of rotation other than 'default', 'linear' and 'llama3', or a part of the
-      dimensions only.
-  """
-  said = config.get('rope_parameters') or config.get('rope_scaling') or {}
-  if not isinstance(said, dict):
-    raise ValueError(f'rope_parameters={said!r} must be a dictionary.')
-  kind = said.get('rope_type', said.get('type', 'default'))
-  part = said.get('partial_rotary_factor', config.get('partial_rotary_factor', 1.0))
-  if part not in (None, 1.0):
-    raise ValueError(f'partial_rotary_factor={part!r} cannot be done here; only 1.0 can.')
-  number = lambda key, *default: field(said, key, float, *default)
-  base = number('rope_theta', theta)
-  if base is None or base < 1:
-    raise ValueError(f'rope_theta={base} must be at least 1.')
-  if kind == 'default':
-    return base, None
-  if kind == 'linear':
-    scaling = (number('factor'),)
-  elif kind == 'llama3':
-    key = 'original_max_position_embeddings'
-    length = field(
-      {key: config.get('max_position_embeddings')}
-      | {k: config[k] for k in config if k == key}
-      | said,
-      key,
-      int,
-    )
-    scaling = (
-      *(number(key) for key in ('factor', 'low_freq_factor', 'high_freq_factor')),
-      float(length),
-    )
-  else:
-    raise ValueError(f'rope_type={kind!r} cannot be done here; known: default, linear, llama3.')
-  if scaling[0] < 1:
-    raise ValueError(f'the factor of rope_type={kind!r} is {scaling[0]}; it must be at least 1.')
-  return base, scaling
-
-
-def rope_scaling(scaling: tuple[float, ...] | None) -> dict[str, Any] | None:
-  """What a config.json says of a scaling, in the spelling that transformers 4 and 5 both read."""
-  if scaling is None:
-    return None
-  keys = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
-  said = dict(zip(keys, scaling, strict=False))
-  if len(scaling) == 1:
-    return {'rope_type': 'linear', 'type': 'linear', **said}
-  return {'rope_type': 'llama3', **said, keys[-1]: int(said[keys[-1]])}
-
-
-def _relevant(options: Mapping[str, Any]) -> dict[str, Any]:
-  """The options that decide what a model with these computes."""
-  found = {name: options[name] for name in NUMBERS if name in options}
-  if options['positions'] == 'rope':
-    found.pop('position_offset', None)
-  else:
-    for name in ('rope_theta', 'rope_local_theta', 'rope_scaling'):
-      found.pop(name, None)
-  if options['window'] is None:
-    found.pop('rope_local_theta', None)
-  return found
-
-
-def _layers(path: str, leaf: Any, first: bool, period: int) -> tuple[str, Sequence[int]]:
-  """The name of a parameter within its layer, and the numbers of the layers that it is stacked of
-  (see `layers.Stack`).
-  """
-  if path.startswith(_FIRST):
-    return path.removeprefix(_FIRST), (0,)
-  if not path.startswith(_STACKED):
-    return path, ()
-  block, _, inner = path.removeprefix(_STACKED).partition('/')
-  start = first + int(block.removeprefix('block').removeprefix('_') or 0)
-  return inner, range(start, start + leaf.shape[0] * period, period)
+def _check_distinct(locations: Mapping[str, Sequence[Location]]) -> None:
+  holders: dict[tuple[str, str], str] = {}
+  for path, found in locations.items():
+    for location in found:
+      for name in location.names:
+        other = holders.setdefault((name, location.path), path)
+        if other != path:
+          raise ValueError(f'{other} and {path} would both be {name}.')

@@ -1,7 +1,7 @@
 """The safetensors format: named arrays in one file, or in several with an index. Reading executes
 nothing, unlike pickle.
 
-A file is 8 bytes, the length N of the header as little-endian integer; N bytes of JSON, {name:
+A file is 8 bytes, the length N of the header as a little-endian integer; N bytes of JSON, {name:
 {"dtype", "shape", "data_offsets"}} and "__metadata__" (a dictionary of strings); then the arrays,
 little-endian, row-major, one after the other without holes. A folder holds `model.safetensors`, or
 shards named by the "weight_map" of `model.safetensors.index.json`. (Format:
@@ -9,10 +9,22 @@ huggingface.co/docs/safetensors.)
 
 What a header says is checked before anything of it is used; a wrong one is a ValueError that names
 the file.
+
+The library `safetensors` (0.8) reads and writes the same files, and tests hold this module to it.
+It would be one more dependency of the plain install, and leaves the following to its user:
+
+- Reading: it copies a whole array, or a slice along its axes. A view of the mapped file can be
+  reshaped, transposed and cut first (`tensors.Tensor.part`), so that only the part of one device is
+  copied, into the array and the type in which the device gets it.
+- Writing: it takes all arrays of a file at once. Here each is made when its bytes are due, so that
+  one at a time is in memory, gathered from all hosts.
+- Folders: it knows no shards and no index, and its errors do not name the file.
+- Types: with NumPy it has no float8.
+
+It has what is not here: compiled code, other ways to read than mapping, torch and other frameworks.
 """
 
 import collections
-import contextlib
 import json
 import math
 import mmap
@@ -23,29 +35,29 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from llm_jax.core import files
+
 DTYPES = {
-  name: np.dtype(dtype)
-  for name, dtype in {
-    'F64': '<f8',
-    'F32': '<f4',
-    'F16': '<f2',
-    'BF16': ml_dtypes.bfloat16,
-    'F8_E4M3': ml_dtypes.float8_e4m3fn,
-    'F8_E5M2': ml_dtypes.float8_e5m2,
-    'I64': '<i8',
-    'I32': '<i4',
-    'I16': '<i2',
-    'I8': 'i1',
-    'U64': '<u8',
-    'U32': '<u4',
-    'U16': '<u2',
-    'U8': 'u1',
-    'BOOL': '?',
-  }.items()
+  'F64': np.dtype('<f8'),
+  'F32': np.dtype('<f4'),
+  'F16': np.dtype('<f2'),
+  'BF16': np.dtype(ml_dtypes.bfloat16),
+  'F8_E4M3': np.dtype(ml_dtypes.float8_e4m3fn),
+  'F8_E5M2': np.dtype(ml_dtypes.float8_e5m2),
+  'I64': np.dtype('<i8'),
+  'I32': np.dtype('<i4'),
+  'I16': np.dtype('<i2'),
+  'I8': np.dtype('i1'),
+  'U64': np.dtype('<u8'),
+  'U32': np.dtype('<u4'),
+  'U16': np.dtype('<u2'),
+  'U8': np.dtype('u1'),
+  'BOOL': np.dtype('?'),
 }
 SINGLE, INDEX = 'model.safetensors', 'model.safetensors.index.json'
-SHARD_BYTES = 5 * 10**9
+SHARD_BYTES = 5 * 10**9  # the most that one file of a folder holds, as transformers has it
 _LONGEST_HEADER = 10**8  # bytes, as in the reference implementation
+_MOST_AXES = 32
 
 Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
@@ -56,8 +68,13 @@ class Entry(NamedTuple):
   dtype: np.dtype
   shape: tuple[int, ...]
   path: str
-  data: mmap.mmap | None
+  data: mmap.mmap
   start: int
+
+  @property
+  def end(self) -> int:
+    """The byte after its last one."""
+    return self.start + _bytes(self.dtype, self.shape)
 
 
 class Tensors:
@@ -76,19 +93,16 @@ class Tensors:
     return len(self._entries)
 
   def __getitem__(self, name: str) -> Entry:
-    """Type, shape and place of one array."""
+    """Type, shape and bytes of one array."""
     return self._entries[name]
 
   def view(self, name: str) -> np.ndarray:
     """The array `name`, read-only and memory-mapped: it takes no memory of its own."""
     entry = self._entries[name]
     count = math.prod(entry.shape)
-    flat = (
-      np.frombuffer(entry.data, entry.dtype, count, entry.start)
-      if count
-      else np.zeros(0, entry.dtype)
-    )
-    return flat.reshape(entry.shape)
+    if not count:
+      return np.zeros(entry.shape, entry.dtype)
+    return np.frombuffer(entry.data, entry.dtype, count, entry.start).reshape(entry.shape)
 
 
 def read(path: str) -> Tensors:
@@ -110,21 +124,9 @@ def read(path: str) -> Tensors:
       )
     header = _header(path, file.read(length))
     data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-  entries = {name: _entry(path, name, said, data, 8 + length) for name, said in header.items()}
-  end = 8 + length
-  for name, entry in sorted(
-    entries.items(), key=lambda item: (item[1].start, math.prod(item[1].shape))
-  ):
-    if entry.start != end:
-      raise ValueError(
-        f'{path}: the bytes of {name!r} '
-        f'{"overlap those before" if entry.start < end else "leave a hole before"}; '
-        'the header is wrong.'
-      )
-    end += math.prod(entry.shape) * entry.dtype.itemsize
-  if end != size:
-    said = 'it was cut off, fetch it again' if end > size else 'the header is wrong'
-    raise ValueError(f'{path}: the arrays end at byte {end} and the file at byte {size}; {said}.')
+  first = 8 + length
+  entries = {name: _entry(path, name, values, data, first) for name, values in header.items()}
+  _check_neighbours(path, entries, first, size)
   return Tensors(entries)
 
 
@@ -168,6 +170,48 @@ def write(path: str, tensors: Shapes, produce: Callable[[str], np.ndarray]) -> N
   Raises:
     ValueError: `produce` gave another type or shape.
   """
+  header = _header_of(tensors)
+  with files.whole_file(path, 'wb') as file:
+    file.write(len(header).to_bytes(8, 'little') + header)
+    for name, (dtype, shape) in tensors.items():
+      array = produce(name)
+      if array.dtype != dtype or array.shape != tuple(shape):
+        raise ValueError(
+          f'{path}: {name!r} was announced as {np.dtype(dtype)}{list(shape)} and became '
+          f'{array.dtype}{list(array.shape)}.'
+        )
+      file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def write_folder(directory: str, tensors: Shapes, produce: Callable[[str], np.ndarray]) -> None:
+  """Writes `model.safetensors`, or shards of at most `SHARD_BYTES` (but for larger arrays) and
+  their index, the index last.
+  """
+  shards = _shards(tensors)
+  if len(shards) == 1:
+    write(os.path.join(directory, SINGLE), tensors, produce)
+    return
+  where: dict[str, str] = {}
+  for i, shard in enumerate(shards, start=1):
+    name = f'model-{i:05d}-of-{len(shards):05d}.safetensors'
+    write(os.path.join(directory, name), shard, produce)
+    where |= dict.fromkeys(shard, name)
+  total = sum(_bytes(dtype, shape) for dtype, shape in tensors.values())
+  with open(os.path.join(directory, INDEX), 'w') as file:
+    json.dump({'metadata': {'total_size': total}, 'weight_map': where}, file, indent=2)
+
+
+def read_json(path: str) -> Any:
+  """What a JSON file holds; a ValueError that names the file where it is broken, or holds a name
+  twice.
+  """
+  with open(path, 'rb') as file:
+    return _parse(path, file.read())
+
+
+def _header_of(tensors: Shapes) -> bytes:
   codes = {dtype: code for code, dtype in DTYPES.items()}
   header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
   end = 0
@@ -179,66 +223,20 @@ def write(path: str, tensors: Shapes, produce: Callable[[str], np.ndarray]) -> N
       'data_offsets': [start, end],
     }
   text = json.dumps(header, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  partial = f'{path}.partial'
-  try:
-    with open(partial, 'wb') as file:
-      file.write(len(text).to_bytes(8, 'little') + text)
-      for name, (dtype, shape) in tensors.items():
-        array = produce(name)
-        if array.dtype != dtype or array.shape != tuple(shape):
-          raise ValueError(
-            f'{path}: {name!r} was announced as {np.dtype(dtype)}{list(shape)} and became '
-            f'{array.dtype}{list(array.shape)}.'
-          )
-        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(partial, path)
-  except BaseException:
-    with contextlib.suppress(FileNotFoundError):
-      os.remove(partial)
-    raise
+  return text + b' ' * (-len(text) % 8)
 
 
-def write_folder(
-  directory: str,
-  tensors: Shapes,
-  produce: Callable[[str], np.ndarray],
-  shard_bytes: int = SHARD_BYTES,
-) -> None:
-  """Writes `model.safetensors`, or shards of at most `shard_bytes` (but for larger arrays) and
-  their index, the index last.
-  """
+def _shards(tensors: Shapes) -> list[dict[str, Any]]:
   shards: list[dict[str, Any]] = [{}]
   held = 0
   for name, (dtype, shape) in tensors.items():
     size = _bytes(dtype, shape)
-    if shards[-1] and held + size > shard_bytes:
+    if shards[-1] and held + size > SHARD_BYTES:
       shards.append({})
       held = 0
     shards[-1][name] = (dtype, shape)
     held += size
-  if len(shards) == 1:
-    write(os.path.join(directory, SINGLE), tensors, produce)
-    return
-  files = [f'model-{i:05d}-of-{len(shards):05d}.safetensors' for i in range(1, len(shards) + 1)]
-  for file, shard in zip(files, shards, strict=True):
-    write(os.path.join(directory, file), shard, produce)
-  index = {
-    'metadata': {'total_size': sum(_bytes(*said) for said in tensors.values())},
-    'weight_map': {name: file for file, shard in zip(files, shards, strict=True) for name in shard},
-  }
-  with open(os.path.join(directory, INDEX), 'w') as file:
-    json.dump(index, file, indent=2)
-
-
-def read_json(path: str) -> Any:
-  """What a JSON file holds; a ValueError that names the file where it is broken, or says a name
-  twice.
-  """
-  with open(path, 'rb') as file:
-    return _parse(path, file.read())
+  return shards
 
 
 def _header(path: str, text: bytes) -> dict[str, Any]:
@@ -246,9 +244,8 @@ def _header(path: str, text: bytes) -> dict[str, Any]:
     raise ValueError(f'{path}: the header does not begin with {{; this is no safetensors file.')
   header = _parse(path, text)
   metadata = header.pop('__metadata__', {})
-  if not isinstance(metadata, dict) or not all(
-    isinstance(value, str) for value in metadata.values()
-  ):
+  strings = isinstance(metadata, dict) and all(isinstance(x, str) for x in metadata.values())
+  if not strings:
     raise ValueError(f'{path}: __metadata__ in the header must be a dictionary of strings.')
   return header
 
@@ -270,40 +267,47 @@ def _parse(path: str, text: bytes) -> Any:
     raise ValueError(f'{path}: broken JSON: {error}.') from None
 
 
-def _entry(path: str, name: str, said: Any, data: mmap.mmap, offset: int) -> Entry:
-  """The entry of a header, checked in itself: neighbours are another matter."""
+def _entry(path: str, name: str, values: Any, data: mmap.mmap, first: int) -> Entry:
+  """The entry of a header, checked by itself; `_check_neighbours` checks them together."""
   where = f'{path}: {name!r} in the header'
-  if not isinstance(said, dict) or set(said) != {'dtype', 'shape', 'data_offsets'}:
+  if not isinstance(values, dict) or set(values) != {'dtype', 'shape', 'data_offsets'}:
     raise ValueError(f'{where} must have dtype, shape and data_offsets.')
-  if not isinstance(said['dtype'], str) or said['dtype'] not in DTYPES:
+  code, shape, offsets = values['dtype'], values['shape'], values['data_offsets']
+  if not isinstance(code, str) or code not in DTYPES:
     raise ValueError(
-      f'{where} has the type {said["dtype"]!r}, which is not known; known: {", ".join(DTYPES)}.'
+      f'{where} has the type {code!r}, which is not known; known: {", ".join(DTYPES)}.'
     )
-  shape, offsets = said['shape'], said['data_offsets']
   for numbers in (shape, offsets):
     if not isinstance(numbers, list) or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
       raise ValueError(
         f'{where}: shape and data_offsets must be lists of whole numbers, not {numbers!r}.'
       )
-  dtype = DTYPES[said['dtype']]
-  if len(offsets) != 2 or offsets[1] - offsets[0] != _bytes(dtype, shape):
-    raise ValueError(
-      f'{where}: {said["dtype"]}{shape} takes {_bytes(dtype, shape)} bytes, and '
-      f'data_offsets={offsets}.'
-    )
-  if len(shape) > 32:
-    raise ValueError(f'{where} has {len(shape)} dimensions; at most 32 can be read.')
-  return Entry(dtype, tuple(shape), path, data, offset + offsets[0])
+  size = _bytes(DTYPES[code], shape)
+  if len(offsets) != 2 or offsets[1] - offsets[0] != size:
+    raise ValueError(f'{where}: {code}{shape} takes {size} bytes, and data_offsets={offsets}.')
+  if len(shape) > _MOST_AXES:
+    raise ValueError(f'{where} has {len(shape)} dimensions; at most {_MOST_AXES} can be read.')
+  return Entry(DTYPES[code], tuple(shape), path, data, first + offsets[0])
+
+
+def _check_neighbours(path: str, entries: Mapping[str, Entry], first: int, size: int) -> None:
+  """Raises ValueError unless the arrays fill the bytes from `first` to `size`, none twice."""
+  end = first
+  for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+    if entry.start != end:
+      fault = 'overlap those before' if entry.start < end else 'leave a hole before'
+      raise ValueError(f'{path}: the bytes of {name!r} {fault}; the header is wrong.')
+    end = entry.end
+  if end != size:
+    fault = 'it was cut off, fetch it again' if end > size else 'the header is wrong'
+    raise ValueError(f'{path}: the arrays end at byte {end} and the file at byte {size}; {fault}.')
 
 
 def _weight_map(index: str) -> dict[str, str]:
-  said = read_json(index)
-  where = said.get('weight_map') if isinstance(said, dict) else None
-  if (
-    not isinstance(where, dict)
-    or not where
-    or not all(isinstance(file, str) for file in where.values())
-  ):
+  content = read_json(index)
+  where = content.get('weight_map') if isinstance(content, dict) else None
+  named = isinstance(where, dict) and all(isinstance(file, str) for file in where.values())
+  if not where or not named:
     raise ValueError(f'{index} must have a "weight_map" that gives the file of each array.')
   for file in where.values():
     if os.path.basename(file) != file or not file.endswith('.safetensors'):

@@ -26,6 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from llm_jax.core import tree
+from llm_jax.core.state import Loaded
 from llm_jax.parallel import hosts
 
 SEAL = 'seal.json'
@@ -45,22 +46,6 @@ class Restored(NamedTuple):
   position: int
   meta: dict[str, Any]
   step: int
-
-
-class Loaded(NamedTuple):
-  """Parameters of another run.
-
-  Attributes:
-    params: those that both runs have, by path.
-    new: paths that only the wanted parameters have.
-    unused: paths that only the other run has.
-    step: the other run's step; None where the parameters are of no run.
-  """
-
-  params: dict[str, jax.Array]
-  new: list[str]
-  unused: list[str]
-  step: int | None
 
 
 class Checkpoints:

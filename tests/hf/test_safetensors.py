@@ -30,6 +30,12 @@ def write(path, arrays=ARRAYS):
   return path
 
 
+def in_shards(folder, monkeypatch):
+  """A folder of two shards."""
+  monkeypatch.setattr(safetensors, 'SHARD_BYTES', 30)
+  safetensors.write_folder(str(folder), shapes(ARRAYS), ARRAYS.__getitem__)
+
+
 def raw(path, header, data=b''):
   text = header if isinstance(header, bytes) else json.dumps(header).encode()
   path.write_bytes(len(text).to_bytes(8, 'little') + text + data)
@@ -122,8 +128,8 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
       safetensors.read(str(tmp_path / 'y'))
 
 
-def test_shards_and_their_index(tmp_path):
-  safetensors.write_folder(str(tmp_path), shapes(ARRAYS), ARRAYS.__getitem__, shard_bytes=30)
+def test_shards_and_their_index(tmp_path, monkeypatch):
+  in_shards(tmp_path, monkeypatch)
   index = json.loads((tmp_path / 'model.safetensors.index.json').read_text())
   assert index['metadata'] == {'total_size': 48 + 10 + 8 + 0 + 2 + 6} and set(
     index['weight_map']
@@ -144,9 +150,9 @@ def test_one_file_where_it_is_enough(tmp_path):
   assert set(safetensors.read_folder(str(tmp_path))) == set(ARRAYS)
 
 
-def index_of(folder, change):
+def index_of(folder, monkeypatch, change):
   """A folder of two shards whose index is changed."""
-  safetensors.write_folder(str(folder), shapes(ARRAYS), ARRAYS.__getitem__, shard_bytes=30)
+  in_shards(folder, monkeypatch)
   path = folder / 'model.safetensors.index.json'
   index = json.loads(path.read_text())
   path.write_text(json.dumps(change(index)))
@@ -176,14 +182,14 @@ def index_of(folder, change):
     (lambda index: [], 'must have a "weight_map"'),
   ],
 )
-def test_a_wrong_index_is_refused(tmp_path, change, message):
-  index_of(tmp_path, change)
+def test_a_wrong_index_is_refused(tmp_path, monkeypatch, change, message):
+  index_of(tmp_path, monkeypatch, change)
   with pytest.raises(ValueError, match=message):
     safetensors.read_folder(str(tmp_path))
 
 
-def test_shards_that_overlap_and_folders_without_weights_are_refused(tmp_path):
-  index_of(tmp_path, lambda index: index)
+def test_shards_that_overlap_and_folders_without_weights_are_refused(tmp_path, monkeypatch):
+  index_of(tmp_path, monkeypatch, lambda index: index)
   (tmp_path / 'model-00002-of-00002.safetensors').write_bytes(
     (tmp_path / 'model-00001-of-00002.safetensors').read_bytes()
   )
