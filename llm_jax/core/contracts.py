@@ -372,6 +372,11 @@ class Predictor:
   classes: tuple[str, ...] | None = None
   task: str | None = None
 
+  def heads(self, model: Any) -> dict[str, Any]:
+    """The heads that answering needs, as an objective's."""
+    del model
+    return {}
+
   def layout(self, documents: Documents, seq_len: int) -> Texts:
     """Rows of texts without labels; the shapes of an example depend on `seq_len` alone."""
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a model says of texts: the answers of its objective's predictor, in the order of the texts."""
+"""What a model says of texts: the answers of its objective's predictor, in their order."""
 
 import concurrent.futures
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -42,6 +42,11 @@ class Labeller:
     size = program.config.batch_size
     self._block_size = max(LEAST_BLOCK, BLOCK_BATCHES * size)
     self._predict: Any = None
+
+  @property
+  def heads(self) -> dict[str, Any]:
+    """The heads that answering needs."""
+    return self._predictor.heads(self._program.network.model)
 
   def __call__(self, params: Any, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
     """An answer for each record, as JSON can hold it, in their order.

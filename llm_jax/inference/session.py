@@ -74,8 +74,9 @@ class Session:
 
   def answers(self, records: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same for a stream of records, block by block."""
-    self._require(self._labeller_heads)
-    return self._labeller(self.params, records)
+    labeller = self._labeller
+    self._require(tuple(labeller.heads))
+    return labeller(self.params, records)
 
   def embed(self, texts: Sequence[str], pool: str = 'mean', normalize: bool = True) -> np.ndarray:
     """[texts, D] float32: a vector for each text.
@@ -146,12 +147,6 @@ class Session:
   @functools.cached_property
   def _labeller(self) -> prediction.Labeller:
     return prediction.Labeller(self.program, self.tokenizer, assemble.encoder(self.config))
-
-  @property
-  def _labeller_heads(self) -> tuple[str, ...]:
-    self._labeller  # says so where the objective has no predictor
-    predictor = self.program.objective.predictor
-    return tuple(predictor.heads(self.program.network.model))
 
   @functools.cached_property
   def _embedder(self) -> Embedder:

@@ -19,6 +19,7 @@ from llm_jax.core.contracts import (
   Documents,
   Evaluator,
   Example,
+  Hook,
   Objective,
   Source,
   Tokenizer,
@@ -152,18 +153,16 @@ def create_evaluators(config: Config, objective: Objective) -> dict[str, Evaluat
   return made
 
 
-def create_hooks(config: Config, **given: Any) -> list[Any]:
-  """The hooks that the config names.
+def create_hook(config: Config, name: str, **given: Any) -> Hook:
+  """One of the hooks that the config names.
 
   Args:
     config: the config.
+    name: its key in `config.hooks`.
     **given: what a hook may ask for by the name of an argument: `run`, `log`.
   """
-  made = []
-  for name, options in config.hooks.items():
-    factory = plugins.load('hook', name).Hook
-    made.append(plugins.construct(f'hooks.{name}', factory, options or {}, **given))
-  return made
+  factory = plugins.load('hook', name).Hook
+  return plugins.construct(f'hooks.{name}', factory, config.hooks[name] or {}, **given)
 
 
 def load_mode(name: str) -> types.ModuleType:

@@ -1,0 +1,61 @@
+"""A model, its heads and its tokenizer as a folder that Hugging Face's transformers opens."""
+
+import functools
+import pathlib
+
+from absl import logging
+
+from llm_jax.hf import folders as hf
+from llm_jax.inference.session import Session
+from llm_jax.programs import pretrained
+
+# Our task -> what Hugging Face calls it in config.json.
+PROBLEMS = {
+  'regression': 'regression',
+  'multilabel': 'multi_label_classification',
+  'multiclass': 'single_label_classification',
+}
+
+
+def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> None:
+  """Writes the folder.
+
+  Args:
+    session: a run or a Hugging Face folder.
+    target: a folder that is empty or not there yet.
+    dtype: of the weights in the files.
+
+  Raises:
+    ValueError: a model that none of their architectures holds, parameters that are missing, a
+      folder that holds something.
+  """
+  program, config = session.program, session.config
+  model, predictor = program.network.model, program.objective.predictor
+  write_tokenizer = functools.partial(
+    session.tokenizer.export,
+    causal=model.causal,
+    max_len=model.max_len,
+    token_types=getattr(model, 'token_types', 0) > 1,
+  )
+  extra = _token_ids(session)
+  if predictor is not None:
+    extra['problem_type'] = PROBLEMS.get(predictor.task)
+  hf.save(
+    str(target),
+    pretrained.families(config),
+    config.model['name'],
+    model,
+    session.params,
+    infos=program.infos,
+    classes=None if predictor is None else predictor.classes,
+    dtype=dtype,
+    extra=extra,
+    also=write_tokenizer,
+  )
+  logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
+
+
+def _token_ids(session: Session) -> dict[str, int | str | None]:
+  """Ids of special tokens, as config.json names them."""
+  names = ('pad', 'bos', 'eos') if session.causal else ('pad',)
+  return {f'{name}_token_id': getattr(session.tokenizer, f'{name}_id') for name in names}

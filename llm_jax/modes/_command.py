@@ -1,0 +1,119 @@
+"""What every mode is given: the config, the workdir, and how errors of use differ from defects."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+if TYPE_CHECKING:
+  from llm_jax.core.config import Config
+  from llm_jax.inference.session import Session
+
+INPUT = flags.DEFINE_string(
+  'input',
+  None,
+  'predict, embed, generate: a .jsonl file, its texts in the field `text` unless the config names '
+  'another; embed, generate: also a .txt file, one text per line.',
+)
+OUTPUT = flags.DEFINE_string(
+  'output',
+  None,
+  'predict: a .jsonl file; embed: .npy or .jsonl; generate: .jsonl; export: a folder.',
+)
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+class UsageError(Exception):
+  """What the user gave is not possible; the message says what, what is allowed, and the way out."""
+
+
+@contextlib.contextmanager
+def usage_errors(errors: tuple[type[Exception], ...] = USER_ERRORS) -> Iterator[None]:
+  """Turns errors whose message is enough into one message, without a traceback."""
+  try:
+    yield
+  except errors as error:
+    raise UsageError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+  """One call of the program.
+
+  Attributes:
+    mode: its name.
+    settings: the config as nested dictionaries, as it is read from the file and the flags; None
+      where no file was named.
+    workdir: the folder of the run; None where none was named.
+    keep_compiled: whether compiled programs are kept for the next start.
+  """
+
+  mode: str
+  settings: dict[str, Any] | None
+  workdir: pathlib.Path | None
+  keep_compiled: bool = True
+
+  def config(
+    self, devices: Sequence[Any] | None = None, resume: pathlib.Path | None = None
+  ) -> 'Config':
+    """The config, with what `init_from` decides filled in, checked before anything is compiled.
+
+    Args:
+      devices: those of the mesh; all by default.
+      resume: the workdir whose run may continue.
+    """
+    from llm_jax.core import config as config_lib
+    from llm_jax.programs import assemble, pretrained
+
+    config = pretrained.fill_in(config_lib.parse(self.settings), resume)
+    assemble.check(config, devices)
+    return config
+
+  def session(self) -> 'Session':
+    """The model that the config's `init_from` names, or else the run in the workdir."""
+    from llm_jax.inference import session
+    from llm_jax.training import corpora
+
+    given = self.config() if self.settings is not None else None
+    if self.workdir is not None or given is not None:
+      self.use_compilation_cache(self.workdir or corpora.cache_directory(given))
+    return session.open_model(self.workdir, given)
+
+  def use_compilation_cache(self, folder: pathlib.Path) -> None:
+    """Keeps compiled programs in a folder, and takes them from there."""
+    if self.keep_compiled:
+      from llm_jax.programs import compilation
+
+      compilation.keep(folder)
+
+  def require(self, *examples: str) -> None:
+    """Raises ValueError unless all flags are set, each given as 'input=x.jsonl'."""
+    missing = [example for example in examples if _flag(example.partition('=')[0]) is None]
+    if missing:
+      wanted = ' and '.join(f'--{example}' for example in examples)
+      raise ValueError(f'--mode={self.mode} needs {wanted}.')
+
+
+def input_file() -> pathlib.Path | None:
+  """The file of --input."""
+  return None if INPUT.value is None else pathlib.Path(INPUT.value).expanduser()
+
+
+def output_path() -> pathlib.Path | None:
+  """The file or folder of --output."""
+  return None if OUTPUT.value is None else pathlib.Path(OUTPUT.value).expanduser()
+
+
+def check_output(target: pathlib.Path, suffixes: Sequence[str] = ()) -> None:
+  """Raises ValueError unless a file of this name can be written."""
+  right = not suffixes or target.suffix in suffixes
+  if not right or target.is_dir() or not target.absolute().parent.is_dir():
+    kind = f'a {" or ".join(suffixes)} file' if suffixes else 'a file'
+    raise ValueError(f'--output={target} must be {kind} in a folder that exists.')
+
+
+def _flag(name: str) -> Any:
+  return flags.FLAGS[name].value

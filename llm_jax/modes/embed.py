@@ -1,0 +1,93 @@
+"""`--mode=embed`: a vector for each text of a file."""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from absl import flags, logging
+
+from llm_jax.modes import _command
+from llm_jax.modes._command import Command
+
+if TYPE_CHECKING:
+  import numpy as np
+
+  from llm_jax.core.contracts import Source
+  from llm_jax.inference.session import Session
+
+POOL = flags.DEFINE_enum(
+  'pool', 'mean', ['mean', 'cls', 'last'], 'embed: what of a text its vector is.'
+)
+NORMALIZE = flags.DEFINE_bool('normalize', True, 'embed: vectors of length 1.')
+OUTPUTS = ('.npy', '.jsonl')
+
+
+def run(command: Command) -> None:
+  """Reads --input, writes --output."""
+  command.require('input=x.jsonl', 'output=y.npy')
+  embed(
+    command.session(),
+    _command.input_file(),
+    _command.output_path(),
+    POOL.value,
+    NORMALIZE.value,
+  )
+
+
+def embed(
+  session: 'Session',
+  source: pathlib.Path,
+  target: pathlib.Path,
+  pool: str = 'mean',
+  normalize: bool = True,
+) -> None:
+  """Writes the vectors of a file's texts, whole or not at all.
+
+  Args:
+    session: a model.
+    source: .jsonl, an object per line, the text in the field `config.data.text` ('text'); or .txt,
+      a text per line.
+    target: .npy, [texts, D] float32; or .jsonl, {"text": ..., "embedding": [...]} per line.
+    pool, normalize: as in `Session.embed`.
+
+  Raises:
+    ValueError: files that are not possible, a text without tokens, a model that cannot pool so.
+  """
+  from llm_jax.parallel import hosts
+
+  _command.check_output(target, OUTPUTS)
+  texts = read_texts(source, session.config.data.get('text') or 'text')
+  vectors = session.embed([texts[i]['text'] for i in range(len(texts))], pool, normalize)
+  if hosts.primary():
+    _write(target, vectors, texts)
+  logging.info('%d vectors of %d numbers in %s.', *vectors.shape, target)
+
+
+def read_texts(source: pathlib.Path, field: str) -> 'Source':
+  """The texts of one file: .jsonl, in the field of that name; or .txt, a text per line, lines of
+  white space left out.
+
+  Raises:
+    ValueError: no such file.
+  """
+  from llm_jax.data.sources import jsonl, text
+
+  if source.suffix not in ('.jsonl', '.txt') or not source.is_file():
+    raise ValueError(f'--input={source} must be a .jsonl or .txt file that exists.')
+  if source.suffix == '.jsonl':
+    return jsonl.Source(str(source), field)
+  return text.Source(str(source), unit='line')
+
+
+def _write(target: pathlib.Path, vectors: 'np.ndarray', texts: Any) -> None:
+  import numpy as np
+
+  from llm_jax.core import files
+
+  with files.whole_file(target, 'wb') as file:
+    if target.suffix == '.npy':
+      np.save(file, vectors)
+      return
+    for number, vector in enumerate(vectors):
+      line = {'text': texts[number]['text'], 'embedding': vector.tolist()}
+      file.write(json.dumps(line, ensure_ascii=False).encode() + b'\n')

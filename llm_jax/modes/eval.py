@@ -1,0 +1,55 @@
+"""`--mode=eval`: the numbers of a model on a validation set."""
+
+import json
+import pathlib
+from typing import TYPE_CHECKING
+
+from llm_jax.modes._command import Command
+
+if TYPE_CHECKING:
+  from llm_jax.inference.session import Session
+
+
+def run(command: Command) -> None:
+  """Prints them, and writes them to `eval.json` in the workdir."""
+  evaluate(command.session(), command.workdir)
+
+
+def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str, float]:
+  """Prints a model's numbers, and writes them to `eval.json`; data.validation=0: on all documents.
+
+  Args:
+    session: the model, and in its config the data.
+    folder: where to write; None to print only.
+
+  Raises:
+    ValueError: an unusable source, an empty corpus, parameters that are missing.
+  """
+  from llm_jax.core import files
+  from llm_jax.data import pipeline
+  from llm_jax.inference.session import load_params
+  from llm_jax.parallel import hosts
+  from llm_jax.programs import assemble, inference
+  from llm_jax.training import corpora, evaluation
+
+  tokenizer = session.tokenizer
+  documents = corpora.documents(session.config, tokenizer)
+  config = assemble.derive(session.config, documents.train)
+  chosen = documents.validation if config.data['validation'] else documents.train
+  objective = assemble.create_objective(config, tokenizer)
+  examples = pipeline.validation_examples(
+    chosen, objective, config.seq_len, config.seed, config.evaluation.rows
+  )
+  program = inference.build(config, objective, examples[0])
+  params = load_params(program, session.origin, heads=True)
+  report = folder and folder / 'eval_report.txt'
+  values = evaluation.scores(program, params, tokenizer, examples, report)
+  values |= evaluation.baselines(program, tokenizer, examples)
+  if hosts.primary():
+    for name, value in values.items():
+      print(f'{name:>24} {value:.6g}')
+    if folder:
+      record = {'model': str(session.origin), 'data': config.data} | values
+      with files.whole_file(folder / 'eval.json') as file:
+        json.dump(record, file, indent=2)
+  return values

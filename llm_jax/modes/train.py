@@ -1,0 +1,51 @@
+"""`--mode=train`: trains a run in the workdir, from the start or from where it was left."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from llm_jax.modes._command import Command
+
+if TYPE_CHECKING:
+  from llm_jax.training import logs, loop
+
+NEEDS_CONFIG = True
+WORKDIR = 'always'
+SAVES = True
+
+
+def prepare() -> None:
+  """Before JAX starts: keeps freed memory, where the run computes on a CPU."""
+  from llm_jax.parallel.cpu import memory
+
+  memory.keep()
+
+
+def run(command: Command) -> Callable[[], Any]:
+  """Prepares the run; what is returned trains it."""
+  from llm_jax.programs import workdir
+  from llm_jax.training import corpora, loop
+
+  config = command.config(resume=command.workdir)
+  workdir.open_workdir(command.workdir)
+  command.use_compilation_cache(command.workdir)
+  started = loop.start(corpora.load(config, command.workdir), command.workdir)
+  return lambda: loop.train(started, [samples, *configured(started)])
+
+
+def samples(run: 'loop.Run', log: 'logs.Log') -> Any:
+  """The hook that shows what a decoder writes."""
+  from llm_jax.inference.samples import Samples
+
+  return Samples.of(run, log)
+
+
+def configured(run: 'loop.Run') -> list[Callable[..., Any]]:
+  """Makers of the hooks that the config names."""
+  from llm_jax.programs import assemble
+
+  config = run.program.config
+
+  def maker(name: str) -> Callable[..., Any]:
+    return lambda run, log: assemble.create_hook(config, name, run=run, log=log)
+
+  return [maker(name) for name in config.hooks]
