@@ -1,4 +1,4 @@
-"""The command line: `python -m llm_jax.main --config=FILE --workdir=DIR [--mode=...] [--config.a=x]`.
+"""The command line: `python -m llm_jax.main --config=FILE --workdir=DIR [--mode=MODE] ...`.
 
 Reads the flags and hands over to the mode. Heavy imports come after the first checks, so that a
 slip of the pen is answered at once.
@@ -30,8 +30,8 @@ MODE = flags.DEFINE_string(
 COMPILATION_CACHE = flags.DEFINE_bool(
   'compilation_cache',
   True,
-  'Keep compiled programs for the next start: in the workdir, or without one in the cache folder of '
-  'the data.',
+  'Keep compiled programs for the next start: in the workdir, or without one in the cache folder '
+  'of the data.',
 )
 COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'HOST:PORT of process 0, where several processes are started by hand.'
@@ -75,9 +75,7 @@ def _command() -> Command:
 
 def _mode(name: str) -> types.ModuleType:
   with usage_errors():
-    from llm_jax.programs import assemble
-
-    return assemble.load_mode(name)
+    return plugins.load('mode', name)
 
 
 def _check_flags(mode: types.ModuleType) -> None:
@@ -149,8 +147,8 @@ def _with_config_file(argument: str) -> str:
 
 
 def _unknown_key(argv: Sequence[str], message: str) -> str:
-  """What ml_collections means by `'\\'stepz\\'\\nDid you mean "steps" instead of "stepz"?'`, with the
-  flag that it stands in.
+  """What ml_collections means by 'stepz' and "Did you mean "steps"?", with the flag that it stands
+  in.
   """
   quoted = re.findall(r'[\w.]+', message)
   key = quoted[0] if quoted else message

@@ -165,11 +165,6 @@ def create_hook(config: Config, name: str, **given: Any) -> Hook:
   return plugins.construct(f'hooks.{name}', factory, config.hooks[name] or {}, **given)
 
 
-def load_mode(name: str) -> types.ModuleType:
-  """The module of a mode."""
-  return plugins.load('mode', name)
-
-
 def encoder(config: Config) -> encoding.Encoder:
   """How the objective of a config, and each of its parts, encode a record."""
   leaves = [part for _, part in _leaf_sections(config.objective)]
