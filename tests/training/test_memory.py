@@ -5,10 +5,9 @@ import pytest
 
 from configs import bert_tiny
 from llm_jax.core import config
-from llm_jax.nn.layers import REMAT
+from llm_jax.nn.stack import REMAT
 from llm_jax.parallel import topology
-from llm_jax.programs import build
-from llm_jax.training import memory
+from llm_jax.training import memory, program
 
 
 def tiny(**model):
@@ -19,7 +18,7 @@ def tiny(**model):
 
 
 def make(settings):
-  return build.outline(settings, topology.devices('cpu:1'))
+  return program.outline(settings, topology.devices('cpu:1'))
 
 
 @pytest.fixture(scope='module')
@@ -30,17 +29,16 @@ def totals():
 
 def test_each_policy_keeps_less_than_the_one_before(totals):
   none, dots, narrow, attention, full = (totals[remat] for remat in memory.REMATS)
-  assert (
-    none > dots > narrow > attention >= full
-  )  # equal here, as only kernels name what attention gives
+  # The last two are equal here, as only kernels name what attention gives.
+  assert none > dots > narrow > attention >= full
   assert set(memory.REMATS) == REMAT.keys() - {'offload'}
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'narrow'])
 def test_auto_takes_the_first_that_fits(monkeypatch, totals, remat):
   monkeypatch.setattr(memory, 'limit', lambda devices: totals[remat])
-  program = memory.fitting(tiny(remat='auto'), make)
-  assert program.config.model['remat'] == program.network.model.remat == remat
+  made = memory.fitting(tiny(remat='auto'), make)
+  assert made.config.model['remat'] == made.network.model.remat == remat
   monkeypatch.setattr(memory, 'needed', lambda program: pytest.fail('compiled'))
   assert memory.fitting(tiny(remat='narrow'), make).network.model.remat == 'narrow'
 
