@@ -1,12 +1,14 @@
 """The mesh of devices, and the rules that lay logical axes on it. Models name logical axes only;
-mesh axes live here.
+mesh axes are known here.
 
 Mesh axes, from the slowest links to the fastest:
 
     data      rows of the batch
-    fsdp      rows of the batch; parameters and optimizer state are cut over it, and gathered where they are used
-    sequence  places of a row (ring attention, arXiv:2310.01889)
-    tensor    heads, mlp and vocabulary (Megatron-LM, arXiv:1909.08053); between them the places of a row (arXiv:2205.05198)
+    fsdp      rows of the batch; parameters and optimizer state are cut over it too, and parameters
+              are gathered where they are used
+    sequence  positions of a row (ring attention, arXiv:2310.01889)
+    tensor    heads, mlp and vocabulary (Megatron-LM, arXiv:1909.08053); between them the positions
+              of a row (arXiv:2205.05198)
 
 A dimension that its axes do not divide stays whole, and is reported.
 """
@@ -41,8 +43,11 @@ ACTIVATIONS = TENSOR | {
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-  """Mesh axes by logical axis: of parameters, and of the optimizer's state and the gradients that
-  it takes.
+  """Mesh axes by logical axis.
+
+  Attributes:
+    parameters: of parameters.
+    optimizer: of the optimizer's state, and of the gradients that it takes.
   """
 
   parameters: Mapping[str, tuple[str, ...]]
@@ -50,11 +55,11 @@ class Rules:
 
 
 RULES = {
-  # ZeRO stage 3 (arXiv:1910.02054), "fully sharded": all that is kept of a parameter is cut over
-  # `fsdp`.
+  # ZeRO stage 3 (arXiv:1910.02054), "fully sharded": parameters, gradients and optimizer state are
+  # cut over `fsdp`.
   'fsdp': Rules(TENSOR | {'embed': ('fsdp',)}, TENSOR | {'embed': ('fsdp',)}),
-  # ZeRO stage 1: parameters whole on each device, the optimizer's state cut over all that share out
-  # the batch.
+  # ZeRO stage 1: parameters are whole on each device, the optimizer's state is cut over all axes
+  # that share out the batch.
   'zero1': Rules(TENSOR, TENSOR | {'embed': BATCH}),
 }
 
@@ -67,7 +72,7 @@ def create_mesh(
   dcn_data: int = 1,
   dcn_fsdp: int = 1,
   *,
-  devices: Sequence[Any] | None = None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """A mesh over all devices (or `devices`), neighbours on it close to each other in the machine.
 
@@ -81,37 +86,40 @@ def create_mesh(
   Raises:
     ValueError: sizes whose product is not the number of devices.
   """
-  devices = list(jax.devices() if devices is None else devices)
-  sizes = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
-  slices = {'dcn_data': dcn_data, 'dcn_fsdp': dcn_fsdp}
-  if (
-    any(size < 1 and size != -1 for size in sizes.values())
-    or list(sizes.values()).count(-1) > 1
-    or min(slices.values()) < 1
-  ):
-    raise ValueError(
-      f'config.mesh={sizes | slices}: sizes are at least 1, and at most one of {", ".join(sizes)} '
-      'is -1 '
-      '(what is left).'
-    )
-  known = math.prod(size for size in sizes.values() if size != -1) * math.prod(slices.values())
-  open_axis = [axis for axis, size in sizes.items() if size == -1]
-  if len(devices) % known or (not open_axis and known != len(devices)):
-    multiple = 'a multiple of ' if open_axis else ''
-    raise ValueError(
-      f'config.mesh={sizes | slices} wants {multiple}{known} devices; there are {len(devices)}. '
-      'Set one axis to -1 to take what is left.'
-    )
-  if open_axis:
-    sizes[open_axis[0]] = len(devices) // known
+  found = list(jax.devices() if devices is None else devices)
+  within = {'data': data, 'fsdp': fsdp, 'sequence': sequence, 'tensor': tensor}
+  across = {'dcn_data': dcn_data, 'dcn_fsdp': dcn_fsdp}
+  sizes = _filled_in(within, across, len(found))
   return Mesh(
-    _arranged(list(sizes.values()), [dcn_data, dcn_fsdp, 1, 1], devices),
+    _arranged(sizes, [dcn_data, dcn_fsdp, 1, 1], found),
     AXES,
     axis_types=(AxisType.Auto,) * len(AXES),
   )
 
 
-def _arranged(within: Sequence[int], across: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+def _filled_in(within: Mapping[str, int], across: Mapping[str, int], devices: int) -> list[int]:
+  """The sizes within a slice, the open one (-1) filled in."""
+  section = f'config.mesh={dict(within) | dict(across)}'
+  open_axes = [axis for axis, size in within.items() if size == -1]
+  sizes = [size for size in (*within.values(), *across.values()) if size != -1]
+  if any(size < 1 for size in sizes) or -1 in across.values() or len(open_axes) > 1:
+    raise ValueError(
+      f'{section}: sizes are at least 1, and at most one of {", ".join(within)} is -1 (what is '
+      'left).'
+    )
+  known = math.prod(sizes)
+  if devices % known or (not open_axes and known != devices):
+    multiple = 'a multiple of ' if open_axes else ''
+    raise ValueError(
+      f'{section} wants {multiple}{known} devices; there are {devices}. Set one axis to -1 to take '
+      'what is left.'
+    )
+  return [devices // known if axis in open_axes else size for axis, size in within.items()]
+
+
+def _arranged(
+  within: Sequence[int], across: Sequence[int], devices: Sequence[jax.Device]
+) -> np.ndarray:
   """Devices by mesh position; slices (or hosts, where no slices are known) are the outer part of
   each axis.
   """
@@ -138,19 +146,20 @@ def create_layout(
   dcn_fsdp: int = 1,
   rules: str = 'fsdp',
   *,
-  devices: Sequence[Any] | None = None,
+  devices: Sequence[jax.Device] | None = None,
 ) -> 'Layout':
-  """The mesh of `create_mesh` with the rule set of a name, one of `RULES`; `config.mesh` are its
-  arguments.
+  """The mesh of `create_mesh` with one of the `RULES`; the section `config.mesh` are its arguments.
+
+  Raises:
+    ValueError: unknown rules; as `create_mesh`.
   """
   if rules not in RULES:
     raise ValueError(
       f'config.mesh.rules={rules!r} is not known{plugins.nearest(rules, RULES)}; known: '
       f'{", ".join(RULES)}.'
     )
-  return Layout(
-    create_mesh(data, fsdp, sequence, tensor, dcn_data, dcn_fsdp, devices=devices), RULES[rules]
-  )
+  mesh = create_mesh(data, fsdp, sequence, tensor, dcn_data, dcn_fsdp, devices=devices)
+  return Layout(mesh, RULES[rules])
 
 
 def row_shards(mesh: Mesh) -> int:
@@ -170,66 +179,64 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """A mesh, and the rules by which things lie on it."""
+  """A mesh, and the rules by which arrays lie on it."""
 
   mesh: Mesh
   rules: Rules
 
   @property
   def platform(self) -> str:
-    """Of the mesh's devices, which may be descriptions of devices that are elsewhere: 'cpu', 'gpu',
-    'tpu'.
-    """
+    """'cpu', 'gpu' or 'tpu', of the mesh's devices, which may be descriptions of absent ones."""
     return self.mesh.devices.flat[0].platform
 
   def spec(self, names: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
     """Where an activation lies, by the logical names of its dimensions."""
+    dimensions = zip(names, shape, strict=True)
     return PartitionSpec(
-      *(
-        self._cut(ACTIVATIONS.get(name, ()), name, size)
-        for name, size in zip(names, shape, strict=True)
-      )
+      *(self._cut(ACTIVATIONS.get(name, ()), name, size) for name, size in dimensions)
     )
 
   def parameter_spec(
     self, names: Sequence[str | None], shape: Sequence[int], optimizer: bool = False
   ) -> PartitionSpec:
-    """Where a parameter (or what the optimizer keeps for it) lies, by the logical names of its
-    dimensions.
+    """Where a parameter lies, by the logical names of its dimensions.
 
-    Axes that cannot cut their own dimension cut `embed` as well, where there is one: nothing is
-    kept twice for being odd.
+    Axes that do not divide their own dimension cut `embed` as well, where there is one: an array is
+    not kept whole on every device because one of its sizes is odd.
+
+    Args:
+      names: of its dimensions.
+      shape: of the parameter.
+      optimizer: for what the optimizer keeps of it, in place of the parameter itself.
     """
     rules = self.rules.optimizer if optimizer else self.rules.parameters
     axes = [rules.get(name, ()) for name in names]
-    left = [
-      axis
-      for wanted, size in zip(axes, shape, strict=True)
-      if size % self._parts(wanted)
-      for axis in wanted
-    ]
+    left: list[str] = []
+    for wanted, size in zip(axes, shape, strict=True):
+      if size % self._parts(wanted):
+        left += wanted
     for i, (name, size) in enumerate(zip(names, shape, strict=True)):
-      if name == 'embed' and left and size % self._parts((*axes[i], *left)) == 0:
-        axes[i] = (*axes[i], *left)
-    return PartitionSpec(
-      *(self._cut(*dimension) for dimension in zip(axes, names, shape, strict=True))
-    )
+      more = (*axes[i], *left)
+      if name == 'embed' and size % self._parts(more) == 0:
+        axes[i] = more
+    dimensions = zip(axes, names, shape, strict=True)
+    return PartitionSpec(*(self._cut(*dimension) for dimension in dimensions))
 
   def _parts(self, axes: Sequence[str]) -> int:
     return math.prod(self.mesh.shape[axis] for axis in axes)
 
-  def _cut(self, axes: Sequence[str], name: str | None, size: int) -> Any:
-    """The axes that cut a dimension, as PartitionSpec writes them; the last are left out until the
-    rest divides it.
+  def _cut(self, axes: Sequence[str], name: str | None, size: int) -> str | tuple[str, ...] | None:
+    """The axes that cut a dimension, as PartitionSpec writes them; the last ones are left out until
+    the others divide it.
     """
     kept = tuple(axis for axis in axes if self.mesh.shape[axis] > 1)
     while kept and size % self._parts(kept):
-      _report(
-        f'{name} of size {size} does not divide by {" x ".join(kept)} = {self._parts(kept)} and is '
-        f'not cut by {kept[-1]}'
-      )
+      product = f'{" x ".join(kept)} = {self._parts(kept)}'
+      _report(f'{name} of size {size} does not divide by {product} and is not cut by {kept[-1]}')
       kept = kept[:-1]
-    return kept[0] if len(kept) == 1 else kept or None
+    if len(kept) == 1:
+      return kept[0]
+    return kept or None
 
 
 _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout', default=None)
@@ -237,7 +244,7 @@ _CURRENT: contextvars.ContextVar[Layout | None] = contextvars.ContextVar('layout
 
 @contextlib.contextmanager
 def use(layout: Layout | None) -> Iterator[None]:
-  """The layout that `constrain` and `current` go by while a function is traced."""
+  """The layout that `constrain` and `current` use while a function is traced."""
   token = _CURRENT.set(layout)
   try:
     yield
@@ -251,7 +258,7 @@ def current() -> Layout | None:
 
 
 def platform() -> str:
-  """Of the devices that a program is traced for: 'cpu', 'gpu', 'tpu'."""
+  """'cpu', 'gpu' or 'tpu', of the devices that a program is traced for."""
   layout = current()
   return jax.default_backend() if layout is None else layout.platform
 
@@ -261,18 +268,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   layout = current()
   if layout is None:
     return x
-  return jax.lax.with_sharding_constraint(
-    x, NamedSharding(layout.mesh, layout.spec(names, x.shape))
-  )
+  where = NamedSharding(layout.mesh, layout.spec(names, x.shape))
+  return jax.lax.with_sharding_constraint(x, where)
 
 
 def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
-  """Key or value heads, repeated so far that the axes which cut `heads` query heads cut them too;
-  unchanged where they do.
+  """Key or value heads, repeated until the axes that cut `heads` query heads cut them too;
+  unchanged where they do already.
 
-  Query head n reads head n // G before and after.
+  Query head n reads head n // G before and after, with G query heads per head.
   """
-  layout, K = current(), x_BSKH.shape[2]
+  layout = current()
+  K = x_BSKH.shape[2]
   parts = 1 if layout is None else layout.mesh.shape['tensor']
   if heads % parts or K % parts == 0:
     return x_BSKH
@@ -302,8 +309,8 @@ def parameter_shardings(
 
 
 def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any) -> Any:
-  """Shardings for an optimizer's state: a leaf that mirrors a parameter (path and shape) lies as
-  given, the rest is replicated.
+  """Shardings for an optimizer's state: a leaf that mirrors a parameter (its path ends in that of
+  the parameter, and the shape is the same) lies as given, everything else is replicated.
 
   Args:
     mesh: the mesh.
@@ -311,23 +318,19 @@ def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any)
     shardings: for each parameter, where what the optimizer keeps for it lies.
     opt_state: the state's shapes.
   """
-  where = jax.tree_util.tree_leaves(shardings)
-  mirrored = {
-    (path, leaf.shape): sharding
-    for (path, leaf), sharding in zip(
-      jax.tree_util.tree_leaves_with_path(params), where, strict=True
-    )
-  }
+  mirrored = {}
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings), strict=True):
+    mirrored[path, leaf.shape] = where
 
-  def leaf(path, array):
-    matches = (
-      mirrored[path[i:], array.shape]
-      for i in range(len(path))
-      if (path[i:], array.shape) in mirrored
-    )
-    return next(matches, replicated(mesh))
+  def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    for start in range(len(path)):
+      found = mirrored.get((path[start:], leaf.shape))
+      if found is not None:
+        return found
+    return replicated(mesh)
 
-  return jax.tree_util.tree_map_with_path(leaf, opt_state)
+  return jax.tree_util.tree_map_with_path(sharding, opt_state)
 
 
 @functools.cache

@@ -11,6 +11,9 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.core import params as params_lib
+from llm_jax.core import tree
+from llm_jax.core.params import Info
 from llm_jax.parallel import sharding
 
 
@@ -37,10 +40,8 @@ def test_one_axis_takes_what_is_left():
   assert dict(made.mesh.shape) == {'data': 2, 'fsdp': 2, 'sequence': 1, 'tensor': 2}
   assert set(made.mesh.axis_types) == {jax.sharding.AxisType.Auto}
   assert sharding.row_shards(made.mesh) == 4 and made.platform == 'cpu'
-  assert (
-    sharding.batch_sharding(made.mesh).spec == P(('data', 'fsdp'))
-    and sharding.replicated(made.mesh).spec == P()
-  )
+  assert sharding.batch_sharding(made.mesh).spec == P(('data', 'fsdp'))
+  assert sharding.replicated(made.mesh).spec == P()
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_activations():
   )
   assert made.spec(('batch', 'norm_length', None), (4, 6, 5)) == P(
     'data', 'sequence', None
-  )  # 6 places do not divide by 4
+  )  # 6 positions do not divide by 4
   assert made.spec(('batch', 'length'), (3, 5)) == P(None, None)
 
 
@@ -117,25 +118,28 @@ def test_parameters():
 
 def test_an_optimizer_lies_as_its_rules_say():
   made = layout(data=2, fsdp=2, tensor=2, rules='zero1')
-  boxed = {
-    'a': {'kernel': nn.LogicallyPartitioned(shape(3, 8, 6), ('layers', 'embed', 'mlp'))},
-    'b': shape(2),
-  }
-  params = sharding.parameter_shardings(made, boxed)
-  kept = sharding.parameter_shardings(made, boxed, optimizer=True)
-  assert params['a']['kernel'].spec == P(None, None, 'tensor') and params['b'].spec == P()
-  plain = nn.meta.unbox(boxed)
-  state = jax.eval_shape(optax.chain(optax.clip(1.0), optax.adamw(1e-3)).init, plain)
-  where = sharding.optimizer_shardings(made.mesh, plain, kept, state)
-  specs = {
-    jax.tree_util.keystr(path): found.spec
-    for path, found in jax.tree_util.tree_leaves_with_path(where)
-  }
-  assert [spec for path, spec in specs.items() if path.endswith("['kernel']")] == [
-    P(None, ('data', 'fsdp'), 'tensor')
-  ] * 2
+  shapes = {'a': {'kernel': shape(3, 8, 6)}, 'b': shape(2)}
+  infos = {'a/kernel': Info(('layers', 'embed', 'mlp')), 'b': Info((None,))}
+  params = sharding.parameter_shardings(made, shapes, infos)
+  kept = sharding.parameter_shardings(made, shapes, infos, optimizer=True)
+  assert params['a']['kernel'].spec == P(None, None, 'tensor')
+  assert params['b'].is_equivalent_to(sharding.replicated(made.mesh), 1)
+  state = jax.eval_shape(optax.chain(optax.clip(1.0), optax.adamw(1e-3)).init, shapes)
+  where = sharding.optimizer_shardings(made.mesh, shapes, kept, state)
+  specs = {path: found.spec for path, found in tree.flatten(where).items()}
+  moments = [spec for path, spec in specs.items() if path.endswith('kernel')]
+  assert moments == [P(None, ('data', 'fsdp'), 'tensor')] * 2
   counts = [spec for path, spec in specs.items() if path.endswith('count')]
   assert counts and set(counts) == {P()}
+
+
+def test_a_part_of_the_parameters_and_the_boxes_that_name_their_axes():
+  made = layout(data=1, fsdp=4, tensor=2)
+  kernel = params_lib.boxed(nn.initializers.zeros, ('embed', 'mlp'), inputs=(0,))
+  boxed = {'a': kernel(jax.random.key(0), (8, 6)), 'b': jnp.zeros(2)}
+  infos = params_lib.infos(boxed)
+  found = sharding.parameter_shardings(made, {'a': shape(8, 6)}, infos)
+  assert list(found) == ['a'] and found['a'].spec == P('fsdp', 'tensor')
 
 
 @pytest.mark.parametrize(
