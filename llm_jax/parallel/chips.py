@@ -17,11 +17,11 @@ class Chip:
   """One kind of device.
 
   Attributes:
-    flops: peak dense matrix products a second in bfloat16 with float32 sums; float16 for V100 and
+    flops: peak FLOP/s of dense matrix products in bfloat16 with float32 sums; float16 for V100 and
       T4, which have no bfloat16.
     usable_bytes: of its main memory, for a program; None where no compiler for it runs here.
-    memory_bandwidth: bytes a second between main memory and cores.
-    link_bandwidth: bytes a second that it can send its neighbours in a slice, all links together,
+    memory_bandwidth: bytes per second between main memory and cores.
+    link_bandwidth: bytes per second that it can send its neighbours in a slice, all links together,
       one way.
   """
 
@@ -31,12 +31,12 @@ class Chip:
   link_bandwidth: float | None = None
 
 
-_V5E = Chip(197e12, 15.75 * GIB, 819e9, 200e9)  # 1,600 Gbit/s a chip
+_V5E = Chip(197e12, 15.75 * GIB, 819e9, 200e9)  # 1,600 Gbit/s per chip
 _V5P = Chip(459e12, 95.74 * GIB, 2765e9, 600e9)  # 4,800 Gbit/s
 _V6E = Chip(918e12, 31.25 * GIB, 1640e9, 400e9)  # 3,200 Gbit/s ("800 GB/s, both ways")
 CHIPS = {
   'TPU v2': Chip(22.5e12),
-  'TPU v3': Chip(61.5e12, 15.48 * GIB, 450e9, 41e9),  # 900 GB/s and 656 Gbit/s a chip
+  'TPU v3': Chip(61.5e12, 15.48 * GIB, 450e9, 41e9),  # 900 GB/s and 656 Gbit/s per chip
   'TPU v4': Chip(275e12, 30.75 * GIB, 1228e9, 300e9),  # 2,400 Gbit/s
   'TPU v5 lite': _V5E,
   'TPU v5e': _V5E,
@@ -67,4 +67,5 @@ def peak_flops(device_kind: str) -> float | None:
   """Peak FLOP/s of one device by `jax.Device.device_kind`; None for a kind that is not in the
   table, such as 'cpu'.
   """
-  return CHIPS[device_kind].flops if device_kind in CHIPS else None
+  chip = CHIPS.get(device_kind)
+  return None if chip is None else chip.flops

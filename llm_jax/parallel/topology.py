@@ -1,5 +1,5 @@
-"""Machines that are not here: descriptions of a slice's devices by its name, good enough for the
-real compiler.
+"""Machines that are not here: descriptions of their devices, from a name, which the real compiler
+takes.
 
 `v5e:4x4` is a slice of 4 x 4 chips, `v5e:4x4*2` two of them joined by the data centre's network,
 `cpu:8` eight devices of this machine's CPU. The TPU compiler (package libtpu) needs no TPU.
@@ -12,7 +12,6 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -22,8 +21,12 @@ from llm_jax.core.plugins import nearest
 
 @dataclasses.dataclass(frozen=True)
 class _Kind:
-  """How libtpu names a generation, the dimensions of its slices, and whether the two cores of a
-  chip are one device.
+  """A generation of TPUs.
+
+  Attributes:
+    name: what libtpu calls it.
+    dimensions: of its slices.
+    megacore: whether the two cores of a chip are one device.
   """
 
   name: str
@@ -31,15 +34,13 @@ class _Kind:
   megacore: bool
 
   def closed(self, shape: tuple[int, ...]) -> tuple[bool, bool, bool]:
-    """Along which dimensions a slice's ends are joined: all where each is a multiple of 4 (3-D);
-    those of 16 chips (2-D).
+    """Along which dimensions the ends of a slice are joined: in 3-D all, where each is a multiple
+    of 4 chips; in 2-D those of 16 chips.
     """
-    ends = (
-      [all(size % 4 == 0 for size in shape)] * 3
-      if self.dimensions == 3
-      else [size == 16 for size in (*shape, 1)]
-    )
-    return tuple(ends)
+    if self.dimensions == 3:
+      whole = all(size % 4 == 0 for size in shape)
+      return whole, whole, whole
+    return shape[0] == 16, shape[1] == 16, False
 
 
 # Google's pages on each generation (docs.cloud.google.com/tpu/docs/v5p and so on).
@@ -49,7 +50,7 @@ KINDS = {
   'v5p': _Kind('v5', 3, True),
   'v6e': _Kind('v6e', 2, False),
 }
-# libtpu asks about the TPU that it is on, complains where there is none, and keeps others from it;
+# libtpu looks for the TPU that it is on, complains where there is none, and locks it for itself;
 # here it only compiles.
 _NO_TPU = {
   'TPU_SKIP_MDS_QUERY': '1',
@@ -65,19 +66,20 @@ def parse(topology: str) -> tuple[str, tuple[int, ...], int]:
   """(generation, chips along each dimension, slices) of a name.
 
   Raises:
-    ValueError: not a name of this form, or a generation that is not known.
+    ValueError: a name of another form, or an unknown generation.
   """
   match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?', topology)
   if not match:
     raise ValueError(
       f'--topology={topology} is not the name of a machine; give one such as {EXAMPLES}.'
     )
-  kind, shape, slices = match[1], tuple(map(int, match[2].split('x'))), int(match[3] or 1)
+  kind, slices = match[1], int(match[3] or 1)
+  shape = tuple(map(int, match[2].split('x')))
   if kind != 'cpu' and kind not in KINDS:
+    known = [*KINDS, 'cpu']
     raise ValueError(
-      f'--topology={topology}: {kind!r} is not a known kind of '
-      f'chip{nearest(kind, [*KINDS, "cpu"])}; known: '
-      f'{", ".join(KINDS)}, cpu.'
+      f'--topology={topology}: {kind!r} is not a known kind of chip{nearest(kind, known)}; known: '
+      f'{", ".join(known)}.'
     )
   wanted = 1 if kind == 'cpu' else KINDS[kind].dimensions
   if len(shape) != wanted or min(shape) < 1 or slices < 1 or (kind == 'cpu' and slices > 1):
@@ -87,20 +89,21 @@ def parse(topology: str) -> tuple[str, tuple[int, ...], int]:
 
 
 def prepare(topologies: Sequence[str]) -> None:
-  """Before JAX starts: checks the names, and makes room for as many CPU devices as they want."""
-  parsed = [parse(name) for name in topologies]
-  jax.config.update(
-    'jax_num_cpu_devices', max([1, *(shape[0] for kind, shape, _ in parsed if kind == 'cpu')])
-  )
+  """Before JAX starts: checks the names, and has JAX make as many CPU devices as they need."""
+  counts = [1]
+  for name in topologies:
+    kind, shape, _ = parse(name)
+    if kind == 'cpu':
+      counts.append(shape[0])
+  jax.config.update('jax_num_cpu_devices', max(counts))
 
 
-def devices(topology: str) -> list[Any]:
-  """The devices of a topology, as a mesh and the compiler take them.
-
-  For a CPU they are real ones, for which `prepare` makes room.
+def devices(topology: str) -> list[jax.Device]:
+  """The devices of a topology, as a mesh and the compiler take them; of a CPU the real ones, which
+  `prepare` asks JAX for.
 
   Raises:
-    ValueError: a name that is not one, a shape that does not exist, no TPU compiler on this
+    ValueError: a name of another form, a shape that does not exist, no TPU compiler on this
       machine, too few CPU devices.
   """
   kind, shape, slices = parse(topology)
@@ -110,9 +113,9 @@ def devices(topology: str) -> list[Any]:
   chip = KINDS[kind]
   for name, value in _NO_TPU.items():
     os.environ.setdefault(name, value)
-  options = (
-    dict(chip_config_name='megacore', chips_per_host_bounds=(2, 2, 1)) if chip.megacore else {}
-  )
+  options = {}
+  if chip.megacore:
+    options = {'chip_config_name': 'megacore', 'chips_per_host_bounds': (2, 2, 1)}
   try:
     described = topologies.get_topology_desc(
       platform='tpu',
@@ -121,36 +124,28 @@ def devices(topology: str) -> list[Any]:
       wrap=chip.closed(shape),
       **options,
     )
-  except (
-    Exception
-  ) as error:  # jaxlib's own error type, and IndexError for what is smaller than a host
+  # jaxlib's own error type, and IndexError for what is smaller than a host.
+  except Exception as error:
     raise ValueError(
       f'--topology={topology}: the TPU compiler knows no such slice '
-      f'({str(error).splitlines()[0]}); '
-      f'shapes are multiples of the 2x2 chips of a host.'
+      f'({str(error).splitlines()[0]}); shapes are multiples of the 2x2 chips of a host.'
     ) from error
   return list(described.devices)
 
 
 def check_compiler() -> None:
-  """Raises ValueError, saying how to install it, where the TPU compiler is not there."""
-  if importlib.util.find_spec('libtpu') is None:
-    wanted = next(
-      (
-        line.split(';')[0].strip()
-        for line in importlib.metadata.requires('jax') or ()
-        if line.startswith('libtpu')
-      ),
-      'libtpu',
-    )
-    raise ValueError(
-      f"plans for TPUs need the TPU compiler, which runs without a TPU: pip install '{wanted}', or "
-      'plan for '
-      'this machine with --topology=cpu:8.'
-    )
+  """Raises ValueError, with how to install it, where the TPU compiler is not installed."""
+  if importlib.util.find_spec('libtpu') is not None:
+    return
+  required = importlib.metadata.requires('jax') or ()
+  matching = [line.split(';')[0].strip() for line in required if line.startswith('libtpu')]
+  raise ValueError(
+    'plans for TPUs need the TPU compiler, which runs without a TPU: pip install '
+    f"'{next(iter(matching), 'libtpu')}', or plan for this machine with --topology=cpu:8."
+  )
 
 
-def _cpu_devices(topology: str, count: int) -> list[Any]:
+def _cpu_devices(topology: str, count: int) -> list[jax.Device]:
   found = jax.devices('cpu')
   if len(found) < count:
     raise ValueError(

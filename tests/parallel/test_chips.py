@@ -4,8 +4,8 @@ from llm_jax.parallel import chips
 
 
 def test_peaks_of_the_vendors():
-  # TFLOP/s a chip by Google: v3 123 and TPU7x 2307 (two devices each), v4 275; by NVIDIA: H100 SXM
-  # 1979 with sparsity.
+  # TFLOP/s per chip by Google: v3 123 and TPU7x 2307 (two devices each), v4 275; by NVIDIA: H100
+  # SXM 1979 with sparsity.
   assert 2 * chips.peak_flops('TPU v3') == 123e12
   assert 2 * chips.peak_flops('TPU7x') == 2307e12
   assert chips.peak_flops('TPU v4') == 275e12

@@ -1,4 +1,4 @@
-"""Machines by name: what they have, and names that are none."""
+"""Machines by name: what they have, and names of no machine."""
 
 import importlib.util
 
@@ -19,9 +19,8 @@ from llm_jax.parallel import topology
 )
 def test_slices_of_tpus(name, kind, chips, hosts, slices):
   devices = topology.devices(name)
-  assert {device.device_kind for device in devices} == {kind} and len(devices) == topology.chips(
-    name
-  ) == chips
+  assert {device.device_kind for device in devices} == {kind}
+  assert len(devices) == topology.chips(name) == chips
   assert len({device.process_index for device in devices}) == hosts
   assert len({getattr(device, 'slice_index', 0) for device in devices}) == slices
 
@@ -32,7 +31,8 @@ def test_slices_of_tpus(name, kind, chips, hosts, slices):
     ('v5e', 'is not the name of a machine; give one such as v5e:4x4'),
     (
       'v5q:4x4',
-      r"'v5q' is not a known kind of chip \(did you mean 'v5e'\?\)|known: v4, v5e, v5p, v6e, cpu",
+      r"'v5q' is not a known kind of chip \(did you mean 'v5p'\?\); "
+      r'known: v4, v5e, v5p, v6e, cpu\.',
     ),
     ('v5p:4x4', r'v5p has 3 dimension\(s\), as in v5p:4x4x4'),
     ('cpu:8*2', r'cpu has 1 dimension\(s\)'),
@@ -40,7 +40,7 @@ def test_slices_of_tpus(name, kind, chips, hosts, slices):
     ('cpu:4096', r'JAX has started with \d+ CPU devices'),
   ],
 )
-def test_names_that_are_none(name, message):
+def test_names_of_no_machine(name, message):
   with pytest.raises(ValueError, match=message):
     topology.devices(name)
 
