@@ -1,6 +1,6 @@
 """Several processes are one program: the same losses as one process, the same decisions, one end.
 
-The runs are true ones, of a tiny model, started by `launch/local.sh`. Some go on where another
+The runs are real ones, of a tiny model, started by `launch/local.sh`. Some go on where another
 stopped, so that one start shows several things.
 """
 
@@ -22,16 +22,13 @@ import jax
 import numpy as np
 import pytest
 
-from llm_jax.parallel import hosts, sharding
+from llm_jax.parallel import cluster, hosts, sharding
 
 ROOT = pathlib.Path(__file__).parents[2]
-TOLERANCE = (
-  2e-5  # relative, of a loss, gradient norm or score: float32 sums in another order (seen: 3e-7)
-)
-BATCH, EVERY = (
-  8,
-  10,
-)  # rows of a batch; steps between checkpoints, and of each leg on another number of processes
+# Relative, of a loss, gradient norm or score: float32 sums in another order (seen: 3e-7).
+TOLERANCE = 2e-5
+BATCH = 8
+EVERY = 10  # steps between checkpoints, and of each leg on another number of processes
 ENDS_WITHIN = 60  # seconds
 ENDLESS = 100_000  # steps
 TINY = [
@@ -99,7 +96,7 @@ def test_rows_are_those_of_the_devices(processes, each, sizes):
     assert hosts.rows(mesh, 16, process).tolist() == sorted(held)
 
 
-def test_rows_that_cannot_be_read():
+def test_rows_that_are_refused():
   with pytest.raises(ValueError, match='overlap in part; sequence x tensor must divide'):
     hosts.rows(mesh_of(3, 2, data=2, tensor=3), 8, 0)
   with pytest.raises(ValueError, match='process 7 has none of the 8 devices'):
@@ -137,9 +134,9 @@ def tpu(monkeypatch):
   """
   monkeypatch.setenv('JAX_PLATFORMS', 'tpu')
   monkeypatch.setattr(
-    hosts.hardware_utils, 'num_available_tpu_chips_and_device_id', lambda: (4, None)
+    cluster.hardware_utils, 'num_available_tpu_chips_and_device_id', lambda: (4, None)
   )
-  monkeypatch.setattr(hosts, 'METADATA_SECONDS', 0.5)
+  monkeypatch.setattr(cluster, 'METADATA_SECONDS', 0.5)
   with contextlib.ExitStack() as stack:
 
     def serve(workers):
@@ -191,7 +188,7 @@ def test_flags(joined):
     (('node-0:4000', 0, 0), '--num_processes=0 must be at least 1'),
   ],
 )
-def test_flags_that_cannot_be(joined, flags, message):
+def test_flags_that_are_refused(joined, flags, message):
   with pytest.raises(ValueError, match=message):
     joined(*flags)
 
@@ -235,9 +232,8 @@ def test_an_open_mpi_that_does_not_say_where_process_0_is(joined, monkeypatch):
   ],
 )
 def test_tpu_pods_by_environment(joined, tpu, monkeypatch, environment, several):
-  tpu(
-    ['x', 'y'] if not several else []
-  )  # the metadata server, which is not to be asked, would say the contrary
+  # The metadata server, which is not to be asked, would say the contrary.
+  tpu(['x', 'y'] if not several else [])
   for name, value in environment.items():
     monkeypatch.setenv(name, value)
   assert joined() == ({} if several else None)
@@ -263,9 +259,8 @@ def test_no_metadata_server(joined, tpu, monkeypatch):
 
 def test_alone_everything_is_at_once():
   assert not hosts.several() and hosts.primary()
-  assert (
-    hosts.agree(lambda: {1, 2}) == hosts.first(lambda: {1, 2}) == {1, 2}
-  )  # not even JSON is needed
+  # Not even JSON is needed.
+  assert hosts.agree(lambda: {1, 2}) == hosts.first(lambda: {1, 2}) == {1, 2}
   hosts.barrier()
   hosts.check_same('a config', 'x')
   hosts.abort('nothing', 1)
@@ -287,9 +282,8 @@ def test_what_a_lost_connection_is():
   error = jax.errors.JaxRuntimeError(
     'UNKNOWN: Gloo all-reduce failed: Connection closed by peer [10.0.0.2]:1\nand more'
   )
-  assert 'another process died' in hosts.lost(error) and hosts.lost(error).endswith(
-    'peer [10.0.0.2]:1)'
-  )
+  message = hosts.lost(error)
+  assert 'another process died' in message and message.endswith('peer [10.0.0.2]:1)')
   assert hosts.lost(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory')) is None
   assert hosts.lost(ValueError('Gloo')) is None
 
@@ -316,8 +310,8 @@ def fail(error):
   raise error
 
 attempt('agree', lambda: hosts.agree(lambda: index * 10 + 7))
-attempt('told', lambda: hosts.agree(lambda: fail(OSError('the disk is full'))))
-attempt('untold', lambda: hosts.agree(lambda: fail(KeyError('x'))))
+attempt('user error', lambda: hosts.agree(lambda: fail(OSError('the disk is full'))))
+attempt('other error', lambda: hosts.agree(lambda: fail(KeyError('x'))))
 attempt('no json', lambda: hosts.agree(lambda: {1, 2}))
 def late():
   if index == 0:
@@ -335,7 +329,8 @@ whole = np.arange(16).reshape(8, 2)
 rows = hosts.rows(mesh, 8)
 array = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), whole[rows])
 said['rows'] = rows.tolist()
-said['placed'] = all((np.asarray(part.data) == whole[part.index]).all() for part in array.addressable_shards)
+shards = array.addressable_shards
+said['placed'] = all((np.asarray(part.data) == whole[part.index]).all() for part in shards)
 step = hosts.compiled(jax.jit(lambda x: x.sum()))
 said['sums'] = [int(step(array)), int(step(array))]
 hosts.finish()
@@ -379,52 +374,50 @@ def test_processes_agree(tmp_path):
   assert [status for status, *_ in done] == [0, 0], done
   zero, one = (json.loads(out.splitlines()[-1]) for _, out, _ in done)
   assert zero['agree'] == one['agree'] == 7
-  assert (
-    zero['told'] == 'OSError: the disk is full' and one['told'] == 'ValueError: the disk is full'
-  )
-  assert (
-    zero['untold'] == "KeyError: 'x'" and one['untold'] == "RuntimeError: process 0: KeyError: 'x'"
-  )
+  assert zero['user error'] == 'OSError: the disk is full'
+  assert one['user error'] == 'ValueError: the disk is full'
+  assert zero['other error'] == "KeyError: 'x'"
+  assert one['other error'] == "RuntimeError: process 0: KeyError: 'x'"
   assert zero['no json'].startswith('TypeError') and 'not JSON serializable' in one['no json']
   assert zero['first'] < one['first']
   assert abs(zero['after'] - one['after']) < 0.5 < one['before'] - zero['before']
   assert zero['same'] is one['same'] is None and zero['other'] is None
   assert one['other'] == (
     'ValueError: process 1 has a config other than process 0; all processes need the same command '
-    'and the '
-    'same files. First difference: seed: 1, on process 0 seed: 0.'
+    'and the same files. First difference: seed: 1, on process 0 seed: 0.'
   )
-  assert (
-    (zero['rows'], one['rows']) == ([0, 1, 4, 5], [2, 3, 6, 7]) and zero['placed'] and one['placed']
-  )
+  assert (zero['rows'], one['rows']) == ([0, 1, 4, 5], [2, 3, 6, 7])
+  assert zero['placed'] and one['placed']
   assert zero['sums'] == one['sums'] == [120, 120]
   assert not zero['several'] and not one['several']
 
 
 def test_slurm_joins_them():
-  worker = 'from llm_jax import hosts; hosts.start(); print(hosts.jax.process_index(), hosts.agree(lambda: 7)); hosts.finish()'
-  told = dict(
+  worker = (
+    'from llm_jax.parallel import hosts; hosts.start(); '
+    'print(hosts.jax.process_index(), hosts.agree(lambda: 7)); hosts.finish()'
+  )
+  job = dict(
     SLURM_JOB_ID=str(os.getpid()),
     SLURM_STEP_NODELIST='localhost',
     SLURM_NTASKS='2',
     SLURM_STEP_NUM_TASKS='2',
   )
-  done = together(
-    lambda *_: ['-c', worker], 2, lambda i: told | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)}
-  )
+  one_of = lambda i: job | {'SLURM_PROCID': str(i), 'SLURM_LOCALID': str(i)}
+  done = together(lambda *_: ['-c', worker], 2, one_of)
   assert [out for _, out, _ in done] == ['0 7\n', '1 7\n'], done
 
 
 FAILS = """
-import sys
 from llm_jax import main
+from llm_jax.modes import train
 from llm_jax.parallel import hosts
-def train(workdir):
+def run(command):
   import jax
   if jax.process_index() == 1:
     raise RuntimeError('process 1 is out of luck')
   hosts.barrier()
-main._train = train
+train.run = run
 main.cli()
 """
 
@@ -446,14 +439,12 @@ def test_an_exception_ends_all_processes_with_its_reason(tmp_path):
   assert time.perf_counter() - began < ENDS_WITHIN
   assert zero[0] == one[0] == 1
   assert 'Traceback' in one[2] and 'RuntimeError: process 1 is out of luck' in one[2]
-  assert (
-    zero[2].splitlines()[-1]
-    == 'llm_jax: stopping, because process 1 stopped: RuntimeError: process 1 is out of luck'
-  )
+  reason = 'RuntimeError: process 1 is out of luck'
+  assert zero[2].splitlines()[-1] == f'llm_jax: stopping, because process 1 stopped: {reason}'
 
 
 def test_a_process_whose_others_do_not_come():
-  start = 'from llm_jax import hosts; hosts.start("127.0.0.1:1", 2, 1, seconds=1)'
+  start = 'from llm_jax.parallel import hosts; hosts.start("127.0.0.1:1", 2, 1, seconds=1)'
   done = subprocess.run(
     [sys.executable, '-c', start], capture_output=True, text=True, cwd=ROOT, timeout=60, check=False
   )
@@ -464,7 +455,7 @@ def test_a_process_whose_others_do_not_come():
   )
 
 
-# ---- true runs
+# ---- real runs
 
 
 @pytest.fixture(scope='module')
@@ -500,10 +491,8 @@ def started(*arguments):
   """A run under way, with what it writes in `<workdir>.log`; ended at the end in any case."""
   line = command(*arguments)
   folder, name = arguments[:2]
-  environment = os.environ | {
-    'PYTHON': sys.executable,
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
-  }  # compiles sooner
+  compiles_sooner = {'XLA_FLAGS': '--xla_backend_optimization_level=0'}
+  environment = os.environ | {'PYTHON': sys.executable} | compiles_sooner
   with open(folder / f'{name}.log', 'w') as log:
     process = subprocess.Popen(
       line, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, start_new_session=True
@@ -561,15 +550,15 @@ def pid_of(folder, name, index):
 
 
 def difference(a, b):
-  """The largest relative difference of any number of two runs, which must say it of the same steps."""
+  """The largest relative difference of any number of two runs, which must have the same steps."""
   assert a.keys() == b.keys() and a
   pairs = [(a[step][key], b[step][key]) for step in a for key in a[step]]
   return max(abs(x - y) / max(abs(x), abs(y), 1e-30) for x, y in pairs)
 
 
 def shifted(run):
-  """The metrics of a run as if each training step had been the one after it: what one step out of
-  place looks like.
+  """The metrics of a run as if each training step had been the one after it: what a run that lost
+  one step looks like.
   """
   last = max(step for split, step in run if split == 'train')
   return {
@@ -590,11 +579,10 @@ def pair(folder):
   on the way.
   """
   seen = {}
+  seal = folder / 'pair' / 'checkpoints' / str(EVERY) / 'seal.json'
   with started(folder, 'pair', 2, ENDLESS) as process:
     wait_for_step(folder, 'pair', EVERY + 1, process)
-    while not (
-      folder / 'pair' / 'checkpoints' / str(EVERY) / 'seal.json'
-    ).exists():  # a run that dies in a save has lost it
+    while not seal.exists():  # a run that dies in a save has lost it
       time.sleep(0.01)
     os.kill(pid_of(folder, 'pair', 1), signal.SIGKILL)
     began = time.perf_counter()
@@ -639,7 +627,7 @@ def test_killed_and_preempted_the_run_is_the_same_to_the_last_bit(pair, folder):
   )
   whole = train(folder, 'whole', 2, pair['step'] + 2)
   assert pair['metrics'] == whole
-  assert shifted(whole) != whole  # what one step out of place would look like
+  assert shifted(whole) != whole  # a run that lost one step would look otherwise
 
 
 @pytest.fixture(scope='module')
@@ -680,7 +668,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(alone, elastic, fol
   )
 
 
-def test_processes_with_different_configs_are_told_apart(folder):
+def test_processes_with_different_configs_are_stopped(folder):
   zero, one = together(
     lambda address, i: [
       '-m',
@@ -693,16 +681,9 @@ def test_processes_with_different_configs_are_told_apart(folder):
     ],
     2,
   )
-  assert (
-    one[0] == 2
-    and 'process 1 has a config other than process 0' in one[2]
-    and '"seed": 1, on process 0 "seed": 0' in one[2]
-  )
-  assert (
-    zero[0] == 2
-    and 'stopping, because process 1 stopped: process 1 has a config other than process 0'
-    in zero[2]
-  )
+  reason = 'process 1 has a config other than process 0'
+  assert one[0] == 2 and reason in one[2] and '"seed": 1, on process 0 "seed": 0' in one[2]
+  assert zero[0] == 2 and f'stopping, because process 1 stopped: {reason}' in zero[2]
   assert 'Traceback' not in zero[2] + one[2]
 
 
