@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.core import contracts
+from llm_jax.data import documents
+
 
 class Tokenizer:
   """Ids 0 to 6 are special; of the others the multiples of `word` begin a word, and id i spells i %
@@ -34,27 +37,26 @@ class Tokenizer:
     return np.array([7 + ord(c) % (self.vocab_size - 7) for c in text], np.int32)
 
 
-class Documents:
-  """Token arrays as one split of a corpus."""
+class Documents(documents.Memory):
+  """Token arrays as one split of a corpus; anything is an id."""
 
   def __init__(self, texts, pairs=None, labels=None):
-    self.texts, self.pairs, self.labels, self.ids = texts, pairs, labels, np.arange(len(texts))
-    self.lengths = np.array([len(t) for t in texts], np.int64)
-    self.pair_lengths = None if pairs is None else np.array([len(t) for t in pairs], np.int64)
-
-  def __len__(self):
-    return len(self.texts)
-
-  def text(self, index, start=0, stop=None):
-    return np.asarray(self.texts[index][start:stop], np.int32)
-
-  def pair(self, index):
-    return np.asarray(self.pairs[index], np.int32)
+    self.texts = texts
+    given = {'tokens': texts, 'pair_tokens': pairs, 'label': labels}
+    columns = {name: column for name, column in given.items() if column is not None}
+    records = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    super().__init__(records, encode, None)
 
 
-def random_documents(lengths, vocab_size=50, seed=0):
+def encode(record, tokenizer):
+  """Records that are encoded already."""
+  ids = {k: np.asarray(v, np.int32) for k, v in record.items() if k in ('tokens', 'pair_tokens')}
+  return dict(record) | ids
+
+
+def random_documents(lengths, vocab_size=50, seed=0, **given):
   rng = np.random.default_rng(seed)
-  return Documents([rng.integers(7, vocab_size, n) for n in lengths])
+  return Documents([rng.integers(7, vocab_size, n) for n in lengths], **given)
 
 
 def stack(examples):
@@ -62,8 +64,8 @@ def stack(examples):
 
 
 def network(dim=6, vocab_size=50, seed=0, **outputs):
-  """A bound network of linear maps: table `w_DV`, and by head name a matrix [D, outputs[name]]; the
-  pooler does nothing.
+  """A bound network of linear maps, as `contracts.Net` has them: table `w_DV`, and by head name a
+  matrix [D, outputs[name]]; the pooler does nothing, hidden states are the tokens' vectors.
   """
   rng = np.random.default_rng(seed)
   w_DV = rng.normal(size=(dim, vocab_size)).astype(np.float32)
@@ -72,16 +74,30 @@ def network(dim=6, vocab_size=50, seed=0, **outputs):
   }
   heads = {name: (lambda x, w=w: x @ w) for name, w in matrices.items()}
   heads |= {'mlm': lambda x: (2 * x, None), 'pooler': lambda x: x}
-  model = types.SimpleNamespace(table=lambda: jnp.asarray(w_DV.T))
-  return types.SimpleNamespace(model=model, heads=heads, w_DV=w_DV, matrices=matrices)
+
+  def forward(batch, positions=None):
+    hidden = w_DV.T[np.asarray(batch['tokens'])]
+    return contracts.Outputs(_chosen(hidden, positions))
+
+  model = types.SimpleNamespace(
+    table=lambda: jnp.asarray(w_DV.T),
+    vocab_size=vocab_size,
+    options=types.SimpleNamespace(dim=dim),
+  )
+  return types.SimpleNamespace(
+    model=model, heads=heads, forward=forward, w_DV=w_DV, matrices=matrices
+  )
 
 
 def read(objective, hidden, batch):
   """Of hidden states [B, T, D] those that an objective asks for."""
-  places = objective.places(batch)
-  return jnp.asarray(
-    hidden if places is None else hidden[np.arange(len(hidden))[:, None], np.asarray(places)]
-  )
+  return _chosen(hidden, objective.positions(batch))
+
+
+def _chosen(hidden, positions):
+  if positions is None:
+    return jnp.asarray(hidden)
+  return jnp.asarray(hidden[np.arange(len(hidden))[:, None], np.asarray(positions)])
 
 
 def cross_entropy(logits, targets):

@@ -1,5 +1,5 @@
-"""Which pieces of which documents share a row: plans over lengths alone, and the row that a list of
-pieces makes.
+"""Which pieces of which documents share a row: plans made from lengths alone, and the row that a
+list of pieces makes.
 
 A plan covers every token of every document exactly once. `best_fit` is best-fit decreasing
 (Johnson, 1974) on documents cut to at most a row, as in Ding et al., 2024, "Fewer Truncations
@@ -35,32 +35,29 @@ class Plan:
     """The pieces (document, start, stop) of one row, in the order in which they stand."""
     index = range(len(self))[index]
     pieces = slice(self.offsets[index], self.offsets[index + 1])
-    return list(
-      zip(
-        self.document[pieces].tolist(),
-        self.start[pieces].tolist(),
-        self.stop[pieces].tolist(),
-        strict=True,
-      )
-    )
+    columns = (self.document, self.start, self.stop)
+    return list(zip(*(column[pieces].tolist() for column in columns), strict=True))
 
 
 def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
-  """Lays documents one after another and cuts wherever a row is full; a row whose rest cannot hold
-  one token is closed.
+  """Lays documents one after another and cuts wherever a row is full.
+
+  A row whose rest cannot hold one token is closed.
 
   Args:
     lengths: [documents] integers, tokens of each document; empty documents yield no piece.
-    capacity: places of a row.
-    overhead: further places that every piece costs (special tokens around it).
+    capacity: tokens of a row.
+    overhead: special tokens around every piece.
 
   Raises:
-    ValueError: `overhead` leaves no place for a token.
+    ValueError: `overhead` leaves no room for a token.
   """
   room = _room(capacity, overhead)
   lengths = np.asarray(lengths, dtype=np.int64)
   kept = np.flatnonzero(lengths)
-  first, opens, left = [], [], 0
+  first = []  # tokens of each document's first piece
+  opens = []  # whether that piece begins a row
+  left = 0  # what is free in the row that is being filled
   for length in lengths[kept].tolist():
     opens.append(left <= overhead)
     if left <= overhead:
@@ -68,7 +65,10 @@ def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
     head = min(length, left - overhead)
     first.append(head)
     tail = length - head
-    left = room - ((tail - 1) % room + 1) if tail else left - head - overhead
+    if tail:
+      left = room - ((tail - 1) % room + 1)
+    else:
+      left -= head + overhead
   document, start, stop = _cut(lengths, kept, np.asarray(first, dtype=np.int64), room)
   begins = (start > 0) | np.asarray(opens, dtype=bool)[np.searchsorted(kept, document)]
   return Plan(document, start, stop, np.append(np.flatnonzero(begins), len(document)))
@@ -86,9 +86,9 @@ def best_fit(
   plan = one_per_row(lengths, capacity, overhead)
   sizes = plan.stop - plan.start
   full = sizes == _room(capacity, overhead)
+  rest = np.flatnonzero(~full)
   row = np.empty(len(sizes), dtype=np.int64)
   row[full] = np.arange(full.sum())
-  rest = np.flatnonzero(~full)
   row[rest] = full.sum() + _best_fit_decreasing(sizes[rest] + overhead, capacity, most)
   order = np.argsort(row, kind='stable')
   offsets = np.append(0, np.cumsum(np.bincount(row)))
@@ -136,15 +136,15 @@ def assemble(pieces: list[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
   return row
 
 
-def text_places(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
-  """Where the texts of a row begin and end, that stand one after another from place 0.
+def text_bounds(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
+  """Where the texts of a row, which stand one after another from index 0 on, begin and end.
 
   Args:
-    lengths: places of each text, at most `slots` of them.
+    lengths: tokens of each text, at most `slots` texts.
     slots: G.
 
   Returns:
-    `text_firsts` and `text_lasts`, the first and last place of each text, each [G] int32; 0 where
+    `text_firsts` and `text_lasts`, the first and last index of each text, each [G] int32; 0 where
     there is no text.
   """
   row = {key: np.zeros(slots, dtype=np.int32) for key in ('text_firsts', 'text_lasts')}
@@ -157,8 +157,7 @@ def text_places(lengths: Sequence[int], slots: int) -> dict[str, np.ndarray]:
 def _room(capacity: int, overhead: int) -> int:
   if capacity <= overhead:
     raise ValueError(
-      f'a row of {capacity} places has no room for a token beside the {overhead} that each piece '
-      'costs; '
+      f'a row of {capacity} tokens has no room beside the {overhead} special ones of each piece; '
       f'config.seq_len must be at least {overhead + 1}.'
     )
   return capacity - overhead
@@ -167,8 +166,8 @@ def _room(capacity: int, overhead: int) -> int:
 def _cut(
   lengths: np.ndarray, kept: np.ndarray, first: np.ndarray, room: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """(document, start, stop) of all pieces of the documents `kept`: `first` tokens each, then `room`
-  at a time.
+  """(document, start, stop) of all pieces of the documents `kept`: first the number of tokens that
+  `first` says, then `room` at a time.
   """
   counts = 1 - (first - lengths[kept]) // room
   document = np.repeat(kept, counts)
@@ -179,21 +178,23 @@ def _cut(
 
 
 def _best_fit_decreasing(costs: np.ndarray, capacity: int, most: int | None) -> np.ndarray:
-  """[pieces] row of each piece. Rows stand in one list per free space; the bits of `spaces` say
-  which lists hold any.
-  """
-  rows, pieces = np.empty(len(costs), dtype=np.int64), [0] * len(costs)
-  waiting, spaces, opened = [[] for _ in range(capacity + 1)], 0, 0
+  """[pieces] row of each piece, by the space that is free in the rows so far."""
+  rows = np.empty(len(costs), dtype=np.int64)
+  pieces = [0] * len(costs)  # of each row
+  waiting = [[] for _ in range(capacity + 1)]  # rows by the space that is left in them
+  spaces = 0  # its bits say which of these lists hold any
+  opened = 0
   order = np.argsort(-costs, kind='stable')
   for piece, cost in zip(order.tolist(), costs[order].tolist(), strict=True):
     fitting = spaces >> cost
     if fitting:
-      left = cost + (fitting & -fitting).bit_length() - 1
+      left = cost + (fitting & -fitting).bit_length() - 1  # the lowest bit: the tightest fit
       row = waiting[left].pop()
       if not waiting[left]:
         spaces ^= 1 << left
     else:
-      row, left, opened = opened, capacity, opened + 1
+      row, left = opened, capacity
+      opened += 1
     rows[piece] = row
     pieces[row] += 1
     if pieces[row] == most:

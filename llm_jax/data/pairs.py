@@ -1,5 +1,5 @@
-"""Rows of one or two texts, as BERT reads them, and the chunks of documents that such pairs are
-made of.
+"""Rows of one or two texts, as BERT reads them, and the chunks of documents that such pairs are cut
+from.
 
 Devlin et al. 2019, "BERT", section 3.1 and appendix A.1: [CLS] A [SEP] B [SEP], token type 0 up to
 the first [SEP], 1 after it.
@@ -9,29 +9,30 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from llm_jax.core.contracts import Documents
+from llm_jax.core.contracts import Documents, Example
 from llm_jax.data import pack
 
 
 class Chunks:
-  """Documents cut one after the other in chunks of `size` tokens; the last chunk of a document is
-  what is left.
+  """Documents cut one after the other in chunks of `size` tokens.
+
+  The last chunk of a document is what is left of it; empty documents have none.
 
   Args:
-    documents: the documents; empty ones have no chunk.
-    size: tokens a chunk, at least 1.
+    documents: the documents.
+    size: tokens per chunk, at least 1.
   """
 
   def __init__(self, documents: Documents, size: int):
     if size < 1:
       raise ValueError(
-        f'chunks of {size} tokens: the row has no place for text beside its special tokens; use a '
+        f'chunks of {size} tokens: the row has no room for text beside its special tokens; use a '
         'longer seq_len.'
       )
     self.documents, self.size = documents, size
-    self.first = np.concatenate(
-      [[0], np.cumsum(-(-np.asarray(documents.lengths) // size))]
-    )  # first chunk of each document
+    self.lengths = documents.lengths('tokens')
+    chunks = -(-self.lengths // size)  # of each document, rounded up
+    self.first = np.append(0, np.cumsum(chunks))  # the first chunk of each document
 
   def __len__(self) -> int:
     return int(self.first[-1])
@@ -44,12 +45,11 @@ class Chunks:
     """The tokens of a chunk, [n] with 1 <= n <= size."""
     document = self.document(index)
     start = (index - int(self.first[document])) * self.size
-    return self.documents.text(
-      document, start, min(start + self.size, int(self.documents.lengths[document]))
-    )
+    stop = min(start + self.size, int(self.lengths[document]))
+    return self.documents.array('tokens', document, start, stop)
 
   def other(self, index: int, rng: np.random.Generator) -> int:
-    """A chunk drawn evenly from all chunks of the other documents than the one of chunk `index`."""
+    """A chunk drawn evenly from all chunks of documents other than the one of chunk `index`."""
     document = self.document(index)
     low, high = int(self.first[document]), int(self.first[document + 1])
     drawn = int(rng.integers(len(self) - (high - low)))
@@ -59,8 +59,9 @@ class Chunks:
 def split(
   tokens: np.ndarray, short_rate: float, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Cuts a chunk in two texts at a random place, each with at least one token (the second is empty
-  for a chunk of one).
+  """Cuts a chunk in two texts at a random position.
+
+  Each has at least one token; of a chunk of one token the second text is empty.
 
   Args:
     tokens: [n] ids.
@@ -78,7 +79,7 @@ def split(
 
 def row(
   first: np.ndarray, second: np.ndarray | None, seq_len: int, begin: int, between: int, end: int
-) -> dict[str, np.ndarray]:
+) -> Example:
   """The row of one text, or of one pair; arguments, result and errors as for `packed`."""
   return packed([(first, second)], seq_len, begin, between, end)
 
@@ -90,7 +91,7 @@ def packed(
   between: int,
   end: int,
   slots: int = 0,
-) -> dict[str, np.ndarray]:
+) -> Example:
   """Lays out texts one after another in a row padded with zeros, each a segment of its own with
   positions from 0.
 
@@ -110,15 +111,21 @@ def packed(
   Raises:
     ValueError: the texts are longer than the row.
   """
-  pieces = [
-    np.concatenate(
-      [[begin], first, [end]] if second is None else [[begin], first, [between], second, [end]]
-    )
-    for first, second in texts
-  ]
+  pieces = [_piece(first, second, begin, between, end) for first, second in texts]
   lengths = [len(piece) for piece in pieces]
-  example = pack.assemble(pieces, seq_len) | {'token_types': np.zeros(seq_len, np.int32)}
+  example = pack.assemble(pieces, seq_len)
+  example['token_types'] = np.zeros(seq_len, np.int32)
   for stop, (_, second) in zip(np.cumsum(lengths), texts, strict=True):
     if second is not None:
       example['token_types'][stop - len(second) - 1 : stop] = 1
-  return example | (pack.text_places(lengths, slots) if slots else {})
+  if slots:
+    example |= pack.text_bounds(lengths, slots)
+  return example
+
+
+def _piece(
+  first: np.ndarray, second: np.ndarray | None, begin: int, between: int, end: int
+) -> np.ndarray:
+  if second is None:
+    return np.concatenate([[begin], first, [end]])
+  return np.concatenate([[begin], first, [between], second, [end]])

@@ -1,8 +1,8 @@
-"""From tokenized documents to batches: an endless, shuffled, weighted stream whose example i is a
+"""From encoded documents to batches: an endless, shuffled, weighted stream whose example i is a
 pure function of (seed, i).
 
 Nothing here has state but an index: hosts, threads and restarts change who computes an example and
-  when, never what it is.
+when, never what it is.
 """
 
 import collections
@@ -19,15 +19,11 @@ import grain
 import numpy as np
 from absl import logging
 
-from llm_jax.core.contracts import Documents, Objective, Rows
+from llm_jax.core.contracts import Documents, Example, Objective, Rows
 
-Example = dict[str, np.ndarray]
-_TRAIN, _VALIDATION, _CHOICE, _SHUFFLE = (
-  1,
-  2,
-  3,
-  4,
-)  # uses of the seed; the last and above: one a corpus
+# Uses of the seed; corpus i is shuffled by number `_SHUFFLE + i`.
+_TRAIN, _VALIDATION, _CHOICE, _SHUFFLE = 1, 2, 3, 4
+_AHEAD = 3  # batches that are made before they are asked for
 
 
 def train_examples(
@@ -57,27 +53,26 @@ def train_examples(
     Dataset of length sys.maxsize; element i is a dict of arrays, a row of the batch.
 
   Raises:
-    ValueError: weights that are not positive or not one a corpus, a negative seed, fewer rows than
-      a batch in all corpora together or none in one of them.
+    ValueError: weights that are not positive or not one per corpus, a negative seed, fewer rows
+      than a batch in all corpora together or none in one of them.
   """
   shares = _shares(weights, len(splits))
   rows = [objective.rows(split, seq_len) for split in splits]
   _check_rows([len(r) for r in rows], batch_size, seq_len)
-  streams = [
-    grain.MapDataset.range(len(r))
-    .shuffle(seed=_derive(seed, _SHUFFLE + corpus))
-    .repeat()
-    .map(functools.partial(_tag, corpus))
-    for corpus, r in enumerate(rows)
-  ]
+  streams = []
+  for corpus, laid_out in enumerate(rows):
+    order = grain.MapDataset.range(len(laid_out))
+    order = order.shuffle(seed=_derive(seed, _SHUFFLE + corpus)).repeat()
+    streams.append(order.map(functools.partial(_tag, corpus)))
   chosen = grain.MapDataset.select_from_datasets(streams, _Interleaved(shares))
-  return chosen.random_map(functools.partial(_example, rows, objective), seed=_derive(seed, _TRAIN))
+  make = functools.partial(_example, rows, objective)
+  return chosen.random_map(make, seed=_derive(seed, _TRAIN))
 
 
 def validation_examples(
   splits: Sequence[Documents], objective: Objective, seq_len: int, seed: int, limit: int = 0
 ) -> grain.MapDataset:
-  """The validation set: finite, always in the same order and with the same random draws for a row,
+  """The validation set: finite, always in the same order and with the same random draws per row,
   whatever the limit.
 
   Args:
@@ -93,24 +88,21 @@ def validation_examples(
   if limit < 0:
     raise ValueError(f'limit={limit} must be a number of validation rows, or 0 for all of them.')
   rows = [objective.rows(split, seq_len) for split in splits]
-  tags = [
-    grain.MapDataset.range(len(r)).map(functools.partial(_tag, corpus))
-    for corpus, r in enumerate(rows)
-  ]
   total = sum(map(len, rows))
   if not total:
     raise ValueError(
       f'the validation documents give no row of seq_len={seq_len}; hold out a larger share of the '
       'corpus.'
     )
-  examples = grain.MapDataset.concatenate(tags).random_map(
-    functools.partial(_example, rows, objective), seed=_derive(seed, _VALIDATION)
-  )
+  tags = []
+  for corpus, laid_out in enumerate(rows):
+    tags.append(grain.MapDataset.range(len(laid_out)).map(functools.partial(_tag, corpus)))
+  make = functools.partial(_example, rows, objective)
+  examples = grain.MapDataset.concatenate(tags).random_map(make, seed=_derive(seed, _VALIDATION))
   if not 0 < limit < total:
     return examples
-  chosen = np.sort(
-    np.random.default_rng(_derive(seed, _CHOICE)).choice(total, limit, replace=False)
-  )
+  rng = np.random.default_rng(_derive(seed, _CHOICE))
+  chosen = np.sort(rng.choice(total, limit, replace=False))
   return grain.MapDataset.source(chosen.tolist()).map(examples.__getitem__)
 
 
@@ -119,43 +111,39 @@ def batches(
   batch_size: int,
   start: int = 0,
   rows: Sequence[int] | None = None,
-  threads: int = 1,
   put: Callable[[Example], Any] | None = None,
 ) -> Iterator[Any]:
   """This host's rows of each global batch, from example `start` on, forever; made ahead of need by
-  threads.
+  a thread.
 
   Global batch s holds examples `start + s * batch_size` and following. Close the iterator
-  (`.close()`) to stop the threads; an exception in a transform, or in `put`, is raised by the
-  `next` that wants its batch.
+  (`.close()`) to stop the thread; an exception in a transform, or in `put`, is raised by the `next`
+  that wants its batch.
 
   Args:
     examples: an endless stream.
     batch_size: rows of the global batch.
     start: examples consumed before, any number.
     rows: which rows of the global batch to make, in this order (`hosts.rows`); None for all.
-    threads: that make batches; they share Python's lock, so more than one only helps where reading
-      waits for a disk.
-    put: what the threads do with a batch last (`Program.put`: it is on the devices before it is
+    put: what the thread does with a batch last (`Inference.put`: it is on the devices before it is
       asked for); None for nothing.
 
   Yields:
     Arrays with a leading axis as long as `rows`, or what `put` made of them.
 
   Raises:
-    ValueError: batch_size, rows, start or threads is out of range.
+    ValueError: batch_size, rows or start is out of range.
   """
   rows = _checked_rows(batch_size, rows)
   if start < 0:
     raise ValueError(f'start={start} must be the number of examples consumed before, 0 or more.')
   load = _loader(examples, rows)
-  return _ahead(
-    (lambda first: put(load(first))) if put else load, itertools.count(start, batch_size), threads
-  )
+  make = load if put is None else lambda first: put(load(first))
+  return _ahead(make, itertools.count(start, batch_size))
 
 
 def padded_batches(
-  examples: grain.MapDataset, batch_size: int, rows: Sequence[int] | None = None, threads: int = 1
+  examples: Sequence[Example], batch_size: int, rows: Sequence[int] | None = None
 ) -> Iterator[Example]:
   """This host's rows of each global batch of a finite set, once; rows of zeros fill up the last.
 
@@ -164,10 +152,12 @@ def padded_batches(
   rows = _checked_rows(batch_size, rows)
   total = len(examples)
   empty = {key: np.zeros_like(value) for key, value in examples[0].items()}
-  load = lambda first: _stack(
-    [examples[first + row] if first + row < total else empty for row in rows]
-  )
-  return _ahead(load, range(0, total, batch_size), threads)
+
+  def load(first: int) -> Example:
+    indices = [first + row for row in rows]
+    return _stack([examples[index] if index < total else empty for index in indices])
+
+  return _ahead(load, range(0, total, batch_size))
 
 
 class _Interleaved(grain.transforms.DatasetSelectionMap):
@@ -184,13 +174,16 @@ class _Interleaved(grain.transforms.DatasetSelectionMap):
     return sys.maxsize
 
   def __getitem__(self, index: int) -> tuple[int, int]:
-    before, after, total, corpus = int(index), int(index) + 1, sum(self._shares), 0
+    before, after = int(index), int(index) + 1  # how many examples there are so far
+    total, corpus = sum(self._shares), 0
     while True:
       left = total - self._shares[corpus]
-      rest_before, rest_after = before * left // total, after * left // total
+      rest_before = before * left // total  # of those, how many the corpora behind this one have
+      rest_after = after * left // total
       if rest_after == rest_before:
         return corpus, before - rest_before
-      before, after, total, corpus = rest_before, rest_after, left, corpus + 1
+      before, after = rest_before, rest_after
+      total, corpus = left, corpus + 1
 
 
 def _shares(weights: Sequence[float], corpora: int) -> list[int]:
@@ -212,14 +205,12 @@ def _check_rows(counts: Sequence[int], batch_size: int, seq_len: int) -> None:
   if min(counts) == 0 or sum(counts) < batch_size:
     raise ValueError(
       f'the training documents give {" + ".join(map(str, counts))} rows of seq_len={seq_len}; '
-      'every corpus needs one, and '
-      f'batch_size={batch_size} needs as many in all. Lower config.batch_size or config.seq_len, '
-      'hold out less for validation, '
-      'or add text.'
+      f'every corpus needs one, and batch_size={batch_size} needs as many in all. Lower '
+      'config.batch_size or config.seq_len, hold out less for validation, or add text.'
     )
   for corpus, count in enumerate(counts):
     logging.info(
-      'Training corpus %d: %d rows of %d tokens, %.1f batches of %d an epoch.',
+      'Training corpus %d: %d rows of %d tokens, %.1f batches of %d per epoch.',
       corpus,
       count,
       seq_len,
@@ -242,16 +233,16 @@ def _tag(corpus: int, row: int) -> tuple[int, int]:
 
 
 def _example(
-  rows: Sequence[Rows], objective: Objective, place: tuple[int, int], rng: np.random.Generator
+  rows: Sequence[Rows], objective: Objective, tag: tuple[int, int], rng: np.random.Generator
 ) -> Example:
-  corpus, row = place
+  corpus, row = tag
   return objective.transform(rows[corpus].example(row, rng), rng)
 
 
 def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
   if batch_size <= 0:
     raise ValueError(f'batch_size={batch_size} must be at least 1.')
-  rows = list(range(batch_size) if rows is None else map(int, rows))
+  rows = list(range(batch_size)) if rows is None else [int(row) for row in rows]
   if not rows or min(rows) < 0 or max(rows) >= batch_size:
     raise ValueError(f'rows={rows} must be some of the rows 0 to {batch_size - 1} of a batch.')
   return rows
@@ -259,7 +250,8 @@ def _checked_rows(batch_size: int, rows: Sequence[int] | None) -> list[int]:
 
 def _loader(examples: grain.MapDataset, rows: Sequence[int]) -> Callable[[int], Example]:
   """A function from a batch's first example to the batch."""
-  # All rows at once: grain keeps books on every read, which takes as long as a short row itself.
+  # All rows at once, which grain has no public function for: it keeps books on every single read,
+  # and that takes as long as making a short row.
   return lambda first: _stack(examples._getitems([first + row for row in rows]))
 
 
@@ -268,26 +260,23 @@ def _stack(rows: Sequence[Example]) -> Example:
   for row in rows:
     if row.keys() != keys:
       raise ValueError(
-        f'rows of one batch hold different arrays, {sorted(keys)} and {sorted(row)}; '
-        'an objective must give every row the same, with a weight of 0 where one does not count.'
+        f'rows of one batch hold different arrays, {sorted(keys)} and {sorted(row)}; an objective '
+        'must give every row the same, with a weight of 0 where one does not count.'
       )
   return {key: np.stack([row[key] for row in rows]) for key in keys}
 
 
-def _ahead(load: Callable[[int], Any], firsts: Iterable[int], threads: int) -> Iterator[Any]:
-  """load(first) for each of `firsts`, in order, computed up to `threads + 2` ahead of the reader."""
-  if threads < 1:
-    raise ValueError(f'threads={threads} must be at least 1.')
-  return _pulled(load, firsts, threads)
+def _ahead(load: Callable[[int], Any], firsts: Iterable[int]) -> Iterator[Any]:
+  """load(first) for each of `firsts`, in order, computed up to `_AHEAD` ahead of the reader.
 
-
-def _pulled(load: Callable[[int], Any], firsts: Iterable[int], threads: int) -> Iterator[Any]:
+  One thread is enough: more would wait for each other, as they share Python's lock.
+  """
   pending: collections.deque[concurrent.futures.Future] = collections.deque()
-  pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix='batches')
+  pool = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix='batches')
   try:
     for first in firsts:
       pending.append(pool.submit(load, first))
-      if len(pending) > threads + 2:
+      if len(pending) > _AHEAD:
         yield pending.popleft().result()
     while pending:
       yield pending.popleft().result()

@@ -1,18 +1,17 @@
 """Classification and regression of one text or a pair of texts, as BERT is fine-tuned.
 
 Devlin et al. 2019, "BERT", section 4.1: [CLS] text [SEP] (or [CLS] A [SEP] B [SEP]), a pooler on
-the first place, a linear layer. Radford et al. 2018, "GPT", section 3.2 for causal models: BOS text
-EOS, a linear layer on the last place.
+the first token, a linear layer. Radford et al. 2018, "GPT", section 3.2 for causal models: BOS text
+EOS, a linear layer on the last token.
 
 Short texts share a row (Krell et al. 2021, arXiv:2107.02027, pack BERT's pretraining so): each
 stands between special tokens of its own, with positions from 0, in a segment that no other text
-sees, and has a slot of the row for its label. Loss and gradient are those of the same texts a row
-each; only the number of rows is another.
+sees, and has a slot of the row for its label. Loss and gradient are those of the same texts with a
+row each; only the number of rows differs.
 """
 
-import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,29 +20,29 @@ import numpy as np
 import optax
 from absl import logging
 
-from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Texts, Tokenizer
-from llm_jax.data import pack, pairs
+from llm_jax.core import contracts
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts, Tokenizer
+from llm_jax.data import pairs
 from llm_jax.nn import heads
+from llm_jax.objectives import _labels
+from llm_jax.objectives._text_rows import TextRows
 
-TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
 PACKINGS = ('best_fit', 'none')
-PLACES_A_TEXT = (
-  4  # slots are enough for texts of so many places on average, special tokens included
-)
+TOKENS_PER_TEXT = 4  # slots are enough for texts of so many on average, special ones included
 MOST_TEXTS = (
-  128  # of a row, so that what is kept for each slot stays small beside what is kept for each place
+  128  # of a row, so that what is kept per slot stays small beside what is kept per token
 )
 
 
-class Objective:
+class Objective(contracts.Objective, contracts.Predictor):
   """Classification or regression of documents; only what is too long for a row loses its end, the
   longer text of a pair first.
 
   A batch has `config.batch_size` rows, not texts. Where k texts share a row on average (the log
   says how many), an optimizer step learns from k times as many texts as it would without packing,
-  and an epoch has k times fewer steps: to keep the number of texts a step, divide batch_size by k;
-  or keep the rows, and take fewer steps. Which texts share a row, and so a step, is fixed for the
-  run by their lengths, among equal lengths by chance.
+  and an epoch has k times fewer steps: to keep the number of texts per step, divide batch_size by
+  k; or keep the rows, and take fewer steps. Which texts share a row, and so a step, is fixed for
+  the run by their lengths, among equal lengths by chance.
 
   Args:
     tokenizer: makes the ids.
@@ -51,13 +50,17 @@ class Objective:
     task: 'multiclass' (one of the classes), 'binary' (the second of two classes or not, one logit),
       'multilabel' (any of them), 'regression' (a number).
     dropout: rate before the last linear layer.
-    pool: 'cls' reads the first place through a pooler, as BERT does; 'mean' the mean of all places,
+    pool: 'cls' reads the first token through a pooler, as BERT does; 'mean' the mean of all tokens,
       for encoders that were trained by masked LM alone (arXiv:1908.10084, section 3); 'last' the
-      last place, for decoders.
+      last token, for decoders.
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
     packing: 'best_fit' puts several texts in a row, the longest first, each where least room is
-      left; at most a text for each 4 places, and 128. 'none': a text a row.
+      left; at most one for every 4 tokens, and 128. 'none': one text per row.
   """
+
+  terms = {'classify': 1.0}
+  evaluators = ('loss', 'classification')
+  derived = ('classes',)
 
   def __init__(
     self,
@@ -70,7 +73,7 @@ class Objective:
     packing: str = 'best_fit',
   ):
     for name, value, allowed in (
-      ('task', task, TASKS),
+      ('task', task, _labels.TASKS),
       ('pool', pool, heads.POOLS),
       ('packing', packing, PACKINGS),
       ('unlabelled', unlabelled, ('error', 'ignore')),
@@ -79,26 +82,48 @@ class Objective:
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(allowed)}.')
     if not 0 <= dropout < 1:
       raise ValueError(f'objective.dropout={dropout} must be at least 0 and below 1.')
-    _check_classes(classes, task)
+    self.labels = _labels.Labels(classes, task)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
-    self.number = {name: i for i, name in enumerate(classes or ())}
-    self.terms, self.predictor = {'classify': 1.0}, self
+    self.predictor = self
+
+  @classmethod
+  def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
+    """The classes of the training documents, where the task has any and the config names none.
+
+    Raises:
+      ValueError: no document has a label, or labels are fractional numbers.
+    """
+    if options.get('task') == 'regression' or options.get('classes'):
+      return {}
+    labels = itertools.chain.from_iterable(split.values('label') or () for split in documents)
+    classes = _labels.collect_classes(labels)
+    logging.info('%d classes: %s', len(classes), ', '.join(classes[:50]))
+    return {'classes': classes}
+
+  @classmethod
+  def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """As any objective's, with labels that fit the task; nameless classes are two."""
+    records = super().sample_records(options)
+    labels = _labels.samples(options.get('task'), options.get('classes') or ('0', '1'))
+    return [record | {'label': next(labels)} for record in records]
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
-    """The documents in as few rows as they need; ValueError for a label that cannot be, naming the
-    document.
+    """The documents in as few rows as they need.
 
-    Logs how many texts a row holds, the share of places that are used, and how much is cut off.
+    Logs how many texts a row holds, how much of the rows is used, and how much is cut off.
+
+    Raises:
+      ValueError: a label that does not fit the task, naming the document.
     """
-    self._check_labels(documents)
-    rows = _Rows(self, documents, seq_len)
-    rows.log()
+    self.labels.check(documents, required=self.unlabelled == 'error')
+    rows = _Rows(self, documents, seq_len, documents.values('label'))
+    rows.log_cut()
+    if self.packing != 'none':
+      rows.log_packing()
     return rows
 
-  def transform(
-    self, example: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
+  def transform(self, example: Example, rng: np.random.Generator) -> Example:
     """Nothing to add: the label comes with the row."""
     if 'label' not in example:
       raise ValueError(
@@ -107,75 +132,61 @@ class Objective:
       )
     return example
 
-  def encode(self, documents: Documents, seq_len: int) -> Texts:
+  def layout(self, documents: Documents, seq_len: int) -> Texts:
     """The rows of documents to predict: no label is looked at, all weights are 0."""
-    return _Rows(self, documents, seq_len, labelled=False)
+    return _Rows(self, documents, seq_len, None)
 
   def slots(self, seq_len: int) -> int:
     """G: the most texts of a row. Of seq_len alone, so that every corpus, host and split has arrays
     of the same shape.
     """
-    return 1 if self.packing == 'none' else max(1, min(MOST_TEXTS, seq_len // PLACES_A_TEXT))
+    if self.packing == 'none':
+      return 1
+    return max(1, min(MOST_TEXTS, seq_len // TOKENS_PER_TEXT))
 
   def lay_out(
     self, texts: Sequence[tuple[np.ndarray, np.ndarray | None]], labels: Sequence[Any], seq_len: int
-  ) -> dict[str, np.ndarray]:
+  ) -> Example:
     """A row.
 
     Args:
       texts: ids of each text, and of the second of a pair or None, which fit in the row together.
-      labels: one a text; None for no label.
+      labels: one per text; None for no label.
       seq_len: T.
     """
     tokenizer, slots = self.tokenizer, self.slots(seq_len)
-    begin, end = (
-      (tokenizer.bos_id, tokenizer.eos_id)
-      if self.pool == 'last'
-      else (tokenizer.cls_id, tokenizer.sep_id)
-    )
+    begin, end = tokenizer.cls_id, tokenizer.sep_id
+    if self.pool == 'last':
+      begin, end = tokenizer.bos_id, tokenizer.eos_id
     row = pairs.packed(texts, seq_len, begin, tokenizer.sep_id, end, slots)
-    shape = (slots, len(self.classes)) if self.task == 'multilabel' else (slots,)
-    kind = np.int32 if self.task in ('multiclass', 'binary') else np.float32
-    row |= {'label': np.zeros(shape, kind), 'label_weight': np.zeros(slots, np.float32)}
+    row['label'] = np.zeros((slots, *self.labels.shape), self.labels.dtype)
+    row['label_weight'] = np.zeros(slots, np.float32)
     for slot, label in enumerate(labels):
       if label is not None:
-        row['label'][slot], row['label_weight'][slot] = self.target(label), 1
+        row['label'][slot] = self.labels.target(label)
+        row['label_weight'][slot] = 1
     return row
 
-  def target(self, label: Any) -> Any:
-    """A label as a number, or for multilabel as [C] zeros and ones; ValueError saying what is wrong
-    with it.
-    """
-    if self.task == 'regression':
-      return _number(label)
-    if self.task != 'multilabel':
-      return self._class(label)
-    if not isinstance(label, list | tuple):
-      raise ValueError('must be a list of classes (an empty one where none applies)')
-    chosen = np.zeros(len(self.classes), np.float32)
-    chosen[[self._class(name) for name in label]] = 1
-    return chosen
-
   def heads(self, model: Any) -> dict[str, Any]:
-    """The last linear layer, after BERT's pooler where the first place is read."""
+    """The last linear layer, after BERT's pooler where the first token is read."""
     if model.causal and self.pool == 'cls':
       raise ValueError(
-        "objective.pool='cls' reads the first place, which in a causal model has seen nothing; "
-        "use 'last' or 'mean'."
+        "objective.pool='cls' reads the first token, which in a causal model has seen nothing; use "
+        "'last' or 'mean'."
       )
     outputs = len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
-    pooler = {'pooler': heads.Pooler(model.options)} if self.pool == 'cls' else {}
-    return pooler | {
-      'classifier': heads.ClassifierHead(
-        model.options, outputs, self.dropout, bias=self.pool != 'last'
-      )
-    }
+    bias = self.pool != 'last'
+    found: dict[str, Any] = {}
+    if self.pool == 'cls':
+      found['pooler'] = heads.Pooler(model.options)
+    found['classifier'] = heads.ClassifierHead(model.options, outputs, self.dropout, bias=bias)
+    return found
 
-  def places(self, batch: Batch) -> jax.Array | None:
-    """What the pooling reads: a place a text, [B, G], or all."""
-    return heads.pool_places(batch, self.pool)
+  def positions(self, batch: Batch) -> jax.Array | None:
+    """What the pooling reads: one index per text, [B, G], or all."""
+    return heads.pool_positions(batch, self.pool)
 
-  def logits(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
+  def logits(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
     """B G C logits (C = 1 for binary and regression), at least float32; anything finite where a row
     has no text g.
     """
@@ -185,44 +196,37 @@ class Objective:
     logits_BGC = net.heads['classifier'](x_BGD)
     return logits_BGC.astype(jnp.promote_types(logits_BGC.dtype, jnp.float32))
 
-  def loss(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> Pairs:
+  def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """Softmax or sigmoid cross-entropy (multilabel: mean over the classes) and accuracy, or the
     squared error.
     """
     logits_BGC = self.logits(net, hidden_BPD, batch)
     label, weight_BG = batch['label'], batch['label_weight']
+    weight = jnp.sum(weight_BG)
     if self.task == 'regression':
-      loss_BG, right_BG = jnp.square(logits_BGC[..., 0] - label), None
-    elif self.task == 'multiclass':
+      loss_BG = jnp.square(logits_BGC[..., 0] - label)
+      return {'classify': (jnp.sum(loss_BG * weight_BG), weight)}
+    if self.task == 'multiclass':
       loss_BG = optax.softmax_cross_entropy_with_integer_labels(logits_BGC, label)
       right_BG = jnp.argmax(logits_BGC, -1) == label
     else:
       label_BGC = label if self.task == 'multilabel' else label[..., None]
       loss_BG = jnp.mean(optax.sigmoid_binary_cross_entropy(logits_BGC, label_BGC), -1)
       right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
-    weight = jnp.sum(weight_BG)
-    accuracy = (
-      {} if right_BG is None else {'classify_accuracy': (jnp.sum(right_BG * weight_BG), weight)}
-    )
-    return {'classify': (jnp.sum(loss_BG * weight_BG), weight)} | accuracy
+    return {
+      'classify': (jnp.sum(loss_BG * weight_BG), weight),
+      'classify_accuracy': (jnp.sum(right_BG * weight_BG), weight),
+    }
 
-  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-    """Nothing beyond the loss and the accuracy."""
-    return {}
-
-  def targets(self, batch: Batch) -> None:
-    """None: no tokens are predicted."""
-    return None
-
-  def predict(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """`probabilities` [B, G, C] of the classes (binary: C = 2), or `values` [B, G] in regression."""
+  def predict(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """`probabilities` [B, G, C] of the classes (binary: C = 2); in regression `values` [B, G]."""
     logits_BGC = self.logits(net, hidden_BPD, batch)
     if self.task == 'regression':
       return {'values': logits_BGC[..., 0]}
     if self.task == 'multiclass':
       return {'probabilities': jax.nn.softmax(logits_BGC)}
     if self.task == 'binary':
-      return {'probabilities': jax.nn.sigmoid(jnp.concatenate([-logits_BGC, logits_BGC], -1))}
+      logits_BGC = jnp.concatenate([-logits_BGC, logits_BGC], -1)
     return {'probabilities': jax.nn.sigmoid(logits_BGC)}
 
   def describe(self, text: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -234,235 +238,25 @@ class Objective:
     """
     if self.task == 'regression':
       return {'value': float(text['values'])}
-    probabilities = {
-      name: float(p) for name, p in zip(self.classes, text['probabilities'], strict=True)
-    }
+    values = map(float, text['probabilities'])
+    probabilities = dict(zip(self.classes, values, strict=True))
     if self.task == 'multilabel':
-      return {
-        'label': [name for name, p in probabilities.items() if p > 0.5],
-        'probabilities': probabilities,
-      }
+      likely = [name for name, p in probabilities.items() if p > 0.5]
+      return {'label': likely, 'probabilities': probabilities}
     best = max(probabilities, key=probabilities.__getitem__)
     return {'label': best, 'probability': probabilities[best], 'probabilities': probabilities}
 
-  def _class(self, label: Any) -> int:
-    if isinstance(label, list | tuple) or str(label) not in self.number:
-      raise ValueError(
-        f'must be one of the {len(self.classes)} classes of the training set: '
-        f'{_shortened(self.classes)}'
-      )
-    return self.number[str(label)]
 
-  def _check_labels(self, documents: Documents) -> None:
-    if documents.labels is None:
-      if self.unlabelled == 'error':
-        raise ValueError(
-          'objective classify needs labels and this corpus has none; name its field by '
-          'config.data.label, '
-          "or set objective.unlabelled='ignore' where another objective learns from it."
-        )
-      logging.info(
-        'classify: none of %d documents has a label; they count for nothing here.', len(documents)
-      )
-      return
-    missing = 0
-    for number, label in zip(documents.ids, documents.labels, strict=True):
-      missing += label is None
-      if label is None and self.unlabelled == 'error':
-        raise ValueError(
-          f"document {number} has no label; give it one, or set objective.unlabelled='ignore'."
-        )
-      try:
-        label is None or self.target(label)
-      except ValueError as error:
-        raise ValueError(f'document {number} has the label {label!r}; it {error}.') from None
-    if missing:
-      logging.info(
-        'classify: %d of %d documents have no label and count for nothing here.',
-        missing,
-        len(documents),
-      )
-
-
-class _Rows:
-  """Documents in rows.
-
-  Attributes:
-    first: [documents] int64, how many tokens of each text are kept; second: likewise of the second
-      texts, or None.
-    cut: how many documents are longer than a row.
-    plan: which documents share a row.
-  """
+class _Rows(TextRows):
+  """Rows with labels; None for documents to predict, which have none."""
 
   def __init__(
-    self, objective: Objective, documents: Documents, seq_len: int, labelled: bool = True
+    self, objective: Objective, documents: Documents, seq_len: int, labels: Sequence[Any] | None
   ):
-    self.objective, self.documents, self.seq_len = objective, documents, seq_len
-    self.labels = documents.labels if labelled else None
-    given, second = _counts(documents)
-    self.first, self.second = fit(np.asarray(documents.lengths, np.int64), second, seq_len)
-    self.sizes = self.first + (0 if second is None else self.second)
-    self.lost = given - self.sizes
-    self.cut = int(np.count_nonzero(self.lost))
-    self.sizes += seq_len - _room(second is not None, seq_len)
-    self.plan = _plan(self.sizes, seq_len, objective.slots(seq_len))
+    super().__init__(documents, seq_len, objective.slots(seq_len))
+    self.objective, self.labels = objective, labels
 
-  def __len__(self) -> int:
-    return len(self.plan)
-
-  def texts(self, index: int) -> list[int]:
-    return [document for document, _, _ in self.plan[index]]
-
-  def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def example(self, index: int, rng: np.random.Generator) -> Example:
     texts = self.texts(index)
-    labels = [None if self.labels is None else self.labels[text] for text in texts]
-    return self.objective.lay_out([self._ids(text) for text in texts], labels, self.seq_len)
-
-  def _ids(self, text: int) -> tuple[np.ndarray, np.ndarray | None]:
-    return (
-      self.documents.text(text, 0, int(self.first[text])),
-      None if self.second is None else self.documents.pair(text)[: self.second[text]],
-    )
-
-  def log(self) -> None:
-    texts, rows, places = len(self.sizes), len(self), self.seq_len
-    if self.cut:
-      logging.warning(
-        'classify: %d of %d documents are longer than seq_len=%d allows and lose %d of %d tokens.',
-        self.cut,
-        texts,
-        places,
-        self.lost.sum(),
-        _counts(self.documents)[0].sum(),
-      )
-    if not texts or self.objective.packing == 'none':
-      return
-    slots, used = self.objective.slots(places), 100 * self.sizes.sum() / places
-    logging.info(
-      'classify: %d texts in %d rows of %d places, %.1f%% of which are used (one text a row: '
-      '%.1f%%). With %.2f texts '
-      'a row, a step of batch_size rows learns from so many times more texts.',
-      texts,
-      rows,
-      places,
-      used / rows,
-      used / texts,
-      texts / rows,
-    )
-    if np.mean(np.diff(self.plan.offsets) == slots) > 0.5 and slots > 1:
-      logging.warning(
-        'classify: a row of %d places takes at most %d texts, and most rows have so many; a '
-        'shorter seq_len wastes '
-        'less.',
-        places,
-        slots,
-      )
-
-
-def _counts(documents: Documents) -> tuple[np.ndarray, np.ndarray | None]:
-  """[documents] int64: the tokens of each, and those of its second text, or None."""
-  lengths, second = np.asarray(documents.lengths, np.int64), documents.pair_lengths
-  return (
-    (lengths, None)
-    if second is None
-    else (lengths + np.asarray(second, np.int64), np.asarray(second, np.int64))
-  )
-
-
-def _plan(sizes: np.ndarray, seq_len: int, slots: int) -> pack.Plan:
-  """Which texts share a row. Texts of one length come in an order drawn once: neighbours of a
-  sorted corpus are much alike.
-  """
-  if slots == 1:
-    return pack.one_per_row(sizes, seq_len)
-  order = np.random.default_rng(0).permutation(len(sizes))
-  plan = pack.best_fit(sizes[order], seq_len, most=slots)
-  return dataclasses.replace(plan, document=order[plan.document])
-
-
-def collect_classes(labels: Iterable[Any]) -> tuple[str, ...]:
-  """The distinct classes among labels (a list of classes counts for each of them), numbers by
-  value, the rest by letter.
-
-  Raises:
-    ValueError: there is no label, or labels are fractional numbers.
-  """
-  labels = [label for label in labels if label is not None]
-  if not labels:
-    raise ValueError(
-      'objective classify needs labels and this corpus has none; name their field by '
-      'config.data.label.'
-    )
-  if any(isinstance(label, float) for label in labels):
-    raise ValueError(
-      f'labels are numbers such as {labels[0]!r}; set config.objective.task=regression, or give '
-      'classes as words '
-      'or whole numbers.'
-    )
-  found = {
-    str(name)
-    for label in labels
-    for name in (label if isinstance(label, list | tuple) else [label])
-  }
-  try:
-    return tuple(sorted(found, key=lambda name: (float(name), name)))
-  except ValueError:
-    return tuple(sorted(found))
-
-
-def fit(first: Any, second: Any, seq_len: int) -> tuple[Any, Any]:
-  """How many tokens of each text are kept so that a row holds them with its special tokens; the
-  longer text loses first.
-
-  Args:
-    first: tokens of a text, or of each text of an array.
-    second: likewise of the second text of a pair; None where there is none.
-    seq_len: T.
-
-  Returns:
-    What is kept of `first`, and of `second` or None.
-  """
-  room = _room(second is not None, seq_len)
-  if second is None:
-    return np.minimum(first, room), None
-  half = room // 2 + room % 2 * (first > second)
-  kept = np.minimum(first, np.maximum(room - second, half))
-  return kept, np.minimum(second, room - kept)
-
-
-def _room(paired: bool, seq_len: int) -> int:
-  special = 3 if paired else 2
-  if seq_len <= special:
-    raise ValueError(f'seq_len={seq_len} must be more than the {special} special tokens of a row.')
-  return seq_len - special
-
-
-def _number(label: Any) -> float:
-  try:
-    value = math.nan if isinstance(label, bool) else float(label)
-  except (TypeError, ValueError):
-    value = math.nan
-  if not math.isfinite(value):
-    raise ValueError('must be a finite number')
-  return value
-
-
-def _check_classes(classes: tuple[str, ...] | None, task: str) -> None:
-  if task == 'regression':
-    if classes is not None:
-      raise ValueError(
-        f'objective.classes={_shortened(classes)} has no meaning with task=regression; leave it '
-        'unset.'
-      )
-    return
-  given, least = classes or (), 1 if task == 'multilabel' else 2
-  if len(given) < least or (task == 'binary' and len(given) > 2) or len(set(given)) < len(given):
-    wanted = f'{"exactly" if task == "binary" else "at least"} {least} different classes'
-    raise ValueError(
-      f'objective classify with task={task} needs {wanted}, not {_shortened(given) or "none"}; '
-      'look at the labels of the training set, or choose another task.'
-    )
-
-
-def _shortened(names: Sequence[str]) -> str:
-  return ', '.join(names[:20]) + (f', ... ({len(names) - 20} more)' if len(names) > 20 else '')
+    labels = [] if self.labels is None else [self.labels[text] for text in texts]
+    return self.objective.lay_out([self.ids(text) for text in texts], labels, self.seq_len)

@@ -10,13 +10,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.core import contracts
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
 from llm_jax.data import pack
 from llm_jax.nn import vocabulary
 
 
-class Objective:
-  """Next-token prediction: every token of every document, and its EOS, is a target once an epoch.
+class Objective(contracts.Objective):
+  """Next-token prediction: every token of every document, and its EOS, is a target once per epoch.
 
   A piece that continues a document in another row starts from the token before it, at position 0.
 
@@ -25,6 +26,8 @@ class Objective:
     packing: how documents fill rows: 'windows', 'best_fit' or 'none'.
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
+
+  terms = {'clm': 1.0}
 
   def __init__(
     self,
@@ -38,16 +41,12 @@ class Objective:
     vocabulary.check_loss(label_smoothing, z_loss)
     self.tokenizer, self.packing = tokenizer, packing
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
-    self.terms = {'clm': 1.0}
-    self.predictor = None
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """Rows of pieces of documents."""
     return _Rows(self, documents, seq_len)
 
-  def transform(
-    self, example: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
+  def transform(self, example: Example, rng: np.random.Generator) -> Example:
     """Nothing to add: the targets come with the row."""
     if 'targets' not in example:
       raise ValueError(
@@ -56,23 +55,16 @@ class Objective:
       )
     return example
 
-  def heads(self, model: Any) -> dict[str, Any]:
-    """None: the model's own projection on the vocabulary."""
-    return {}
-
-  def places(self, batch: Batch) -> None:
-    """None: all."""
-    return None
-
-  def loss(self, net: Any, hidden_BTD: Any, batch: Batch) -> Pairs:
-    """Cross-entropy in nats and accuracy a token, and bits a UTF-8 byte of the text that the
+  def loss(self, net: Net, hidden_BTD: Any, batch: Batch) -> Metrics:
+    """Cross-entropy in nats and accuracy per token, and bits per UTF-8 byte of the text that the
     targets spell.
     """
     sums = vocabulary.cross_entropy(
       hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed
     )
-    bits = sums.nll / np.log(2), jnp.sum(batch['bytes'])
-    return vocabulary.pairs('clm', sums, jnp.sum(batch['weights'])) | {'bits_per_byte': bits}
+    metrics = vocabulary.pairs('clm', sums, jnp.sum(batch['weights']))
+    metrics['bits_per_byte'] = sums.nll / np.log(2), jnp.sum(batch['bytes'])
+    return metrics
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a token."""
@@ -82,40 +74,47 @@ class Objective:
     """The ids that a batch asks for and their weights, each [B, T]."""
     return batch['targets'], batch['weights']
 
+  def flops(self, model: Any, batch: Batch) -> float:
+    """Of the vocabulary, at all positions."""
+    rows, length = batch['targets'].shape
+    return 2.0 * rows * length * model.vocab_size * model.options.dim
+
 
 class _Rows:
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
-    self.objective, self.documents, self.seq_len = objective, documents, seq_len
-    lengths = np.asarray(documents.lengths)
-    self.plan = pack.PACKINGS[objective.packing](np.where(lengths > 0, lengths + 1, 0), seq_len)
+    self.tokenizer, self.documents, self.seq_len = objective.tokenizer, documents, seq_len
+    self.lengths = documents.lengths('tokens')
+    inputs = np.where(self.lengths > 0, self.lengths + 1, 0)  # BOS and the tokens
+    self.plan = pack.PACKINGS[objective.packing](inputs, seq_len)
 
   def __len__(self) -> int:
     return len(self.plan)
 
-  def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def example(self, index: int, rng: np.random.Generator) -> Example:
     pieces = [self.ids(*piece) for piece in self.plan[index]]
     example = pack.assemble([ids[:-1] for ids in pieces], self.seq_len)
     counted = np.concatenate([ids[1:] for ids in pieces])
-    targets_T, weights_T = np.zeros(self.seq_len, np.int32), np.zeros(self.seq_len, np.float32)
+    targets_T = np.zeros(self.seq_len, np.int32)
+    weights_T = np.zeros(self.seq_len, np.float32)
     targets_T[: len(counted)] = counted
     weights_T[: len(counted)] = 1.0
     return example | {
       'targets': targets_T,
       'weights': weights_T,
-      'bytes': np.float32(np.sum(self.objective.tokenizer.token_bytes[counted])),
+      'bytes': np.float32(np.sum(self.tokenizer.token_bytes[counted])),
     }
 
   def ids(self, document: int, start: int, stop: int) -> np.ndarray:
     """Ids start to stop, inclusive, of BOS document EOS: stop - start inputs, and the target of the
     last.
     """
-    length, tokenizer = int(self.documents.lengths[document]), self.objective.tokenizer
-    text = self.documents.text(document, max(start - 1, 0), min(stop, length))
+    length = int(self.lengths[document])
+    text = self.documents.array('tokens', document, max(start - 1, 0), min(stop, length))
     ids = np.empty(stop - start + 1, np.int32)
     first = int(start == 0)
     ids[first : first + len(text)] = text
     if start == 0:
-      ids[0] = tokenizer.bos_id
+      ids[0] = self.tokenizer.bos_id
     if stop == length + 1:
-      ids[-1] = tokenizer.eos_id
+      ids[-1] = self.tokenizer.eos_id
     return ids

@@ -5,6 +5,7 @@ The BERT loss is `mlm` and `nsp` over rows of `nsp`; `mlm` and `classify` over r
 supervised and self-supervised training in one, where unlabelled documents count for `mlm` only.
 """
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,13 +13,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.contracts import Batch, Documents, Pairs, Rows
-from llm_jax.core.contracts import Objective as Part
-from llm_jax.nn.layers import at
+from llm_jax.core import contracts
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows
+from llm_jax.nn.rows import at
 
 
-class Objective:
+class Objective(contracts.Objective):
   """Several objectives over the same rows.
+
+  Documents hold what the `encode` functions of all parts give, and made-up records what their
+  `sample_records` give: the program puts these together.
 
   Args:
     parts: name -> objective, ready made; their losses must have different names.
@@ -27,45 +31,20 @@ class Objective:
   """
 
   def __init__(self, parts: dict, rows: str, weights: dict):
-    if rows not in parts:
-      raise ValueError(f'objective.rows={rows!r} must be one of the parts: {", ".join(parts)}.')
-    if weights.keys() != parts.keys():
-      raise ValueError(
-        f'objective.weights has {", ".join(sorted(weights))}; it must have one for each part: '
-        f'{", ".join(sorted(parts))}.'
-      )
-    for name, weight in weights.items():
-      if (
-        not isinstance(weight, int | float)
-        or isinstance(weight, bool)
-        or not 0 < weight < float('inf')
-      ):
-        raise ValueError(
-          f'objective.weights.{name}={weight!r} must be a number above 0; leave out a part that is '
-          'not wanted.'
-        )
-    self.parts: dict[str, Part] = dict(parts)
-    self.layout, self.weights = parts[rows], dict(weights)
-    self.terms: dict[str, float] = {}
-    for name, part in parts.items():
-      twice = sorted(self.terms.keys() & part.terms.keys())
-      if twice:
-        raise ValueError(
-          f'objective.parts.{name} has a loss that another part has: {", ".join(twice)}; keep one '
-          'of them.'
-        )
-      self.terms |= {term: weights[name] * coefficient for term, coefficient in part.terms.items()}
-    self.predictor = next(
-      (part.predictor for part in parts.values() if part.predictor is not None), None
-    )
+    _check(parts, rows, weights)
+    self.parts: dict[str, contracts.Objective] = dict(parts)
+    self.lays_out, self.weights = parts[rows], dict(weights)
+    self.terms = _terms(parts, weights)
+    predictors = [part.predictor for part in parts.values() if part.predictor is not None]
+    self.predictor = predictors[0] if predictors else None
+    evaluators = itertools.chain.from_iterable(part.evaluators for part in parts.values())
+    self.evaluators = tuple(dict.fromkeys(evaluators))
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """The rows of the part that lays them out."""
-    return self.layout.rows(documents, seq_len)
+    return self.lays_out.rows(documents, seq_len)
 
-  def transform(
-    self, example: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
+  def transform(self, example: Example, rng: np.random.Generator) -> Example:
     """The transforms of all parts, one after the other."""
     for part in self.parts.values():
       example = part.transform(example, rng)
@@ -73,32 +52,76 @@ class Objective:
 
   def heads(self, model: Any) -> dict[str, Any]:
     """The heads of all parts; a name that two parts share is one head."""
-    return {name: head for part in self.parts.values() for name, head in part.heads(model).items()}
-
-  def places(self, batch: Batch) -> jax.Array | None:
-    """Those of all parts, one after the other; None where a part reads all."""
-    places = [part.places(batch) for part in self.parts.values()]
-    return None if any(x is None for x in places) else jnp.concatenate(places, axis=1)
-
-  def loss(self, net: Any, hidden_BPD: jax.Array, batch: Batch) -> Pairs:
-    """The pairs of all parts, each from the hidden states at its own places."""
-    pairs, start, everywhere = {}, 0, self.places(batch) is None
+    found: dict[str, Any] = {}
     for part in self.parts.values():
-      places = part.places(batch)
-      if everywhere:
-        hidden = at(hidden_BPD, places)
+      found |= part.heads(model)
+    return found
+
+  def positions(self, batch: Batch) -> jax.Array | None:
+    """Those of all parts, one after the other; None where a part reads all."""
+    found = [part.positions(batch) for part in self.parts.values()]
+    return None if any(x is None for x in found) else jnp.concatenate(found, axis=1)
+
+  def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
+    """The metrics of all parts, each from the hidden states at its own positions."""
+    metrics: Metrics = {}
+    all_are_read = self.positions(batch) is None
+    start = 0
+    for part in self.parts.values():
+      positions = part.positions(batch)
+      if all_are_read:
+        hidden = at(hidden_BPD, positions)
       else:
-        hidden, start = hidden_BPD[:, start : start + places.shape[1]], start + places.shape[1]
-      pairs |= part.loss(net, hidden, batch)
-    return pairs
+        stop = start + positions.shape[1]
+        hidden = hidden_BPD[:, start:stop]
+        start = stop
+      metrics |= part.loss(net, hidden, batch)
+    return metrics
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """The summaries of all parts."""
-    return {
-      name: value for part in self.parts.values() for name, value in part.summary(means).items()
-    }
+    found: dict[str, float] = {}
+    for part in self.parts.values():
+      found |= part.summary(means)
+    return found
 
   def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray] | None:
     """The targets of the first part that predicts tokens, or None."""
     found = (part.targets(batch) for part in self.parts.values())
     return next((targets for targets in found if targets is not None), None)
+
+  def flops(self, model: Any, batch: Batch) -> float:
+    """The sum over the parts."""
+    return float(sum(part.flops(model, batch) for part in self.parts.values()))
+
+
+def _check(parts: dict, rows: str, weights: dict) -> None:
+  if rows not in parts:
+    raise ValueError(f'objective.rows={rows!r} must be one of the parts: {", ".join(parts)}.')
+  if weights.keys() != parts.keys():
+    raise ValueError(
+      f'objective.weights has {", ".join(sorted(weights))}; it must have one for each part: '
+      f'{", ".join(sorted(parts))}.'
+    )
+  for name, weight in weights.items():
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if not number or not 0 < weight < float('inf'):
+      raise ValueError(
+        f'objective.weights.{name}={weight!r} must be a number above 0; leave out a part that is '
+        'not wanted.'
+      )
+
+
+def _terms(parts: dict, weights: dict) -> dict[str, float]:
+  """The coefficients of all parts' losses."""
+  terms: dict[str, float] = {}
+  for name, part in parts.items():
+    twice = sorted(terms.keys() & part.terms.keys())
+    if twice:
+      raise ValueError(
+        f'objective.parts.{name} has a loss that another part has: {", ".join(twice)}; keep one of '
+        'them.'
+      )
+    for term, coefficient in part.terms.items():
+      terms[term] = weights[name] * coefficient
+  return terms

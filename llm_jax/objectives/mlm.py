@@ -3,7 +3,7 @@
 Devlin et al. 2019, "BERT", section 3.1 (15 % of the tokens; 80 % of them become [MASK], 10 % a
 random token, 10 % stay) and its later whole-word variant; Joshi et al. 2020, "SpanBERT", section
 3.1 (spans of whole words, replaced as a whole). The projection on the vocabulary is computed at the
-masked places only.
+masked positions only.
 """
 
 import math
@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.contracts import Batch, Documents, Pairs, Rows, Tokenizer
+from llm_jax.core import contracts
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
 from llm_jax.data import pack
 from llm_jax.nn import heads, vocabulary
 
@@ -25,7 +26,7 @@ LONGEST_SPAN = 10  # words, as in SpanBERT
 SPAN_P = 0.2  # parameter of the geometric distribution of span lengths, as in SpanBERT
 
 
-class Objective:
+class Objective(contracts.Objective):
   """Masked language modelling.
 
   Exactly round(mask_rate * n) of the n ordinary tokens of a row are masked, and at least one. Words
@@ -44,6 +45,8 @@ class Objective:
       stands as [CLS] piece [SEP].
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
+
+  terms = {'mlm': 1.0}
 
   def __init__(
     self,
@@ -65,38 +68,28 @@ class Objective:
     if min(mask_token_rate, random_token_rate) < 0 or mask_token_rate + random_token_rate > 1:
       raise ValueError(
         f'objective.mask_token_rate={mask_token_rate} and random_token_rate={random_token_rate} '
-        'are shares: '
-        'none below 0, together at most 1; BERT has 0.8 and 0.1.'
+        'are shares: none below 0, together at most 1; BERT has 0.8 and 0.1.'
       )
     if packing not in pack.PACKINGS:
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
     if tokenizer.mask_id is None:
       raise ValueError(
         "objective.name='mlm' needs a mask token, which this tokenizer lacks; take the folder of "
-        'an encoder, or '
-        "objective.name='clm'."
+        "an encoder, or objective.name='clm'."
       )
-    self.tokenizer, self.mask_rate, self.masking, self.packing = (
-      tokenizer,
-      mask_rate,
-      masking,
-      packing,
-    )
     vocabulary.check_loss(label_smoothing, z_loss)
+    self.tokenizer, self.packing = tokenizer, packing
+    self.mask_rate, self.masking = mask_rate, masking
     self.mask_token_rate, self.random_token_rate = mask_token_rate, random_token_rate
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
     self.special = np.asarray(tokenizer.special)
     self.ordinary = np.flatnonzero(~self.special).astype(np.int32)
-    self.terms = {'mlm': 1.0}
-    self.predictor = None
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """Rows of pieces of documents, each as [CLS] piece [SEP]."""
     return _Rows(self, documents, seq_len)
 
-  def transform(
-    self, example: dict[str, np.ndarray], rng: np.random.Generator
-  ) -> dict[str, np.ndarray]:
+  def transform(self, example: Example, rng: np.random.Generator) -> Example:
     """Masks a row: replaces tokens, adds mask_positions (rising), mask_targets, mask_weights, each
     [M].
     """
@@ -106,14 +99,12 @@ class Objective:
     positions, group = self.choose(tokens, ordinary, room, rng)
     draw = rng.random(len(tokens))[group]
     masked = tokens.copy()
-    hide, randomise = draw < self.mask_token_rate, draw >= 1 - self.random_token_rate
-    masked[positions[hide]] = self.tokenizer.mask_id
-    masked[positions[randomise]] = self.ordinary[
-      rng.integers(len(self.ordinary), size=np.count_nonzero(randomise))
-    ]
-    positions_M, targets_M = np.zeros(
-      (2, room), np.int32
-    )  # not np.pad, which takes longer than all else here
+    hidden = positions[draw < self.mask_token_rate]
+    randomised = positions[draw >= 1 - self.random_token_rate]
+    masked[hidden] = self.tokenizer.mask_id
+    masked[randomised] = self.ordinary[rng.integers(len(self.ordinary), size=len(randomised))]
+    # Not np.pad, which takes longer than all else here.
+    positions_M, targets_M = np.zeros((2, room), np.int32)
     weights_M = np.zeros(room, np.float32)
     positions_M[: len(positions)] = positions
     targets_M[: len(positions)] = tokens[positions]
@@ -128,44 +119,48 @@ class Objective:
   def choose(
     self, tokens: np.ndarray, ordinary: np.ndarray, room: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Chooses the places to predict in a row.
+    """Chooses the positions to predict in a row.
 
     Args:
       tokens: [T] ids.
       ordinary: [T] bool, True where a token may be chosen.
-      room: M, the most places there may be.
+      room: M, the most positions there may be.
       rng: where the randomness comes from.
 
     Returns:
-      Places, rising, and for each the number of the group that is replaced alike, below T.
+      Indices into the row, rising, and for each the number of the group that is replaced alike,
+      below T.
     """
     count = min(max(1, round(self.mask_rate * int(np.count_nonzero(ordinary)))), room)
     if self.masking == 'token':
       positions = np.sort(rng.permutation(np.flatnonzero(ordinary))[:count])
       return positions, np.arange(len(positions))
     start, length = words(ordinary, np.asarray(self.tokenizer.word_start)[tokens])
-    if (
-      len(length) and length.min() > count
-    ):  # not one word fits: the shortest one, if the row has room for it
-      count = min(int(length.min()), room)
-    spans = _choose_spans(start, length, count, 1 if self.masking == 'word' else LONGEST_SPAN, rng)
-    positions = np.concatenate(
-      [np.arange(start[w], start[w] + length[w]) for w, _ in spans] or [np.zeros(0, np.int64)]
-    )
-    group = np.repeat([g for _, g in spans], [length[w] for w, _ in spans]) if spans else positions
+    if len(length) and length.min() > count:
+      count = min(int(length.min()), room)  # no word fits: the shortest, if the row has room for it
+    longest = 1 if self.masking == 'word' else LONGEST_SPAN
+    spans = _choose_spans(start, length, count, longest, rng)
+    if not spans:
+      nothing = np.zeros(0, np.int64)
+      return nothing, nothing
+    taken, numbers = np.transpose(spans)
+    positions = np.concatenate([np.arange(start[w], start[w] + length[w]) for w in taken])
+    group = np.repeat(numbers, length[taken])
     order = np.argsort(positions)
-    return positions[order], group[order] if self.masking == 'span' else np.arange(len(positions))
+    if self.masking == 'word':
+      return positions[order], np.arange(len(positions))
+    return positions[order], group[order]
 
   def heads(self, model: Any) -> dict[str, Any]:
     """The transform before the vocabulary projection, and its bias."""
     return {'mlm': heads.MLMHead(model.options, model.vocab_size)}
 
-  def places(self, batch: Batch) -> jax.Array:
-    """The masked places, [B, M]."""
+  def positions(self, batch: Batch) -> jax.Array:
+    """The masked ones, [B, M]."""
     return batch['mask_positions']
 
-  def loss(self, net: Any, hidden_BMD: jax.Array, batch: Batch) -> Pairs:
-    """Cross-entropy in nats and accuracy at the masked places."""
+  def loss(self, net: Net, hidden_BMD: jax.Array, batch: Batch) -> Metrics:
+    """Cross-entropy in nats and accuracy at the masked positions."""
     x_BMD, bias_V = net.heads['mlm'](hidden_BMD)
     weights_BM = batch['mask_weights']
     sums = vocabulary.cross_entropy(
@@ -181,21 +176,27 @@ class Objective:
     """The ids that a batch asks for and their weights, each [B, M]."""
     return batch['mask_targets'], batch['mask_weights']
 
+  def flops(self, model: Any, batch: Batch) -> float:
+    """Of the head's dense layer and the vocabulary, at the masked positions."""
+    rows, masked = batch['mask_positions'].shape
+    dim = model.options.dim
+    return 2.0 * rows * masked * (dim * dim + model.vocab_size * dim)
+
 
 class _Rows:
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
-    self.objective, self.documents, self.seq_len = objective, documents, seq_len
-    self.plan = pack.PACKINGS[objective.packing](documents.lengths, seq_len, overhead=2)
+    self.documents, self.seq_len = documents, seq_len
+    self.plan = pack.PACKINGS[objective.packing](documents.lengths('tokens'), seq_len, overhead=2)
     self.edges = np.array([[objective.tokenizer.cls_id], [objective.tokenizer.sep_id]], np.int32)
 
   def __len__(self) -> int:
     return len(self.plan)
 
-  def example(self, index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+  def example(self, index: int, rng: np.random.Generator) -> Example:
     begin, end = self.edges
-    pieces = [
-      np.concatenate([begin, self.documents.text(*piece), end]) for piece in self.plan[index]
-    ]
+    pieces = []
+    for piece in self.plan[index]:
+      pieces.append(np.concatenate([begin, self.documents.array('tokens', *piece), end]))
     return pack.assemble(pieces, self.seq_len)
 
 
@@ -210,7 +211,7 @@ def words(ordinary: np.ndarray, word_start: np.ndarray) -> tuple[np.ndarray, np.
     word_start: [T] bool, True where the token begins a word.
 
   Returns:
-    Place of each word's first token, and its number of tokens.
+    Index of each word's first token, and its number of tokens.
   """
   begin = ordinary & (word_start | ~np.concatenate([[False], ordinary[:-1]]))
   number = np.cumsum(begin) - 1
@@ -232,13 +233,12 @@ def _choose_spans(
   """
   chosen: dict[int, int] = {}
   odds = np.cumsum((1 - SPAN_P) ** np.arange(longest))
-  sizes = 1 + np.searchsorted(
-    odds[:-1] / odds[-1], rng.random(len(start))
-  )  # truncated, not clipped: mean 3.8
+  # The distribution is truncated, not clipped: its mean is 3.8.
+  sizes = 1 + np.searchsorted(odds[:-1] / odds[-1], rng.random(len(start)))
   for span, first in enumerate(rng.permutation(len(start))):
     for word in range(first, min(first + sizes[span], len(start))):
-      apart = word > first and start[word] != start[word - 1] + length[word - 1]
-      if apart or word in chosen or length[word] > count:
+      beyond = word > first and start[word] != start[word - 1] + length[word - 1]
+      if beyond or word in chosen or length[word] > count:
         break
       chosen[word] = span
       count -= length[word]

@@ -1,5 +1,6 @@
 import dataclasses
 import glob
+import hashlib
 import importlib
 import io
 import json
@@ -15,7 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data import cache
+from llm_jax.core import contracts
+from llm_jax.data import cache, cache_writer, encoding
+
+TEXT = encoding.Encoder([contracts.Objective.encode])
 
 
 @dataclasses.dataclass
@@ -63,6 +67,14 @@ def _texts(n):
   return [{'text': f'document number {i}'} for i in range(n)]
 
 
+def _spelled(split, name):
+  return [bytes(split.array(name, i).astype(np.uint8)).decode() for i in range(len(split))]
+
+
+def _raw(corpus):
+  return corpus.arrays['tokens'].entries.tobytes()
+
+
 def _entries(directory):
   return sorted(e for e in os.listdir(directory) if not e.endswith('.lock'))
 
@@ -84,9 +96,9 @@ def test_documents_come_back_as_they_went_in(tmp_path_factory, texts):
   directory = str(tmp_path_factory.mktemp('cache'))
   if not total:
     with pytest.raises(ValueError, match='empty corpus'):
-      cache.build(Listed(documents), Letters(), directory, workers=1)
+      cache.build(Listed(documents), Letters(), TEXT, directory, workers=1)
     return
-  corpus = cache.build(Listed(documents), Letters(), directory, workers=1)
+  corpus = cache.build(Listed(documents), Letters(), TEXT, directory, workers=1)
   everything, nothing = corpus.split(0.0)
   assert len(corpus) == len(everything) == len(texts) and len(nothing) == 0
   assert (
@@ -96,31 +108,29 @@ def test_documents_come_back_as_they_went_in(tmp_path_factory, texts):
     == everything.bytes
     == total
   )
-  assert [bytes(everything.text(i).astype(np.uint8)).decode() for i in range(len(texts))] == [
-    t for t, _, _ in texts
-  ]
-  np.testing.assert_array_equal(everything.lengths, [len(t.encode()) for t, _, _ in texts])
-  if any(p is not None for _, p, _ in texts):
-    np.testing.assert_array_equal(
-      everything.pair_lengths, [len((p or '').encode()) for _, p, _ in texts]
-    )
-    assert [bytes(everything.pair(i).astype(np.uint8)).decode() for i in range(len(texts))] == [
-      p or '' for _, p, _ in texts
-    ]
-  else:
-    assert everything.pair_lengths is None
-  labels = [y for _, _, y in texts]
-  assert (
-    everything.labels == corpus.labels == (labels if any(y is not None for y in labels) else None)
+  assert _spelled(everything, 'tokens') == [t for t, _, _ in texts]
+  np.testing.assert_array_equal(
+    everything.lengths('tokens'), [len(t.encode()) for t, _, _ in texts]
   )
+  if any(p is not None for _, p, _ in texts):
+    assert everything.names == {'tokens', 'pair_tokens'}
+    np.testing.assert_array_equal(
+      everything.lengths('pair_tokens'), [len((p or '').encode()) for _, p, _ in texts]
+    )
+    assert _spelled(everything, 'pair_tokens') == [p or '' for _, p, _ in texts]
+  else:
+    assert everything.names == {'tokens'}
+  labels = [y for _, _, y in texts]
+  wanted = labels if any(y is not None for y in labels) else None
+  assert everything.values('label') == corpus.values('label') == wanted
 
 
 def test_parts_of_a_text_are_python_slices(tmp_path):
   train, _ = cache.build(
-    Listed([{'text': 'zero'}, {'text': 'abcdef'}]), Letters(), str(tmp_path)
+    Listed([{'text': 'zero'}, {'text': 'abcdef'}]), Letters(), TEXT, str(tmp_path)
   ).split(0.0)
   for start, stop in ((0, None), (2, 4), (4, 99), (6, 9)):
-    part = train.text(1, start, stop)
+    part = train.array('tokens', 1, start, stop)
     assert part.dtype == np.int32 and bytes(part.astype(np.uint8)) == b'abcdef'[start:stop]
 
 
@@ -129,10 +139,10 @@ def test_parts_of_a_text_are_python_slices(tmp_path):
 )
 def test_ids_are_kept_in_the_smallest_type(tmp_path, vocab_size, dtype):
   corpus = cache.build(
-    Listed([{'text': '~a'}]), Letters(vocab_size, vocab_size - 1 - ord('~')), str(tmp_path)
+    Listed([{'text': '~a'}]), Letters(vocab_size, vocab_size - 1 - ord('~')), TEXT, str(tmp_path)
   )
-  assert corpus.tokens.dtype == dtype
-  assert corpus.split(0.0)[0].text(0).tolist() == [
+  assert corpus.arrays['tokens'].entries.dtype == dtype
+  assert corpus.split(0.0)[0].array('tokens', 0).tolist() == [
     vocab_size - 1,
     vocab_size - 1 - ord('~') + ord('a'),
   ]
@@ -142,52 +152,52 @@ def test_ids_outside_the_vocabulary_are_refused(tmp_path):
   with pytest.raises(
     ValueError, match='ids 97 to 100 in documents 0 to 0; they must be from 0 to 99'
   ):
-    cache.build(Listed([{'text': 'ad'}]), Letters(100), str(tmp_path))
+    cache.build(Listed([{'text': 'ad'}]), Letters(100), TEXT, str(tmp_path))
   assert _entries(tmp_path) == []
 
 
 def test_a_second_run_opens_the_cache_and_other_inputs_get_their_own(tmp_path):
-  first = cache.build(Listed(_texts(5)), Letters(), str(tmp_path))
-  again = cache.build(Listed(_texts(5)), Refusing(), str(tmp_path))
-  assert again.fingerprint == first.fingerprint and again.tokens.tobytes() == first.tokens.tobytes()
+  first = cache.build(Listed(_texts(5)), Letters(), TEXT, str(tmp_path))
+  again = cache.build(Listed(_texts(5)), Refusing(), TEXT, str(tmp_path))
+  assert again.fingerprint == first.fingerprint and _raw(again) == _raw(first)
   others = [
-    cache.build(Listed(_texts(6)), Letters(), str(tmp_path)),
-    cache.build(Listed(_texts(5)), Letters(257), str(tmp_path)),
+    cache.build(Listed(_texts(6)), Letters(), TEXT, str(tmp_path)),
+    cache.build(Listed(_texts(5)), Letters(257), TEXT, str(tmp_path)),
   ]
   assert len({first.fingerprint, *(c.fingerprint for c in others)}) == 3 == len(_entries(tmp_path))
 
 
 @pytest.mark.parametrize(
-  'name, content', [('tokens.bin', b'short'), ('meta.json', b''), ('hashes.bin', None)]
+  'name, content', [('tokens.values.bin', b'short'), ('meta.json', b''), ('hashes.bin', None)]
 )
 def test_a_damaged_cache_is_built_again(tmp_path, name, content, caplog):
   source = Listed(_texts(5))
-  whole = cache.build(source, Letters(), str(tmp_path))
+  whole = cache.build(source, Letters(), TEXT, str(tmp_path))
   path = os.path.join(whole.directory, name)
   os.remove(path)
   if content is not None:
     with open(path, 'wb') as file:
       file.write(content)
   with pytest.raises(RuntimeError, match='encoded again'):
-    cache.build(source, Refusing(), str(tmp_path))
+    cache.build(source, Refusing(), TEXT, str(tmp_path))
   assert _entries(tmp_path) == []
   assert f'{whole.directory} is damaged' in caplog.text
-  repaired = cache.build(source, Letters(), str(tmp_path))
-  assert repaired.tokens.tobytes() == whole.tokens.tobytes() and len(repaired) == 5
+  repaired = cache.build(source, Letters(), TEXT, str(tmp_path))
+  assert _raw(repaired) == _raw(whole) and len(repaired) == 5
 
 
 def test_an_error_in_a_document_names_it_and_leaves_nothing(tmp_path):
   with pytest.raises(KeyError, match='text') as caught:
-    cache.build(Listed([{'text': 'a'}, {'txt': 'b'}]), Letters(), str(tmp_path))
+    cache.build(Listed([{'text': 'a'}, {'txt': 'b'}]), Letters(), TEXT, str(tmp_path))
   assert caught.value.__notes__ == ['while tokenizing document 1']
   assert _entries(tmp_path) == []
 
 
 def test_progress_is_logged_where_there_is_no_terminal(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(cache, 'LOG_SECONDS', 0.0)
+  monkeypatch.setattr(cache_writer, 'LOG_SECONDS', 0.0)
   monkeypatch.setattr(sys, 'stderr', io.StringIO())
   caplog.set_level('INFO')
-  cache.build(Listed(_texts(40)), Letters(), str(tmp_path), workers=1)
+  cache.build(Listed(_texts(40)), Letters(), TEXT, str(tmp_path), workers=1)
   assert 'Tokenizing: 16 of 40 documents, 278 tokens.' in caplog.text
   assert 'Tokenized 40 documents: 710 tokens of 710 bytes' in caplog.text
 
@@ -195,19 +205,19 @@ def test_progress_is_logged_where_there_is_no_terminal(tmp_path, monkeypatch, ca
 def test_empty_corpora_and_negative_workers_are_refused(tmp_path):
   for documents in ([], [{'text': ''}, {'text': ''}]):
     with pytest.raises(ValueError, match='empty corpus'):
-      cache.build(Listed(documents), Letters(), str(tmp_path))
+      cache.build(Listed(documents), Letters(), TEXT, str(tmp_path))
   with pytest.raises(ValueError, match='workers=-1'):
-    cache.build(Listed(_texts(2)), Letters(), str(tmp_path), workers=-1)
+    cache.build(Listed(_texts(2)), Letters(), TEXT, str(tmp_path), workers=-1)
   assert _entries(tmp_path) == []
 
 
 def test_the_validation_split_is_by_hash(tmp_path):
   texts = _texts(2000)
-  small = cache.build(Listed(texts), Letters(), str(tmp_path))
-  large = cache.build(Listed(_texts(2600)[::-1] + texts[:100]), Letters(), str(tmp_path))
+  small = cache.build(Listed(texts), Letters(), TEXT, str(tmp_path))
+  large = cache.build(Listed(_texts(2600)[::-1] + texts[:100]), Letters(), TEXT, str(tmp_path))
 
   def side(split):
-    return {bytes(split.text(i).astype(np.uint8)) for i in range(len(split))}
+    return set(_spelled(split, 'tokens'))
 
   for share in (0.05, 0.3):
     train, held = small.split(share)
@@ -228,7 +238,7 @@ def test_the_validation_split_is_by_hash(tmp_path):
 
 def test_documents_that_share_a_text_but_not_the_pair_are_split_apart(tmp_path):
   corpus = cache.build(
-    Listed([{'text': 'same', 'pair': str(i)} for i in range(64)]), Letters(), str(tmp_path)
+    Listed([{'text': 'same', 'pair': str(i)} for i in range(64)]), Letters(), TEXT, str(tmp_path)
   )
   assert len(set(corpus.hashes.tolist())) == 64
   train, held = corpus.split(0.5)
@@ -236,12 +246,120 @@ def test_documents_that_share_a_text_but_not_the_pair_are_split_apart(tmp_path):
 
 
 def test_a_split_that_leaves_a_side_empty_says_how_to_go_on(tmp_path):
-  corpus = cache.build(Listed([{'text': 'one huge file'}]), Letters(), str(tmp_path))
+  corpus = cache.build(Listed([{'text': 'one huge file'}]), Letters(), TEXT, str(tmp_path))
   with pytest.raises(ValueError, match=r"(1|0) documents .* of 1; both need some.*unit='line'"):
     corpus.split(0.1)
   for share in (-0.1, 1.0, 2):
     with pytest.raises(ValueError, match=rf'validation={share} must be'):
       corpus.split(share)
+
+
+RECORDS = [
+  {'text': 'one'},
+  {'text': 'two', 'pair': 'zwei', 'label': 'x'},
+  {'text': 'é', 'label': ['a', 'é']},
+  {'text': 'z', 'label': 1.5},
+  {'text': '', 'other': 3},
+]
+
+
+def test_content_and_split_are_those_of_revision_6ec0a05(tmp_path):
+  """Checkpoints hold the content; the numbers are that revision's own."""
+  labelled = cache.build(Listed(RECORDS), Letters(), TEXT, str(tmp_path))
+  assert labelled.content == '206f3069bb6bc75ad8b55013f9546c4e'
+  assert labelled.hashes.tolist() == [
+    10020475944890315492,
+    7998329510281333425,
+    17236566956269714885,
+    15755143374770264236,
+    5224996704525874836,
+  ]
+  assert [cache.held_out(record, 0.5) for record in RECORDS] == [False, True, False, False, True]
+  held = labelled.split(0.5)[1]
+  assert held.ids.tolist() == [1, 4]
+  plain = [{'text': 'one'}, {'text': 'two', 'pair': 'zwei'}, {'text': 'two', 'pair': ''}]
+  unlabelled = cache.build(Listed(plain), Letters(), TEXT, str(tmp_path))
+  assert unlabelled.content == '14a5e4caad856905c561fed9b118e657'
+
+
+def tags(record, tokenizer):
+  """Spans of digits as an array, and the words as a list."""
+  text = record['text']
+  given = {'tags': np.array([-int(c.isdigit()) for c in text], np.int64)}
+  return given | ({'words': text.split()} if ' ' in text else {'words': None})
+
+
+TAGGED = encoding.Encoder([*TEXT.functions, tags])
+
+
+def turns(record, tokenizer):
+  """Records without a text."""
+  ids = [tokenizer.encode(turn) for turn in record['turns']]
+  return {'chat_tokens': np.concatenate(ids), 'ends': np.cumsum(list(map(len, ids)))}
+
+
+def test_other_arrays_and_values_are_kept_by_name(tmp_path):
+  records = [{'text': 'a1'}, {'text': ''}, {'text': '22 b'}, {'text': 'c'}]
+  corpus = cache.build(Listed(records), Letters(), TAGGED, str(tmp_path))
+  everything, _ = corpus.split(0.0)
+  assert everything.names == {'tokens', 'tags'} and corpus.tokens_total == 7
+  found = [everything.array('tags', i) for i in range(4)]
+  assert [a.tolist() for a in found] == [[0, -1], [], [-1, -1, 0, 0], [0]]
+  assert {a.dtype for a in found} == {np.dtype(np.int32)}
+  assert everything.values('words') == [None, None, ['22', 'b'], None]
+  assert everything.values('label') is None
+  with pytest.raises(ValueError, match="no array 'pair_tokens', only tags, tokens"):
+    everything.lengths('pair_tokens')
+
+
+def test_the_content_covers_what_other_encoders_give(tmp_path):
+  source = Listed([{'text': 'a1'}, {'text': 'b c'}])
+  plain = cache.build(source, Letters(), TEXT, str(tmp_path))
+  tagged = cache.build(source, Letters(), TAGGED, str(tmp_path))
+  again = cache.build(
+    source, Letters(), encoding.Encoder([tags, *TEXT.functions, tags]), str(tmp_path)
+  )
+  assert again.fingerprint == tagged.fingerprint != plain.fingerprint
+  assert again.content == tagged.content != plain.content
+  other = cache.build(
+    Listed([{'text': 'a1'}, {'text': 'b d'}]), Letters(), encoding.Encoder([tags]), str(tmp_path)
+  )
+  assert len({plain.content, tagged.content, other.content}) == 3
+
+
+def test_records_without_a_text_are_split_by_their_json(tmp_path):
+  records = [{'turns': [f'hi {i}', 'ho'], 'id': i} for i in range(64)]
+  corpus = cache.build(Listed(records), Letters(), encoding.Encoder([turns]), str(tmp_path))
+  first = hashlib.blake2b(json.dumps(records[0], sort_keys=True).encode(), digest_size=8)
+  assert corpus.hashes[0] == int.from_bytes(first.digest(), 'little')
+  train, held = corpus.split(0.5)
+  assert [i for i, record in enumerate(records) if cache.held_out(record, 0.5)] == [*held.ids]
+  assert train.tokens_total + held.tokens_total == sum(len(f'hi {i}ho') for i in range(64))
+  assert train.array('ends', 0)[-1] == train.lengths('chat_tokens')[0]
+  assert cache.held_out(dict(reversed(records[0].items())), 0.5) == (0 in held.ids)
+
+
+def test_a_name_that_turns_up_late_begins_with_empty_entries(tmp_path):
+  records = [*_texts(40), {'text': 'a', 'pair': 'b c', 'label': 'x'}, *_texts(30)]
+  corpus = cache.build(Listed(records), Letters(), TEXT, str(tmp_path), workers=1)
+  everything, _ = corpus.split(0.0)
+  assert everything.lengths('pair_tokens').tolist() == [0] * 40 + [3] + [0] * 30
+  assert _spelled(everything, 'pair_tokens')[40] == 'b c'
+  assert everything.values('label') == [None] * 40 + ['x'] + [None] * 30
+
+
+def either(record, tokenizer):
+  tokens = tokenizer.encode(record['text'])
+  return {'tokens': tokens, 'x': tokens if record['text'][-1] == '9' else 'text'}
+
+
+@pytest.mark.parametrize('count', [12, 40])
+def test_a_name_is_an_array_or_something_else(tmp_path, count):
+  """Found within the first chunk of 16 documents, and in a later one."""
+  records = [{'text': 'a'}] * (count - 1) + [{'text': '9'}]
+  with pytest.raises(ValueError, match="'x' (is|as) an array (in|for) some"):
+    cache.build(Listed(records), Letters(), encoding.Encoder([either]), str(tmp_path), workers=1)
+  assert _entries(tmp_path) == []
 
 
 @pytest.fixture
@@ -259,14 +377,14 @@ def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable)
       for i in range(60)
     ]
   )
-  alone = cache.build(source, importable.Letters(), str(tmp_path / 'alone'), workers=1)
+  alone = cache.build(source, importable.Letters(), TEXT, str(tmp_path / 'alone'), workers=1)
 
   def not_here(*args):
     raise RuntimeError('tokenized in the main process')
 
-  monkeypatch.setattr(cache, 'IN_PROCESS_SECONDS', 0.0)
-  monkeypatch.setattr(cache, '_encode', not_here)
-  together = cache.build(source, importable.Letters(), str(tmp_path / 'together'), workers=2)
+  monkeypatch.setattr(cache_writer, 'IN_PROCESS_SECONDS', 0.0)
+  monkeypatch.setattr(cache_writer, 'encode', not_here)
+  together = cache.build(source, importable.Letters(), TEXT, str(tmp_path / 'together'), workers=2)
   names = sorted(os.listdir(alone.directory))
   assert names == sorted(os.listdir(together.directory)) and len(names) == 8
   for name in names:
@@ -278,10 +396,14 @@ def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable)
 
 
 def test_a_document_that_fails_in_a_worker_is_named_too(tmp_path, monkeypatch, importable):
-  monkeypatch.setattr(cache, 'IN_PROCESS_SECONDS', 0.0)
+  monkeypatch.setattr(cache_writer, 'IN_PROCESS_SECONDS', 0.0)
   with pytest.raises(KeyError) as caught:
     cache.build(
-      importable.Listed(_texts(20) + [{'txt': ''}]), importable.Letters(), str(tmp_path), workers=2
+      importable.Listed(_texts(20) + [{'txt': ''}]),
+      importable.Letters(),
+      TEXT,
+      str(tmp_path),
+      workers=2,
     )
   assert caught.value.__notes__ == ['while tokenizing document 20']
   assert _entries(tmp_path) == []
@@ -289,15 +411,15 @@ def test_a_document_that_fails_in_a_worker_is_named_too(tmp_path, monkeypatch, i
 
 def test_a_builder_that_loses_the_race_uses_the_other_cache(tmp_path, monkeypatch):
   source = Listed(_texts(5))
-  winner = cache.build(source, Letters(), str(tmp_path / 'elsewhere'))
-  write = cache._write
+  winner = cache.build(source, Letters(), TEXT, str(tmp_path / 'elsewhere'))
+  write = cache_writer.write
 
-  def overtaken(source, tokenizer, directory, workers, counts):
-    write(source, tokenizer, directory, workers, counts)
+  def overtaken(*args):
+    write(*args)
     shutil.copytree(winner.directory, tmp_path / 'here' / winner.fingerprint)
 
-  monkeypatch.setattr(cache, '_write', overtaken)
-  assert len(cache.build(source, Letters(), str(tmp_path / 'here'))) == 5
+  monkeypatch.setattr(cache_writer, 'write', overtaken)
+  assert len(cache.build(source, Letters(), TEXT, str(tmp_path / 'here'))) == 5
   assert _entries(tmp_path / 'here') == [winner.fingerprint]
 
 
@@ -309,7 +431,8 @@ if __name__ == '__main__':
   t.cache.logging.set_verbosity('info')
   if {limit}:
     resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
-  corpus = t.cache.build(t.Listed(t._texts(4000), seconds={seconds}), t.Letters(), {directory!r}, workers=1)
+  source = t.Listed(t._texts(4000), seconds={seconds})
+  corpus = t.cache.build(source, t.Letters(), t.TEXT, {directory!r}, workers=1)
   print('documents', len(corpus))
 """
 
@@ -334,7 +457,7 @@ def test_a_disk_that_fills_leaves_nothing_and_says_what_is_needed(tmp_path):
     and 'config.data.cache' in message
   )
   needed = int(message.split('needs about ')[1].split(' bytes')[0])
-  directory = cache.build(Listed(_texts(4000)), Letters(), str(tmp_path)).directory
+  directory = cache.build(Listed(_texts(4000)), Letters(), TEXT, str(tmp_path)).directory
   used = sum(os.path.getsize(f) for f in glob.glob(f'{directory}/*'))
   assert 0.7 * used < needed < 1.5 * used
 

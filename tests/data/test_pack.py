@@ -50,11 +50,11 @@ def _plain_best_fit_decreasing(costs, capacity):
 def _first_fit(costs, capacity):
   left = []
   for cost in costs:
-    place = next((i for i, space in enumerate(left) if space >= cost), None)
-    if place is None:
+    row = next((i for i, space in enumerate(left) if space >= cost), None)
+    if row is None:
       left.append(capacity - cost)
     else:
-      left[place] -= cost
+      left[row] -= cost
   return len(left)
 
 
@@ -121,18 +121,13 @@ def test_best_fit_takes_no_more_pieces_than_it_may(lengths, most):
     assert len(plan) == len(pack.best_fit(lengths, 40))
 
 
-def test_text_places():
-  places = pack.text_places([3, 2, 4], 5)
-  assert places['text_firsts'].tolist() == [0, 3, 5, 0, 0] and places['text_lasts'].tolist() == [
-    2,
-    4,
-    8,
-    0,
-    0,
-  ]
-  assert {a.dtype for a in places.values()} == {np.dtype(np.int32)}
+def test_text_bounds():
+  bounds = pack.text_bounds([3, 2, 4], 5)
+  assert bounds['text_firsts'].tolist() == [0, 3, 5, 0, 0]
+  assert bounds['text_lasts'].tolist() == [2, 4, 8, 0, 0]
+  assert {a.dtype for a in bounds.values()} == {np.dtype(np.int32)}
   with pytest.raises(ValueError):
-    pack.text_places([3, 2, 4], 2)
+    pack.text_bounds([3, 2, 4], 2)
 
 
 def test_a_row_without_room_for_a_token_is_refused():

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.data import cache, pack, pipeline
+from llm_jax.core import contracts
+from llm_jax.data import cache, encoding, pack, pipeline
 
 
 class Numbers:
@@ -33,7 +34,7 @@ class Rows:
 
 
 class Objective:
-  """One row a document; draws something before and after."""
+  """One row per document; draws something before and after."""
 
   def rows(self, documents, seq_len):
     return Rows(documents, seq_len)
@@ -142,13 +143,12 @@ def test_a_mixture_covers_each_corpus_by_its_own_epochs():
 
 
 @settings(max_examples=25, deadline=None)
-@given(start=st.integers(0, 300), hosts=st.sampled_from([1, 2, 4]), threads=st.integers(1, 3))
-def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(start, hosts, threads):
+@given(start=st.integers(0, 300), hosts=st.sampled_from([1, 2, 4]))
+def test_batches_are_the_same_for_any_number_of_hosts_and_any_start(start, hosts):
   examples = _train()
-  shares = (
-    np.arange(8).reshape(-1, hosts).T
-  )  # dealt out, as a mesh may: a host's rows need not be neighbours
-  parts = [_take(pipeline.batches(examples, 8, start, rows, threads), 3) for rows in shares]
+  # dealt out, as a mesh may: a host's rows need not be neighbours
+  shares = np.arange(8).reshape(-1, hosts).T
+  parts = [_take(pipeline.batches(examples, 8, start, rows), 3) for rows in shares]
   for s in range(3):
     whole = {k: np.concatenate([part[s][k] for part in parts]) for k in parts[0][s]}
     expected = [examples[start + 8 * s + j] for j in shares.ravel()]
@@ -164,7 +164,7 @@ def test_another_seed_gives_another_stream():
   _equal(a[1], same[1])
 
 
-def test_batches_are_made_ahead_and_threads_end_with_the_iterator():
+def test_batches_are_made_ahead_and_the_thread_ends_with_the_iterator():
   made = threading.Semaphore(0)
 
   class Counting(Objective):
@@ -172,9 +172,9 @@ def test_batches_are_made_ahead_and_threads_end_with_the_iterator():
       made.release()
       return super().transform(example, rng)
 
-  stream = pipeline.batches(_train(objective=Counting()), 4, threads=2)
+  stream = pipeline.batches(_train(objective=Counting()), 4)
   next(stream)
-  for _ in range(5 * 4):  # the batch given and four more, without another call of next
+  for _ in range(4 * 4):  # the batch given and three more, without another call of next
     assert made.acquire(timeout=30)
   stream.close()
   assert not [t for t in threading.enumerate() if t.name.startswith('batches')]
@@ -279,15 +279,14 @@ class Bytes:
 class WindowRows(Rows):
   def __init__(self, documents, seq_len):
     super().__init__(documents, seq_len)
-    self.plan = pack.windows(documents.lengths, seq_len)
+    self.plan = pack.windows(documents.lengths('tokens'), seq_len)
 
   def __len__(self):
     return len(self.plan)
 
   def example(self, index, rng):
-    return pack.assemble(
-      [self.documents.text(*piece) for piece in self.plan[index]], self.seq_len
-    ) | {'row': np.int64(index)}
+    pieces = [self.documents.array('tokens', *piece) for piece in self.plan[index]]
+    return pack.assemble(pieces, self.seq_len) | {'row': np.int64(index)}
 
 
 class Windows(Objective):
@@ -297,8 +296,9 @@ class Windows(Objective):
 
 def test_one_epoch_of_windows_over_a_cache_spells_the_corpus(tmp_path):
   texts = Text(f'{i} times {"na" * (i % 19)} batman' for i in range(40))
-  train, _ = cache.build(texts, Bytes(), str(tmp_path)).split(0.0)
-  rows = len(pack.windows(train.lengths, 16))
+  encoder = encoding.Encoder([contracts.Objective.encode])
+  train, _ = cache.build(texts, Bytes(), encoder, str(tmp_path)).split(0.0)
+  rows = len(pack.windows(train.lengths('tokens'), 16))
   whole = list(pipeline.padded_batches(pipeline.validation_examples([train], Windows(), 16, 0), 8))
   shuffled = _take(
     pipeline.batches(pipeline.train_examples([train], [1.0], Windows(), 16, 0, 8), 1), rows
@@ -322,7 +322,6 @@ def test_one_epoch_of_windows_over_a_cache_spells_the_corpus(tmp_path):
       r'rows=\[2, 4\] must be some of the rows 0 to 3',
     ),
     (lambda: pipeline.batches(_train(), 4, start=-1), 'start=-1'),
-    (lambda: pipeline.batches(_train(), 4, threads=0), 'threads=0'),
     (
       lambda: pipeline.padded_batches(_valid(), 3, rows=[]),
       r'rows=\[\] must be some of the rows 0 to 2',

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.core import plugins
-from llm_jax.objectives import classify
+from llm_jax.data.documents import Memory
+from llm_jax.objectives import _text_rows, classify
 
 RNG = np.random.default_rng(0)
 LETTERS = ('a', 'b', 'c')
@@ -53,7 +54,7 @@ def test_row_of_one_text_and_of_a_pair(small):
   assert last['tokens'].tolist() == [5, 10, 11, 3, 20, 6, 0, 0]
 
 
-def test_encode_gives_the_same_row_without_a_label(small):
+def test_layout_gives_the_same_row_without_a_label(small):
   tokenizer = small.Tokenizer()
   objective = classify.Objective(tokenizer, LETTERS)
   documents = small.Documents(
@@ -61,7 +62,7 @@ def test_encode_gives_the_same_row_without_a_label(small):
     [tokenizer.encode('good'), tokenizer.encode('')],
     ['a', 'b'],
   )
-  row, rows = objective.rows(documents, 12).example(0, RNG), objective.encode(documents, 12)
+  row, rows = objective.rows(documents, 12).example(0, RNG), objective.layout(documents, 12)
   assert rows.cut == 1 and [rows.texts(i) for i in range(len(rows))] == [[0], [1]]
   encoded = rows.example(0, RNG)
   assert (
@@ -71,7 +72,7 @@ def test_encode_gives_the_same_row_without_a_label(small):
   )
   for key in row.keys() - {'label', 'label_weight'}:
     np.testing.assert_array_equal(encoded[key], row[key])
-  empty = objective.encode(small.Documents([[], [9]]), 8)  # no label: nobody asks
+  empty = objective.layout(small.Documents([[], [9]]), 8)  # no label: nobody asks
   ids = {0: [2, 3], 1: [2, 9, 3]}
   assert sorted(empty.texts(0)) == [0, 1] and empty.cut == 0
   assert empty.example(0, RNG)['tokens'].tolist() == sum(map(ids.get, empty.texts(0)), []) + [0] * 3
@@ -129,7 +130,7 @@ def test_every_text_has_one_slot_and_no_row_overflows(small, lengths, seq_len, p
     assert row['label_weight'].tolist() == [1] * len(texts) + [0] * (slots - len(texts))
     for slot, text in enumerate(texts):
       first, last = row['text_firsts'][slot], row['text_lasts'][slot]
-      n, m = classify.fit(lengths[text], lengths[text] // 2 if paired else None, seq_len)
+      n, m = _text_rows.fit(lengths[text], lengths[text] // 2 if paired else None, seq_len)
       assert row['tokens'][first : last + 1].tolist() == [
         2,
         *[9 + text % 40] * n,
@@ -149,13 +150,12 @@ def test_packing_is_dense_mixes_neighbours_and_says_what_it_does(small, monkeypa
   lengths = np.random.default_rng(0).integers(4, 40, 2000)
   documents = small.Documents([[9] * n for n in lengths], labels=['a'] * 2000)
   rows = classify.Objective(small.Tokenizer(), LETTERS).rows(documents, 128)
-  places = int(np.sum(lengths + 2))
-  assert places / (128 * len(rows)) > 0.99
+  tokens = int(np.sum(lengths + 2))
+  assert tokens / (128 * len(rows)) > 0.99
   assert lines == [
-    f'classify: 2000 texts in {len(rows)} rows of 128 places, '
-    f'{100 * places / 128 / len(rows):.1f}% of which are '
-    f'used (one text a row: {100 * places / 128 / 2000:.1f}%). With {2000 / len(rows):.2f} texts a '
-    'row, a step of '
+    f'classify: 2000 texts in {len(rows)} rows of 128 tokens, '
+    f'{100 * tokens / 128 / len(rows):.1f}% of which are used (one text per row: '
+    f'{100 * tokens / 128 / 2000:.1f}%). With {2000 / len(rows):.2f} texts per row, a step of '
     'batch_size rows learns from so many times more texts.'
   ]
   again = classify.Objective(small.Tokenizer(), LETTERS).rows(documents, 128)
@@ -178,16 +178,15 @@ def test_packing_is_dense_mixes_neighbours_and_says_what_it_does(small, monkeypa
 def test_fit_takes_arrays():
   first, second = np.random.default_rng(0).integers(0, 30, (2, 200))
   for both in (second, None):
-    n, m = classify.fit(first, both, 17)
+    n, m = _text_rows.fit(first, both, 17)
     for i, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-      assert (n[i], None if both is None else m[i]) == classify.fit(
-        a, None if both is None else b, 17
-      )
+      alone = _text_rows.fit(a, None if both is None else b, 17)
+      assert (n[i], None if both is None else m[i]) == alone
 
 
 @given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))
 def test_fit_cuts_the_longer_text_first(first, second, seq_len):
-  n, m = classify.fit(first, second, seq_len)
+  n, m = _text_rows.fit(first, second, seq_len)
   if second is None:
     assert (n, m) == (min(first, seq_len - 2), None)
     return
@@ -272,10 +271,48 @@ def test_labels_that_can_be(small):
   assert labels(None, [2.5, '-1'], task='regression') == [(2.5, 1.0), (-1.0, 1.0)]
 
 
-def test_collect_classes():
-  assert classify.collect_classes(['10', '9', '9', '-1', None]) == ('-1', '9', '10')
-  assert classify.collect_classes(['10', '9', 'b']) == ('10', '9', 'b')
-  assert classify.collect_classes([['b', 'a'], [], ['c']]) == ('a', 'b', 'c')
+def test_classes_are_derived_from_the_training_documents(small, monkeypatch):
+  lines = []
+  monkeypatch.setattr(logging, 'info', lambda message, *values: lines.append(message % values))
+
+  def derived(*labels, **options):
+    documents = [small.Documents([[9]] * len(names), labels=names) for names in labels]
+    return classify.Objective.derive(options, documents)
+
+  assert derived(['10', '9', '9', '-1', None]) == {'classes': ('-1', '9', '10')}
+  assert lines == ['3 classes: -1, 9, 10']
+  assert derived(['10'], ['9', 'b'], classes=None) == {'classes': ('10', '9', 'b')}
+  assert derived([['b', 'a'], []], [['c']], task='multilabel') == {'classes': ('a', 'b', 'c')}
+  assert derived([None], ['x']) == {'classes': ('x',)}
+  assert derived(['a', 'b'], classes=('b', 'a')) == {} == derived([1.5], task='regression')
+  for labels in ([None], ([])):
+    with pytest.raises(ValueError, match='needs labels and this corpus has none'):
+      derived(labels)
+  with pytest.raises(ValueError, match=r'numbers such as 1.5; set config.objective.task=regressio'):
+    derived(['a'], ['b', 1.5])
+
+
+@pytest.mark.parametrize('paired', [False, True])
+@pytest.mark.parametrize('task', ['multiclass', 'binary', 'multilabel', 'regression'])
+def test_made_up_records_give_rows_like_real_ones(small, task, paired):
+  classes = {'regression': None, 'binary': ('a', 'b')}.get(task, LETTERS)
+  objective, tokenizer = classify.Objective(small.Tokenizer(), classes, task), small.Tokenizer()
+  options = {'task': task, 'classes': classes}
+  records = classify.Objective.sample_records(options)
+  if paired:
+    records = [record | {'pair': 'x'} for record in records]
+  template = objective.rows(Memory(records, objective.encode, tokenizer), 32).example(0, RNG)
+  label = {'regression': 2.0, 'multilabel': []}.get(task, 'a')
+  real = small.Documents([[9], [10]], [[8], [7]] if paired else None, [label] * 2)
+  row = objective.rows(real, 32).example(0, RNG)
+  assert {k: (v.shape, v.dtype) for k, v in template.items()} == {
+    k: (v.shape, v.dtype) for k, v in row.items()
+  }
+  assert template['label_weight'].any() and objective.flops(None, {}) == 0
+  options['classes'] = None  # made-up records have two
+  memory = Memory(classify.Objective.sample_records(options), objective.encode, tokenizer)
+  derived = classify.Objective.derive(options, [memory])
+  assert derived == ({} if task == 'regression' else {'classes': ('0', '1')})
 
 
 @pytest.mark.parametrize(
@@ -302,7 +339,7 @@ def test_other_refusals_and_the_config_section(small):
   with pytest.raises(ValueError, match="rows='classify'"):
     classify.Objective(small.Tokenizer(), LETTERS).transform({'tokens': np.zeros(4, np.int32)}, RNG)
   with pytest.raises(ValueError, match='seq_len=3 must be more than the 3'):
-    classify.Objective(small.Tokenizer(), LETTERS).encode(small.Documents([[9]], [[9]]), 3)
+    classify.Objective(small.Tokenizer(), LETTERS).layout(small.Documents([[9]], [[9]]), 3)
   made = plugins.construct(
     'objective',
     classify.Objective,
@@ -366,16 +403,13 @@ def test_multiclass(small, pool):
   assert pairs['classify_accuracy'] == [(logits.argmax(-1) == label).sum(), 4]
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
-  told = objective.describe({'probabilities': predictions['probabilities'][1]})
-  assert told['label'] == LETTERS[p[1].argmax()] and told['probability'] == pytest.approx(
-    p[1].max(), rel=1e-4
-  )
-  assert json.loads(json.dumps(told)) == told and list(told['probabilities']) == list(LETTERS)
-  assert (
-    objective.terms == {'classify': 1.0}
-    and objective.targets({}) is None
-    and objective.summary({}) == {}
-  )
+  said = objective.describe({'probabilities': predictions['probabilities'][1]})
+  assert said['label'] == LETTERS[p[1].argmax()]
+  assert said['probability'] == pytest.approx(p[1].max(), rel=1e-4)
+  assert json.loads(json.dumps(said)) == said and list(said['probabilities']) == list(LETTERS)
+  assert objective.terms == {'classify': 1.0} and objective.predictor is objective
+  assert objective.evaluators == ('loss', 'classification') and objective.derived == ('classes',)
+  assert objective.targets({}) is None and objective.summary({}) == {}
 
 
 def test_binary(small):
@@ -401,8 +435,8 @@ def test_multilabel(small):
     pairs['classify_accuracy'], [((p > 0.5) == label).mean(-1).sum(), 4], rtol=1e-6
   )
   np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
-  told = objective.describe({'probabilities': predictions['probabilities'][0]})
-  assert told['label'] == [name for name, x in zip(LETTERS, p[0], strict=True) if x > 0.5]
+  said = objective.describe({'probabilities': predictions['probabilities'][0]})
+  assert said['label'] == [name for name, x in zip(LETTERS, p[0], strict=True) if x > 0.5]
 
 
 def test_regression(small):
@@ -425,7 +459,7 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
   assert heads['classifier'].bias
   last = classify.Objective(small.Tokenizer(), LETTERS, pool='last').heads(model)
   assert set(last) == {'classifier'} and not last['classifier'].bias
-  with pytest.raises(ValueError, match="pool='cls' reads the first place, which in a causal model"):
+  with pytest.raises(ValueError, match="pool='cls' reads the first token, which in a causal model"):
     objective.heads(types.SimpleNamespace(causal=True))
 
   class Net(nn.Module):

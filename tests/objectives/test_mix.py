@@ -53,15 +53,15 @@ def test_unlabelled_rows_count_for_mlm_only(small):
 
 
 def test_a_part_that_reads_all_makes_the_others_find_their_own(small):
-  tokenizer, documents = small.Tokenizer(), small.random_documents([60, 40])
-  documents.labels = ['a', 'b']
+  tokenizer = small.Tokenizer()
+  documents = small.random_documents([60, 40], labels=['a', 'b'])
   parts = {
     'mlm': mlm.Objective(tokenizer),
     'labels': classify.Objective(tokenizer, ('a', 'b'), pool='mean'),
   }
   objective = mix.Objective(parts=parts, rows='labels', weights={'mlm': 1, 'labels': 1})
   batch = batch_of(small, objective, documents, rows=2)
-  assert objective.places(batch) is None and parts['mlm'].places(batch) is not None
+  assert objective.positions(batch) is None and parts['mlm'].positions(batch) is not None
   hidden, net = (
     np.random.default_rng(1).normal(size=(2, 16, 6)).astype(np.float32),
     small.network(classifier=2),

@@ -1,0 +1,134 @@
+"""Rows of whole texts, or pairs of texts: which share a row, and what is cut from those that are
+longer than one.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from llm_jax.core.contracts import Documents
+from llm_jax.data import pack
+
+
+class TextRows:
+  """A plan of which documents share a row.
+
+  Args:
+    documents: the texts, the second of a pair as `pair_tokens`.
+    seq_len: T.
+    slots: G.
+
+  Attributes:
+    first: [documents] int64, how many tokens of each text are kept.
+    second: likewise of the second texts; None where there are none.
+    sizes: [documents] int64, how many tokens each takes in a row, special ones included.
+    lost: [documents] int64, how many tokens are cut off.
+    cut: how many documents are longer than a row.
+    plan: which documents share a row.
+  """
+
+  def __init__(self, documents: Documents, seq_len: int, slots: int):
+    self.documents, self.seq_len, self.slots = documents, seq_len, slots
+    paired = 'pair_tokens' in documents.names
+    first = documents.lengths('tokens')
+    second = documents.lengths('pair_tokens') if paired else None
+    self.first, self.second = fit(first, second, seq_len)
+    self.given = first + second if paired else first
+    kept = self.first + self.second if paired else self.first
+    self.lost = self.given - kept
+    self.cut = int(np.count_nonzero(self.lost))
+    self.sizes = kept + _special(paired)
+    self.plan = _plan(self.sizes, seq_len, slots)
+
+  def __len__(self) -> int:
+    return len(self.plan)
+
+  def texts(self, index: int) -> list[int]:
+    """The documents of one row, in the order in which they stand in it."""
+    return [document for document, _, _ in self.plan[index]]
+
+  def ids(self, text: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """What is kept of one text, and of the second of a pair or None."""
+    first = self.documents.array('tokens', text, 0, int(self.first[text]))
+    if self.second is None:
+      return first, None
+    return first, self.documents.array('pair_tokens', text, 0, int(self.second[text]))
+
+  def log_cut(self) -> None:
+    """Warns of what is cut off."""
+    if self.cut:
+      logging.warning(
+        'classify: %d of %d documents are longer than seq_len=%d allows and lose %d of %d tokens.',
+        self.cut,
+        len(self.sizes),
+        self.seq_len,
+        self.lost.sum(),
+        self.given.sum(),
+      )
+
+  def log_packing(self) -> None:
+    """Says how many texts a row holds, and how much of the rows is used."""
+    texts, rows, length = len(self.sizes), len(self), self.seq_len
+    if not texts:
+      return
+    used = 100 * self.sizes.sum() / length
+    logging.info(
+      'classify: %d texts in %d rows of %d tokens, %.1f%% of which are used (one text per row: '
+      '%.1f%%). With %.2f texts per row, a step of batch_size rows learns from so many times more '
+      'texts.',
+      texts,
+      rows,
+      length,
+      used / rows,
+      used / texts,
+      texts / rows,
+    )
+    full = np.diff(self.plan.offsets) == self.slots
+    if self.slots > 1 and np.mean(full) > 0.5:
+      logging.warning(
+        'classify: a row of %d tokens takes at most %d texts, and most rows have so many; a '
+        'shorter seq_len wastes less.',
+        length,
+        self.slots,
+      )
+
+
+def fit(first: Any, second: Any, seq_len: int) -> tuple[Any, Any]:
+  """How many tokens of each text are kept so that a row holds them with its special tokens; the
+  longer text loses first.
+
+  Args:
+    first: tokens of a text, or of each text of an array.
+    second: likewise of the second text of a pair; None where there is none.
+    seq_len: T.
+
+  Returns:
+    What is kept of `first`, and of `second` or None.
+  """
+  special = _special(second is not None)
+  if seq_len <= special:
+    raise ValueError(f'seq_len={seq_len} must be more than the {special} special tokens of a row.')
+  room = seq_len - special
+  if second is None:
+    return np.minimum(first, room), None
+  half = room // 2 + room % 2 * (first > second)
+  kept = np.minimum(first, np.maximum(room - second, half))
+  return kept, np.minimum(second, room - kept)
+
+
+def _special(paired: bool) -> int:
+  """How many special tokens stand around a text, or around and between the texts of a pair."""
+  return 3 if paired else 2
+
+
+def _plan(sizes: np.ndarray, seq_len: int, slots: int) -> pack.Plan:
+  """Which texts share a row. Texts of one length come in an order drawn once: neighbours of a
+  sorted corpus are much alike.
+  """
+  if slots == 1:
+    return pack.one_per_row(sizes, seq_len)
+  order = np.random.default_rng(0).permutation(len(sizes))
+  plan = pack.best_fit(sizes[order], seq_len, most=slots)
+  return dataclasses.replace(plan, document=order[plan.document])
