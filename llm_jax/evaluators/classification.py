@@ -6,22 +6,40 @@ from typing import Any
 import jax
 import numpy as np
 
-from llm_jax.core.contracts import Batch
-from llm_jax.core.contracts import Objective as Classifier
+from llm_jax.core.contracts import Batch, Predictor, Validation
+
+TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
+KEYS = ('label', 'label_weight')  # what is read of a batch beside the predictions
+
+
+class Evaluator:
+  """Scores of the objective's predictor, which must be a classifier or a regressor."""
+
+  def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
+    """See the function `evaluate`."""
+    predictor = validation.objective.predictor
+    task = getattr(predictor, 'task', None)
+    if task not in TASKS:
+      raise ValueError(
+        f"the evaluator 'classification' scores labels, and the objective's task is {task}, not "
+        f'one of {", ".join(TASKS)}; name other evaluators in config.evaluators.'
+      )
+    predict = lambda batch: validation.predict(batch, KEYS)
+    return evaluate(predict, validation.batches(), predictor)
 
 
 def evaluate(
-  predict_step: Callable[[Batch], Mapping[str, Any]],
+  predict: Callable[[Batch], Mapping[str, Any]],
   batches: Iterable[Batch],
-  objective: Classifier,
+  predictor: Predictor,
 ) -> tuple[dict[str, float], str]:
   """Scores predictions against labels, text by text; those of label_weight 0 are left out.
 
   Args:
-    predict_step: this host's rows of a batch -> what `objective.predict` gives for all hosts' rows,
+    predict: this host's rows of a batch -> what `predictor.predict` gives for all hosts' rows,
       [B, G, ...], with the rows' `label` and `label_weight`.
     batches: this host's rows of the validation set.
-    objective: a `classify` objective (of a mix, that part).
+    predictor: of one of the `TASKS`.
 
   Returns:
     Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the
@@ -31,25 +49,23 @@ def evaluate(
   Raises:
     ValueError: no text has a label.
   """
-  predicted, labels = _gather(
-    predict_step, batches, 'values' if objective.task == 'regression' else 'probabilities'
-  )
-  if objective.task == 'regression':
-    return _regression(predicted, labels)
-  if objective.task == 'multilabel':
-    return _multilabel(predicted > 0.5, labels > 0.5, objective.classes)
-  return _classes(np.argmax(predicted, -1), labels, objective.classes)
+  if predictor.task == 'regression':
+    return _regression(*_gather(predict, batches, 'values'))
+  predicted, labels = _gather(predict, batches, 'probabilities')
+  if predictor.task == 'multilabel':
+    return _multilabel(predicted > 0.5, labels > 0.5, predictor.classes)
+  return _classes(np.argmax(predicted, -1), labels, predictor.classes)
 
 
 def _gather(
-  predict_step: Callable, batches: Iterable[Batch], key: str
+  predict: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch], key: str
 ) -> tuple[np.ndarray, np.ndarray]:
   """Predictions and labels of the texts that count, [texts, ...]; slots are many, so that no
   batch's stay longer than needed.
   """
   kept, waiting = [], None
   for batch in batches:
-    rows = predict_step(batch)
+    rows = predict(batch)
     kept += _labelled(waiting, key)  # one batch late, so that the device does not wait
     waiting = rows
   kept += _labelled(waiting, key)
@@ -81,7 +97,7 @@ def _classes(
     ),
     'mcc': float(metrics.matthews_corrcoef(labels_B, predicted_B)),
   }
-  return scores, metrics.classification_report(
+  report = metrics.classification_report(
     labels_B,
     predicted_B,
     labels=present,
@@ -89,6 +105,7 @@ def _classes(
     digits=4,
     zero_division=0,
   )
+  return scores, report
 
 
 def _multilabel(
@@ -96,9 +113,8 @@ def _multilabel(
 ) -> tuple[dict[str, float], str]:
   from sklearn import metrics
 
-  if (
-    len(classes) == 1
-  ):  # scikit-learn takes a single column for one label a row, and then refuses its report
+  if len(classes) == 1:
+    # scikit-learn takes a single column for one label per row, and then refuses its report.
     f1 = float(metrics.f1_score(labels_BC[:, 0], predicted_BC[:, 0], zero_division=0))
     scores = {'accuracy': float(np.mean(predicted_BC == labels_BC)), 'micro_f1': f1, 'macro_f1': f1}
     return scores, f'{classes[0]}: f1 {f1:.4f} over {len(labels_BC)} rows'
@@ -107,9 +123,10 @@ def _multilabel(
     'micro_f1': float(metrics.f1_score(labels_BC, predicted_BC, average='micro', zero_division=0)),
     'macro_f1': float(metrics.f1_score(labels_BC, predicted_BC, average='macro', zero_division=0)),
   }
-  return scores, metrics.classification_report(
+  report = metrics.classification_report(
     labels_BC, predicted_BC, target_names=list(classes), digits=4, zero_division=0
   )
+  return scores, report
 
 
 def _regression(predicted_B: np.ndarray, labels_B: np.ndarray) -> tuple[dict[str, float], str]:

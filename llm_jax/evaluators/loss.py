@@ -3,29 +3,36 @@ and `xz -9`.
 """
 
 import lzma
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
 
 from llm_jax.core import metrics
-from llm_jax.core.contracts import Batch, Objective, Pairs
+from llm_jax.core.contracts import Batch, Metrics, Objective, Validation
+
+
+class Evaluator:
+  """The loss, and the means of all metrics of the objective."""
+
+  def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
+    """'loss', the mean of each metric, and the objective's summary; no report."""
+    return evaluate(validation.losses, validation.batches(), validation.objective), ''
 
 
 def evaluate(
-  eval_step: Callable[[Batch], Pairs], batches: Iterable[Batch], objective: Objective
+  losses: Callable[[Batch], Metrics], batches: Iterable[Batch], objective: Objective
 ) -> dict[str, float]:
   """Means over all batches: sums and weights are added in float64 on the host and divided once.
 
   Args:
-    eval_step: batch -> (sum, weight) pairs; fetched one batch late, so that the device does not
-      wait.
+    losses: batch -> metrics; fetched one batch late, so that the device does not wait.
     batches: the validation set; rows of zeros count for nothing.
     objective: names the losses, and gives further numbers.
 
   Returns:
-    'loss', the mean by each pair's name (NaN where nothing counted; such a term adds 0 to the
-    loss), and the objective's summary.
+    'loss', the mean of each metric by its name (NaN where nothing counted; such a term adds 0 to
+    the loss), and the objective's summary.
 
   Raises:
     ValueError: there is no batch.
@@ -33,7 +40,7 @@ def evaluate(
   totals: dict[str, np.ndarray] = {}
   waiting = None
   for batch in batches:
-    dispatched = eval_step(batch)
+    dispatched = losses(batch)
     if waiting is not None:
       _add(totals, waiting)
     waiting = dispatched
@@ -43,9 +50,10 @@ def evaluate(
     )
   _add(totals, waiting)
   means = metrics.divide(totals)
-  loss = sum(
-    coefficient * means[name] for name, coefficient in objective.terms.items() if totals[name][1]
-  )
+  loss = 0.0
+  for name, coefficient in objective.terms.items():
+    if totals[name][1]:
+      loss += coefficient * means[name]
   return {'loss': float(loss)} | means | objective.summary(means)
 
 
@@ -67,7 +75,7 @@ def unigram_loss(batches: Iterable[Batch], objective: Objective) -> float | None
     ids, weights = found
     new = np.bincount(np.asarray(ids)[np.asarray(weights) > 0])
     size = max(len(counts), len(new))
-    counts = np.pad(counts, (0, size - len(counts))) + np.pad(new, (0, size - len(new)))
+    counts = _padded(counts, size) + _padded(new, size)
   if not counts.sum():
     raise ValueError(
       'no target of the validation set counts; raise config.data.validation or '
@@ -86,6 +94,10 @@ def xz_bits_per_byte(text: bytes) -> float:
   return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-def _add(totals: dict[str, np.ndarray], pairs: Mapping[str, tuple]) -> None:
-  for name, pair in jax.device_get(dict(pairs)).items():
-    totals[name] = totals.get(name, 0) + np.asarray(pair, np.float64)
+def _add(totals: dict[str, np.ndarray], new: Metrics) -> None:
+  for name, sum_and_weight in jax.device_get(dict(new)).items():
+    totals[name] = totals.get(name, 0) + np.asarray(sum_and_weight, np.float64)
+
+
+def _padded(counts: np.ndarray, size: int) -> np.ndarray:
+  return np.pad(counts, (0, size - len(counts)))

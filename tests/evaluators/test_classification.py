@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.core import contracts
 from llm_jax.evaluators import classification
 
 
@@ -100,6 +101,32 @@ def test_regression_by_hand():
   assert scores == pytest.approx(wanted, rel=1e-5) and 'spearman' in report
   constant, _ = run('regression', None, np.zeros(11), truth, weights)
   assert math.isnan(constant['pearson']) and constant['mse'] == pytest.approx(np.mean(t**2))
+
+
+def test_as_a_plug_in():
+  """It asks the objective's predictor, and for the labels of all hosts' rows."""
+  batches = [{'x': [[0.9], [0.2]], 'y': [[0], [1]]}, {'x': [[0.7], [0.1]], 'y': [[1], [1]]}]
+
+  def predict(batch, keys):
+    p = np.asarray(batch['x'])
+    rows = {'label': np.asarray(batch['y']), 'label_weight': np.ones((2, 1))}
+    return {'probabilities': jnp.stack([p, 1 - p], -1)} | {key: rows[key] for key in keys}
+
+  def validation(predictor):
+    return contracts.Validation(
+      objective=types.SimpleNamespace(predictor=predictor),
+      tokenizer=None,
+      batches=lambda: iter(batches),
+      losses=None,
+      predict=predict,
+    )
+
+  predictor = types.SimpleNamespace(task='binary', classes=('no', 'yes'))
+  numbers, report = classification.Evaluator().evaluate(validation(predictor))
+  assert numbers['accuracy'] == 3 / 4 and 'yes' in report
+  for other in (None, types.SimpleNamespace(task='spans')):
+    with pytest.raises(ValueError, match="'classification' scores labels.*not one of multiclass"):
+      classification.Evaluator().evaluate(validation(other))
 
 
 def test_nothing_labelled():

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llm_jax.core import contracts
 from llm_jax.evaluators import loss
 
 OBJECTIVE = types.SimpleNamespace(
@@ -34,6 +35,21 @@ def test_sums_are_divided_once():
   )
   assert abs(found['a'] - mean_of_means) > 1e-3
   assert all(type(v) is float for v in found.values())
+
+
+def test_as_a_plug_in():
+  """It asks for a fresh iterator over the batches, and reports nothing."""
+  validation = contracts.Validation(
+    objective=OBJECTIVE,
+    tokenizer=None,
+    batches=lambda: iter(range(1, 3)),
+    losses=lambda i: {'a': (jnp.float32(i), jnp.float32(2)), 'b': (jnp.float32(2), jnp.float32(i))},
+    predict=None,
+  )
+  for _ in range(2):
+    numbers, report = loss.Evaluator().evaluate(validation)
+    assert numbers == pytest.approx({'loss': 3 / 4 + 2 / 3, 'a': 3 / 4, 'b': 4 / 3, 'double': 1.5})
+    assert report == ''
 
 
 def test_sums_are_kept_in_float64():
