@@ -445,11 +445,12 @@ def main(parent, address, processes, index):
   for i, model in enumerate((LLAMA.clone(tied=False), MODERN)[: 3 - processes]):
     params = saved(parent / f'{i}', model)
     boxed = boxed_shapes(model)
-    where = sharding.parameter_shardings(layout, boxed)
+    shapes, whats = nn.unbox(boxed), params_lib.infos(boxed)
+    where = sharding.parameter_shardings(layout, shapes, whats)
     wanted = jax.tree.map(
-      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), nn.unbox(boxed), where
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
     )
-    loaded = hf.load(parent / f'{i}', FAMILIES, wanted, params_lib.infos(boxed)).params
+    loaded = hf.load(parent / f'{i}', FAMILIES, wanted, whats).params
     for path, expected in tree.flatten(where).items():
       assert loaded[path].sharding == expected
       assert len(loaded[path].addressable_shards) == 8 // processes

@@ -19,8 +19,8 @@ ARRAYS = {
   'b': np.arange(3, dtype=np.float16),
   'c': np.zeros((2, 0), np.int64),
   'd': np.arange(4, dtype=np.uint8),
-  'e': np.arange(2.0),
-}  # at a place that its size does not divide
+  'e': np.arange(2.0),  # at an offset that its size does not divide
+}
 
 
 @pytest.fixture(scope='module')
@@ -71,12 +71,12 @@ def test_each_reads_what_the_other_wrote(whole, tmp_path):
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
-@given(place=st.integers(0, 10**6), value=st.integers(1, 255))
-def test_a_changed_byte(whole, tmp_path_factory, place, value):
+@given(offset=st.integers(0, 10**6), value=st.integers(1, 255))
+def test_a_changed_byte(whole, tmp_path_factory, offset, value):
   content = bytearray(whole.read_bytes())
   end = 8 + int.from_bytes(content[:8], 'little')
-  content[place % end] ^= value
-  check(tmp_path_factory.getbasetemp() / 'flipped', bytes(content))
+  content[offset % end] ^= value
+  check(tmp_path_factory.getbasetemp() / 'changed', bytes(content))
 
 
 NUMBERS = st.one_of(
@@ -109,7 +109,7 @@ def test_made_up_headers(tmp_path_factory, header, size, tail):
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(cuts=st.lists(st.integers(0, 8), min_size=2, max_size=4), shift=st.integers(-1, 1))
 def test_offsets_that_lie(tmp_path_factory, cuts, shift):
-  """Neighbours that fit, overlap or leave holes: what the judge takes is taken, and nothing else."""
+  """Neighbours that fit, overlap or leave holes: what the judge takes is taken, no more."""
   header, end = {}, 0
   for i, cut in enumerate(cuts):
     start = end + (shift if i == 1 else 0)
