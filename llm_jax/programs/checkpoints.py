@@ -1,12 +1,12 @@
 """Checkpoints: state, data position, and all else that a run needs to go on, written by Orbax while
 the training runs.
 
-A folder a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and `seal.json`:
-the size and SHA-256 of every file, and the validation metrics. The seal is written last, so a
-folder without one is a save that did not end (as if it had never begun), and a folder that does not
-agree with its seal is damaged; neither is ever read. Damage is told from a mismatch by this alone:
-whatever agrees with its seal and still does not fit the model is another model's checkpoint, which
-is an error and never a reason to fall back.
+The folder of a step holds two Orbax items, `state` (arrays, by path) and `meta` (JSON), and
+`seal.json`: the size and SHA-256 of every file, and the validation metrics. The seal is written
+last. So a folder without one is a save that did not end, as if it had never begun, and a folder
+that does not agree with its seal is damaged; neither is ever read. A checkpoint that agrees with
+its seal and does not fit the model is another model's: that is an error, and never a reason to fall
+back to an older one.
 
 The folder lies on a file system that all hosts share. Process 0 seals, deletes and moves; the
 arrays are written by all.
@@ -18,28 +18,32 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from llm_jax.core import tree
+from llm_jax.core import files, tree
 from llm_jax.core.state import Loaded
 from llm_jax.parallel import hosts
 
 SEAL = 'seal.json'
-DAMAGED, UNFINISHED = (
-  'damaged',
-  'unfinished',
-)  # folders for checkpoints that are not used: cut short; without a seal
-_NONE, _NONE_LEFT = -1, -2  # in the place of a step, agreed on by all processes
+DAMAGED = 'damaged'  # the folder of checkpoints that do not agree with their seals
+UNFINISHED = 'unfinished'  # the folder of those without a seal
+_NONE, _NONE_LEFT = -1, -2  # instead of a step, agreed on by all processes
+_PARAMETERS = ('params/', 'frozen/')  # where a state keeps the parameters of the network
 
 
 class Restored(NamedTuple):
-  """A state as it was saved, the number of examples consumed by then, what was saved beside it, and
-  its step.
+  """What a checkpoint held.
+
+  Attributes:
+    state: as it was saved.
+    position: examples consumed by then.
+    meta: what was saved beside it.
+    step: optimizer steps taken.
   """
 
   state: Any
@@ -52,8 +56,8 @@ class Checkpoints:
   """The checkpoints of one run: the `keep` newest, and the one with the lowest validation loss."""
 
   def __init__(self, directory: str | pathlib.Path, keep: int):
-    """Opens the folder, which is made where it is not there, and clears it of saves that did not
-    end.
+    """Opens the folder, which is made where it does not exist, and clears it of saves that were
+    interrupted.
 
     Args:
       directory: where the checkpoints are, shared by all hosts.
@@ -63,7 +67,7 @@ class Checkpoints:
     self._keep = keep
     self._orbax = _orbax()
     self._worker = concurrent.futures.ThreadPoolExecutor(1)
-    self._pending: concurrent.futures.Future | None = None
+    self._pending: concurrent.futures.Future[None] | None = None
     hosts.agree(self._clear)
 
   def save(
@@ -84,7 +88,7 @@ class Checkpoints:
       step: optimizer steps taken, as in the state.
       state: any pytree of arrays.
       position: examples consumed.
-      meta: whatever JSON can hold.
+      meta: anything that JSON can hold.
       metrics: validation metrics at this step; `loss` decides which checkpoint is the best.
 
     Raises:
@@ -95,19 +99,16 @@ class Checkpoints:
     path = self._directory / str(step)
     if hosts.agree(path.exists):
       return False
-    record = {'position': int(position), 'meta': dict(meta)}
+    items = ocp.args.Composite(
+      state=ocp.args.PyTreeSave(tree.nest(tree.flatten(state))),
+      meta=ocp.args.JsonSave({'position': int(position), 'meta': dict(meta)}),
+    )
     try:
-      self._orbax.save(
-        path,
-        args=ocp.args.Composite(
-          state=ocp.args.PyTreeSave(tree.nest(tree.flatten(state))), meta=ocp.args.JsonSave(record)
-        ),
-      )
+      self._orbax.save(path, args=items)
     except Exception as error:
       raise self._failure(step, error) from error
-    self._pending = self._worker.submit(
-      self._finish, step, None if metrics is None else dict(metrics)
-    )
+    measured = None if metrics is None else dict(metrics)
+    self._pending = self._worker.submit(self._finish, step, measured)
     return True
 
   def wait(self) -> None:
@@ -152,8 +153,7 @@ class Checkpoints:
     if step == _NONE_LEFT:
       raise ValueError(
         f'No whole checkpoint is left in {self._directory}: all were damaged and are now in '
-        f'{DAMAGED}/. '
-        f'Put one back that you trust, or start over in another workdir.'
+        f'{DAMAGED}/. Put one back that you trust, or start over in another workdir.'
       )
     path = self._directory / str(step)
     wanted = tree.flatten(abstract_state)
@@ -164,7 +164,7 @@ class Checkpoints:
         f'differs):\n{difference}'
       )
     leaves = _read(self._orbax, path, wanted)
-    record = self._orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    record = _record(self._orbax, path)
     return Restored(tree.replace(abstract_state, leaves), record['position'], record['meta'], step)
 
   def _clear(self) -> None:
@@ -185,10 +185,8 @@ class Checkpoints:
 
   def _set_aside(self, step: int, kind: str) -> pathlib.Path:
     aside = self._directory / kind
-    if kind == UNFINISHED:
-      shutil.rmtree(
-        aside, ignore_errors=True
-      )  # of interrupted saves the last is kept, in case its seal alone was lost
+    if kind == UNFINISHED:  # of these only the last is kept, in case its seal alone was lost
+      shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(exist_ok=True)
     copies = sum(child.name.split('.')[0] == str(step) for child in aside.iterdir())
     target = aside / (f'{step}.{copies}' if copies else str(step))
@@ -208,31 +206,34 @@ class Checkpoints:
     seals = _seals(self._directory)
     kept = {*sorted(seals)[-self._keep :], _best(seals)}
     for step in seals.keys() - kept:
-      doomed = (
-        self._directory / f'{step}.deleting'
-      )  # renamed first: a kill in between must not leave half a checkpoint
+      # Renamed first: a kill in between must not leave half a checkpoint.
+      doomed = self._directory / f'{step}.deleting'
       (self._directory / str(step)).rename(doomed)
       shutil.rmtree(doomed)
 
   def _failure(self, step: int, error: Exception) -> OSError:
     steps = self.steps()
-    newest = (
-      f'the newest good checkpoint is that of step {steps[-1]}'
-      if steps
-      else 'there is no good checkpoint yet'
-    )
+    newest = 'there is no good checkpoint yet'
+    if steps:
+      newest = f'the newest good checkpoint is that of step {steps[-1]}'
     return OSError(
       f'Saving the checkpoint of step {step} in {self._directory} failed; {newest}. Cause: {error}'
     )
 
 
 def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dict[str, Any], int]:
-  """What was saved beside the state by a run whose checkpoints are in `directory`, and the step;
-  see `restore_params`.
+  """What a run saved beside its state, and the step.
+
+  Args:
+    directory: the run's checkpoints.
+    which: 'latest' or 'best', as in `restore_params`.
+
+  Raises:
+    ValueError: no whole checkpoint there.
   """
   orbax = _orbax()
   path = _choose(pathlib.Path(directory).absolute(), which)
-  record = orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+  record = _record(orbax, path)
   orbax.close()
   return record['meta'], int(path.name)
 
@@ -246,35 +247,31 @@ def restore_params(
     directory: the checkpoints of that run.
     abstract_params: parameters wanted, each leaf with shape, dtype and sharding.
     which: 'best' (lowest validation loss; the latest where none was measured) or 'latest'. A
-      checkpoint that is damaged is passed over, with an error in the log.
+      damaged checkpoint is skipped, with an error in the log.
 
   Raises:
     ValueError: no whole checkpoint there; or a parameter that both have, in another shape or type.
   """
   orbax = _orbax()
   path = _choose(pathlib.Path(directory).absolute(), which)
-  stored = {
-    name.removeprefix('params/'): leaf
-    for name, leaf in _stored(orbax, path).items()
-    if name.startswith('params/')
-  }
+  stored = _stored(orbax, path)
+  paths = _parameter_paths(stored)
   wanted = tree.flatten(abstract_params)
-  shared = {name: leaf for name, leaf in wanted.items() if name in stored}
-  difference = tree.difference(shared, {name: stored[name] for name in shared})
+  shared = {name: leaf for name, leaf in wanted.items() if name in paths}
+  difference = tree.difference(shared, {name: stored[paths[name]] for name in shared})
   if difference:
     raise ValueError(
       f'Parameters of {path} do not fit the model; give both runs the same shapes, or start from '
-      'another run:\n'
-      f'{difference}'
+      f'another run:\n{difference}'
     )
-  leaves = (
-    _read(orbax, path, {f'params/{name}': leaf for name, leaf in shared.items()}) if shared else {}
-  )
+  leaves = {}
+  if shared:
+    leaves = _read(orbax, path, {paths[name]: leaf for name, leaf in shared.items()})
   orbax.close()
   return Loaded(
-    params={name.removeprefix('params/'): leaf for name, leaf in leaves.items()},
-    new=[name for name in wanted if name not in stored],
-    unused=[name for name in stored if name not in wanted],
+    params={name: leaves[paths[name]] for name in shared},
+    new=[name for name in wanted if name not in paths],
+    unused=[name for name in paths if name not in wanted],
     step=int(path.name),
   )
 
@@ -292,13 +289,27 @@ def _stored(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, jax.S
   }
 
 
+def _parameter_paths(stored: Iterable[str]) -> dict[str, str]:
+  """By the path of each parameter in the network, its path in the state: trained or frozen."""
+  paths = {}
+  for path in stored:
+    for prefix in _PARAMETERS:
+      if path.startswith(prefix):
+        paths[path.removeprefix(prefix)] = path
+  return paths
+
+
+def _record(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, Any]:
+  return orbax.restore(path, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+
+
 def _read(
   orbax: ocp.AsyncCheckpointer, path: pathlib.Path, wanted: Mapping[str, Any]
 ) -> dict[str, jax.Array]:
   bare = [name for name, leaf in wanted.items() if leaf.sharding is None]
   if bare:
     raise ValueError(
-      f'{bare[0]} has no sharding: a checkpoint is read straight to the devices where it shall lie.'
+      f'{bare[0]} has no sharding: a checkpoint is read straight to the devices that will hold it.'
     )
   nested = tree.nest(wanted)
   restore = ocp.args.PyTreeRestore(
@@ -334,13 +345,9 @@ def _whole(directory: pathlib.Path, which: str) -> int:
 
 def _seal(path: pathlib.Path, metrics: dict[str, float] | None) -> None:
   names = [str(p.relative_to(path)) for p in sorted(path.rglob('*')) if p.is_file()]
-  partial = path / f'{SEAL}.partial'
-  partial.write_text(
-    json.dumps(
-      {'metrics': metrics, 'files': dict(zip(names, _fingerprints(path, names), strict=True))}
-    )
-  )
-  partial.rename(path / SEAL)
+  fingerprints = dict(zip(names, _fingerprints(path, names), strict=True))
+  with files.whole_file(path / SEAL) as file:
+    file.write(json.dumps({'metrics': metrics, 'files': fingerprints}))
 
 
 def _folders(directory: pathlib.Path) -> list[int]:
@@ -362,25 +369,23 @@ def _read_seal(path: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _fault(path: pathlib.Path) -> str | None:
-  """What is wrong with a checkpoint, None where it agrees with its seal."""
+  """What is wrong with a checkpoint; None where it agrees with its seal."""
   seal = _read_seal(path)
+  if seal is None and (path / SEAL).exists():
+    return f'its {SEAL} cannot be read'
   if seal is None:
-    return (
-      f'its {SEAL} cannot be read'
-      if (path / SEAL).exists()
-      else f'it has no {SEAL}: its save did not end'
-    )
-  missing = [name for name in seal['files'] if not (path / name).is_file()]
+    return f'it has no {SEAL}: its save did not end'
+  listed = seal['files']
+  missing = [name for name in listed if not (path / name).is_file()]
   if missing:
     return f'{missing[0]} is missing'
-  for name, (size, _) in seal['files'].items():
+  for name, (size, _) in listed.items():
     found = (path / name).stat().st_size
     if found != size:
       return f'{name} has {found} bytes and should have {size}'
-  for (name, expected), found in zip(
-    seal['files'].items(), _fingerprints(path, list(seal['files'])), strict=True
-  ):
-    if found != expected:
+  names = list(listed)
+  for name, fingerprint in zip(names, _fingerprints(path, names), strict=True):
+    if fingerprint != listed[name]:
       return f'{name} is not what was written'
   return None
 
@@ -388,7 +393,7 @@ def _fault(path: pathlib.Path) -> str | None:
 def _fingerprints(path: pathlib.Path, names: Sequence[str]) -> list[list[Any]]:
   """[size, SHA-256] of each file."""
 
-  def fingerprint(name):
+  def fingerprint(name: str) -> list[Any]:
     with open(path / name, 'rb') as file:
       return [(path / name).stat().st_size, hashlib.file_digest(file, 'sha256').hexdigest()]
 

@@ -76,8 +76,10 @@ def fill(checkpoints, steps, losses=None):
 def child(code, *arguments, **environment):
   """Runs code in a process of its own, with this module's names."""
   here = pathlib.Path(__file__)
-  prelude = f'import sys; sys.path.insert(0, {str(here.parents[1])!r}); sys.path.insert(0, {str(here.parent)!r})\n'
-  program = prelude + 'from test_checkpoint import *\n' + textwrap.dedent(code)
+  prelude = (
+    f'import sys\nsys.path.insert(0, {str(here.parent)!r})\nfrom test_checkpoints import *\n'
+  )
+  program = prelude + textwrap.dedent(code)
   return subprocess.run(
     [sys.executable, '-c', program, *map(str, arguments)],
     capture_output=True,
@@ -99,9 +101,8 @@ def test_round_trip_is_exact(opened):
 
 def test_a_step_is_saved_once(opened):
   checkpoints = opened()
-  assert checkpoints.save(25, state(25), 0, META) and not checkpoints.save(
-    25, state(25, seed=1), 0, META
-  )
+  assert checkpoints.save(25, state(25), 0, META)
+  assert not checkpoints.save(25, state(25, seed=1), 0, META)
   checkpoints.wait()
   assert checkpoints.steps() == [25]
   assert_same(checkpoints.restore(abstract(state(0))).state, state(25))
@@ -145,9 +146,8 @@ def test_damage_to_any_file_falls_back_to_the_one_before(opened, tmp_path, monke
   errors = []
   monkeypatch.setattr(logging, 'error', lambda message, *args: errors.append(message % args))
   names = [path.relative_to(whole) for path in sorted((whole / '2').rglob('*')) if path.is_file()]
-  assert len(names) > 8 and {'2/seal.json', '2/meta/metadata', '2/state/_METADATA'} <= set(
-    map(str, names)
-  )
+  expected = {'2/seal.json', '2/meta/metadata', '2/state/_METADATA'}
+  assert len(names) > 8 and expected <= set(map(str, names))
   for name in names:
     for damage in damages(whole / name):
       copy = tmp_path / 'copy'
@@ -157,9 +157,8 @@ def test_damage_to_any_file_falls_back_to_the_one_before(opened, tmp_path, monke
       assert restored.step == 1, name
       assert_same(restored.state, state(1, seed=1))
       lost_seal = name.name == 'seal.json' and not (copy / 'damaged').exists()
-      assert (copy / ('unfinished' if lost_seal else 'damaged') / '2').is_dir() and not (
-        copy / '2'
-      ).exists()
+      aside = 'unfinished' if lost_seal else 'damaged'
+      assert (copy / aside / '2').is_dir() and not (copy / '2').exists()
       assert len(errors) == 1 and 'CHECKPOINT OF STEP 2 IS NOT USED' in errors.pop()
       shutil.rmtree(copy)
   assert opened().restore(abstract(state(0))).step == 2
@@ -175,7 +174,7 @@ def test_nothing_whole_left_is_an_error_and_stays_one(opened, tmp_path):
   assert sorted(p.name for p in (tmp_path / 'checkpoints' / 'damaged').iterdir()) == ['1', '2']
 
 
-def test_a_second_damaged_checkpoint_of_a_step_has_a_place_too(opened, tmp_path):
+def test_a_second_damaged_checkpoint_of_a_step_is_kept_too(opened, tmp_path):
   for _ in range(2):
     fill(opened(), [3])
     (tmp_path / 'checkpoints' / '3' / 'seal.json').write_text('{')
@@ -213,18 +212,13 @@ def test_parameters_of_another_run(opened, tmp_path):
     }
   )
   loaded = checkpoint.restore_params(directory, wanted)
-  assert (loaded.step, loaded.new, loaded.unused) == (
-    2,
-    ['heads_classify/bias'],
-    ['model/layers/block/kernel'],
-  )
-  assert_same(
-    loaded.params, {'model/norm/scale': state(2, seed=2).params['model']['norm']['scale']}
-  )
+  assert (loaded.step, loaded.new) == (2, ['heads_classify/bias'])
+  assert loaded.unused == ['model/layers/block/kernel']
+  scale = state(2, seed=2).params['model']['norm']['scale']
+  assert_same(loaded.params, {'model/norm/scale': scale})
   assert checkpoint.restore_params(directory, wanted, which='latest').step == 3
-  assert checkpoint.read_meta(directory) == (META, 3) and checkpoint.read_meta(
-    directory, 'best'
-  ) == (META, 2)
+  assert checkpoint.read_meta(directory) == (META, 3)
+  assert checkpoint.read_meta(directory, 'best') == (META, 2)
   (directory / '2' / 'state' / '_METADATA').unlink()
   before = sorted(directory.rglob('*'))
   assert checkpoint.restore_params(directory, wanted).step == 3
@@ -239,6 +233,23 @@ def test_parameters_of_another_run(opened, tmp_path):
     checkpoint.read_meta(directory, 'newest')
 
 
+def test_parameters_of_a_run_that_trained_a_part_of_them(opened, tmp_path):
+  whole = state(1, seed=1)
+  model = whole.params['model']
+  split = whole.replace(
+    params={'model': {'norm': model['norm']}},
+    frozen={'model': {'layers': model['layers']}},
+    extras={'average': {'model': model}},
+  )
+  checkpoints = opened()
+  checkpoints.save(1, split, 0, META)
+  checkpoints.wait()
+  assert_same(checkpoints.restore(abstract(split)).state, split)
+  loaded = checkpoint.restore_params(tmp_path / 'checkpoints', abstract(whole.params))
+  assert loaded.new == loaded.unused == []
+  assert_same(tree.nest(loaded.params), whole.params)
+
+
 def test_leaves_without_sharding_are_refused(opened):
   fill(opened(), [1])
   with pytest.raises(ValueError, match='step has no sharding'):
@@ -250,9 +261,8 @@ def test_the_first_save_interrupted_is_a_run_that_has_not_begun(opened, tmp_path
     fill(opened(), [3])
     (tmp_path / 'checkpoints' / '3' / 'seal.json').unlink()
     assert opened().restore(abstract(state(0))) is None
-  assert [
-    str(p.relative_to(tmp_path / 'checkpoints')) for p in (tmp_path / 'checkpoints').glob('*/*')
-  ] == ['unfinished/3']
+  folder = tmp_path / 'checkpoints'
+  assert [str(path.relative_to(folder)) for path in folder.glob('*/*')] == ['unfinished/3']
 
 
 KILLED = """
@@ -301,10 +311,8 @@ FULL = """
 def test_a_disk_that_is_full_is_an_error_and_earlier_checkpoints_stay(opened, tmp_path):
   done = child(FULL, tmp_path / 'checkpoints')
   assert done.returncode == 0, done.stderr[-2000:]
-  assert (
-    'Saving the checkpoint of step 2' in done.stdout
-    and 'newest good checkpoint is that of step 1' in done.stdout
-  )
+  assert 'Saving the checkpoint of step 2' in done.stdout
+  assert 'newest good checkpoint is that of step 1' in done.stdout
   restored = opened().restore(abstract(state(0)))
   assert restored.step == 1
   assert_same(restored.state, state(1, seed=1))
@@ -312,13 +320,15 @@ def test_a_disk_that_is_full_is_an_error_and_earlier_checkpoints_stay(opened, tm
 
 OTHER_MESH = """
   mesh = jax.make_mesh((4, 2), ('data', 'fsdp'))
-  place = lambda x: jax.NamedSharding(mesh, jax.P(None, 'fsdp', 'data') if x.ndim == 3 else jax.P())
-  wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place(x)), state(0))
+  spec = lambda x: jax.P(None, 'fsdp', 'data') if x.ndim == 3 else jax.P()
+  sharding = lambda x: jax.NamedSharding(mesh, spec(x))
+  wanted = tree.with_shardings(state(0), jax.tree.map(sharding, state(0)))
   checkpoints = Checkpoints(sys.argv[1], 3)
   restored = checkpoints.restore(wanted)
   assert_same(restored.state, state(1, seed=1))
   kernel = restored.state.params['model']['layers']['block']['kernel']
-  assert kernel.sharding.is_equivalent_to(place(kernel), 3) and kernel.addressable_shards[0].data.shape == (2, 4, 4)
+  assert kernel.sharding.is_equivalent_to(sharding(kernel), 3)
+  assert kernel.addressable_shards[0].data.shape == (2, 4, 4)
   assert len(jax.devices()) == 8
   checkpoints.save(2, restored.state, 20, META)
   checkpoints.close()
@@ -341,6 +351,5 @@ def test_the_seal_covers_every_file(opened, tmp_path):
   folder = tmp_path / 'checkpoints' / '1'
   seal = json.loads((folder / 'seal.json').read_text())
   assert seal['metrics'] == {'loss': 2.5}
-  assert set(seal['files']) == {
-    str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()
-  } - {'seal.json'}
+  written = {str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file()}
+  assert set(seal['files']) == written - {'seal.json'}
