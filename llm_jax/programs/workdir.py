@@ -1,25 +1,24 @@
-"""The folder of a run: its resolved config and its tokenizer, written whole or not at all, found
-again where one is lost.
+"""The folder of a run: its resolved config and its tokenizer, written whole or not at all, and
+restored from the newest checkpoint where one is lost.
 """
 
 import base64
 import pathlib
-import shutil
 import uuid
 from collections.abc import Mapping
 
 import jax
 
 from llm_jax.core import config as config_lib
+from llm_jax.core import files
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.parallel import hosts
-from llm_jax.programs import build
-from llm_jax.programs import checkpoints as checkpoint
+from llm_jax.programs import assemble, checkpoints
 
 
 def open_workdir(workdir: pathlib.Path) -> None:
-  """Makes the folder where it is not there, and checks that it can be written to, and that all
+  """Makes the folder where it does not exist, and checks that it can be written to and that all
   processes see the same one.
 
   Raises:
@@ -29,8 +28,7 @@ def open_workdir(workdir: pathlib.Path) -> None:
   if not probe.exists():
     raise ValueError(
       f'--workdir={workdir}: process {jax.process_index()} does not see what process 0 wrote '
-      'there; give a folder '
-      'on a file system that all hosts share.'
+      'there; give a folder on a file system that all hosts share.'
     )
   hosts.barrier()
   if hosts.primary():
@@ -50,7 +48,7 @@ def _probe(workdir: pathlib.Path) -> str:
 
 
 def has_checkpoints(workdir: pathlib.Path) -> bool:
-  """Whether a run in this folder has saved anything that can be gone on with."""
+  """Whether a run in this folder has saved anything that it can go on from."""
   folder = workdir / 'checkpoints'
   return folder.is_dir() and any(child.name.isdigit() for child in folder.iterdir())
 
@@ -64,10 +62,10 @@ def read_config(workdir: pathlib.Path) -> Config:
   path = workdir / 'config.json'
   lost = hosts.agree(lambda: not path.exists())
   if lost and hosts.agree(lambda: has_checkpoints(workdir)):
-    return config_lib.parse(checkpoint.read_meta(workdir / 'checkpoints')[0]['config'])
+    return config_lib.parse(checkpoints.read_meta(workdir / 'checkpoints')[0]['config'])
   if lost:
     raise ValueError(
-      f'{workdir} holds no run: there is no config.json. Train one there first, or name the '
+      f'{workdir} holds no run: there is no config.json. Train one there first, or give the '
       'workdir of one.'
     )
   try:
@@ -81,44 +79,34 @@ def read_config(workdir: pathlib.Path) -> Config:
 
 def write_config(workdir: pathlib.Path, config: Config) -> None:
   """Writes the resolved config, whole or not at all."""
-  partial = workdir / 'config.json.partial'
-  partial.write_text(config_lib.to_json(config))
-  partial.rename(workdir / 'config.json')
+  with files.whole_file(workdir / 'config.json') as file:
+    file.write(config_lib.to_json(config))
 
 
 def load_tokenizer(config: Config, workdir: pathlib.Path) -> Tokenizer:
   """The tokenizer of a run; from its newest checkpoint where the folder is lost."""
   if hosts.agree(lambda: not (workdir / 'tokenizer').is_dir()):
-    packed = checkpoint.read_meta(workdir / 'checkpoints')[0]['tokenizer']
+    packed = checkpoints.read_meta(workdir / 'checkpoints')[0]['tokenizer']
     hosts.agree(lambda: unpack_tokenizer(packed, workdir))
-  return build.load_tokenizer(config, str(workdir / 'tokenizer'))
+  return assemble.load_tokenizer(config, str(workdir / 'tokenizer'))
 
 
 def save_tokenizer(tokenizer: Tokenizer, workdir: pathlib.Path) -> None:
   """Writes the run's tokenizer, whole or not at all."""
-  partial = _fresh(workdir / 'tokenizer.partial')
-  tokenizer.save(str(partial))
-  shutil.rmtree(workdir / 'tokenizer', ignore_errors=True)
-  partial.rename(workdir / 'tokenizer')
+  with files.whole_folder(workdir / 'tokenizer') as folder:
+    tokenizer.save(str(folder))
 
 
 def pack_tokenizer(workdir: pathlib.Path) -> dict[str, str]:
   """The files of the run's tokenizer by name, in base64: what a checkpoint keeps of it."""
-  return {
-    file.name: base64.b64encode(file.read_bytes()).decode()
-    for file in sorted((workdir / 'tokenizer').iterdir())
-  }
+  packed = {}
+  for file in sorted((workdir / 'tokenizer').iterdir()):
+    packed[file.name] = base64.b64encode(file.read_bytes()).decode()
+  return packed
 
 
 def unpack_tokenizer(packed: Mapping[str, str], workdir: pathlib.Path) -> None:
   """Writes the files that `pack_tokenizer` read, whole or not at all."""
-  partial = _fresh(workdir / 'tokenizer.partial')
-  for name, content in packed.items():
-    (partial / name).write_bytes(base64.b64decode(content))
-  partial.rename(workdir / 'tokenizer')
-
-
-def _fresh(folder: pathlib.Path) -> pathlib.Path:
-  shutil.rmtree(folder, ignore_errors=True)
-  folder.mkdir()
-  return folder
+  with files.whole_folder(workdir / 'tokenizer') as folder:
+    for name, content in packed.items():
+      (folder / name).write_bytes(base64.b64decode(content))

@@ -1,11 +1,10 @@
-"""What a run tells: metrics.jsonl, TensorBoard events, Weights & Biases, a progress bar or plain
-lines, and loss.png at the end.
+"""The records of a run: metrics.jsonl, TensorBoard events, Weights & Biases, a progress bar or
+plain lines, and loss.png at the end.
 
-`metrics.jsonl` has one JSON object a line: `step`, `split`, then numbers by name; a number that is
-not finite is null. Only the primary process writes. A resumed run drops the lines after the step
-that it goes on from and says them again, so its file ends like that of a run that was never
-disturbed, timings aside; for that, everything up to a step must be written before its checkpoint
-is.
+`metrics.jsonl` has one JSON object per line: `step`, `split`, then numbers by name; a number that
+is not finite is null. Only the primary process writes. A resumed run drops the lines after the step
+that it goes on from and writes them again, so its file ends like that of a run that was never
+interrupted, timings aside. For that, everything up to a step must be written before its checkpoint.
 """
 
 import json
@@ -13,18 +12,22 @@ import logging as levels
 import math
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import logging
 from tqdm import tqdm
 
-from llm_jax.core import tree
+from llm_jax.core import files, tree
 
 METRICS = 'metrics.jsonl'
 PLOT = 'loss.png'
 DAY = 86400
+_STYLES = {
+  'train': {'color': '#9db8d9', 'linewidth': 1.2},
+  'validation': {'color': '#c8553d', 'linewidth': 2, 'marker': 'o', 'markersize': 4},
+}
+_UNIGRAM_STYLE = {'color': '#555555', 'linestyle': '--', 'linewidth': 1}
 
 
 class Log:
@@ -41,7 +44,7 @@ class Log:
     wandb: str | None = None,
     config: Mapping[str, Any] | None = None,
   ):
-    """Opens the records, and takes back what was written after `resume_step`.
+    """Opens the records, and drops what was written after `resume_step`.
 
     Args:
       workdir: the run's folder.
@@ -65,24 +68,11 @@ class Log:
     _drop_after(path, resume_step)
     self._file = open(path, 'a')
     if tensorboard:
-      import tensorboardX  # takes seconds to import
-
-      self._board = tensorboardX.SummaryWriter(
-        str(self._workdir / 'tensorboard'), purge_step=resume_step + 1
-      )
+      self._board = _start_board(self._workdir / 'tensorboard', resume_step)
     if wandb is not None:
       self._wandb = _start_wandb(self._workdir, wandb, config)
     if sys.stderr.isatty():
-      self._bar = tqdm(
-        total=steps,
-        initial=resume_step,
-        unit='step',
-        dynamic_ncols=True,
-        bar_format=(
-          '{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} '
-          'left{postfix}]'
-        ),
-      )
+      self._bar = _start_bar(steps, resume_step)
 
   def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
     """Records numbers of one step: a line of metrics.jsonl, on disk when this returns, and a point
@@ -96,11 +86,10 @@ class Log:
     if not self._primary:
       return
     numbers = {name: float(value) for name, value in values.items()}
-    finite = {name: value for name, value in numbers.items() if math.isfinite(value)}
-    self._file.write(
-      json.dumps({'step': step, 'split': split} | {name: finite.get(name) for name in numbers})
-      + '\n'
-    )
+    line: dict[str, Any] = {'step': step, 'split': split}
+    for name, value in numbers.items():
+      line[name] = value if math.isfinite(value) else None
+    self._file.write(json.dumps(line) + '\n')
     self._file.flush()
     if self._board is not None:
       for name, value in numbers.items():
@@ -113,9 +102,8 @@ class Log:
   ) -> None:
     """Shows how far the run is: on a terminal in the bar, elsewhere in a line of the log."""
     if self._bar is not None:
-      self._bar.set_postfix_str(
-        f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s', refresh=False
-      )
+      rate = f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s'
+      self._bar.set_postfix_str(rate, refresh=False)
       self._bar.update(step - self._bar.n)
     elif self._primary:
       left = duration(seconds_per_step * (self._steps - step))
@@ -149,8 +137,8 @@ class Log:
 
 
 def show() -> None:
-  """Makes the log's lines visible, on standard error or under the cell of a notebook; those of
-  Orbax only from warnings on.
+  """Makes the log's lines visible, on standard error or under the cell of a notebook; of Orbax only
+  warnings and errors.
   """
   logging.use_absl_handler()
   logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
@@ -172,23 +160,17 @@ def plot(workdir: str | pathlib.Path) -> None:
   from matplotlib.figure import Figure
 
   lines = [line for line in read(workdir) if line.get('loss') is not None]
-  with matplotlib.rc_context(
-    {'font.size': 11, 'axes.spines.top': False, 'axes.spines.right': False}
-  ):
+  frameless = {'axes.spines.top': False, 'axes.spines.right': False}
+  with matplotlib.rc_context({'font.size': 11} | frameless):
     figure = Figure(figsize=(8, 4.5), dpi=150, layout='constrained')
     axes = figure.add_subplot()
-    for split, style in (
-      ('train', {'color': '#9db8d9', 'linewidth': 1.2}),
-      ('validation', {'color': '#c8553d', 'linewidth': 2, 'marker': 'o', 'markersize': 4}),
-    ):
+    for split, style in _STYLES.items():
       points = [(line['step'], line['loss']) for line in lines if line['split'] == split]
       if points:
         axes.plot(*zip(*points, strict=True), label=split, **style)
     unigram = [line['unigram_loss'] for line in lines if line.get('unigram_loss') is not None]
     if unigram:
-      axes.axhline(
-        unigram[-1], color='#555555', linestyle='--', linewidth=1, label='unigram entropy'
-      )
+      axes.axhline(unigram[-1], label='unigram entropy', **_UNIGRAM_STYLE)
     axes.set(xlabel='step', ylabel='loss')
     axes.margins(x=0.02)
     axes.grid(alpha=0.25)
@@ -201,34 +183,25 @@ def parameter_overview(params: Any) -> str:
   """A table of (abstract) parameters: path, shape, type, count, and sharding where they have one;
   the sum below.
   """
-  rows = [
-    (
-      path,
-      ' x '.join(map(str, leaf.shape)) or 'scalar',
-      str(leaf.dtype),
-      f'{math.prod(leaf.shape):,}',
-      _spec(leaf),
-    )
-    for path, leaf in tree.flatten(params).items()
-  ]
-  header = ('parameter', 'shape', 'type', 'count', 'sharding')
-  columns = len(header) if any(row[-1] for row in rows) else len(header) - 1
-  widths = [max(len(row[i]) for row in (header, *rows)) for i in range(columns)]
-  align = [str.rjust if name == 'count' else str.ljust for name in header[:columns]]
-  lines = [
-    '  '.join(put(cell, width) for put, cell, width in zip(align, row, widths, strict=False))
-    for row in (header, *rows)
-  ]
-  total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
-  return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:], f'{total:,} parameters'])
+  rows = [('parameter', 'shape', 'type', 'count', 'sharding')]
+  total = 0
+  for path, leaf in tree.flatten(params).items():
+    count = math.prod(leaf.shape)
+    shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
+    rows.append((path, shape, str(leaf.dtype), f'{count:,}', _spec(leaf)))
+    total += count
+  if not any(row[-1] for row in rows[1:]):
+    rows = [row[:-1] for row in rows]
+  header, *lines = _aligned(rows, right='count')
+  return '\n'.join([header, '-' * len(header), *lines, f'{total:,} parameters'])
 
 
 def duration(seconds: float) -> str:
-  """A length of time as people say it, in its two largest units: '3 days 4 h', '4 h 5 min', '5 min
-  6 s', '6 s'.
-  """
+  """A length of time in its two largest units: '3 days 4 h', '4 h 5 min', '5 min 6 s', '6 s'."""
   seconds = round(seconds)
-  days, hours, minutes = seconds // DAY, seconds // 3600 % 24, seconds // 60 % 60
+  days = seconds // DAY
+  hours = seconds // 3600 % 24
+  minutes = seconds // 60 % 60
   if days:
     return f'{days} day{"s" * (days > 1)} {hours} h'
   if hours:
@@ -245,7 +218,10 @@ def estimate(seconds_per_step: float, steps_left: int, tiny: str) -> str:
     tiny: the small config of the same kind, 'configs/bert_tiny.py'.
   """
   seconds = seconds_per_step * steps_left
-  message = f'{steps_left:,} steps at {seconds_per_step:.3g} s a step will take about {duration(seconds)} on this machine.'
+  message = (
+    f'{steps_left:,} steps of {seconds_per_step:.3g} s will take about {duration(seconds)} on this '
+    'machine.'
+  )
   if seconds > DAY:
     message += (
       f' THAT IS DAYS: for a run of minutes use --config={tiny}, or set fewer --config.steps.'
@@ -258,23 +234,31 @@ def _of_the_run(record: levels.LogRecord) -> bool:
 
 
 def _drop_after(path: pathlib.Path, step: int) -> None:
-  """Rewrites metrics.jsonl, whole or not at all, without the lines after `step` and without a last
-  line that was cut short.
+  """Rewrites metrics.jsonl without the lines after `step`, and without a last line that was cut
+  short.
   """
   if not path.exists():
     return
-  *lines, last = path.read_text().split(
-    '\n'
-  )  # a file that ends as it should has nothing after its last line end
+  *lines, cut_short = path.read_text().split('\n')  # '' where the last line is whole
   kept = [line for line in lines if json.loads(line)['step'] <= step]
-  dropped = len(lines) - len(kept) + bool(last)
+  dropped = len(lines) - len(kept) + bool(cut_short)
   if dropped:
     logging.info(
       '%s: dropped %d lines of steps after %d, which will be run again.', path, dropped, step
     )
-  partial = path.with_suffix('.partial')
-  partial.write_text(''.join(line + '\n' for line in kept))
-  partial.replace(path)
+  with files.whole_file(path) as file:
+    file.writelines(f'{line}\n' for line in kept)
+
+
+def _start_board(folder: pathlib.Path, resume_step: int) -> Any:
+  import tensorboardX  # takes seconds to import
+
+  return tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1)
+
+
+def _start_bar(steps: int, resume_step: int) -> tqdm:
+  bar = '{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed} gone, {remaining} left{postfix}]'
+  return tqdm(total=steps, initial=resume_step, unit='step', dynamic_ncols=True, bar_format=bar)
 
 
 def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None) -> Any:
@@ -294,9 +278,23 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
 
 
 def _spec(leaf: Any) -> str:
+  """How a parameter is sharded: '-, fsdp', 'replicated', or '' where that is not known."""
   spec = getattr(getattr(leaf, 'sharding', None), 'spec', None)
-  return (
-    ''
-    if spec is None
-    else ', '.join('-' if axis is None else str(axis) for axis in spec) or 'replicated'
-  )
+  if spec is None:
+    return ''
+  axes = ['-' if axis is None else str(axis) for axis in spec]
+  return ', '.join(axes) or 'replicated'
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: str) -> list[str]:
+  """The rows of a table as lines; the first row is the header, `right` its right-aligned column."""
+  header = rows[0]
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  lines = []
+  for row in rows:
+    cells = zip(header, row, widths, strict=True)
+    padded = [
+      cell.rjust(width) if name == right else cell.ljust(width) for name, cell, width in cells
+    ]
+    lines.append('  '.join(padded))
+  return lines

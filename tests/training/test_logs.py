@@ -38,17 +38,8 @@ def test_a_resumed_run_ends_with_the_file_of_an_undisturbed_one(tmp_path):
     file.write('{"step": 6, "spl')  # killed while it wrote
   record(tmp_path / 'b', range(4, 7), resume_step=3)
   assert lines(tmp_path / 'b') == lines(tmp_path / 'a')
-  assert [json.loads(line)['step'] for line in lines(tmp_path / 'b').splitlines()] == [
-    1,
-    2,
-    2,
-    3,
-    4,
-    4,
-    5,
-    6,
-    6,
-  ]
+  steps = [json.loads(line)['step'] for line in lines(tmp_path / 'b').splitlines()]
+  assert steps == [1, 2, 2, 3, 4, 4, 5, 6, 6]
   assert logs.read(tmp_path / 'b')[1:3] == [
     {'step': 2, 'split': 'train', 'loss': 2.5, 'accuracy': 0.5},
     {'step': 2, 'split': 'validation', 'loss': 3.0, 'unigram_loss': 4.0},
@@ -79,9 +70,8 @@ def test_other_processes_write_nothing(tmp_path):
 def colours(path):
   from matplotlib.image import imread
 
-  return {
-    tuple(pixel) for pixel in np.round(imread(path)[..., :3].reshape(-1, 3) * 255).astype(int)
-  }
+  pixels = np.round(imread(path)[..., :3].reshape(-1, 3) * 255).astype(int)
+  return {tuple(pixel) for pixel in pixels}
 
 
 def test_plot_shows_the_losses_that_there_are(tmp_path):
@@ -100,11 +90,8 @@ def test_plot_shows_the_losses_that_there_are(tmp_path):
 def test_tensorboard_events(tmp_path):
   record(tmp_path, [1, 2], tensorboard=True)
   events = b''.join(path.read_bytes() for path in (tmp_path / 'tensorboard').iterdir())
-  assert (
-    b'train/loss' in events
-    and b'validation/unigram_loss' in events
-    and b'validation/accuracy' not in events
-  )
+  assert b'train/loss' in events and b'validation/unigram_loss' in events
+  assert b'validation/accuracy' not in events
 
 
 def test_wandb_continues_its_run(tmp_path, monkeypatch):
@@ -152,12 +139,10 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(tmp_path, monkeypa
   log.progress(40, 3.25, 12345.6, 2.0)
   log.say('%d kept', 3)
   log.close()
-  assert (
-    '40/100' in sys.stderr.getvalue() and 'loss 3.2500, 12,346 tokens/s' in sys.stderr.getvalue()
-  )
-  assert (
-    caplog.messages[-1] == '3 kept' and len([m for m in caplog.messages if 'tokens/s' in m]) == 1
-  )
+  shown = sys.stderr.getvalue()
+  assert '40/100' in shown and 'loss 3.2500, 12,346 tokens/s' in shown
+  assert caplog.messages[-1] == '3 kept'
+  assert len([message for message in caplog.messages if 'tokens/s' in message]) == 1
 
 
 def test_parameter_overview():
