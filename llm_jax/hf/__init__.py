@@ -1,1 +1,1 @@
-"""Hugging Face's folders, both ways."""
+"""Hugging Face's folders, read and written."""

@@ -200,17 +200,12 @@ def save(
     **family.write(values(model)),
     **writing.class_names(architecture, params, classes),
     **extra,
-    **{'architectures': [architecture], 'model_type': kind, 'dtype': dtype},
+    'architectures': [architecture],
+    'model_type': kind,
+    'dtype': dtype,
   }
-  pieces = writing.pieces(
-    family,
-    chosen,
-    prefixed=architecture != list(family.classes)[-1],
-    copied=not model.tied,  # transformers ties the projection's bias where it ties its weight
-  )
-  shapes = {name: (FLOATS[dtype], piece.shape(params)) for name, piece in pieces.items()}
-  produce = lambda name: pieces[name].array(params, *shapes[name])
-  writing.write(directory, config, shapes, produce, also)
+  tensors = writing.pieces(family, architecture, chosen, model.tied)
+  writing.write(directory, config, tensors, params, FLOATS[dtype], also)
   for path in left_out:
     logging.warning('%s has no tensor in a %s and is left out.', path, architecture)
   return left_out

@@ -129,23 +129,24 @@ def class_names(
 
 
 def pieces(
-  family: Family, chosen: Mapping[str, Location], *, prefixed: bool, copied: bool
+  family: Family, architecture: str, chosen: Mapping[str, Location], tied: bool
 ) -> dict[str, Piece]:
   """The tensors to write, by their full names.
 
   Args:
     family: to write.
+    architecture: its class.
     chosen: the location of each parameter.
-    prefixed: the class has a body with heads around it, so its tensors have the prefix.
-    copied: biases are written under their second names too.
+    tied: the projection on the vocabulary is the token table.
   """
+  prefixed = architecture != list(family.classes)[-1]
   found: dict[str, Piece] = {}
   for path, location in chosen.items():
     prefix = family.prefix if prefixed and location.tensor in family.body else ''
     for layer, name in enumerate(location.names):
       piece = found.setdefault(prefix + name, Piece(location, {}))
       piece.sources[location.path] = path, layer if location.stacked else None
-  if copied:
+  if not tied:  # transformers then does not tie the projection's bias either
     for copy, name in family.copies.items():
       if copy.endswith('.bias') and name in found:
         found[copy] = found[name]
@@ -155,14 +156,17 @@ def pieces(
 def write(
   directory: str,
   config: Mapping[str, Any],
-  shapes: safetensors.Shapes,
-  produce: Callable[[str], np.ndarray],
+  tensors: Mapping[str, Piece],
+  params: Mapping[str, Any],
+  dtype: np.dtype,
   also: Callable[[str], None] | None,
 ) -> None:
   """Writes the folder, whole or not at all.
 
   The first process writes; the others only help to make the tensors, in the same order.
   """
+  shapes = {name: (dtype, piece.shape(params)) for name, piece in tensors.items()}
+  produce = lambda name: tensors[name].array(params, *shapes[name])
   if not hosts.primary():
     for name in shapes:
       produce(name)

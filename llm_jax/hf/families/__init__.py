@@ -12,7 +12,9 @@ import types
 from llm_jax.hf.family import Families, Family
 
 
-def known(model_name: str | None = None, module: types.ModuleType | None = None) -> Families:
+def known(
+  model_name: str | None = None, module: types.ModuleType | None = None
+) -> dict[str, tuple[str, Family]]:
   """What each `model_type` is, in the order of rank: (our model's name, family).
 
   Args:
