@@ -8,7 +8,7 @@ import contextlib
 import contextvars
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import flax.struct
@@ -72,7 +72,8 @@ class Boxed(nn.LogicallyPartitioned):
 
   def add_axis(self, index: int, params: dict[Any, Any]) -> 'Boxed':
     """Called by `nn.scan`, whose `metadata_params` may say `period`."""
-    return super().add_axis(index, params).replace(period=params.get('period', self.period))
+    added = super().add_axis(index, params)
+    return cast(Boxed, added.replace(period=params.get('period', self.period)))
 
   @property
   def info(self) -> Info:

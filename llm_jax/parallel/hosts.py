@@ -287,8 +287,8 @@ def abort(reason: str, status: int) -> None:
     earlier = _stopped(client)
   if primary():
     time.sleep(3 * POLL_SECONDS)  # the coordinator: the others learn the reason through it
-  repeats = earlier is not None and earlier['reason'] != reason
-  _leave(_reason_of(earlier) if repeats else None, status)
+  other_reason = earlier is not None and earlier['reason'] != reason
+  _leave(_reason_of(earlier) if earlier and other_reason else None, status)
 
 
 def _client() -> Any:

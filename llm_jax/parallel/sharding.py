@@ -193,7 +193,7 @@ class Layout:
     """Where an activation lies, by the logical names of its dimensions."""
     dimensions = zip(names, shape, strict=True)
     return PartitionSpec(
-      *(self._cut(ACTIVATIONS.get(name, ()), name, size) for name, size in dimensions)
+      *(self._cut(_axes(ACTIVATIONS, name), name, size) for name, size in dimensions)
     )
 
   def parameter_spec(
@@ -210,7 +210,7 @@ class Layout:
       optimizer: for what the optimizer keeps of it, in place of the parameter itself.
     """
     rules = self.rules.optimizer if optimizer else self.rules.parameters
-    axes = [rules.get(name, ()) for name in names]
+    axes = [_axes(rules, name) for name in names]
     left: list[str] = []
     for wanted, size in zip(axes, shape, strict=True):
       if size % self._parts(wanted):
@@ -331,6 +331,10 @@ def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any)
     return replicated(mesh)
 
   return jax.tree_util.tree_map_with_path(sharding, opt_state)
+
+
+def _axes(rules: Mapping[str, tuple[str, ...]], name: str | None) -> tuple[str, ...]:
+  return () if name is None else rules.get(name, ())
 
 
 @functools.cache

@@ -23,11 +23,11 @@ from llm_jax.core import files, tree
 METRICS = 'metrics.jsonl'
 PLOT = 'loss.png'
 DAY = 86400
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
   'train': {'color': '#9db8d9', 'linewidth': 1.2},
   'validation': {'color': '#c8553d', 'linewidth': 2, 'marker': 'o', 'markersize': 4},
 }
-_UNIGRAM_STYLE = {'color': '#555555', 'linestyle': '--', 'linewidth': 1}
+_UNIGRAM_STYLE: dict[str, Any] = {'color': '#555555', 'linestyle': '--', 'linewidth': 1}
 
 
 class Log:
@@ -183,7 +183,7 @@ def parameter_overview(params: Any) -> str:
   """A table of (abstract) parameters: path, shape, type, count, and sharding where they have one;
   the sum below.
   """
-  rows = [('parameter', 'shape', 'type', 'count', 'sharding')]
+  rows: list[tuple[str, ...]] = [('parameter', 'shape', 'type', 'count', 'sharding')]
   total = 0
   for path, leaf in tree.flatten(params).items():
     count = math.prod(leaf.shape)
