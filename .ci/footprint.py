@@ -1,4 +1,4 @@
-"""Fails when the installed environment grows past 75 packages or 1.3 GB, the promise of the README."""
+"""Fails when the install grows past 75 packages or 1.3 GB, the promise of the README."""
 
 import importlib.metadata
 import pathlib

@@ -1,18 +1,20 @@
-"""What every config starts from. Each option is listed, so that a flag can set it; None means the
-constructor's own default.
+"""The sections that every config starts from.
+
+Each option is listed, so that a flag can set it; None means the constructor's own default.
 """
 
 from ml_collections import config_dict
 
 
 def unset(kind: type) -> config_dict.FieldReference:
-  """An option of a type, left to its constructor until a flag sets it."""
+  """An option of the given type that keeps its constructor's default until a flag sets it."""
   return config_dict.placeholder(kind)
 
 
 def model(name: str, variant: str) -> dict:
-  """A model's section; None leaves what the variant says. `llm_jax/models` documents these options
-  and the rarer ones.
+  """The section of a model; an option that is None is what the variant has.
+
+  The modules in `llm_jax/models` document these options and the rarer ones.
   """
   return dict(
     name=name,
@@ -34,7 +36,7 @@ def model(name: str, variant: str) -> dict:
 
 
 def mlm() -> dict:
-  """Masked LM as in BERT, over packed documents."""
+  """Masked LM as in BERT, on packed documents."""
   return dict(
     name='mlm',
     mask_rate=0.15,
@@ -48,12 +50,12 @@ def mlm() -> dict:
 
 
 def clm() -> dict:
-  """Causal LM as in GPT-2: documents fill their rows, and go on in the next."""
+  """Causal LM as in GPT-2: one stream of documents, cut into rows."""
   return dict(name='clm', packing='windows', label_smoothing=0.0, z_loss=0.0)
 
 
 def bert() -> dict:
-  """The loss of BERT: masked LM, and whether the second text of a row follows the first."""
+  """The loss of BERT: masked LM plus next-sentence prediction."""
   masking = {key: value for key, value in mlm().items() if key not in ('name', 'packing')}
   return dict(
     name='mix',
@@ -64,19 +66,20 @@ def bert() -> dict:
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The sections that are the same for all, over the embedded corpus; a config adds steps, sizes,
-  model and objective.
+  """The sections that all configs share, with the standard library of Python as the corpus.
+
+  A config adds steps, sizes, model and objective.
   """
   return config_dict.ConfigDict(
     dict(
       seed=0,
-      micro_batches=unset(int),  # None: as few as keep the tokens at once on a device moderate
+      micro_batches=unset(int),  # None: the fewest with a moderate number of tokens per device
       log_every=10,
       eval_every=500,
       init_from=unset(str),
       data=dict(
-        # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' of the sections in
-        # `parts`
+        # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' with a section for
+        # each of its sources in `parts`
         source='stdlib',
         path=unset(str),
         name=unset(str),
@@ -88,9 +91,9 @@ def get_config() -> config_dict.ConfigDict:
         delimiter=unset(str),
         data_dir=unset(str),
         max_document_bytes=unset(int),
-        validation=0.02,  # share of the documents, by their hash
+        validation=0.02,  # share of the documents, chosen by their hash
         cache=unset(str),  # None: ~/.cache/llm_jax
-        workers=0,  # processes that tokenize; 0: one a core
+        workers=0,  # processes that tokenize; 0: one per core
       ),
       tokenizer=dict(
         name='sentencepiece',
@@ -117,14 +120,12 @@ def get_config() -> config_dict.ConfigDict:
         eps=unset(float),
         momentum=unset(float),
       ),
-      mesh=dict(
-        data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'
-      ),  # `llm_jax/parallel/sharding.py`
+      # `llm_jax/parallel/sharding.py` says what each axis cuts
+      mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),
       checkpoint=dict(every=1000, keep=2),
       evaluation=dict(rows=512, patience=0, samples=2),
       logging=dict(tensorboard=True, wandb=unset(str)),
-      profile=dict(
-        start=0, steps=0
-      ),  # traces `steps` steps after the first `start`, into WORKDIR/profile
+      # Traces `steps` steps after the first `start`, into WORKDIR/profile
+      profile=dict(start=0, steps=0),
     )
   )

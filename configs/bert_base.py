@@ -1,14 +1,13 @@
-"""BERT-base (Devlin et al. 2019, arXiv:1810.04805, appendix A.2): 110M parameters, masked LM and
-next-sentence prediction.
+"""BERT-base: 110M parameters, masked LM and next-sentence prediction.
+
+Devlin et al. 2019, arXiv:1810.04805, appendix A.2.
 """
 
 from configs import base
 
 
 def get_config():
-  """256 sequences of 512 tokens a step, a million steps, as in the paper; another corpus is one
-  flag.
-  """
+  """256 sequences of 512 tokens per step, a million steps, as in the paper."""
   config = base.get_config()
   config.steps = 1_000_000
   config.batch_size = 256

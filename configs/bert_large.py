@@ -1,4 +1,4 @@
-"""BERT-large (Devlin et al. 2019, arXiv:1810.04805): 335M parameters; all else as in bert_base."""
+"""BERT-large (Devlin et al. 2019, arXiv:1810.04805): 335M parameters, else as bert_base."""
 
 from configs import bert_base
 

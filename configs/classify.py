@@ -1,17 +1,15 @@
-"""Fine-tuning for classification: which package of the standard library does a docstring come from?
+"""Fine-tuning for classification: which package of the standard library is a docstring from?
 
-`--config.init_from=WORKDIR` starts from a pretrained run; another corpus is
-`--config.data.source=jsonl --config.data.path=FILE --config.data.label=FIELD`, or csv, parquet,
-tfds.
+`--config.init_from=WORKDIR` starts from a pretrained run. For another corpus:
+`--config.data.source=jsonl --config.data.path=FILE --config.data.label=FIELD`, or csv, parquet or
+tfds instead of jsonl.
 """
 
 from configs import base
 
 
 def get_config():
-  """A few epochs over the labelled embedded corpus, from the weights of `init_from` or from
-  scratch.
-  """
+  """A few epochs on labelled docstrings, from the weights of `init_from` or from scratch."""
   config = base.get_config()
   config.steps = 150
   config.batch_size = 16

@@ -1,5 +1,6 @@
-"""GPT-2 (Radford et al. 2019) in its four sizes: `configs/gpt2.py:small|medium|large|xl`, and
-`:tiny` to try the recipe.
+"""GPT-2 (Radford et al. 2019) in four sizes: `configs/gpt2.py:small`, `:medium`, `:large`, `:xl`.
+
+`:tiny` is a model small enough to try the recipe on a laptop.
 """
 
 from configs import base, gpt_tiny
@@ -8,8 +9,9 @@ SIZES = ('small', 'medium', 'large', 'xl')
 
 
 def get_config(size: str = 'small'):
-  """512 sequences of 1024 tokens a step; the paper's batch, the learning rates of GPT-3
-  (arXiv:2005.14165, table 2.1).
+  """512 sequences of 1024 tokens per step, the batch of the paper.
+
+  The learning rates are those of GPT-3 (arXiv:2005.14165, table 2.1).
   """
   if size == 'tiny':
     return gpt_tiny.get_config()

@@ -1,13 +1,12 @@
-"""A GPT-2 of a size for laptops: minutes on two cores, over the embedded corpus, to the last byte
-of it.
-"""
+"""A GPT-2 small enough for a laptop: it trains in minutes on two cores."""
 
 from configs import base
 
 
 def get_config():
-  """Causal LM over text that is not normalised, so that bits per byte compare with `xz -9` of the
-  same text.
+  """Causal LM on the source of Python's standard library, with Muon.
+
+  The text is not normalised, so its bits per byte compare with what `xz -9` makes of the same text.
   """
   config = base.get_config()
   config.steps = 500
@@ -24,5 +23,5 @@ def get_config():
   config.optimizer.learning_rate = 5e-3
   config.optimizer.weight_decay = 0.1
   config.checkpoint.every = 100
-  config.evaluation.rows = 0  # all of the validation text, so that xz reads it whole and in order
+  config.evaluation.rows = 0  # all of the validation text, whole and in order, as xz reads it
   return config

@@ -1,20 +1,21 @@
-"""LLaMA: `configs/llama.py:3.2-1b` (arXiv:2407.21783), `:2-7b` (arXiv:2307.09288), and `:tiny` to
-try the recipe.
+"""LLaMA: `configs/llama.py:3.2-1b` (arXiv:2407.21783) and `:2-7b` (arXiv:2307.09288).
+
+`:tiny` is a model small enough to try the recipe on a laptop.
 """
 
 from configs import base, gpt_tiny
 
 VARIANTS = {'3.2-1b': 'llama_3_2_1b', '2-7b': 'llama_2_7b'}
-BATCH_TOKENS = 2**22  # 4M tokens a step
+BATCH_TOKENS = 2**22  # 4M tokens per step
 
 
 def get_config(size: str = '3.2-1b'):
-  """4M tokens a step, AdamW, cosine to a tenth of the peak rate, over all devices by FSDP.
+  """4M tokens per step, AdamW, cosine to a tenth of the peak rate, FSDP over all devices.
 
-  LLaMA 2 by section 2.2 of its paper: 2 trillion tokens. LLaMA 3.2 1B by what LLaMA 3's paper says
-  of models of its size (section 3.2.1, peak rates of 2e-4 to 4e-4) and the 9 trillion tokens of its
-  model card; what is not said is as in LLaMA 2. The model that was released was pruned from a
-  larger one and distilled; this one is trained from scratch.
+  LLaMA 2 follows section 2.2 of its paper: 2 trillion tokens. LLaMA 3.2 1B follows the LLaMA 3
+  paper for models of its size (section 3.2.1: peak rates of 2e-4 to 4e-4) and its model card
+  (9 trillion tokens); what neither of them states is as in LLaMA 2. The released 1B model was
+  pruned from a larger one and distilled; this recipe trains one from scratch.
   """
   if size == 'tiny':
     return _tiny()
@@ -52,9 +53,7 @@ def get_config(size: str = '3.2-1b'):
 
 
 def _tiny():
-  """LLaMA's architecture at gpt_tiny's size and recipe: minutes on a laptop, over the embedded
-  corpus.
-  """
+  """LLaMA's architecture with the size and recipe of gpt_tiny: minutes on a laptop."""
   config = gpt_tiny.get_config()
   config.model = base.model('decoder', 'llama_tiny')
   return config

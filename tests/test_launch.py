@@ -41,7 +41,7 @@ if os.environ.get('STATUS'):
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-  """Puts stand-ins first on the PATH; gives a function from a name to the words of each call of it."""
+  """Puts stand-ins first on the PATH; returns a function from a name to the words of its calls."""
   folder = tmp_path / 'bin'
   folder.mkdir()
   for name in ('gcloud', 'srun', 'scontrol', 'python', 'python3'):

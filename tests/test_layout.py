@@ -1,4 +1,4 @@
-"""Rooms import downward only, and inside a room in no circle: held against the imports of every module."""
+"""Every module imports from its own room, never in a circle, and from the rooms below it."""
 
 import ast
 import pathlib
@@ -92,7 +92,7 @@ def test_imports_point_downward_and_in_no_circle():
 
 
 def test_the_check_finds_what_it_must(tmp_path):
-  """An upward import, one inside a function, a plug-in that knows another room, and a circle in a room."""
+  """Imports that point upward, one inside a function, one between plug-ins, and a circle."""
   files = {
     'parallel/sharding.py': 'def f():\n  from llm_jax.nn import layers\n',
     'nn/layers.py': 'from llm_jax.nn.stack import Stack\n',

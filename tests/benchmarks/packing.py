@@ -1,10 +1,11 @@
 """Fine-tuning with several texts a row against a text a row: time a text, in one interleaved run of
 the compiled train steps.
 
-    python tests/benchmarks/packing.py                            # configs/classify.py: the docstrings, bert_tiny, 128 places
+    python tests/benchmarks/packing.py                            # configs/classify.py
     python tests/benchmarks/packing.py --config.seq_len=256       # any option of it
 
-Both have the same model, rows, places and optimizer; what differs is how many texts the rows hold.
+By default: the docstrings, bert_tiny, rows of 128 positions. Both have the same model, rows and
+optimizer; what differs is how many texts the rows hold.
 """
 
 import argparse

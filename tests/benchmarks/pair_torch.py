@@ -5,8 +5,8 @@ precision, turn about.
 
     bert_base   masked LM, 8 rows of 128 tokens, 15 % of them masked, dropout as in the paper
     gpt2        causal LM, 4 rows of 256 tokens, dropout as in the paper
-    finetune    BERT-base as a classifier of docstrings of 8 to 128 tokens, as long as they are: theirs 32 texts a batch, padded
-                to the longest of them; ours as many in packed rows of 128
+    finetune    BERT-base as a classifier of docstrings of 8 to 128 tokens: theirs 32 texts per
+                batch, padded to the longest of them; ours as many in packed rows of 128
 
 All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which
 one works at a time: ours keeps its memory as `llm_jax.main` has it, with `model.unroll=0`; theirs
@@ -42,7 +42,7 @@ from llm_jax.core import config, tree  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
 from llm_jax.hf import folders as hf  # noqa: E402
 from llm_jax.programs import build  # noqa: E402
-from llm_jax.programs import workdir as runs
+from llm_jax.programs import workdir as runs  # noqa: E402
 from llm_jax.training import corpora as prepare  # noqa: E402
 
 RATE = 1e-4

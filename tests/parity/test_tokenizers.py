@@ -21,7 +21,10 @@ pytestmark = pytest.mark.parity
 import sentencepiece as spm  # noqa: E402
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers  # noqa: E402
 
-CHINESE = '清晨的港口还没有醒来，渔民们已经把小船推下了水。老张说：“今天的风从东边来，晚上也许会下雨。”１９８７年'
+CHINESE = (
+  '清晨的港口还没有醒来，渔民们已经把小船推下了水。'
+  '老张说：“今天的风从东边来，晚上也许会下雨。”１９８７年'
+)
 MARKS = 'café Ångström Tiếng Việt ñ é が ế 한국어 각하 हिन्दी में क़'
 NASTY = [
   '',
