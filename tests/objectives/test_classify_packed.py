@@ -24,7 +24,10 @@ from llm_jax.core import config, tree
 from llm_jax.data.tokenizers import byte
 from llm_jax.models import decoder, encoder
 from llm_jax.objectives import classify
-from llm_jax.programs import build, step
+from llm_jax.programs import assemble
+from llm_jax.programs import network as networks
+from llm_jax.training import program as programs
+from llm_jax.training import step
 
 LENGTHS, PAIR_LENGTHS = [9, 4, 0, 3, 7, 11, 2, 6, 1, 5, 28], [3, 5, 1, 0, 4, 2, 6, 12, 1, 2, 9]
 SEQ_LEN, DEVICES, TOLERANCE = 32, 4, 1e-10
@@ -80,7 +83,7 @@ def made(small, task, pool, packing):
 
 
 def batch_of(small, rows, multiple=1):
-  """All rows as one batch, filled up with rows of zeros to a multiple, and the texts of each row."""
+  """All rows as a batch, filled up with rows of zeros to a multiple, and the texts of each row."""
   batch = small.stack([rows.example(i, np.random.default_rng(0)) for i in range(len(rows))])
   fill = -len(rows) % multiple
   batch = {
@@ -92,18 +95,18 @@ def batch_of(small, rows, multiple=1):
 
 def by_text(values, texts):
   """[texts, ...] from [B, G, ...]."""
-  places = {
-    text: (row, slot) for row, shared in enumerate(texts) for slot, text in enumerate(shared)
-  }
-  return np.stack([np.asarray(values)[places[text]] for text in range(len(places))])
+  slots = {}
+  for row, shared in enumerate(texts):
+    for slot, text in enumerate(shared):
+      slots[text] = row, slot
+  return np.stack([np.asarray(values)[slots[text]] for text in range(len(slots))])
 
 
 def network_of(model, objective, batch):
-  network = step.Network(model=model, heads=objective.heads(model), objective=objective)
+  network = networks.Network(model=model, heads=objective.heads(model), objective=objective)
   shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(
-    1
-  )  # not the initial point, where every bias is zero and every scale one
+  # Not the initial point, where every bias is zero and every scale one.
+  rng = np.random.default_rng(1)
   return network, jax.tree.map(
     lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
   )
@@ -115,7 +118,8 @@ def learner(network, params):
   @functools.partial(jax.jit, static_argnums=1)
   def learn(batch, micro_batches=1):
     grads, pairs = step.gradient(params, batch, None, network=network, micro_batches=micro_batches)
-    return pairs['classify'], grads, *step.predict_step(params, batch, network=network).values()
+    predictions = networks.apply(network, params, batch, method='predict')
+    return pairs['classify'], grads, *predictions.values()
 
   return learn
 
@@ -148,16 +152,14 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, tas
 
     row = int(np.argmax(list(map(len, texts))))
     changed = packed | {'tokens': packed['tokens'].copy()}
-    changed['tokens'][row, packed['text_firsts'][row, 1] + 1] = (
-      8  # the first token of the row's second text
-    )
+    second = packed['text_firsts'][row, 1]  # where the row's second text begins
+    changed['tokens'][row, second + 1] = 8
     after = by_text(learn(changed)[2], texts)
     moved = [text for text in range(len(after)) if np.any(after[text] != answers[text])]
     assert moved == [texts[row][1]]  # the others by exactly nothing
 
-    crossed = learn(
-      packed | {'segments': np.minimum(packed['segments'], 1)}
-    )  # texts that see each other
+    one_segment = np.minimum(packed['segments'], 1)  # texts that see each other
+    crossed = learn(packed | {'segments': one_segment})
     assert np.abs(by_text(crossed[2], texts) - answers).max() > 1e-4
     with pytest.raises(AssertionError):
       assert_same(crossed, wanted)
@@ -173,18 +175,22 @@ def program(small, packing, devices):
     mesh=dict(data=2, fsdp=2) if several else dict(data=1),
     model=parsed['model'] | SHAPE | dict(variant='bert_base'),
     objective=parsed['objective']
-    | dict(pool='cls', dropout=0.0, unlabelled='ignore', packing=packing),
+    | dict(
+      pool='cls',
+      dropout=0.0,
+      unlabelled='ignore',
+      packing=packing,
+      classes=('a', 'b', 'c'),
+    ),
     optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0),
   )
   tokenizer = byte.create()
-  parsed = build.resolve(config.parse(parsed), tokenizer.vocab_size, ('a', 'b', 'c'))
-  rows = build.create_objective(parsed, tokenizer).rows(corpus(small, 'multiclass', True), SEQ_LEN)
+  parsed = assemble.resolve(config.parse(parsed), tokenizer.vocab_size)
+  objective = assemble.create_objective(parsed, tokenizer)
+  rows = objective.rows(corpus(small, 'multiclass', True), SEQ_LEN)
   batch, texts = batch_of(small, rows, parsed.batch_size)
-  return (
-    build.build(parsed, tokenizer, rows.example(0, None), jax.devices()[:devices]),
-    batch,
-    texts,
-  )
+  built = programs.build(parsed, objective, rows.example(0, None), jax.devices()[:devices])
+  return built, batch, texts
 
 
 def trained(small, packing, devices):
@@ -214,7 +220,7 @@ def trained(small, packing, devices):
 
 
 def deviations(small):
-  """How far four devices, packed and in micro-batches, are off one device with a text a row."""
+  """How far four devices, packed and in micro-batches, are off one device with a text per row."""
   loss, gradient, answers = trained(small, 'none', 1)
   other_loss, other, other_answers = trained(small, 'best_fit', DEVICES)
   return dict(

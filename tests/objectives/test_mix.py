@@ -2,9 +2,10 @@ import jax
 import numpy as np
 import pytest
 
+from llm_jax.core import contracts
 from llm_jax.models import encoder
 from llm_jax.objectives import classify, clm, mix, mlm, nsp
-from llm_jax.programs.step import Network
+from llm_jax.programs.network import Network
 
 
 def bert(small, **weights):
@@ -84,6 +85,31 @@ def test_a_real_network_starts_at_the_loss_of_guessing(small):
   pairs = jax.jit(network.apply)({'params': params}, batch)
   assert abs(float(pairs['mlm'][0] / pairs['mlm'][1]) / np.log(vocab_size) - 1) < 0.03
   assert abs(float(pairs['nsp'][0] / pairs['nsp'][1]) / np.log(2) - 1) < 0.03
+
+
+def test_what_is_passed_on_to_the_parts(small):
+  """FLOPs add up; evaluators and the predictor are those of the parts; records are encoded by the
+  parts' own functions.
+  """
+  tokenizer = small.Tokenizer()
+  parts = {
+    'mlm': mlm.Objective(tokenizer),
+    'labels': classify.Objective(tokenizer, ('a', 'b')),
+    'nsp': nsp.Objective(tokenizer),
+  }
+  objective = mix.Objective(parts=parts, rows='nsp', weights=dict.fromkeys(parts, 1))
+  assert objective.evaluators == ('loss', 'classification')
+  assert objective.predictor is parts['labels'] and bert(small).predictor is None
+  assert bert(small).evaluators == ('loss',)
+  model = small.network(dim=6, vocab_size=50).model
+  batch = {'mask_positions': np.zeros((4, 3), np.int32), 'targets': np.zeros((4, 16), np.int32)}
+  by_hand = 4 * 3 * 2 * (6 * 6 + 50 * 6)
+  assert objective.flops(model, batch) == by_hand == parts['mlm'].flops(model, batch)
+  both = mix.Objective(
+    {'mlm': parts['mlm'], 'clm': clm.Objective(tokenizer)}, 'clm', {'mlm': 1, 'clm': 1}
+  )
+  assert both.flops(model, batch) == by_hand + 4 * 16 * 2 * 50 * 6
+  assert mix.Objective.encode is contracts.Objective.encode
 
 
 def test_refuses(small):

@@ -14,7 +14,8 @@ import pytest
 from llm_jax.core.state import TrainState
 from llm_jax.models import decoder, encoder
 from llm_jax.objectives import classify, clm, mix, mlm, nsp
-from llm_jax.programs import step
+from llm_jax.programs import network as networks
+from llm_jax.training import step
 
 SHAPE = dict(
   vocab_size=50,
@@ -37,7 +38,7 @@ def float64():
 
 
 def build(model, objective, batch):
-  network = step.Network(model=model, heads=objective.heads(model), objective=objective)
+  network = networks.Network(model, objective.heads(model), objective)
   shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
   rng = np.random.default_rng(
     1
@@ -61,8 +62,7 @@ def assert_close(a, b, tolerance=1e-10):
 
 
 def examples(small, objective, lengths, seq_len, count, seed=0, labels=None):
-  documents = small.random_documents(lengths)
-  documents.labels = labels
+  documents = small.random_documents(lengths, labels=labels)
   rows = objective.rows(documents, seq_len)
   rng = np.random.default_rng(seed)
   return small.stack([objective.transform(rows.example(i, rng), rng) for i in range(count)])
@@ -220,11 +220,10 @@ def test_a_train_step_learns_and_counts(small):
       step.train_step, network=network, tx=tx, learning_rate=lambda s: 0.1 * (s + 1)
     )
   )
-  before = float(step.eval_step(params, batch, network=network)['clm'][0])
+  before = float(networks.apply(network, params, batch)['clm'][0])
   state, pairs = run(state, batch)
   assert (
-    int(state.step) == 1
-    and float(step.eval_step(state.params, batch, network=network)['clm'][0]) < before
+    int(state.step) == 1 and float(networks.apply(network, state.params, batch)['clm'][0]) < before
   )
   assert int(pairs['tokens'][0]) == int((batch['segments'] > 0).sum()) and float(
     pairs['learning_rate'][0]
@@ -238,5 +237,5 @@ def test_dropout_draws_anew_each_step_and_not_in_evaluation(small):
   loss = lambda rng: float(run(params, batch, rng)[1]['loss'][0])
   one, two = (loss(jax.random.fold_in(jax.random.PRNGKey(3), s)) for s in (0, 1))
   assert one != two and one == loss(jax.random.fold_in(jax.random.PRNGKey(3), 0))
-  evaluated = step.eval_step(params, batch, network=network)['clm']
+  evaluated = networks.apply(network, params, batch)['clm']
   assert loss(None) == pytest.approx(float(evaluated[0] / evaluated[1]))
