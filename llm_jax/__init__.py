@@ -1,3 +1,25 @@
 """llm_jax: raw text to a trained, adapted, checked and usable Transformer, in JAX and Flax."""
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from llm_jax.inference.session import Session
+
 __version__ = '0.1.0'
+
+
+def open(folder: Any) -> 'Session':  # noqa: A001
+  """Opens the workdir of a run, or a Hugging Face folder, for use.
+
+  Args:
+    folder: its path.
+
+  Returns:
+    A `Session`: predict, embed, complete and fill, arrays and dictionaries in and out.
+
+  Raises:
+    ValueError: no such run or folder.
+  """
+  from llm_jax.inference import session  # takes seconds: JAX comes with it
+
+  return session.open_folder(folder)

@@ -1,16 +1,19 @@
 """A hook that shows what a decoder in training writes."""
 
 import itertools
-from collections.abc import Mapping
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.core.state import TrainState
 from llm_jax.inference.completion import Completer
 from llm_jax.inference.decoding import Generator
 from llm_jax.inference.sampling import Sampling
 from llm_jax.parallel import hosts
+from llm_jax.programs.inference import Inference
 from llm_jax.training.logs import Log
 from llm_jax.training.loop import Run
 
@@ -27,20 +30,30 @@ class Samples:
     every: steps between two evaluations.
 
   Args:
-    run: trains the decoder.
-    log: of the run.
+    program: trains the decoder.
+    tokenizer: that of the model.
+    documents: where the beginnings come from.
     count: how many samples.
+    path: of samples.txt.
+    say: writes to the log, as `Log.say`.
   """
 
-  def __init__(self, run: Run, log: Log, count: int):
-    program, tokenizer = run.program, run.data.tokenizer
+  def __init__(
+    self,
+    program: Inference,
+    tokenizer: Tokenizer,
+    documents: Sequence[Documents],
+    count: int,
+    path: pathlib.Path,
+    say: Callable[..., None],
+  ):
     model = program.network.model
     self.every = program.config.eval_every
-    self._tokenizer, self._log, self._path = tokenizer, log, run.workdir / FILE
+    self._tokenizer, self._path, self._say = tokenizer, path, say
     generator = Generator(model, program.model_infos, program.layout)
     self._completer = Completer(generator, tokenizer, rows=count)
     begin = min(PROMPT_TOKENS, model.max_len // 4)
-    self._beginnings = _beginnings(run, begin, count)
+    self._beginnings = _beginnings(documents, begin, count)
     self._sampling = Sampling(
       max_new_tokens=min(NEW_TOKENS, model.max_len - begin - 1),
       temperature=TEMPERATURE,
@@ -50,17 +63,19 @@ class Samples:
   @classmethod
   def of(cls, run: Run, log: Log) -> 'Samples | None':
     """The hook of a run; None where it is no language model that continues prompts."""
-    program = run.program
+    program, data = run.program, run.data
     count = program.config.evaluation.samples
-    continues = program.network.model.causal and 'clm' in program.objective.terms
-    return cls(run, log, count) if count and continues else None
+    if not count or not program.network.model.causal or 'clm' not in program.objective.terms:
+      return None
+    path = run.workdir / FILE
+    return cls(program, data.tokenizer, data.splits.validation, count, path, log.say)
 
   def __call__(self, step: int, state: TrainState, values: Mapping[str, float]) -> None:
     """Shows the samples of a step; all processes call it."""
     del values
     lines = [f'{prompt!r} -> {text!r}' for prompt, text in self.texts(state.network_params)]
     for line in lines:
-      self._log.say('step %d  sample: %s', step, line)
+      self._say('step %d  sample: %s', step, line)
     if hosts.primary():
       with open(self._path, 'a', encoding='utf-8') as file:
         file.write(f'step {step}\n' + ''.join(f'  {line}\n' for line in lines))
@@ -74,11 +89,11 @@ class Samples:
     return list(zip(beginnings, texts, strict=True))
 
 
-def _beginnings(run: Run, length: int, count: int) -> list[np.ndarray]:
-  """An empty one, and the first tokens of validation documents."""
+def _beginnings(documents: Sequence[Documents], length: int, count: int) -> list[np.ndarray]:
+  """An empty one, and the first tokens of documents."""
   known = (
     part.array('tokens', index, 0, length)
-    for part in run.data.splits.validation
+    for part in documents
     for index in range(len(part))
     if part.lengths('tokens')[index]
   )

@@ -56,19 +56,21 @@ class Command:
   workdir: pathlib.Path | None
   keep_compiled: bool = True
 
-  def config(
-    self, devices: Sequence[Any] | None = None, resume: pathlib.Path | None = None
-  ) -> 'Config':
+  def parsed(self) -> 'Config':
+    """The config as it is read, its top level checked."""
+    from llm_jax.core import config as config_lib
+
+    return config_lib.parse(self.settings)
+
+  def config(self, devices: Sequence[Any] | None = None) -> 'Config':
     """The config, with what `init_from` decides filled in, checked before anything is compiled.
 
     Args:
       devices: those of the mesh; all by default.
-      resume: the workdir whose run may continue.
     """
-    from llm_jax.core import config as config_lib
     from llm_jax.programs import assemble, pretrained
 
-    config = pretrained.fill_in(config_lib.parse(self.settings), resume)
+    config = pretrained.fill_in(self.parsed())
     assemble.check(config, devices)
     return config
 

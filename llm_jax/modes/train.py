@@ -22,13 +22,11 @@ def prepare() -> None:
 
 def run(command: Command) -> Callable[[], Any]:
   """Prepares the run; what is returned trains it."""
-  from llm_jax.programs import workdir
-  from llm_jax.training import corpora, loop
+  from llm_jax.training import loop
 
-  config = command.config(resume=command.workdir)
-  workdir.open_workdir(command.workdir)
+  config = command.parsed()
   command.use_compilation_cache(command.workdir)
-  started = loop.start(corpora.load(config, command.workdir), command.workdir)
+  started = loop.prepare(config, command.workdir)
   return lambda: loop.train(started, [samples, *configured(started)])
 
 

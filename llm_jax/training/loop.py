@@ -15,11 +15,12 @@ from absl import logging
 
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.core.config import Config
 from llm_jax.core.contracts import Hook
 from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
-from llm_jax.programs import pretrained, workdir
+from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import corpora, evaluation, logs, memory, meter
 from llm_jax.training import program as programs
@@ -88,6 +89,24 @@ class Run:
 
 
 MakeHook = Callable[[Run, logs.Log], Hook | None]
+
+
+def prepare(config: Config, folder: pathlib.Path) -> Run:
+  """A run that is ready to go on, from the config as it is read: what it starts from is filled in,
+  all is checked, the workdir is opened, the data tokenized, the program built, a checkpoint
+  restored.
+
+  Args:
+    config: as it is read from a file.
+    folder: the workdir, made where it is not there.
+
+  Raises:
+    ValueError, TypeError: whatever in the config, the data or the workdir is not possible.
+  """
+  config = pretrained.fill_in(config, folder)
+  assemble.check(config)
+  workdir.open_workdir(folder)
+  return start(corpora.load(config, folder), folder)
 
 
 def start(data: corpora.Data, folder: pathlib.Path) -> Run:

@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,13 +14,14 @@ from configs import base, hf
 from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.data.tokenizers import byte
-from llm_jax.inference import complete, embed, use
-from llm_jax.inference import decoding as generate
-from llm_jax.programs import build, pretrained
-from llm_jax.programs import workdir as runs
-from llm_jax.training import corpora as prepare
-from llm_jax.training import logs
-from llm_jax.training import loop as train
+from llm_jax.inference import completion, session
+from llm_jax.inference.export import export
+from llm_jax.inference.sampling import Sampling
+from llm_jax.modes.embed import embed
+from llm_jax.modes.eval import evaluate
+from llm_jax.modes.generate import generate
+from llm_jax.programs import pretrained
+from llm_jax.training import logs, loop
 
 SHAPES = {
   'mlm': ('encoder', dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=64)),  # BERT's
@@ -55,10 +55,13 @@ def settings(folder, objective, **changes):
   return config | changes
 
 
+def start(config, workdir):
+  return loop.prepare(config_lib.parse(config), workdir)
+
+
 def run(config, workdir):
-  runs.open_workdir(workdir)
-  started = train.start(prepare.load(config_lib.parse(config), workdir), workdir)
-  train.train(started)
+  started = start(config, workdir)
+  loop.train(started)
   return started
 
 
@@ -74,14 +77,14 @@ def folder(tmp_path_factory):
   (folder / 'letters.txt').write_text('\n'.join(lines))
   for objective in SHAPES:
     run(settings(folder, objective), folder / f'run-{objective}')
-    use.export(use.open_model(folder / f'run-{objective}'), folder / f'hf-{objective}')
+    export(session.open_model(folder / f'run-{objective}'), folder / f'hf-{objective}')
   return folder
 
 
 def of_folder(path, **changes):
   """configs/hf.py with init_from."""
   config = hf.get_config().to_dict() | dict(init_from=str(path))
-  return pretrained.complete(config_lib.parse(config | changes))
+  return pretrained.fill_in(config_lib.parse(config | changes))
 
 
 def bit_identical(a, b):
@@ -93,10 +96,10 @@ def bit_identical(a, b):
 @pytest.mark.parametrize('objective', SHAPES)
 def test_an_exported_run_is_the_same_model(folder, objective):
   data = config_lib.parse(settings(folder, objective)).data
-  opened = use.open_model(
+  opened = session.open_model(
     None, of_folder(folder / f'hf-{objective}', data=data, batch_size=4, seq_len=48)
   )
-  before, after = use.evaluate(use.open_model(folder / f'run-{objective}')), use.evaluate(opened)
+  before, after = evaluate(session.open_model(folder / f'run-{objective}')), evaluate(opened)
   assert after['loss'] == pytest.approx(before['loss'], abs=1e-6) and after.keys() == before.keys()
   assert (
     opened.config.model['name'] == SHAPES[objective][0]
@@ -106,7 +109,7 @@ def test_an_exported_run_is_the_same_model(folder, objective):
 
 @pytest.mark.parametrize('objective', SHAPES)
 def test_out_and_in_and_out_is_the_same_to_the_last_bit(folder, objective, tmp_path):
-  use.export(use.open_model(None, of_folder(folder / f'hf-{objective}')), tmp_path / 'again')
+  export(session.open_model(None, of_folder(folder / f'hf-{objective}')), tmp_path / 'again')
   first, again = (
     sorted(path.glob('*')) for path in (folder / f'hf-{objective}', tmp_path / 'again')
   )
@@ -127,28 +130,21 @@ def test_a_run_starts_from_a_folder_and_goes_on_without_it(folder, tmp_path):
     tokenizer=dict(name='sentencepiece'),
     init_from=str(tmp_path / 'hf'),
   )
-  started = train.start(
-    prepare.load(config_lib.parse(config), _made(tmp_path / 'w')), tmp_path / 'w'
-  )
-  exported = use.load_params(started.program, folder / 'run-mlm')
+  started = start(config, tmp_path / 'w')
+  exported = session.load_params(started.program, folder / 'run-mlm')
   assert bit_identical(tree.flatten(started.state.params), tree.flatten(exported))
   assert started.program.config.model['dim'] == 16 and 'variant' not in started.program.config.model
-  train.train(started)
+  loop.train(started)
   changed = tree.flatten(started.state.params)
   assert not bit_identical(changed, tree.flatten(exported))
   shutil.rmtree(tmp_path / 'hf')
-  values = use.evaluate(use.open_model(tmp_path / 'w'))  # the workdir has all that it needs
+  values = evaluate(session.open_model(tmp_path / 'w'))  # the workdir has all that it needs
   last = [line for line in logs.read(tmp_path / 'w') if line['split'] == 'validation'][-1]
   assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
   on = run(config | dict(steps=3), tmp_path / 'w')
   assert int(on.state.step) == 3 and on.program.config.model == started.program.config.model
   with pytest.raises(ValueError, match='model.dim: 16 -> 32'):
     run(config | dict(steps=4, model=config['model'] | dict(dim=32)), tmp_path / 'w')
-
-
-def _made(workdir):
-  runs.open_workdir(workdir)
-  return workdir
 
 
 def test_a_run_fills_what_is_left_open(folder):
@@ -187,18 +183,18 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
   config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
   (tmp_path / 'hf' / 'config.json').write_text(json.dumps(config | dict(vocab_size=100)))
   with pytest.raises(ValueError, match='has 263 ids, and the model only 100'):
-    use.open_model(None, of_folder(tmp_path / 'hf'))
+    session.open_model(None, of_folder(tmp_path / 'hf'))
 
 
 def test_a_model_without_the_head_that_is_needed(folder):
   config = of_folder(folder / 'hf-mlm')
   config = dataclasses.replace(config, objective=dict(name='classify', classes=('a', 'b')))
-  opened = use.Opened(folder / 'hf-mlm', config, byte.create())
-  program = build.outline(opened.config, jax.devices(), opened.tokenizer)
+  opened = session.Session(folder / 'hf-mlm', config, byte.create())
+  assert opened.embed(['a text']).shape == (1, 16)  # which needs no head
   with pytest.raises(
     ValueError, match='lacks parameters that this needs:\n  heads_classifier/dense/bias'
   ):
-    use.load_params(program, opened.origin)
+    opened.predict(['a text'])
 
 
 @pytest.mark.parametrize(
@@ -209,21 +205,22 @@ def test_vectors_are_those_of_each_text_alone(folder, objective, pool, tmp_path)
   (tmp_path / 'x.jsonl').write_text(
     '\n'.join(json.dumps({'text': text, 'number': i}) for i, text in enumerate(texts))
   )
-  opened = use.open_model(None, of_folder(folder / f'hf-{objective}'))
-  embed.run(opened, tmp_path / 'x.jsonl', tmp_path / 'v.npy', pool, normalize=False)
-  embed.run(opened, tmp_path / 'x.jsonl', tmp_path / 'v.jsonl', pool)
+  opened = session.open_model(None, of_folder(folder / f'hf-{objective}'))
+  embed(opened, tmp_path / 'x.jsonl', tmp_path / 'v.npy', pool, normalize=False)
+  embed(opened, tmp_path / 'x.jsonl', tmp_path / 'v.jsonl', pool)
   vectors, lines = (
     np.load(tmp_path / 'v.npy'),
     [json.loads(line) for line in open(tmp_path / 'v.jsonl')],
   )
-  program = build.outline(opened.config, jax.devices(), opened.tokenizer)
-  model, params = program.network.model, use.load_params(program, opened.origin)['model']
-  before, after = use.template(opened.tokenizer, model.causal)
+  model, params = opened.program.network.model, opened.params['model']
+  before, after = completion.template(opened.tokenizer, model.causal)
   for text, vector, line in zip(texts, vectors, lines, strict=True):
     ids = np.array(
       [*before, *opened.tokenizer.encode(text)[: 64 - len(before) - len(after)], *after]
     )
-    hidden = np.asarray(model.apply({'params': params}, ids[None])[0], np.float64)
+    hidden = np.asarray(
+      model.apply({'params': params}, {'tokens': ids[None]}).hidden[0], np.float64
+    )
     expected = {'mean': hidden.mean(0), 'cls': hidden[0], 'last': hidden[-1]}[pool]
     np.testing.assert_allclose(vector, expected, atol=2e-5)
     np.testing.assert_allclose(line['embedding'], expected / np.linalg.norm(expected), atol=2e-5)
@@ -237,38 +234,36 @@ def test_vectors_are_those_of_each_text_alone(folder, objective, pool, tmp_path)
     ('nothing.jsonl', 'v.npy', 'mean', 'must be a .jsonl or .txt file that exists'),
     ('x.txt', 'v.csv', 'mean', 'must be a .npy or .jsonl file'),
     ('x.txt', 'no/v.npy', 'mean', 'in a folder that exists'),
-    ('x.txt', 'v.npy', 'cls', "pool='cls' reads the first place, which in a causal model"),
+    ('x.txt', 'v.npy', 'cls', "pool='cls' reads the first position, which in a causal model"),
   ],
 )
 def test_what_cannot_be_embedded(folder, tmp_path, source, target, pool, message):
   (tmp_path / 'x.txt').write_text('a text\n')
   with pytest.raises(ValueError, match=message):
-    embed.run(
-      use.open_model(None, of_folder(folder / 'hf-clm')), tmp_path / source, tmp_path / target, pool
+    embed(
+      session.open_model(None, of_folder(folder / 'hf-clm')),
+      tmp_path / source,
+      tmp_path / target,
+      pool,
     )
   assert not (tmp_path / 'v.npy').exists()
 
 
-def test_nothing_can_be_trained_to_embed(folder, tmp_path):
-  with pytest.raises(ValueError, match='objective embed has no loss'):
-    run(settings(folder, 'mlm') | dict(objective=dict(name='embed')), tmp_path)
-
-
 def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
-  opened = use.open_model(None, of_folder(folder / 'hf-clm'))
+  opened = session.open_model(None, of_folder(folder / 'hf-clm'))
   (tmp_path / 'x.txt').write_text('12 ab\n7\n')
-  sampling = generate.Sampling(max_new_tokens=6, temperature=0.0)
-  complete.run(opened, None, tmp_path / 'x.txt', tmp_path / 'y.jsonl', sampling)
+  sampling = Sampling(max_new_tokens=6, temperature=0.0)
+  generate(opened, None, tmp_path / 'x.txt', tmp_path / 'y.jsonl', sampling)
   first, second = (json.loads(line) for line in open(tmp_path / 'y.jsonl'))
   assert first['prompt'] == '12 ab' and len(first['text']) > 1 and second['prompt'] == '7'
-  complete.run(opened, ['12 ab'], None, None, sampling)
-  complete.run(opened, ['12 ab', '7'], None, None, sampling)
+  generate(opened, ['12 ab'], None, None, sampling)
+  generate(opened, ['12 ab', '7'], None, None, sampling)
   assert (
     capsys.readouterr().out
     == f'12 ab{first["text"]}\n' + f'12 ab{first["text"]}\n7{second["text"]}\n'
   )
   stop = first['text'][-2:]
-  complete.run(opened, ['12 ab'], None, tmp_path / 'z.jsonl', sampling, stop=[stop])
+  generate(opened, ['12 ab'], None, tmp_path / 'z.jsonl', sampling, stop=[stop])
   assert (
     json.loads((tmp_path / 'z.jsonl').read_text())['text']
     == first['text'].partition(stop)[0]
@@ -277,10 +272,10 @@ def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
 
 
 def test_masks_are_filled_in(folder, tmp_path, capsys):
-  opened = use.open_model(None, of_folder(folder / 'hf-mlm'))
-  complete.run(opened, ['1 ab[MASK]d'], None, tmp_path / 'y.jsonl', generate.Sampling())
+  opened = session.open_model(None, of_folder(folder / 'hf-mlm'))
+  generate(opened, ['1 ab[MASK]d'], None, tmp_path / 'y.jsonl', Sampling())
   answer = json.loads((tmp_path / 'y.jsonl').read_text())
-  complete.run(opened, ['1 ab[MASK]d'], None, None, generate.Sampling())
+  generate(opened, ['1 ab[MASK]d'], None, None, Sampling())
   said = capsys.readouterr().out.splitlines()
   assert said[0] == answer['text'] and len(answer['masks']) == 1 and len(answer['masks'][0]) == 5
   best, p = answer['masks'][0][0]
@@ -294,16 +289,16 @@ def test_masks_are_filled_in(folder, tmp_path, capsys):
     (['a'], 'x.txt', None, 'needs either'),
     (None, 'x.csv', None, 'must be a .jsonl or .txt file'),
     (['a'], None, 'y.txt', 'must be a .jsonl file in a folder'),
-    (['a' * 60], None, None, 'max_new_tokens=128 are 189 places'),
+    (['a' * 60], None, None, 'max_new_tokens=128 are 189'),
   ],
 )
 def test_what_cannot_be_gone_on_from(folder, tmp_path, prompts, source, target, message):
-  opened = use.open_model(None, of_folder(folder / 'hf-clm'))
+  opened = session.open_model(None, of_folder(folder / 'hf-clm'))
   with pytest.raises(ValueError, match=message):
-    complete.run(
+    generate(
       opened,
       prompts,
       source and tmp_path / source,
       target and tmp_path / target,
-      generate.Sampling(),
+      Sampling(),
     )

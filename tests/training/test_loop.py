@@ -22,13 +22,14 @@ import pytest
 
 from configs import base
 from llm_jax.core import config as config_lib
-from llm_jax.inference import use
+from llm_jax.inference import prediction, session
+from llm_jax.inference.samples import Samples
+from llm_jax.modes import eval as eval_mode
+from llm_jax.modes import predict as predict_mode
 from llm_jax.parallel import chips
-from llm_jax.programs import build
-from llm_jax.programs import workdir as runs
-from llm_jax.training import corpora as prepare
-from llm_jax.training import logs
-from llm_jax.training import loop as train
+from llm_jax.programs import workdir as workdir_lib
+from llm_jax.programs.inference import Inference
+from llm_jax.training import logs, loop, meter
 
 ROOT = pathlib.Path(__file__).parents[2]
 TIMINGS = ('tokens_per_second', 'seconds_per_step', 'model_flops_utilization')
@@ -97,10 +98,13 @@ def settings(corpus, objective='mlm', **changes):
   return tree | changes
 
 
+def start(tree, workdir):
+  return loop.prepare(config_lib.parse(tree), workdir)
+
+
 def run(tree, workdir):
-  runs.open_workdir(workdir)
-  started = train.start(prepare.load(config_lib.parse(tree), workdir), workdir)
-  train.train(started)
+  started = start(tree, workdir)
+  loop.train(started, [Samples.of])
   return started
 
 
@@ -125,12 +129,10 @@ def assert_same_run(a, b, step):
 
 CHILD = """
 import json, pathlib, sys
-from llm_jax.core import config
-from llm_jax.programs import workdir as runs
-from llm_jax.training import corpora as prepare, loop as train
-workdir = pathlib.Path(sys.argv[2])
-runs.open_workdir(workdir)
-train.train(train.start(prepare.load(config.parse(json.loads(sys.argv[1])), workdir), workdir))
+from llm_jax.core import config as config_lib
+from llm_jax.training import loop
+config = config_lib.parse(json.loads(sys.argv[1]))
+loop.train(loop.prepare(config, pathlib.Path(sys.argv[2])))
 """
 
 
@@ -194,10 +196,10 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
     'metrics.jsonl',
     'loss.png',
   }
-  assert runs.read_config(tmp_path) == config_lib.from_json(
+  assert workdir_lib.read_config(tmp_path) == config_lib.from_json(
     config_lib.to_json(started.program.config)
   )
-  values = use.evaluate(use.open_model(tmp_path), tmp_path)
+  values = eval_mode.evaluate(session.open_model(tmp_path), tmp_path)
   assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
   assert json.loads((tmp_path / 'eval.json').read_text()).items() >= values.items()
   assert float(started.state.step) == 60 and started.position == 60 * 8
@@ -263,13 +265,13 @@ def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(
     thread.name for thread in threading.enumerate() if thread.name.startswith('batches')
   ]
   tree, seen = settings(corpus, 'clm', steps=4, eval_every=100), []
-  monkeypatch.setattr(train.Meter, 'dispatched', lambda *_: seen.extend(running()))
+  monkeypatch.setattr(meter.Meter, 'dispatched', lambda *_: seen.extend(running()))
   saved = run(tree, tmp_path / 'a')
   assert seen and not running()
   assert (
     saved.position == saved.checkpoints.restore(saved.program.state).position == 4 * 8
   )  # not what was made ahead
-  puts, put = [], build.Program.put
+  puts, put = [], Inference.put
 
   def failing(program, batch):
     puts.append(threading.current_thread().name)
@@ -277,7 +279,7 @@ def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(
       raise OSError('the disk is gone')
     return put(program, batch)
 
-  monkeypatch.setattr(build.Program, 'put', failing)
+  monkeypatch.setattr(Inference, 'put', failing)
   with pytest.raises(OSError, match='the disk is gone'):
     run(tree, tmp_path / 'b')
   assert not running() and all(name.startswith('batches') for name in puts)
@@ -309,7 +311,7 @@ def test_a_profile_is_whole_names_the_parts_of_the_model_and_changes_no_number(c
 
 
 def compiled_text(tree, workdir):
-  program = train.start(prepare.load(config_lib.parse(tree), workdir), workdir).program
+  program = start(tree, workdir).program
   return program.train_step.lower(program.state, program.batch).compile().as_text()
 
 
@@ -343,14 +345,13 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatc
     ),  # not used: the tokenizer comes along with the weights
     optimizer=dict(name='adamw', learning_rate=3e-3, warmup_fraction=0.1),
   )
-  prepared = prepare.load(config_lib.parse(tree), _made(tmp_path / 'w'))
-  started = train.start(prepared, tmp_path / 'w')
+  started = start(tree, _made(tmp_path / 'w'))
   taken = final_state(tmp_path / 'pretrained', 2)['params']['model']
   for a, b in zip(
     jax.tree.leaves(started.state.params['model']), jax.tree.leaves(taken), strict=True
   ):
     np.testing.assert_array_equal(a, b)
-  train.train(started)
+  loop.train(started)
   scores = logs.read(tmp_path / 'w')[-1]
   assert scores['accuracy'] > 0.9 and scores['macro_f1'] > 0.9 and scores['mcc'] > 0.8
   assert 'letter' in (tmp_path / 'w' / 'report.txt').read_text()
@@ -364,7 +365,9 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatc
     json.dumps(line).replace(', ', ',\r') for line in lines
   ]  # a carriage return is space in JSON, and ends no line
   (tmp_path / 'x.jsonl').write_bytes('\n'.join(spaced).encode())
-  use.predict(use.open_model(tmp_path / 'w'), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
+  predict_mode.predict(
+    session.open_model(tmp_path / 'w'), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl'
+  )
   answers = [json.loads(line) for line in (tmp_path / 'y.jsonl').read_text().splitlines()]
   assert [a['id'] for a in answers] == [1, 2, 3] * 4 and [a['label'] for a in answers[:2]] == [
     'count',
@@ -382,21 +385,20 @@ def _assert_packing_changes_no_answer(workdir, monkeypatch):
   """A file of texts of many lengths, packed in blocks, is answered line by line as the same texts
   are with a row for each.
   """
-  rng, opened, answers = random.Random(1), use.open_model(workdir / 'w'), {}
+  rng, opened, answers = random.Random(1), session.open_model(workdir / 'w'), {}
   texts = [
     ''.join(rng.choices(rng.choice(('0123456789 ', 'abcdefghij')), k=rng.randrange(60)))
     for _ in range(75)
   ]
   (workdir / 'many.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
-  monkeypatch.setattr(use, 'LEAST_BLOCK', 30)
-  monkeypatch.setattr(use, 'BLOCK_BATCHES', 1)
+  monkeypatch.setattr(prediction, 'LEAST_BLOCK', 30)
+  monkeypatch.setattr(prediction, 'BLOCK_BATCHES', 1)
   for packing in ('best_fit', 'none'):
     config = dataclasses.replace(
       opened.config, objective=opened.config.objective | {'packing': packing}
     )
-    use.predict(
-      dataclasses.replace(opened, config=config), workdir / 'many.jsonl', workdir / 'answers.jsonl'
-    )
+    packed_so = session.Session(opened.origin, config, opened.tokenizer)
+    predict_mode.predict(packed_so, workdir / 'many.jsonl', workdir / 'answers.jsonl')
     answers[packing] = [
       json.loads(line) for line in (workdir / 'answers.jsonl').read_text().splitlines()
     ]
@@ -431,7 +433,7 @@ def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):
     and 0 <= last['accuracy'] <= 1
   )
   (tmp_path / 'x.jsonl').write_text('{"text": "1 2 3"}')
-  use.predict(use.open_model(tmp_path), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
+  predict_mode.predict(session.open_model(tmp_path), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
   assert set(json.loads((tmp_path / 'y.jsonl').read_text())) == {
     'text',
     'label',
@@ -526,11 +528,11 @@ def test_labels_that_cannot_be_are_named(corpus, tmp_path):
 def test_a_workdir_that_cannot_be_written_to(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(ValueError, match=r'--workdir=.*/file/w cannot be written to'):
-    runs.open_workdir(tmp_path / 'file' / 'w')
+    workdir_lib.open_workdir(tmp_path / 'file' / 'w')
 
 
 def test_patience_counts_evaluations_without_a_better_loss():
-  patience = train.Patience(2)
+  patience = loop.Patience(2)
   assert [patience.better(v) for v in (3.0, 2.0, 2.0, float('nan'))] == [True, True, False, False]
   assert (
     patience.over

@@ -1,3 +1,5 @@
+"""Programs: what a config becomes without an array; initial losses, model FLOPs, derived options."""
+
 import dataclasses
 import functools
 import math
@@ -8,8 +10,11 @@ import pytest
 
 from configs import bert_tiny, classify, gpt2, gpt_tiny
 from llm_jax.core import config
+from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
-from llm_jax.programs import build, step
+from llm_jax.programs import assemble
+from llm_jax.training import program as programs
+from llm_jax.training import step
 
 TOKENIZER = byte.create()
 
@@ -19,13 +24,11 @@ def program(small, module, seq_len=64, batch_size=4, vocab_size=None, devices=No
   parsed = config.parse(
     tree | dict(seq_len=seq_len, batch_size=batch_size, model=tree['model'] | model)
   )
-  parsed = build.resolve(parsed, vocab_size or TOKENIZER.vocab_size, ('a', 'b'))
-  objective = build.create_objective(parsed, TOKENIZER)
-  documents = small.random_documents([500, 300], vocab_size=TOKENIZER.vocab_size)
-  documents.labels = ['a', 'b']
-  rng = np.random.default_rng(0)
-  example = objective.transform(objective.rows(documents, seq_len).example(0, rng), rng)
-  return build.build(parsed, TOKENIZER, example, devices), example
+  parsed = assemble.resolve(parsed, vocab_size or TOKENIZER.vocab_size)
+  parsed = assemble.with_stand_ins(parsed, TOKENIZER)
+  objective = assemble.create_objective(parsed, TOKENIZER)
+  example = assemble.template(parsed, objective, TOKENIZER)
+  return programs.build(parsed, objective, example, devices), example
 
 
 def stack(example, rows):
@@ -84,7 +87,7 @@ def test_model_flops_are_those_that_the_compiler_counts(small, module):
 
 
 def test_micro_batches_keep_the_tokens_at_once_moderate(small):
-  choose = lambda **changes: build._micro_batches(
+  choose = lambda **changes: assemble.micro_batches(
     dataclasses.replace(config.parse(bert_tiny.get_config().to_dict()), **changes),
     jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), ('data', 'fsdp', 'tensor')),
   )
@@ -96,27 +99,38 @@ def test_micro_batches_keep_the_tokens_at_once_moderate(small):
 
 def test_published_shapes_go_under_what_the_config_says():
   parsed = config.parse(gpt2.get_config('xl').to_dict())
-  options = build.model_options(parsed, 50257)
+  options = assemble.model_options(parsed, 50257)
   assert (options['dim'], options['layers'], options['vocab_size']) == (1600, 48, 50257)
   changed = dataclasses.replace(parsed, model=parsed.model | {'layers': 3})
-  assert build.model_options(changed, 50257)['layers'] == 3
-  assert build.resolve(build.resolve(parsed, 7, None), 7, None) == build.resolve(parsed, 7, None)
+  assert assemble.model_options(changed, 50257)['layers'] == 3
+  assert assemble.resolve(assemble.resolve(parsed, 7), 7) == assemble.resolve(parsed, 7)
+
+
+def labelled(config, *labels):
+  records = [{'text': 'some text', 'label': label} for label in labels]
+  return Memory(records, assemble.encoder(config), TOKENIZER)
 
 
 def test_classes_reach_the_objective_that_takes_them():
   parsed = config.parse(classify.get_config().to_dict())
-  assert build.class_names(parsed) is None and build.collect_classes(parsed, ['b', 'a', 'b']) == (
-    'a',
-    'b',
-  )
-  resolved = build.resolve(parsed, 263, ('a', 'b'))
-  assert build.class_names(resolved) == ('a', 'b') and build.predictor_section(resolved)[
-    'classes'
-  ] == ('a', 'b')
+  derived = assemble.derive(parsed, [labelled(parsed, 'b', 'a', 'b')])
+  assert derived.objective['classes'] == ('a', 'b')
+  assert assemble.derive(derived, [labelled(parsed, 'c', 'd')]) == derived
+  assert assemble.with_derived(parsed, derived).objective == derived.objective
   regression = dataclasses.replace(parsed, objective=parsed.objective | {'task': 'regression'})
-  assert (
-    build.collect_classes(regression, [1.0]) is None
-    and 'classes' not in build.resolve(regression, 263, None).objective
+  assert 'classes' not in assemble.derive(regression, [labelled(parsed, 1.0)]).objective
+  masked = config.parse(bert_tiny.get_config().to_dict())
+  assert assemble.derive(masked, [labelled(masked, 'a')]) == masked
+
+
+def test_classes_reach_the_part_of_a_mix():
+  tree = classify.get_config().to_dict()
+  parts = {'mlm': {'mask_rate': 0.2}, 'classify': {'unlabelled': 'ignore'}}
+  weights = {'mlm': 1.0, 'classify': 1.0}
+  mixed = config.parse(
+    tree | {'objective': dict(name='mix', rows='classify', weights=weights, parts=parts)}
   )
-  with pytest.raises(ValueError, match='the objective mlm gives no labels.*--config.init_from'):
-    build.predictor_section(config.parse(bert_tiny.get_config().to_dict()))
+  derived = assemble.derive(mixed, [labelled(mixed, 'b', 'a')])
+  assert derived.objective['parts']['classify']['classes'] == ('a', 'b')
+  assert derived.objective['parts']['mlm'] == {'name': 'mlm', 'mask_rate': 0.2}
+  assert assemble.create_objective(derived, TOKENIZER).predictor.classes == ('a', 'b')

@@ -1,8 +1,5 @@
-"""Texts in, texts out: whole characters, stop strings, templates, and masks filled in as the logits
-say.
-"""
+"""Completions: whole characters, stop strings, batches; and a decoder beside one without a cache."""
 
-import math
 import types
 
 import jax
@@ -10,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import bert_tiny, gpt_tiny
+from configs import gpt_tiny
 from llm_jax.core import config
 from llm_jax.data.tokenizers import byte
-from llm_jax.inference import complete
-from llm_jax.inference import decoding as generate
-from llm_jax.programs import build
+from llm_jax.inference import completion
+from llm_jax.inference.decoding import Generator
+from llm_jax.inference.sampling import Sampling
+from llm_jax.training import program as programs
 
 SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=24, max_len=64, dropout=0.0, attention_dropout=0.0)
 TOKENIZER = byte.create()
-GREEDY = generate.Sampling(max_new_tokens=12, temperature=0.0)
+GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -48,14 +46,14 @@ class Said:
       )
     )
     said = [self.rows[row] for row in rows]
-    for place in range(max(map(len, said))):
+    for column in range(max(map(len, said))):
       self.taken += 1
-      yield np.array([row[place] if place < len(row) else -1 for row in said])
+      yield np.array([row[column] if column < len(row) else -1 for row in said])
 
 
 def say(said, count, rows=8, **options):
   pieces = [[] for _ in range(count)]
-  completer = complete.Completer(said, TOKENIZER, rows)
+  completer = completion.Completer(said, TOKENIZER, rows)
   texts = completer(
     None, ['p'] * count, GREEDY, stream=lambda i, piece: pieces[i].append(piece), **options
   )
@@ -109,7 +107,7 @@ def test_no_more_is_asked_for_when_all_have_stopped():
 
 def test_batches_and_what_stands_before_a_prompt():
   said = Said(*'abcde')
-  completer = complete.Completer(said, TOKENIZER, rows=2)
+  completer = completion.Completer(said, TOKENIZER, rows=2)
   assert completer(None, ['x', '', 'yy', 'z', 'é'], GREEDY) == list('abcde')
   assert [asked.rows for asked in said.asked] == [[0, 1], [2, 3], [4, 4]]
   bos = TOKENIZER.bos_id
@@ -120,7 +118,7 @@ def test_batches_and_what_stands_before_a_prompt():
     encode=TOKENIZER.encode, decode=TOKENIZER.decode, eos_id=1, bos_id=2, template=((), (9,))
   )
   said = Said(*'ab')
-  complete.Completer(said, other)(None, ['x', ''], GREEDY)
+  completion.Completer(said, other)(None, ['x', ''], GREEDY)
   assert said.asked[0].prompts == [
     [*TOKENIZER.encode('x')],
     [2],
@@ -143,109 +141,39 @@ class Spaced:
 
 def test_a_space_after_the_prompt_stays():
   said = Said([3, 4, 2, 1])
-  assert complete.Completer(said, Spaced())(None, ['a a'], GREEDY) == [' bc a']
+  assert completion.Completer(said, Spaced())(None, ['a a'], GREEDY) == [' bc a']
   assert Spaced().decode([3, 4, 2]) == 'bc a'
 
 
 def program(module, **changes):
-  """A Program and parameters away from zero."""
+  """A program and parameters away from zero."""
   tree = module.get_config().to_dict()
-  tree |= (
-    dict(
-      seq_len=32,
-      batch_size=2,
-      micro_batches=1,
-      tokenizer=dict(name='byte'),
-      model=tree['model'] | SHAPE,
-    )
-    | changes
-  )
-  made = build.outline(config.parse(tree), jax.devices()[:1])
+  tree |= dict(seq_len=32, batch_size=2, tokenizer=dict(name='byte'), model=tree['model'] | SHAPE)
+  made = programs.outline(config.parse(tree | changes), jax.devices()[:1])
   rng = np.random.default_rng(0)
-  return made, jax.tree.map(
-    lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype), made.state.params
-  )
+  draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype)
+  return made, jax.tree.map(draw, made.params)
 
 
-def test_a_decoder_goes_on():
+def test_a_decoder_continues():
   made, params = program(gpt_tiny)
-  texts = ['abc', 'xy', 'q']
-  pieces = []
-  found = complete.complete(
-    made, params, TOKENIZER, texts, GREEDY, stream=lambda *piece: pieces.append(piece)
-  )
+  model, prompts, pieces = made.network.model, ['abc', 'xy', 'q'], []
+  generator = Generator(model, made.model_infos, made.layout)
+  completer, weights = completion.Completer(generator, TOKENIZER, 2), None
+  weights = generator.weights(params['model'])
+  found = completer(weights, prompts, GREEDY, stream=lambda *piece: pieces.append(piece))
   assert [''.join(piece for i, piece in pieces if i == row) for row in range(3)] == found
-  model, ids = made.network.model, [TOKENIZER.bos_id, *TOKENIZER.encode('xy')]
-  run = jax.jit(
-    lambda t: model.apply({'params': params['model']}, t, method=lambda m, t: m.logits(m(t)))
-  )
+
+  def logits(model, tokens):
+    return jnp.einsum('btd,vd->btv', model({'tokens': tokens}).hidden, model.table())
+
+  run = jax.jit(lambda t: model.apply({'params': params['model']}, t, method=logits))
+  ids = [TOKENIZER.bos_id, *TOKENIZER.encode('xy')]
   for _ in range(12):  # one row, no cache
-    logits = run(np.array([ids + [0] * (20 - len(ids))]))
-    ids.append(int(jnp.argmax(logits[0, len(ids) - 1])))
+    scores = run(np.array([ids + [0] * (20 - len(ids))]))
+    ids.append(int(jnp.argmax(scores[0, len(ids) - 1])))
     if ids[-1] == TOKENIZER.eos_id:
       break
   assert found[1] == TOKENIZER.decode(ids[3:]).rstrip('\ufffd')
   with pytest.raises(ValueError, match='max_len=64'):
-    complete.complete(made, params, TOKENIZER, ['a' * 60], GREEDY)
-
-
-def test_samples_are_the_same_each_time(small):
-  made, params = program(gpt_tiny)
-  documents = [small.Documents([[], TOKENIZER.encode('hello world'), TOKENIZER.encode('bye')])]
-  samples = complete.Samples(made, TOKENIZER, documents, 3)
-  first = samples(params)
-  assert [beginning for beginning, _ in first] == ['', 'hello wo', 'bye']
-  assert samples(params) == first
-  assert samples(jax.tree.map(lambda x: 1.5 * x, params)) != first
-
-
-def test_masks_are_filled_in():
-  made, params = program(bert_tiny, objective=dict(name='mlm'))
-  texts = ['a [MASK] c[MASK]', 'xyz [MASK]', '[MASK]']
-  found = complete.fill(made, params, TOKENIZER, texts, top=3)
-  assert [len(f.masks) for f in found] == [2, 1, 1]
-  ids = np.array(
-    [
-      TOKENIZER.cls_id,
-      *TOKENIZER.encode('a '),
-      TOKENIZER.mask_id,
-      *TOKENIZER.encode(' c'),
-      TOKENIZER.mask_id,
-      TOKENIZER.sep_id,
-    ]
-  )
-
-  def logits(net, tokens):
-    x, bias = net.heads['mlm'](net.hidden({'tokens': tokens, 'segments': jnp.ones_like(tokens)}))
-    return net.model.logits(x) + bias[None, None]
-
-  p = np.asarray(
-    jax.nn.softmax(made.network.apply({'params': params}, jnp.array([ids]), method=logits))
-  )[0]
-  places = np.flatnonzero(ids == TOKENIZER.mask_id)
-  for place, candidates in zip(places, found[0].masks, strict=True):
-    best = np.argsort(p[place])[::-1][:3]
-    assert [token for token, _ in candidates] == [TOKENIZER.decode([i]).strip() for i in best]
-    np.testing.assert_allclose([q for _, q in candidates], p[place][best], rtol=1e-4)
-  filled = ids.copy()
-  filled[places] = p[places].argmax(-1)
-  assert found[0].text == TOKENIZER.decode(filled)
-  everything = complete.fill(made, params, TOKENIZER, texts[1:2], top=10**6)[0].masks[0]
-  assert len(everything) == TOKENIZER.vocab_size and math.isclose(
-    sum(q for _, q in everything), 1, abs_tol=1e-4
-  )
-
-
-def test_masks_that_cannot_be_filled_in():
-  made, params = program(bert_tiny, objective=dict(name='mlm'))
-  with pytest.raises(ValueError, match=r"'no mask' has no \[MASK\]"):
-    complete.fill(made, params, TOKENIZER, ['no mask'])
-  with pytest.raises(ValueError, match=r'has 72 tokens, and the model takes max_len=64'):
-    complete.fill(made, params, TOKENIZER, ['a' * 69 + '[MASK]'])
-  made, params = program(gpt_tiny)
-  with pytest.raises(ValueError, match='no masked-LM head'):
-    complete.fill(made, params, TOKENIZER, ['[MASK]'])
-  made, params = program(bert_tiny, objective=dict(name='mlm'))
-  without = types.SimpleNamespace(mask_id=None)
-  with pytest.raises(ValueError, match='no mask token'):
-    complete.fill(made, params, without, ['[MASK]'])
+    completer(weights, ['a' * 60], GREEDY)

@@ -1,0 +1,45 @@
+"""Samples: what a decoder in training shows."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs import gpt_tiny
+from llm_jax.core import config
+from llm_jax.core.state import TrainState
+from llm_jax.data.tokenizers import byte
+from llm_jax.inference.samples import Samples
+from llm_jax.training import program as programs
+
+SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=24, max_len=64, dropout=0.0, attention_dropout=0.0)
+TOKENIZER = byte.create()
+
+
+def program(module, **changes):
+  """A program and parameters away from zero."""
+  tree = module.get_config().to_dict()
+  tree |= dict(seq_len=32, batch_size=2, tokenizer=dict(name='byte'), model=tree['model'] | SHAPE)
+  made = programs.outline(config.parse(tree | changes), jax.devices()[:1])
+  rng = np.random.default_rng(0)
+  draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype)
+  return made, jax.tree.map(draw, made.params)
+
+
+def test_samples_are_the_same_each_time_and_stand_in_log_and_file(small, tmp_path):
+  made, params = program(gpt_tiny)
+  texts = [[], TOKENIZER.encode('hello world'), TOKENIZER.encode('bye')]
+  lines, path = [], tmp_path / 'samples.txt'
+  samples = Samples(
+    made, TOKENIZER, [small.Documents(texts)], 3, path, lambda *line: lines.append(line)
+  )
+  first = samples.texts(params)
+  assert [beginning for beginning, _ in first] == ['', 'hello wo', 'bye']
+  assert samples.texts(params) == first
+  assert samples.texts(jax.tree.map(lambda x: 1.5 * x, params)) != first
+  state = TrainState(step=2, params=params, opt_state=(), rng=None)
+  samples(2, state, {})
+  samples(4, state, {})
+  assert [line[1] for line in lines] == [2] * 3 + [4] * 3
+  written = path.read_text().splitlines()
+  assert written[0] == 'step 2' and written[4] == 'step 4' and len(written) == 8
+  assert written[2] == f'  {first[1][0]!r} -> {first[1][1]!r}'
