@@ -118,7 +118,7 @@ class Optimizer(abc.ABC):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdamW(Optimizer):
-  """Adam with decoupled weight decay (arXiv:1412.6980, algorithm 1; arXiv:1711.05101, algorithm 2)."""
+  """Adam (arXiv:1412.6980, algorithm 1), weight decay decoupled (arXiv:1711.05101, algorithm 2)."""
 
   b1: float = 0.9
   b2: float = 0.999

@@ -1,4 +1,4 @@
-"""Programs: what a config becomes without an array; initial losses, model FLOPs, derived options."""
+"""Programs: what a config becomes without an array; first losses, model FLOPs, derived options."""
 
 import dataclasses
 import functools
