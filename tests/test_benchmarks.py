@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from llm_jax.parallel import heap
+from llm_jax.parallel.cpu import memory
 
 FOLDER = pathlib.Path(__file__).parent / 'benchmarks'
 SCRIPTS = sorted(path.stem for path in FOLDER.glob('*.py'))
@@ -51,7 +51,7 @@ def complaints(module, code):
 def test_loads_and_calls_what_is_there(script, monkeypatch):
   pytest.importorskip('transformers')
   monkeypatch.setattr(
-    heap, 'keep', lambda: None
+    memory, 'keep', lambda: None
   )  # it would change the memory of this process for good
   monkeypatch.syspath_prepend(FOLDER)
   module = importlib.import_module(script)
@@ -59,7 +59,8 @@ def test_loads_and_calls_what_is_there(script, monkeypatch):
 
 
 def test_the_check_finds_what_has_gone_or_changed():
-  module = types.SimpleNamespace(heap=heap)
-  assert list(complaints(module, 'heap.keep()')) == []
-  gone, changed = complaints(module, 'heap.kept\nheap.keep(1)')
-  assert gone == 'heap.kept is not there' and changed == 'heap.keep: too many positional arguments'
+  module = types.SimpleNamespace(memory=memory)
+  assert list(complaints(module, 'memory.keep()')) == []
+  gone, changed = complaints(module, 'memory.kept\nmemory.keep(1)')
+  assert gone == 'memory.kept is not there'
+  assert changed == 'memory.keep: too many positional arguments'

@@ -5,89 +5,51 @@ Parameters: `embedder`, `stack/first` (ModernBERT's first layer), `stack/layers/
 `final_norm` where norms come first, `output` where the vocabulary projection is not tied.
 """
 
-import dataclasses
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from llm_jax.nn import layers as L
+from llm_jax.core.contracts import Batch, Outputs
+from llm_jax.models._transformer import Transformer, positions_of, read
+from llm_jax.nn import rotary
+from llm_jax.nn.block import LayerContext
+from llm_jax.nn.options import check_length
+from llm_jax.nn.stack import check_pattern
 
 
-class Model(nn.Module):
+class Model(Transformer):
   """Tokens to hidden states.
 
-  Attributes (the rest as in `layers.Options` and `layers.Stack`):
-    vocab_size: V.
-    max_len: longest row; rows of the position table, if there is one.
-    positions: 'learned' or 'rope'.
+  Fields of its own, beside those of `Transformer`:
+
+  Attributes:
     position_offset: rows of the position table left free before position 0 (RoBERTa: 2).
     rope_theta: base of the rotations of layers that see everywhere.
     rope_local_theta: base of those with a window.
-    token_types: kinds of text in a pair that are told apart by an embedding; 0 for no such
+    token_types: kinds of text in a pair that an embedding tells from each other; 0 for no such
       embedding.
     embedding_norm: a norm on the embeddings; layer 0 of a pre-norm stack then has none before its
       attention.
     window: how far local layers see, half to either side; None where there are none.
     global_every: one layer in so many sees everywhere, layer 0 first.
-    tied: logits use the token table; otherwise a matrix of their own.
-    remat: what backpropagation keeps, one of `layers.REMAT`, or 'auto'.
-    unroll: layer groups a turn of the compiled loop; 0 for all.
   """
 
-  vocab_size: int
-  dim: int = 768
-  layers: int = 12
-  heads: int = 12
-  kv_heads: int | None = None
-  head_dim: int | None = None
-  mlp_dim: int = 3072
-  max_len: int = 512
-  positions: str = 'learned'
+  inputs: ClassVar[tuple[str, ...]] = ('tokens', 'segments', 'positions', 'token_types')
+
   position_offset: int = 0
-  rope_theta: float = 10000.0
   rope_local_theta: float = 10000.0
   token_types: int = 2
   embedding_norm: bool = True
-  norm: str = 'layernorm'
   norm_order: str = 'post'
-  norm_bias: bool = True
   norm_eps: float = 1e-12
-  bias: bool = True
-  qkv_bias: bool | None = None
-  qk_norm: bool = False
-  activation: str = 'gelu'
-  gated: bool = False
-  window: int | None = None
   global_every: int = 1
-  tied: bool = True
-  dropout: float = 0.1
-  attention_dropout: float = 0.1
-  init_distribution: str = 'truncated_normal'
-  init_std: float = 0.02
-  depth_scaled_init: bool = False
-  dtype: str = 'float32'
-  param_dtype: str = 'float32'
-  attention: str = 'auto'
-  remat: str = 'none'
-  unroll: int = 1
-
-  causal = False
 
   def __post_init__(self):
     super().__post_init__()
-    L.check_model(self)
     for name in ('position_offset', 'token_types'):
       if getattr(self, name) < 0:
         raise ValueError(f'{name}={getattr(self, name)} must be at least 0.')
-    L.check_pattern(self.layers, self.window, self.global_every, self.first_bare)
-
-  @property
-  def options(self) -> L.Options:
-    """What all layers share; heads are made from it too."""
-    return L.Options(
-      **{field.name: getattr(self, field.name) for field in dataclasses.fields(L.Options)}
-    )
+    check_pattern(self.layers, self.window, self.global_every, self.first_bare)
 
   @property
   def first_bare(self) -> bool:
@@ -95,80 +57,65 @@ class Model(nn.Module):
     return self.embedding_norm and self.norm_order == 'pre'
 
   def setup(self):
-    self.embedder = L.Embedder(
-      self.vocab_size,
-      self.options,
-      positions=self.max_len + self.position_offset if self.positions == 'learned' else 0,
+    self.embedder = self._embedder(
       position_offset=self.position_offset,
       token_types=self.token_types,
       norm=self.embedding_norm,
     )
-    self.stack = L.Stack(
-      self.options,
-      window=self.window,
-      global_every=self.global_every,
-      first_bare=self.first_bare,
-      remat=self.remat,
-      unroll=self.unroll,
-    )
-    if self.norm_order == 'pre':
-      self.final_norm = L.Norm(self.options)
-    if not self.tied:
-      self.output = L.Output(self.vocab_size, self.options)
+    self.stack = self._stack(global_every=self.global_every, first_bare=self.first_bare)
+    self._setup_ends()
 
   def __call__(
     self,
-    tokens_BT: jax.Array,
+    batch: Batch,
+    positions: jax.Array | None = None,
     *,
-    segments_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-    token_types_BT: jax.Array | None = None,
-    places_BP: jax.Array | None = None,
     train: bool = False,
-  ) -> jax.Array:
-    """Hidden states [B, T, D], or [B, P, D], in the compute type, last norm included.
+    cache: Any = None,
+  ) -> Outputs:
+    """Hidden states, last norm included, in the compute type.
 
     Args:
-      tokens_BT: ids.
-      segments_BT: document of each token, 0 for padding; a token sees only its own document. None:
-        one document a row.
-      positions_BT: place of each token in its document; None: its place in the row.
-      token_types_BT: 0 or 1, first or second text; None: all first.
-      places_BP: places of each row whose states are wanted; None for all.
+      batch: `tokens`, and where it has them `segments` (0 for padding; a token sees only its own
+        document), `positions`, and `token_types` (0 or 1, first or second text).
+      positions: indices of each row whose states are wanted, [B, P]; None for all.
       train: dropout is on, from the stream `dropout`.
+      cache: None: an encoder sees whole rows.
 
     Raises:
-      ValueError: a row longer than `max_len`.
+      ValueError: a row longer than `max_len`, or a cache.
     """
-    L.check_length(tokens_BT.shape[1], self.max_len)
-    if positions_BT is None:
-      positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    turns = (None, None)
-    if self.positions == 'rope':
-      turns = tuple(
-        L.rope(positions_BT, L.rope_frequencies(self.options.head_dim, theta), self.options.wide)
-        for theta in (self.rope_theta, self.rope_local_theta)
-      )
-    x_BTD = self.embedder(tokens_BT, positions_BT, token_types_BT, train)
-    x_BTD = self.stack(x_BTD, segments_BT, turns, train, places_BP=places_BP)
-    return self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD
-
-  def table(self) -> jax.Array:
-    """The projection on the vocabulary, [V, D]: logits are inner products with its rows
-    (`vocabulary.cross_entropy`).
-    """
-    return self.embedder.token.embedding if self.tied else self.output.kernel.T
-
-  def logits(self, x_BMD: jax.Array) -> jax.Array:
-    """Projection on the vocabulary, [B, M, V], at least float32, all at once; the losses go through
-    it in chunks.
-    """
-    return jnp.einsum(
-      '...D,VD->...V',
-      x_BMD,
-      self.table().astype(x_BMD.dtype),
-      preferred_element_type=self.options.wide,
+    if cache is not None:
+      raise ValueError('an encoder keeps no cache; generation needs a decoder.')
+    tokens_BT, token_types_BT = read(batch, 'tokens'), read(batch, 'token_types')
+    check_length(tokens_BT.shape[1], self.max_len)
+    positions_BT = positions_of(batch)
+    context = LayerContext(
+      segments_BT=read(batch, 'segments'),
+      positions_BT=positions_BT,
+      rotations=self._rotations(positions_BT),
+      read_BP=positions,
+      train=train,
     )
+    x_BTD = self.embedder(tokens_BT, positions_BT, token_types_BT, train)
+    x_BTD, _ = self.stack(x_BTD, context)
+    return Outputs(self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD)
+
+  def flops(self, length: int, positions: int) -> float:
+    """As `Transformer.flops`; a layer that stands by itself always runs whole."""
+    return super().flops(length, length if self.layers == self.first_bare else positions)
+
+  def _rotations(self, positions_BT: jax.Array) -> tuple[rotary.Rotation, rotary.Rotation] | None:
+    if self.positions != 'rope':
+      return None
+    options = self.options
+    everywhere, local = (
+      rotary.rotation(
+        positions_BT, rotary.frequencies(options.head_dim, theta), options.accumulation_dtype
+      )
+      for theta in (self.rope_theta, self.rope_local_theta)
+    )
+    return everywhere, local
 
 
 VARIANTS = {

@@ -7,26 +7,28 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.contracts import Batch
-from llm_jax.nn.layers import ACTIVATIONS, Linear, Norm, Options, drop, parameter
+from llm_jax.nn.dropout import drop
+from llm_jax.nn.linear import Linear, Norm, vector
+from llm_jax.nn.options import ACTIVATIONS, Options
 
 POOLS = {'cls': 'text_firsts', 'mean': None, 'last': 'text_lasts'}
-"""Where one vector a text comes from, and the array of a batch that says which places: its first,
-all (their mean), its last.
+"""Where the one vector of a text comes from, and the array of a batch that says at which indices:
+its first token, all (their mean), its last.
 """
 
 
-def pool_places(batch: Batch, how: str) -> jax.Array | None:
-  """The places that `pool` reads, [B, G]; None for all."""
+def pool_positions(batch: Batch, how: str) -> jax.Array | None:
+  """The indices of each row that `pool` reads, [B, G]; None for all."""
   return None if POOLS[how] is None else batch[POOLS[how]]
 
 
 def pool(hidden_BPD: jax.Array, batch: Batch, how: str) -> jax.Array:
-  """One vector a text, [B, G, D]; anything finite where a row has fewer texts.
+  """One vector per text, [B, G, D]; anything finite where a row has fewer texts.
 
   Args:
-    hidden_BPD: hidden states of the row that holds the texts, at `pool_places`.
+    hidden_BPD: hidden states of the row that holds the texts, at `pool_positions`.
     batch: its `segments`, where text g has the number g + 1, and its `text_firsts`, [B, G].
-    how: one of `POOLS`; 'mean' is over all places of a text, special tokens included (Reimers and
+    how: one of `POOLS`; 'mean' is over all tokens of a text, special ones included (Reimers and
       Gurevych 2019, arXiv:1908.10084, section 3), at least float32.
   """
   if how != 'mean':
@@ -42,7 +44,13 @@ def pool(hidden_BPD: jax.Array, batch: Batch, how: str) -> jax.Array:
 
 class MLMHead(nn.Module):
   """BERT's masked-LM head (arXiv:1810.04805): linear, activation, norm; the model's vocabulary
-  projection; a bias a token.
+  projection; a bias per token.
+
+  Example:
+    >>> head = MLMHead(Options(dim=64), vocab_size=100)
+    >>> (x_BMD, bias_V), _ = head.init_with_output(jax.random.key(0), jnp.ones((2, 3, 64)))
+    >>> x_BMD.shape, bias_V.shape
+    ((2, 3, 64), (100,))
   """
 
   options: Options
@@ -52,26 +60,22 @@ class MLMHead(nn.Module):
   def __call__(self, x_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the vocabulary projection is applied to, [B, M, D], and the bias of the logits, [V]."""
     options = self.options
-    x_BMD = Linear(
-      '...D,DF->...F', (options.dim, options.dim), options, options.bias, name='dense'
-    )(x_BMD)
+    shape = options.dim, options.dim
+    x_BMD = Linear('...D,DF->...F', shape, options, options.bias, name='dense')(x_BMD)
     x_BMD = Norm(options, name='norm')(ACTIVATIONS[options.activation](x_BMD))
-    return x_BMD, parameter(self, 'bias', 'V', (self.vocab_size,), options)
+    return x_BMD, vector(self, 'bias', 'V', (self.vocab_size,), options)
 
 
 class Pooler(nn.Module):
-  """BERT's pooler: tanh of a linear map of the first place of a text ([CLS])."""
+  """BERT's pooler: tanh of a linear map of the first token of a text ([CLS])."""
 
   options: Options
 
   @nn.compact
   def __call__(self, x_BGD: jax.Array) -> jax.Array:
-    """The pooled vectors, [B, G, D]; with any axes before the last in place of B and G."""
-    return jnp.tanh(
-      Linear(
-        '...D,DF->...F', (self.options.dim, self.options.dim), self.options, True, name='dense'
-      )(x_BGD)
-    )
+    """The pooled vectors, [B, G, D]; any axes may stand before the last one."""
+    shape = self.options.dim, self.options.dim
+    return jnp.tanh(Linear('...D,DF->...F', shape, self.options, True, name='dense')(x_BGD))
 
 
 class ClassifierHead(nn.Module):
@@ -92,16 +96,11 @@ class ClassifierHead(nn.Module):
 
   @nn.compact
   def __call__(self, x_BGD: jax.Array) -> jax.Array:
-    """Logits [B, G, C], at least float32; with any axes before the last in place of B and G."""
+    """Logits [B, G, C], at least float32; any axes may stand before the last one."""
     x_BGD = drop(self, x_BGD, self.dropout, train=self.has_rng('dropout'))
-    return Linear(
-      '...D,DC->...C',
-      (self.options.dim, self.classes),
-      self.options,
-      self.bias,
-      wide=True,
-      name='dense',
-    )(x_BGD)
+    shape = self.options.dim, self.classes
+    dense = Linear('...D,DC->...C', shape, self.options, self.bias, accumulated=True, name='dense')
+    return dense(x_BGD)
 
 
 class PairHead(nn.Module):
@@ -114,6 +113,6 @@ class PairHead(nn.Module):
   @nn.compact
   def __call__(self, x_BD: jax.Array) -> jax.Array:
     """Logits [B, 2], at least float32."""
-    return Linear(
-      '...D,DC->...C', (self.options.dim, 2), self.options, True, wide=True, name='dense'
-    )(x_BD)
+    shape = self.options.dim, 2
+    dense = Linear('...D,DC->...C', shape, self.options, True, accumulated=True, name='dense')
+    return dense(x_BD)

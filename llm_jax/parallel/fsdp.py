@@ -10,9 +10,10 @@ traffic. Here the reduce-scatter is taken in two rounds, each over a part of the
 compiler takes it as it is: over planes, then over lines. Its operands are matrices whose rows are
 what is cut, as other shapes come out padded and shifted.
 
-Letters are those of `llm_jax.nn.layers`.
+Letters are those of `llm_jax.nn.options`.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -30,8 +31,7 @@ AXIS = 'fsdp'
 TILE = 8, 128  # of a matrix in a TPU's memory
 TILES = 32  # each device's part of a plane's sum must be a multiple of so many tiles
 TORI = ('TPU v4', 'TPU v5', 'TPU v5p')
-# All transfers of weights and gradients by the sparse cores, beside the products on the tensor
-# core.
+# All transfers of weights and gradients by the sparse cores, beside the products on the tensor one.
 _OFFLOAD = 'xla_tpu_enable_sparse_core_collective_offload'
 ASYNCHRONOUS = {
   f'{_OFFLOAD}_{which}': True for which in ('all_gather', '3d_all_gather', 'reduce_scatter')
@@ -47,13 +47,13 @@ def line(mesh: Mesh) -> int | None:
     return None
   if len({getattr(device, 'slice_index', 0) for device in devices[0, :, 0]}) > 1:
     return None
-  places = np.array([device.coords for device in devices[0, :, 0]])
-  if (
-    min(len(set(places[:, d])) for d in range(3)) < 4
-  ):  # shorter ones have no links that close the ring
+  coordinates = np.array([device.coords for device in devices[0, :, 0]])
+  sides = [len(set(coordinates[:, d])) for d in range(3)]
+  if min(sides) < 4:  # shorter ones have no links that close the ring
     return None
-  along = places[1] != places[0]
-  return int(np.argmax(np.any((places != places[0])[:, ~along], axis=1)))
+  along = coordinates[1] != coordinates[0]
+  off_the_line = np.any((coordinates != coordinates[0])[:, ~along], axis=1)
+  return int(np.argmax(off_the_line))
 
 
 def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
@@ -61,46 +61,62 @@ def compiler_options(mesh: Mesh) -> dict[str, bool] | None:
   return ASYNCHRONOUS if mesh.devices.flat[0].device_kind != 'TPU v4' and line(mesh) else None
 
 
-def product(
-  spec: str, x: jax.Array, kernel: jax.Array, names: Sequence[str | None], dtype: Any, result: Any
-) -> jax.Array:
-  """The einsum `spec` of `x` and `kernel` in `dtype`, into `result`; the first dimension of `x` is
-  rows of the batch.
+@dataclasses.dataclass(frozen=True)
+class Gathering:
+  """How one weight is gathered.
 
-  On one CPU it is a product of two matrices, since XLA copies the operands of others there to
-  transpose them.
+  Attributes:
+    mesh: the devices.
+    cut: how the weight lies on them.
+    dimension: of the weight, which the axis cuts.
+    rows: the mesh axes that cut the rows of the activations.
+    line: as the function `line` returns it.
+  """
+
+  mesh: Mesh
+  cut: P
+  dimension: int
+  rows: Any
+  line: int
+
+  def product(self, spec: str, x: jax.Array, kernel: jax.Array, result: Any) -> jax.Array:
+    """The einsum `spec` of activations and the weight, summed in and returned as `result`."""
+    run = functools.partial(
+      _local,
+      spec=_cut_first(spec, self.dimension),
+      dimension=self.dimension,
+      result=result,
+      line=self.line,
+      size=self.mesh.shape[AXIS],
+    )
+    specs = P(self.rows), self.cut
+    mapped = jax.shard_map(
+      run, mesh=self.mesh, in_specs=specs, out_specs=P(self.rows), check_vma=False
+    )
+    return mapped(x, kernel)
+
+
+def gathering(names: Sequence[str | None], shape: Sequence[int], rows: int) -> Gathering | None:
+  """How a weight is to be gathered by hand in the program that is being traced.
 
   Args:
-    spec: as '...D,DNH->...NH'.
-    x: activations.
-    kernel: the weight, in the type that it is kept in.
-    names: logical axes of its dimensions.
-    dtype: what the product takes, and what of the weight is sent.
-    result: what it sums in and returns.
+    names: logical axes of the weight's dimensions.
+    shape: its shape.
+    rows: B of the activations, whose first dimension is the row.
+
+  Returns:
+    None where the compiler does it by itself, or the axis does not cut this weight or these rows.
   """
-  plain = functools.partial(jnp.einsum, spec, preferred_element_type=result)
   layout = sharding.current()
-  if layout is not None and layout.mesh.size == 1 and layout.platform == 'cpu':
-    return _matrices(spec, x.astype(dtype), kernel.astype(dtype), result)
   length = None if layout is None else line(layout.mesh)
   if length is None:
-    return plain(x.astype(dtype), kernel.astype(dtype))
-  cut = layout.parameter_spec(names, kernel.shape)
-  rows = layout.spec(('batch',), x.shape[:1])[0]
+    return None
+  cut = layout.parameter_spec(names, shape)
+  by_row = layout.spec(('batch',), (rows,))[0]
   dimension = next((d for d, axes in enumerate(cut) if axes in (AXIS, (AXIS,))), None)
-  if dimension is None or rows is None:
-    return plain(x.astype(dtype), kernel.astype(dtype))
-  run = functools.partial(
-    _local,
-    spec=_cut_first(spec, dimension),
-    dimension=dimension,
-    result=result,
-    line=length,
-    size=layout.mesh.shape[AXIS],
-  )
-  return jax.shard_map(
-    run, mesh=layout.mesh, in_specs=(P(rows), cut), out_specs=P(rows), check_vma=False
-  )(x.astype(dtype), kernel.astype(dtype))
+  if dimension is None or by_row is None:
+    return None
+  return Gathering(layout.mesh, cut, dimension, by_row, length)
 
 
 def scatter_sum(x: jax.Array, size: int, length: int | None) -> jax.Array:
@@ -114,7 +130,7 @@ def scatter_sum(x: jax.Array, size: int, length: int | None) -> jax.Array:
   """
   if length is None or length == size:
     return jax.lax.psum_scatter(x, AXIS, scatter_dimension=0, tiled=True)
-  planes = [[first + turn * length for turn in range(size // length)] for first in range(length)]
+  planes = [list(range(first, size, length)) for first in range(length)]
   lines = [list(range(first, first + length)) for first in range(0, size, length)]
   matrix = x.reshape(x.shape[0], -1)
   columns = matrix.shape[1]
@@ -127,20 +143,11 @@ def scatter_sum(x: jax.Array, size: int, length: int | None) -> jax.Array:
 
 
 def _columns(rows: int) -> int:
-  """What the columns of a matrix must be a multiple of, so that `rows` of it are whole, and enough,
-  tiles.
+  """What the columns of a matrix must be a multiple of, so that `rows` of it are whole tiles, and
+  enough of them.
   """
   tiles = math.gcd(TILES, max(rows // TILE[0], 1))
   return TILE[1] * TILES // tiles
-
-
-def _matrices(spec: str, x: jax.Array, kernel: jax.Array, result: Any) -> jax.Array:
-  """The einsum as a product of two matrices, and so are its derivatives."""
-  letters, _, out = spec.partition(',')[2].replace('...', '').partition('->')
-  inputs = len(letters) - len(out)
-  width = math.prod(kernel.shape[:inputs])
-  y = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=result)
-  return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
 
 
 def _cut_first(spec: str, dimension: int) -> str:

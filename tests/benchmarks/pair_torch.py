@@ -24,10 +24,10 @@ import sys
 import tempfile
 import time
 
-from llm_jax.parallel import heap
+from llm_jax.parallel.cpu import memory
 
 if '--serve=ours' in sys.argv:
-  heap.keep()  # as `llm_jax.main` does, before JAX
+  memory.keep()  # as `llm_jax.main` does, before JAX
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -2,8 +2,8 @@
 no scores in main memory.
 
 The kernel knows causal rows and their windows by itself. What else hides a key (documents that
-share a row, windows to both sides) goes in as a mask, one number for each pair of places and the
-same for all heads. Letters are those of `llm_jax.nn.layers`.
+share a row, windows to both sides) goes in as a mask, one number for each pair of positions and the
+same for all heads. Letters are those of `llm_jax.nn.options`.
 """
 
 import jax
@@ -29,7 +29,7 @@ def refusal(q_BTNH: jax.Array, drops: bool) -> str | None:
   if H % 8 or H > 128:
     return f'heads of {H} dimensions are not a multiple of 8 up to 128'
   if T % 2:
-    return f'rows of {T} places are not even'
+    return f'rows of {T} tokens are not even'
   return None
 
 
@@ -45,11 +45,13 @@ def attention(
 ) -> jax.Array:
   """As `llm_jax.nn.attention.dispatch.attention`, for what `refusal` has nothing against.
 
-  `implementation`: that of `jax.nn.dot_product_attention`; 'xla' gives the same anywhere, slowly.
+  Args:
+    q_BTNH, k_BSKH, v_BSKH, segments_BT, causal, window: as there.
+    implementation: that of `jax.nn.dot_product_attention`; 'xla' gives the same anywhere, slowly.
   """
-  places = jnp.arange(q_BTNH.shape[1])
+  indices = jnp.arange(q_BTNH.shape[1])
   segments = None if segments_BT is None else (segments_BT, segments_BT)
-  mask = visible(places, places, segments, causal=False, window=None if causal else window)
+  mask = visible(indices, indices, segments, causal=False, window=None if causal else window)
   return jax.nn.dot_product_attention(
     q_BTNH,
     k_BSKH,

@@ -7,14 +7,14 @@ import functools
 import jax
 import jax.numpy as jnp
 
-# for remat policies (`jax.ad_checkpoint.checkpoint_name`): output, and log of the sum of
-# exponentials
+# Output, and log of the sum of exponentials, for remat policies (`checkpoint_name` of
+# `jax.ad_checkpoint`).
 RESIDUALS = 'attention'
 
 
 def visible(
-  places_T: jax.Array,
-  places_S: jax.Array,
+  indices_T: jax.Array,
+  indices_S: jax.Array,
   segments: tuple[jax.Array, jax.Array] | None,
   causal: bool,
   window: int | None,
@@ -23,14 +23,15 @@ def visible(
   key.
 
   Args:
-    places_T: places of the queries in their row, [T], or [B, T] where each row has its own.
-    places_S: places of the keys in it.
+    indices_T: of the queries in their row, [T], or [B, T] where each row has its own.
+    indices_S: of the keys in it.
     segments: document numbers of queries [B, T] and keys [B, S]; None for one document.
     causal: as in `llm_jax.nn.attention.dispatch.attention`.
     window: as there.
   """
   masks = []
-  distance = jnp.atleast_2d(places_T)[:, None, None, :, None] - places_S[None, None, None, None]
+  queries = jnp.atleast_2d(indices_T)[:, None, None, :, None]
+  distance = queries - indices_S[None, None, None, None]
   if causal:
     masks.append(distance >= 0)
   if window is not None:

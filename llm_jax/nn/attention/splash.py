@@ -2,7 +2,7 @@
 (jax.experimental.pallas.ops.tpu.splash_attention): tiles of the scores stay in the chip's own
 memory (FlashAttention, arXiv:2205.14135), and tiles that a mask leaves empty are not computed.
 
-Letters are those of `llm_jax.nn.layers`.
+Letters are those of `llm_jax.nn.options`.
 """
 
 import functools

@@ -16,12 +16,16 @@ _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
 
 def keep() -> bool:
-  """Has this process keep what it frees, where it will compute on a CPU and its C library is glibc;
-  returns whether it will.
+  """Has this process keep what it frees, where it will compute on a CPU and its C library is glibc.
 
-  To be called before JAX's first array: each of its threads takes what it knows then.
+  To be called before JAX's first array: each of its threads takes the settings that hold then.
+
+  Returns:
+    Whether memory is kept.
   """
   cpu = os.environ.get('JAX_PLATFORMS') == 'cpu' or not any(map(glob.glob, _ACCELERATORS))
   libc = ctypes.CDLL(None) if cpu and sys.platform == 'linux' else None
+  if not hasattr(libc, 'gnu_get_libc_version'):
+    return False
   options = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
-  return hasattr(libc, 'gnu_get_libc_version') and all(libc.mallopt(*option) for option in options)
+  return all(libc.mallopt(*option) for option in options)

@@ -1,0 +1,1 @@
+"""What serves CPUs alone: memory that is kept, products as plain matrices, quick random bits."""

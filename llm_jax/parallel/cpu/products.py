@@ -1,0 +1,101 @@
+"""Products with weights as XLA is fast at them on a CPU.
+
+There it copies the operands of an einsum to transpose them; products of two matrices are taken as
+they are. Where few rows meet a weight, as in generation, the weight goes first and is kept
+transposed (`Transposed`).
+
+Letters are those of `llm_jax.nn.options`; R rows, I inputs of a weight, O its outputs.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core import tree
+from llm_jax.core.params import Info
+from llm_jax.parallel import sharding
+
+
+def alone() -> bool:
+  """Whether the program that is being traced has a layout of one CPU."""
+  layout = sharding.current()
+  return layout is not None and layout.mesh.size == 1 and layout.platform == 'cpu'
+
+
+def product(spec: str, x: jax.Array, kernel: jax.Array, result: jnp.dtype) -> jax.Array:
+  """The einsum '...D,DNH->...NH' as a product of two matrices, and so are its derivatives."""
+  inputs = input_axes(spec)
+  width = math.prod(kernel.shape[:inputs])
+  y_RO = jnp.dot(x.reshape(-1, width), kernel.reshape(width, -1), preferred_element_type=result)
+  return y_RO.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
+
+
+def input_axes(spec: str) -> int:
+  """How many of a kernel's axes are summed over: its first ones; 2 in '...NH,NHD->...D'."""
+  letters, _, out = spec.partition(',')[2].replace('...', '').partition('->')
+  return len(letters) - len(out)
+
+
+@flax.struct.dataclass
+class Transposed:
+  """A kernel for few rows, as a weight form (`core.contracts.WeightForm`).
+
+  Attributes:
+    weight_OI: the kernel as a matrix, outputs first; [L, O, I] where it is stacked.
+    outputs: the sizes that O is made of.
+  """
+
+  weight_OI: jax.Array
+  outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+  def product(self, spec: str, x: jax.Array, dtype: jnp.dtype, result: jnp.dtype) -> jax.Array:
+    """The einsum of the kernel that this was; see the contract."""
+    inputs = input_axes(spec)
+    x_RI = x.reshape(-1, math.prod(x.shape[-inputs:])).astype(dtype)
+    y_RO = matrix_first(x_RI, self.weight_OI, result)
+    return y_RO.reshape(*x.shape[:-inputs], *self.outputs)
+
+
+def transposed(params: Any, infos: Mapping[str, Info]) -> dict[str, Any]:
+  """Parameters with the kernels of the layers `Transposed`.
+
+  Args:
+    params: of a model, or a part of them, stacked as they were created (`nn.stack.unstacked` takes
+      the result).
+    infos: what each of them is, by its path in `params`.
+
+  Returns:
+    The same nested by name; what multiplies nothing, and what stands outside of the layers (the
+    vocabulary), as it was.
+  """
+  leaves = tree.flatten(params)
+  chosen = {path: leaf for path, leaf in leaves.items() if _multiplies(infos[path])}
+  return tree.nest(leaves | {path: _transposed(leaf, infos[path]) for path, leaf in chosen.items()})
+
+
+def _multiplies(info: Info) -> bool:
+  inside = info.layer is not None and info.layer >= 0
+  return inside and bool(info.inputs) and info.inputs == tuple(range(len(info.inputs)))
+
+
+def _transposed(kernel: jax.Array, info: Info) -> Transposed:
+  layers = kernel.shape[: info.stacked]
+  sizes = kernel.shape[info.stacked :]
+  width = math.prod(sizes[: len(info.inputs)])
+  matrix_IO = kernel.reshape(*layers, width, -1)
+  return Transposed(matrix_IO.swapaxes(-1, -2), sizes[len(info.inputs) :])
+
+
+def matrix_first(x_RI: jax.Array, w_OI: jax.Array, result: jnp.dtype) -> jax.Array:
+  """x W^T, [R, O] in the type `result`, for few rows on a CPU: as (W x^T)^T it takes XLA half the
+  time, up to some 32 rows.
+
+  The barriers keep XLA from transposing the product back again.
+  """
+  x_IR = jax.lax.optimization_barrier(x_RI.T)
+  y_OR = jnp.einsum('OI,IR->OR', w_OI.astype(x_RI.dtype), x_IR, preferred_element_type=result)
+  return jax.lax.optimization_barrier(y_OR).T
