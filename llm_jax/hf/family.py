@@ -208,7 +208,7 @@ class Family:
     outside: dict[str, list[Tensor]] = {}
     layered: dict[str, list[Tensor]] = {}
     for tensor in (*self.heads, *self.body):
-      if tensor.beside is None or tensor.beside in parents:
+      if tensor.needs is None or tensor.needs in parents:
         group = layered if tensor.layered else outside
         for path in tensor.paths:
           group.setdefault(path, []).append(tensor)

@@ -255,7 +255,7 @@ def _parse(path: str, text: bytes) -> Any:
     for name, count in collections.Counter(name for name, _ in pairs).items():
       name.encode()  # raises for half a surrogate pair
       if count > 1:
-        raise ValueError(f'{name!r} stands there twice')
+        raise ValueError(f'{name!r} is there twice')
     return dict(pairs)
 
   def number(constant):

@@ -40,13 +40,13 @@ class Tensor:
     axes: 'theirs->ours', one letter per axis. Letters in brackets are one axis of theirs; S cuts
       theirs into equal parts, one per path.
     paths: ours; where the name has {}, the path within a layer.
-    beside: a head that must be there too for this tensor to hold the parameter; None: no condition.
+    needs: a head that must be there too for this tensor to hold the parameter; None: no condition.
   """
 
   name: str
   axes: str
   paths: tuple[str, ...]
-  beside: str | None = None
+  needs: str | None = None
 
   @property
   def layered(self) -> bool:
@@ -111,13 +111,13 @@ def table(name: str, path: str) -> tuple[Tensor, ...]:
 
 
 def linear(
-  name: str, *paths: str, axes: tuple[str, str] = LINEAR, beside: str | None = None
+  name: str, *paths: str, axes: tuple[str, str] = LINEAR, needs: str | None = None
 ) -> tuple[Tensor, ...]:
   """Weight and bias of their linear layer `name`, which holds one of ours, or several."""
   weight, bias_ = axes
   return (
-    Tensor(f'{name}.weight', weight, tuple(f'{path}/kernel' for path in paths), beside),
-    Tensor(f'{name}.bias', bias_, tuple(f'{path}/bias' for path in paths), beside),
+    Tensor(f'{name}.weight', weight, tuple(f'{path}/kernel' for path in paths), needs),
+    Tensor(f'{name}.bias', bias_, tuple(f'{path}/bias' for path in paths), needs),
   )
 
 

@@ -75,7 +75,7 @@ def test_a_view_reads_the_file_when_it_is_touched(tmp_path):
   [
     (b'[]', b'', 'does not begin with {'),
     (b'{"w": ', b'', 'broken JSON'),
-    (b'{"w": 1, "w": 2}', b'', "'w' stands there twice"),
+    (b'{"w": 1, "w": 2}', b'', "'w' is there twice"),
     (b'{"w": NaN}', b'', 'NaN is no JSON'),
     (b'{"\\ud800": 1}', b'', 'broken JSON'),
     (b'{"w": ' + b'[' * 100_000, b'', 'broken JSON'),

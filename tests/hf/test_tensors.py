@@ -1,4 +1,4 @@
-"""Axes by letters, held against the same said by indices."""
+"""Axes by letters, compared with the same axes index by index."""
 
 import numpy as np
 import pytest

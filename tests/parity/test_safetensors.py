@@ -51,8 +51,8 @@ def theirs(content):
   except judge.SafetensorError:
     return None
   return {
-    name: (safetensors.DTYPES.get(said['dtype']), tuple(said['shape']), bytes(said['data']))
-    for name, said in found
+    name: (safetensors.DTYPES.get(x['dtype']), tuple(x['shape']), bytes(x['data']))
+    for name, x in found
   }
 
 

@@ -65,9 +65,9 @@ def llama(
   Args:
     name: what its classes begin with.
     rank: as in `Family`.
-    fields: keys beside LLaMA's, or instead of them.
-    options: options of ours that the whole family has, beside those of all such families.
-    rules: beside the one for rotary positions.
+    fields: keys in addition to LLaMA's, or in their stead.
+    options: options of ours that the whole family has, in addition to those of all such families.
+    rules: in addition to the one for rotary positions.
     fixed: as in `Family`.
   """
   return Family(

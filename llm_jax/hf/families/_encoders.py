@@ -69,6 +69,6 @@ LM_HEAD = (
   *vocabulary('lm_head.decoder.weight'),
 )
 CLASSIFIER = (
-  *linear('classifier.dense', 'heads_pooler/dense', beside='heads_classifier'),
+  *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier'),
   *linear('classifier.out_proj', 'heads_classifier/dense'),
 )
