@@ -68,10 +68,11 @@ class Command:
     Args:
       devices: those of the mesh; all by default.
     """
-    from llm_jax.programs import assemble, pretrained
+    from llm_jax.programs import pretrained
+    from llm_jax.training import program
 
     config = pretrained.fill_in(self.parsed())
-    assemble.check(config, devices)
+    program.check(config, devices)
     return config
 
   def session(self) -> 'Session':

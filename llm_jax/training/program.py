@@ -45,6 +45,12 @@ class Training(Inference):
   gradient_shardings: Any
 
 
+def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
+  """As `assemble.check`, and the section of the optimizer."""
+  assemble.check(config, devices)
+  optimizers.parse(config.optimizer)
+
+
 def build(
   config: Config,
   objective: Objective,

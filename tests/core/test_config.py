@@ -6,12 +6,12 @@ import pathlib
 import pytest
 
 from llm_jax.core import config
-from llm_jax.programs import build
+from llm_jax.programs import assemble
+from llm_jax.training import program
 
 FOLDER = pathlib.Path(__file__).parents[2] / 'configs'
-CONFIGS = sorted(
-  {path.stem for path in FOLDER.glob('*.py')} - {'__init__', 'base', 'hf'}
-)  # hf is whole only with a folder
+# hf is whole only with a folder.
+CONFIGS = sorted({path.stem for path in FOLDER.glob('*.py')} - {'__init__', 'base', 'hf'})
 
 
 def tiny(**changes):
@@ -22,9 +22,11 @@ def tiny(**changes):
 @pytest.mark.parametrize('name', CONFIGS)
 def test_every_config_passes_the_checks(name):
   parsed = config.parse(importlib.import_module(f'configs.{name}').get_config().to_dict())
-  build.check(parsed)
-  options = build.model_options(parsed, 7)
-  assert options['dim'] > 0 and options['vocab_size'] >= 7
+  program.check(parsed)
+  model = assemble.create_model(assemble.resolve(parsed, 7))
+  assert model.vocab_size == (parsed.model['vocab_size'] or 7)
+  assert model.dim > model.heads > 0 and model.dim % model.heads == 0
+  assert parsed.seq_len <= model.max_len
 
 
 def test_placeholders_of_one_section_are_not_tied_together():
@@ -113,7 +115,7 @@ def test_an_adapter_makes_another_run_and_a_hook_does_not():
 )
 def test_a_slip_is_named_with_the_way_out(changes, message):
   with pytest.raises(ValueError, match=message):
-    build.check(tiny(**changes))
+    program.check(tiny(**changes))
 
 
 def test_differences_that_matter_are_told_from_those_that_may_be():

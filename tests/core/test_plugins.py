@@ -63,7 +63,8 @@ def test_what_the_program_gives_is_no_option():
 
 
 def test_known_names_are_the_modules():
-  assert plugins.names('objective') == ['classify', 'clm', 'embed', 'mix', 'mlm', 'nsp', 'sop']
+  assert plugins.names('objective') == ['classify', 'clm', 'mix', 'mlm', 'nsp', 'sop']
+  assert {'train', 'eval', 'predict', 'plan'} <= set(plugins.names('mode'))
   assert plugins.names('source') == [
     'csv',
     'docstrings',
