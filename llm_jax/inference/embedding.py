@@ -116,7 +116,7 @@ class _Rows:
   def __getitem__(self, index: int) -> Example:
     texts = [self._ids[number] for number in self.texts(index)]
     lengths = [len(ids) for ids in texts]
-    return pack.assemble(texts, self.seq_len) | pack.text_positions(lengths, self._slots)
+    return pack.assemble(texts, self.seq_len) | pack.text_bounds(lengths, self._slots)
 
   def texts(self, index: int) -> list[int]:
     """Which texts a row holds."""
