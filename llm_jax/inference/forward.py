@@ -1,0 +1,158 @@
+"""A decoder as generation runs it: parameters in the compute type, and in the form that multiplies
+fastest where each row has one token.
+
+A loop over layers copies the weights of each out of their stack, so stacks of layers (`nn.stack`)
+are taken apart; on a single CPU their kernels are transposed (`parallel.cpu.products`), and the
+projection on the vocabulary is multiplied matrix first. Models without such stacks, from outside,
+run as they are.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core import tree
+from llm_jax.core.params import LAYERS, Info
+from llm_jax.nn.attention.cache import KeyValues
+from llm_jax.nn.stack import Stack, unstacked
+from llm_jax.parallel import sharding
+from llm_jax.parallel.cpu import products
+
+
+class Weights(NamedTuple):
+  """A model's parameters in the form in which they are run.
+
+  Attributes:
+    params: nested by name.
+    table_VD: the projection on the vocabulary, where it is to be kept beside them: on a single CPU,
+      unless it is one of them as it stands.
+  """
+
+  params: Any
+  table_VD: jax.Array | None
+
+
+class Forward:
+  """Functions of a decoder to trace.
+
+  Args:
+    model: the decoder (`core.contracts.Model`). All arrays of its cache have the row on axis 0, but
+      those of a `nn.stack.Stack`, whose layers come before it.
+    infos: what each of its parameters is, by path.
+    layout: the mesh that it runs on; None for one device.
+  """
+
+  def __init__(self, model: Any, infos: Mapping[str, Info], layout: sharding.Layout | None):
+    self._model = model.clone(remat='none') if hasattr(model, 'remat') else model
+    self._infos = infos
+    if layout is None:
+      self._one_cpu = jax.default_backend() == 'cpu'
+    else:
+      self._one_cpu = layout.platform == 'cpu' and layout.mesh.size == 1
+
+  def weights(self, params: Any) -> Weights:
+    """Parameters as they were created, in the form in which they are run."""
+    dtype = self._model.options.compute_dtype
+
+    def cast(path: str, x: jax.Array) -> jax.Array:
+      return x.astype(dtype) if self._infos[path].inputs else x
+
+    params = tree.map_with_path(cast, params)
+    table_VD = self._table(params) if self._one_cpu else None
+    if any(table_VD is leaf for leaf in jax.tree.leaves(params)):
+      table_VD = None
+    for path in self._stacks:
+      params = _replaced(params, path.split('/'), self._layers(params, path))
+    return Weights(params, table_VD)
+
+  def __call__(
+    self,
+    weights: Weights,
+    tokens_BT: jax.Array,
+    segments_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: Any,
+  ) -> tuple[jax.Array, Any]:
+    """Hidden states [B, T, D], and the cache with these tokens in it."""
+    batch = {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
+    outputs = self._model.apply({'params': weights.params}, batch, cache=cache)
+    return outputs.hidden, outputs.cache
+
+  def logits(self, weights: Weights, x_BD: jax.Array) -> jax.Array:
+    """Projection on the vocabulary, [B, V], at least float32."""
+    table_VD, dtype = weights.table_VD, self._model.options.accumulation_dtype
+    if table_VD is None:
+      table_VD = self._table(weights.params)
+    if self._one_cpu:
+      logits_BV = products.matrix_first(x_BD, table_VD, dtype)
+    else:
+      table_VD = table_VD.astype(x_BD.dtype)
+      logits_BV = jnp.einsum('BD,VD->BV', x_BD, table_VD, preferred_element_type=dtype)
+    return sharding.constrain(logits_BV, 'batch', None)
+
+  def empty_cache(self, rows: int, slots: int) -> Any:
+    """The model's empty cache, its layers apart where those of the parameters are."""
+    cache = self._model.empty_cache(rows, slots)
+    if not self._stacks:
+      return cache
+
+    def is_stack(part: Any) -> bool:
+      return isinstance(part, Mapping) and LAYERS in part
+
+    return jax.tree.map(
+      lambda part: unstacked(part) if is_stack(part) else part, cache, is_leaf=is_stack
+    )
+
+  @cached_property
+  def _stacks(self) -> tuple[str, ...]:
+    """The paths of the stacks of layers in the model."""
+    found = set()
+
+    def note(next_fun, args, kwargs, context):
+      if isinstance(context.module, Stack):
+        found.add('/'.join(context.module.path))
+      return next_fun(*args, **kwargs)
+
+    batch = {name: jnp.ones((1, 1), jnp.int32) for name in self._model.inputs}
+    with sharding.use(None), nn.intercept_methods(note):
+      jax.eval_shape(lambda: self._model.init(jax.random.key(0), batch))
+    return tuple(sorted(found))
+
+  def _layers(self, params: Any, path: str) -> dict[str, Any]:
+    """The parameters of one stack in the form in which they are run."""
+    part, prefix = params, f'{path}/'
+    for name in path.split('/'):
+      part = part[name]
+    if self._one_cpu:
+      infos = {
+        name.removeprefix(prefix): info
+        for name, info in self._infos.items()
+        if name.startswith(prefix)
+      }
+      part = products.transposed(part, infos)
+    return unstacked(part) if LAYERS in part else part
+
+  def _table(self, params: Any) -> jax.Array:
+    return self._model.apply({'params': params}, method='table')
+
+
+def laid_out(cache: Any) -> Any:
+  """A cache as the layout in force has it: rows over the batch's axes, heads over theirs."""
+
+  def constrained(part: Any) -> Any:
+    if isinstance(part, KeyValues):
+      return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in part))
+    return sharding.constrain(part, 'batch', *[None] * (part.ndim - 1))
+
+  return jax.tree.map(constrained, cache, is_leaf=lambda part: isinstance(part, KeyValues))
+
+
+def _replaced(params: Any, names: list[str], part: Any) -> Any:
+  """`params` with `part` in place of what stands under `names`."""
+  if not names:
+    return part
+  return {**params, names[0]: _replaced(params[names[0]], names[1:], part)}
