@@ -30,6 +30,7 @@ from llm_jax.parallel import sharding
 
 # Options of config.data; the others belong to the source.
 DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts')
+HOOK_GIVEN = ('run', 'log')  # what `create_hook` offers
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
 
@@ -64,6 +65,9 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   objective.heads(model)
   create_adapter(config)
   create_evaluators(config, objective)
+  for key, section in config.hooks.items():
+    name, options = _named(key, section)
+    plugins.check(f'hooks.{key}', plugins.load('hook', name).Hook, options, HOOK_GIVEN)
 
 
 def data_parts(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -147,22 +151,23 @@ def create_evaluators(config: Config, objective: Objective) -> dict[str, Evaluat
   """The evaluators that the config names, or else those of the objective, by name."""
   sections = config.evaluators or {name: {} for name in objective.evaluators}
   made = {}
-  for name, options in sections.items():
+  for key, section in sections.items():
+    name, options = _named(key, section)
     factory = plugins.load('evaluator', name).Evaluator
-    made[name] = plugins.construct(f'evaluators.{name}', factory, options or {})
+    made[key] = plugins.construct(f'evaluators.{key}', factory, options)
   return made
 
 
-def create_hook(config: Config, name: str, **given: Any) -> Hook:
+def create_hook(config: Config, key: str, **given: Any) -> Hook:
   """One of the hooks that the config names.
 
   Args:
     config: the config.
-    name: its key in `config.hooks`.
-    **given: what a hook may ask for by the name of an argument: `run`, `log`.
+    key: of its section in `config.hooks`.
+    **given: what a hook may ask for by the name of an argument, of `HOOK_GIVEN`.
   """
-  factory = plugins.load('hook', name).Hook
-  return plugins.construct(f'hooks.{name}', factory, config.hooks[name] or {}, **given)
+  name, options = _named(key, config.hooks[key])
+  return plugins.construct(f'hooks.{key}', plugins.load('hook', name).Hook, options, **given)
 
 
 def encoder(config: Config) -> encoding.Encoder:
@@ -310,6 +315,15 @@ def _leaf_sections(section: Section) -> list[tuple[str, Section]]:
   """The same without the section of a mix, which only holds its parts."""
   found = _objective_sections(section)
   return found[1:] or found
+
+
+def _named(key: str, section: Section | None) -> tuple[str, dict[str, Any]]:
+  """The plug-in of a section, its `name` or else the section's own key, and its options.
+
+  A dotted path can only be a `name`: keys of a config must not have dots.
+  """
+  options = _set(section or {})
+  return options.get('name', key), _without(options, 'name')
 
 
 def _objective_class(section: Section) -> type[Objective]:
