@@ -137,3 +137,11 @@ def small():
     read=read,
     cross_entropy=cross_entropy,
   )
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items):
+  """The quick tier, `-m quick`: every test that is marked neither `slow` nor `parity`."""
+  for item in items:
+    if not any(item.get_closest_marker(name) for name in ('slow', 'parity')):
+      item.add_marker('quick')
