@@ -32,7 +32,7 @@ from absl import logging
 
 from llm_jax.core.contracts import Record, Source, Tokenizer
 from llm_jax.data import cache_writer, encoding
-from llm_jax.data.documents import Ragged, check_name
+from llm_jax.data.documents import Arrays, Ragged
 
 FORMAT = 2  # 1: texts, pairs and labels only
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -113,13 +113,11 @@ class Corpus:
     self.tokens_total: int = meta['tokens']
     self.bytes_total: int = meta['bytes']
     self.names = frozenset(meta['arrays'])
-    self.arrays = {
-      name: Ragged(
-        _column(directory, f'{name}.values.bin', dtype),
-        _column(directory, f'{name}.offsets.bin', np.int64),
-      )
-      for name, dtype in meta['arrays'].items()
-    }
+    self.arrays = Arrays()
+    for name, dtype in meta['arrays'].items():
+      entries = _column(directory, f'{name}.values.bin', dtype)
+      offsets = _column(directory, f'{name}.offsets.bin', np.int64)
+      self.arrays[name] = Ragged(entries, offsets)
     self.hashes = _column(directory, 'hashes.bin', np.uint64)
     self.bytes = _column(directory, 'bytes.bin', np.int64)
     self._values: dict[str, list[Any]] = {}
@@ -206,14 +204,12 @@ class Split:
 
   def lengths(self, name: str) -> np.ndarray:
     """See the contract."""
-    check_name(name, self.names)
     if name not in self._lengths:
       self._lengths[name] = np.diff(self._arrays[name].offsets)[self.ids]
     return self._lengths[name]
 
   def array(self, name: str, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
     """See the contract."""
-    check_name(name, self.names)
     return self._arrays[name].part(self.ids[index], start, stop)
 
   def values(self, name: str) -> list[Any] | None:

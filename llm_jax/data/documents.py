@@ -3,7 +3,7 @@ records that are encoded in memory (texts to predict, made-up ones, tests).
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,8 +25,19 @@ class Ragged(NamedTuple):
 
   def part(self, index: int, start: int, stop: int | None) -> np.ndarray:
     """[stop - start] int32: a part of one array, cut as a slice is."""
-    whole = self.entries[self.offsets[index] : self.offsets[index + 1]]
+    entries, offsets = self
+    whole = entries[offsets[index] : offsets[index + 1]]
     return whole[start:stop].astype(np.int32)
+
+
+class Arrays(dict[str, Ragged]):
+  """What `encode` gave as arrays, by name; a name that it did not give is a ValueError."""
+
+  def __missing__(self, name: str) -> Ragged:
+    raise ValueError(
+      f'the documents have no array {name!r}, only {", ".join(sorted(self)) or "none"}; the '
+      "objective's `encode` must give it."
+    )
 
 
 class Memory:
@@ -47,10 +58,9 @@ class Memory:
     encoder = encoding.Encoder([encode])
     encoded = [_encoded(encoder, record, i, tokenizer) for i, record in enumerate(records)]
     columns = encoding.columns(encoded, getattr(tokenizer, 'vocab_size', None))
-    self._arrays = {
-      name: Ragged(entries, np.append(0, np.cumsum(lengths)))
-      for name, (entries, lengths) in columns.arrays.items()
-    }
+    self._arrays = Arrays()
+    for name, (entries, lengths) in columns.arrays.items():
+      self._arrays[name] = Ragged(entries, np.append(0, np.cumsum(lengths)))
     self._values = {name: _as_cached(values) for name, values in columns.values.items()}
     self.ids = np.arange(len(encoded))
     self.names = frozenset(self._arrays)
@@ -60,26 +70,15 @@ class Memory:
 
   def lengths(self, name: str) -> np.ndarray:
     """See the contract."""
-    check_name(name, self.names)
     return np.diff(self._arrays[name].offsets)
 
   def array(self, name: str, index: int, start: int = 0, stop: int | None = None) -> np.ndarray:
     """See the contract."""
-    check_name(name, self.names)
     return self._arrays[name].part(index, start, stop)
 
   def values(self, name: str) -> Sequence[Any] | None:
     """See the contract."""
     return self._values.get(name)
-
-
-def check_name(name: str, names: Iterable[str]) -> None:
-  """Raises ValueError unless `encode` gave an array of this name."""
-  if name not in names:
-    raise ValueError(
-      f'the documents have no array {name!r}, only {", ".join(sorted(names)) or "none"}; the '
-      "objective's `encode` must give it."
-    )
 
 
 def _encoded(
