@@ -19,6 +19,12 @@ def open(folder: Any) -> 'Session':  # noqa: A001
 
   Raises:
     ValueError: no such run or folder.
+
+  Example:
+    >>> import llm_jax
+    >>> session = llm_jax.open(folder)
+    >>> session.causal  # an encoder
+    False
   """
   from llm_jax.inference import session  # takes seconds: JAX comes with it
 

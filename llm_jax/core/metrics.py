@@ -16,7 +16,12 @@ from llm_jax.core.contracts import Metrics
 
 
 def divide(metrics: Metrics) -> dict[str, float]:
-  """The means by name, of metrics that have been fetched to the host; NaN where the weight is 0."""
+  """The means by name, of metrics that have been fetched to the host; NaN where the weight is 0.
+
+  Example:
+    >>> divide({'loss': (6.0, 4.0), 'accuracy': (0.0, 0.0)})
+    {'loss': 1.5, 'accuracy': nan}
+  """
   means = {}
   for name, (value, weight) in metrics.items():
     means[name] = float(value) / float(weight) if weight else math.nan
@@ -32,6 +37,10 @@ def total(metrics: Metrics, terms: Mapping[str, float]) -> jax.Array:
     metrics: (sum, weight) by name; for a part of a batch, the part's sum with the weight of the
       whole batch.
     terms: the coefficient of each metric that is a loss.
+
+  Example:
+    >>> float(total({'mlm': (6.0, 4.0), 'nsp': (1.0, 2.0), 'accuracy': (3.0, 4.0)}, {'mlm': 1, 'nsp': 2}))
+    2.5
   """
   parts = [coefficient * _mean(*metrics[name]) for name, coefficient in terms.items()]
   return jnp.asarray(sum(parts))

@@ -36,6 +36,13 @@ class Info:
     layer: the number of its layer, or of the first one in a stack; `EMBEDDINGS` before all layers,
       None outside of them (heads, the last norm).
     period: how many layers further the next one in a stack is.
+
+  Example:
+    >>> query = Info(('layers', 'embed', 'heads', 'head_dim'), inputs=(0,), decayed=True, layer=0)
+    >>> query.stacked, query.outputs
+    (True, (1, 2))
+    >>> query.depths((12, 768, 12, 64)).tolist() == list(range(12))
+    True
   """
 
   names: tuple[str | None, ...]

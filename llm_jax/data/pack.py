@@ -51,6 +51,10 @@ def windows(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
 
   Raises:
     ValueError: `overhead` leaves no room for a token.
+
+  Example:
+    >>> list(windows([5, 2], capacity=4))
+    [[(0, 0, 4)], [(0, 4, 5), (1, 0, 2)]]
   """
   room = _room(capacity, overhead)
   lengths = np.asarray(lengths, dtype=np.int64)
@@ -82,6 +86,10 @@ def best_fit(
 
   Documents that fit in a row are never cut. A row takes no more than `most` pieces, if that is
   given; the other arguments and errors are those of `windows`.
+
+  Example:
+    >>> list(best_fit([1, 3, 4, 2], capacity=4))
+    [[(2, 0, 4)], [(0, 0, 1), (1, 0, 3)], [(3, 0, 2)]]
   """
   plan = one_per_row(lengths, capacity, overhead)
   sizes = plan.stop - plan.start
@@ -118,6 +126,11 @@ def assemble(pieces: list[np.ndarray], seq_len: int) -> dict[str, np.ndarray]:
 
   Raises:
     ValueError: the pieces are longer than the row.
+
+  Example:
+    >>> row = assemble([np.array([7, 8, 9]), np.array([5])], seq_len=6)
+    >>> row['tokens'].tolist(), row['segments'].tolist(), row['positions'].tolist()
+    ([7, 8, 9, 5, 0, 0], [1, 1, 1, 2, 0, 0], [0, 1, 2, 0, 0, 0])
   """
   used = sum(map(len, pieces))
   if used > seq_len:

@@ -1,7 +1,8 @@
 """A model opened for use: `llm_jax.open(folder)`.
 
-    >>> session = llm_jax.open('/tmp/run')              # doctest: +SKIP
-    >>> session.predict(['a text', 'another one'])      # doctest: +SKIP
+    >>> import llm_jax
+    >>> session = llm_jax.open(folder)  # of a run, or of a Hugging Face model
+    >>> answers = session.predict(['a text', 'another one'])
 
 Nothing is trained here, and no optimizer is made. What a call compiles is kept for the next one.
 """
@@ -37,6 +38,9 @@ Text = str | Sequence[str] | Mapping[str, Any]  # a text, a pair, or a record
 class Session:
   """A model, its tokenizer and what they can be asked.
 
+  In the examples `session` is an encoder with a masked-LM head and a classifier, `decoder` a
+  decoder; `llm_jax.open` makes both.
+
   Attributes:
     origin: the folder that holds the weights.
     config: the resolved config.
@@ -69,6 +73,11 @@ class Session:
 
     Raises:
       ValueError: the model gives no labels, or its head is missing.
+
+    Example:
+      >>> first, second = session.predict(['a text', {'text': 'another one'}])
+      >>> sorted(first)
+      ['label', 'probabilities', 'probability']
     """
     return list(self.answers(map(prediction.record, texts)))
 
@@ -85,6 +94,11 @@ class Session:
       texts: each with at least one token.
       pool: 'mean' of all positions, 'cls' the first, 'last' the last.
       normalize: whether the vectors have length 1.
+
+    Example:
+      >>> vectors = session.embed(['a text', 'another one', 'a third'])
+      >>> vectors.shape == (3, session.config.model['dim'])
+      True
     """
     if not len(texts):
       return np.zeros((0, self.program.network.model.options.dim), np.float32)
@@ -110,6 +124,14 @@ class Session:
 
     Raises:
       ValueError: the model is no decoder, a prompt too long, a sampling that is not possible.
+
+    Example:
+      >>> pieces = []
+      >>> (text,) = decoder.complete(
+      ...   ['def main('], max_new_tokens=8, temperature=0, stream=lambda _, piece: pieces.append(piece)
+      ... )
+      >>> ''.join(pieces) == text
+      True
     """
     if not self.causal:
       raise ValueError('this model is an encoder: it fills in [MASK]s (`fill`) and does not write.')
@@ -129,6 +151,11 @@ class Session:
 
     Raises:
       ValueError: the model has no masked-LM head, a text without a mask or too long.
+
+    Example:
+      >>> (filled,) = session.fill(['return the [MASK] of the [MASK]'], top=3)
+      >>> [len(candidates) for candidates in filled.masks]
+      [3, 3]
     """
     filler = self._filler
     self._require(('mlm',))
