@@ -1,1 +1,1 @@
-"""Sources of documents: each module has `Source`, a sequence of documents read by index."""
+"""Sources: each module has `Source`, a sequence of records (dictionaries) read by index."""

@@ -34,8 +34,8 @@ def find(path: str, suffixes: tuple[str, ...]) -> list[str]:
     if not matched:
       raise ValueError(
         f'path={entry!r} matches no file{_why(entry)}; give a file, a folder with '
-        f'{" ".join(suffixes)} files, '
-        'a glob such as /data/**/*.txt, or several of these with commas between them.'
+        f'{" ".join(suffixes)} files, a glob such as /data/**/*.txt, or several of these with '
+        'commas between them.'
       )
     found.update(dict.fromkeys(matched))
   return list(found)
@@ -46,8 +46,10 @@ def fingerprint(paths: Sequence[str], *options: object) -> str:
   `options`; reads no content.
   """
   base = os.path.commonpath([os.path.dirname(path) for path in paths])
-  stats = [(path, os.stat(path)) for path in paths]
-  files = [(os.path.relpath(path, base), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+  files = []
+  for path in paths:
+    stat = os.stat(path)
+    files.append((os.path.relpath(path, base), stat.st_size, stat.st_mtime_ns))
   return hashlib.sha256(repr((files, options)).encode()).hexdigest()
 
 
@@ -57,7 +59,7 @@ def stream(path: str) -> BinaryIO:
 
 
 def lines(path: str) -> Iterator[bytes]:
-  """The lines of a file with their ends; ValueError when it is named .gz and does not decompress."""
+  """The lines of a file with their ends; ValueError for a .gz file that does not decompress."""
   with stream(path) as file:
     try:
       yield from file
@@ -99,11 +101,8 @@ def _read(file: BinaryIO, start: int, stop: int) -> bytes:
 
 
 def _gzip_stream(path: str) -> BinaryIO:
-  key = (
-    os.getpid(),
-    path,
-    os.stat(path).st_mtime_ns,
-  )  # a forked process shares the file's offset: it opens its own
+  # The process is part of the key: a forked one would share the file's offset.
+  key = os.getpid(), path, os.stat(path).st_mtime_ns
   if getattr(_LOCAL, 'key', None) != key:
     if hasattr(_LOCAL, 'file'):
       _LOCAL.file.close()
@@ -120,8 +119,10 @@ def _files(path: str, suffixes: tuple[str, ...]) -> list[str]:
   path = os.path.abspath(path)
   if not os.path.isdir(path):
     return [path]
-  names = (os.path.join(folder, name) for folder, _, files in os.walk(path) for name in files)
-  return sorted(name for name in names if name.endswith(suffixes))
+  found = []
+  for folder, _, files in os.walk(path):
+    found += [os.path.join(folder, name) for name in files if name.endswith(suffixes)]
+  return sorted(found)
 
 
 def _why(entry: str) -> str:

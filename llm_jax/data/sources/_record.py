@@ -1,4 +1,4 @@
-"""From a record (a JSON object, a table's row) to a document: the named fields, checked, labels in
+"""From a JSON object or a table's row to a record: the named fields, checked, labels in
 the forms of the contract.
 """
 
@@ -9,14 +9,14 @@ from typing import Any
 from llm_jax.core import plugins
 
 
-def document(
-  record: Mapping[str, Any], where: str, text: str, pair: str | None, label: str | None
+def make(
+  fields: Mapping[str, Any], where: str, text: str, pair: str | None, label: str | None
 ) -> dict[str, Any]:
   """Returns {'text': str} with 'pair' and 'label' where those fields are asked for.
 
   Args:
-    record: field name -> value.
-    where: what to call the record in an error ('data.jsonl:17').
+    fields: field name -> value.
+    where: what to call the row in an error ('data.jsonl:17').
     text: name of the field with the text.
     pair: name of the field with the second text, or None.
     label: name of the field with the label, or None.
@@ -24,13 +24,13 @@ def document(
   Raises:
     ValueError: a field is missing, or its value cannot be a text or a label.
   """
-  check_fields(where, record, text, pair, label)
-  out: dict[str, Any] = {'text': string(record[text], f'{where}: field {text!r}')}
+  check_fields(where, fields, text, pair, label)
+  record: dict[str, Any] = {'text': string(fields[text], f'{where}: field {text!r}')}
   if pair is not None:
-    out['pair'] = string(record[pair], f'{where}: field {pair!r}')
+    record['pair'] = string(fields[pair], f'{where}: field {pair!r}')
   if label is not None:
-    out['label'] = label_value(record[label], f'{where}: label field {label!r}')
-  return out
+    record['label'] = label_value(fields[label], f'{where}: label field {label!r}')
+  return record
 
 
 def check_fields(
@@ -77,7 +77,7 @@ def label_value(value: Any, where: str) -> str | float | list[str]:
 def _name(value: Any, where: str) -> str:
   if value is None or value == '':
     raise ValueError(
-      f'{where} is missing; give every document a label, or set no label field to read them all '
+      f'{where} is missing; give every record a label, or set no label field to read them all '
       'without.'
     )
   if not isinstance(value, (str, int)):

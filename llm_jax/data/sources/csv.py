@@ -1,4 +1,4 @@
-"""Tables of text, CSV and TSV: a header line, then one document a record; plain or gzip."""
+"""Tables of text, CSV and TSV: a header line, then rows; plain or gzip."""
 
 import csv
 import functools
@@ -15,7 +15,7 @@ csv.field_size_limit(2**31 - 1)  # Python's default refuses a text of more than 
 
 
 class Source:
-  """Documents of CSV and TSV files, by index over byte offsets.
+  """The rows of CSV and TSV files as records, by index over byte offsets.
 
   Fields of a comma-separated file may be quoted with " and then hold line ends; in a tab-separated
   one (by its delimiter) a quote is a character like any other, as in GLUE. All labels are strings.
@@ -30,7 +30,7 @@ class Source:
 
   Raises:
     ValueError: nothing matches the path, a column that a header does not have, a delimiter of
-      another length; when the documents are first asked for: a malformed record, with file and line
+      another length; when the records are first asked for: a malformed record, with file and line
       number, or no record at all.
   """
 
@@ -65,12 +65,12 @@ class Source:
     file, line, start, stop = (int(value) for value in self._index[index])
     text = _paths.read(self.files[file], start, stop).decode('utf-8')
     row = next(csv.reader([text], **self._dialect(self.files[file])))
-    record = dict(zip(self.headers[file], row, strict=True))
-    return _record.document(record, f'{self.files[file]}:{line}', self.text, self.pair, self.label)
+    fields = dict(zip(self.headers[file], row, strict=True))
+    return _record.make(fields, f'{self.files[file]}:{line}', self.text, self.pair, self.label)
 
   @functools.cached_property
   def _index(self) -> np.ndarray:
-    """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
+    """[records, 4] int64: which file, line number from 1, first byte, byte after the last."""
     index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
     if not len(index):
       raise ValueError(
@@ -93,12 +93,13 @@ class Source:
     """Yields the fields of each record that is not blank, its first line's number, first byte, and
     the byte after the last.
     """
-    place, number = 0, 0
+    offset, number = 0, 0  # bytes and lines so far
 
     def decoded() -> Iterator[str]:
-      nonlocal place, number
+      nonlocal offset, number
       for line in _paths.lines(path):
-        place, number = place + len(line), number + 1
+        offset += len(line)
+        number += 1
         try:
           yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
         except UnicodeDecodeError as error:
@@ -106,7 +107,7 @@ class Source:
 
     reader = csv.reader(decoded(), **self._dialect(path))
     while True:
-      start, first = place, number + 1
+      start, first = offset, number + 1
       try:
         row = next(reader, None)
       except csv.Error as error:
@@ -114,13 +115,10 @@ class Source:
       if row is None:
         return
       if row:
-        yield row, first, start, place
+        yield row, first, start, offset
 
   def _dialect(self, path: str) -> dict[str, Any]:
     tsv = path.removesuffix('.gz').endswith('.tsv')
     delimiter = self.delimiter or ('\t' if tsv else ',')
-    return dict(
-      delimiter=delimiter,
-      strict=True,
-      quoting=csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL,
-    )
+    quoting = csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL
+    return dict(delimiter=delimiter, strict=True, quoting=quoting)

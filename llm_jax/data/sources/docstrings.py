@@ -19,7 +19,7 @@ class Source:
   top-level module or package.
 
   Equal docstrings count once, for the first in order; labels with fewer than 30 are left out.
-  Parsing takes a few seconds, when the documents are first asked for.
+  Parsing takes a few seconds, when the records are first asked for.
   """
 
   def __init__(self):
@@ -29,14 +29,15 @@ class Source:
     ).hexdigest()
 
   def __len__(self) -> int:
-    return len(self._documents)
+    return len(self._texts)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    text, label = self._documents[index]
+    text, label = self._texts[index]
     return {'text': text, 'label': label}
 
   @functools.cached_property
-  def _documents(self) -> list[tuple[str, str]]:
+  def _texts(self) -> list[tuple[str, str]]:
+    """The texts with their labels."""
     labels: dict[str, str] = {}
     for file in self.library.files:
       top = file.split('/')[0].removesuffix('.py')
@@ -50,7 +51,5 @@ class Source:
 def docstrings(source: bytes) -> list[str]:
   """The docstrings, indentation removed, of a module and of the classes and functions in it."""
   kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-  found = (
-    ast.get_docstring(node) for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)
-  )
-  return [text for text in found if text]
+  nodes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds))
+  return [text for text in map(ast.get_docstring, nodes) if text]

@@ -1,4 +1,4 @@
-"""JSON Lines: one object a line, one document an object; plain or gzip."""
+"""JSON Lines: one object per line; plain or gzip."""
 
 import functools
 import json
@@ -13,7 +13,7 @@ SUFFIXES = ('.jsonl', '.jsonl.gz')
 
 
 class Source:
-  """Documents of JSON Lines files, by index over byte offsets; blank lines are none.
+  """The objects of JSON Lines files as records, by index over byte offsets; blank lines are none.
 
   Args:
     path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas between
@@ -24,7 +24,7 @@ class Source:
       class), a float, or a list of strings.
 
   Raises:
-    ValueError: nothing matches the path, or the files hold no line; when a document is read: a
+    ValueError: nothing matches the path, or the files hold no line; when a record is read: a
       malformed line or a missing field, with file and line number.
   """
 
@@ -43,19 +43,19 @@ class Source:
     where = f'{self.files[file]}:{line}'
     data = _paths.read(self.files[file], start, stop)
     try:
-      record = json.loads(data.decode('utf-8-sig'))
+      fields = json.loads(data.decode('utf-8-sig'))
     except ValueError as error:
       raise ValueError(f'{where}: not a JSON object in UTF-8 ({error}).') from error
-    if not isinstance(record, dict):
+    if not isinstance(fields, dict):
       raise ValueError(
-        f'{where}: a {type(record).__name__}, not a JSON object; each line must be like '
+        f'{where}: a {type(fields).__name__}, not a JSON object; each line must be like '
         f'{{"{self.text}": "..."}}.'
       )
-    return _record.document(record, where, self.text, self.pair, self.label)
+    return _record.make(fields, where, self.text, self.pair, self.label)
 
   @functools.cached_property
   def _index(self) -> np.ndarray:
-    """[documents, 4] int64: which file, line number from 1, first byte, byte after the last."""
+    """[records, 4] int64: which file, line number from 1, first byte, byte after the last."""
     index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
     if not len(index):
       raise ValueError(
@@ -66,8 +66,8 @@ class Source:
 
   def _scan(self) -> Iterator[tuple[int, int, int, int]]:
     for file, path in enumerate(self.files):
-      place = 0
+      offset = 0
       for number, line in enumerate(_paths.lines(path), 1):
         if line.strip():
-          yield file, number, place, place + len(line)
-        place += len(line)
+          yield file, number, offset, offset + len(line)
+        offset += len(line)

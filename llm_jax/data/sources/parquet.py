@@ -1,4 +1,4 @@
-"""Apache Parquet tables: one document a row, one row group read at a time."""
+"""Apache Parquet tables: one record per row, one row group read at a time."""
 
 import bisect
 import itertools
@@ -10,8 +10,8 @@ SUFFIXES = ('.parquet',)
 
 
 class Source:
-  """Documents of Parquet files; only the columns that are asked for are read, and the last row
-  group is kept.
+  """The rows of Parquet files as records; only the columns that are asked for are read, and the
+  last row group is kept.
 
   Args:
     path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
@@ -58,9 +58,9 @@ class Source:
     group = bisect.bisect_right(self._starts, index) - 1
     file, row = self._groups[group][0], index - self._starts[group]
     table = self._read(group)
-    record = {name: table[name][row].as_py() for name in table.column_names}
+    fields = {name: table[name][row].as_py() for name in table.column_names}
     where = f'{self.files[file]}, row group {self._groups[group][1]}, row {row}'
-    return _record.document(record, where, self.text, self.pair, self.label)
+    return _record.make(fields, where, self.text, self.pair, self.label)
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {'_held': (-1, None)}
@@ -71,12 +71,10 @@ class Source:
     held, table = self._held
     if held != group:
       file, number = self._groups[group]
-      columns = [
-        name for name in dict.fromkeys((self.text, self.pair, self.label)) if name is not None
-      ]
+      wanted = dict.fromkeys((self.text, self.pair, self.label))
+      columns = [name for name in wanted if name is not None]
       with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
-        table = parquet.read_row_group(
-          number, columns=columns, use_threads=False
-        )  # threads do not survive a fork
+        # Without threads, for they do not survive a fork.
+        table = parquet.read_row_group(number, columns=columns, use_threads=False)
       self._held = (group, table)
     return table

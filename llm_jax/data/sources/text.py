@@ -1,4 +1,4 @@
-"""Plain text files, with a document for each file, line, or block of lines between blank lines."""
+"""Plain text files, with a record for each file, line, or block of lines between blank lines."""
 
 import codecs
 import functools
@@ -18,23 +18,23 @@ _FRAGMENT = 1 << 20  # most bytes of one line held while scanning
 
 
 class Source:
-  """Documents of text files, found by one scan and then read by their byte range.
+  """Records of text files, found by one scan and then read by their byte range.
 
-  Line ends inside a document stay as they are in the file, CRLF too; the one that ends a line or a
-  block is not part of it, and neither is a byte order mark. Documents of white space alone are left
+  Line ends inside a text stay as they are in the file, CRLF too; the one that ends a line or a
+  block is not part of it, and neither is a byte order mark. Texts of white space alone are left
   out. A file with invalid UTF-8 or NUL bytes is skipped whole; skipped files are counted and logged
   with the names of the first few.
 
   Args:
     path: a file, a folder (.txt, .md, .py, .gz at any depth), a glob, or several with commas
       between them.
-    unit: what a document is: 'file', 'line', or 'block' (lines between blank lines).
-    max_document_bytes: a longer document is cut in pieces of at most this size, at a line end where
-      there is one and else between two characters; pieces are documents of their own, counted and
+    unit: what a record is: 'file', 'line', or 'block' (lines between blank lines).
+    max_document_bytes: a longer text is cut in pieces of at most this size, at a line end where
+      there is one and else between two characters; pieces are records of their own, counted and
       logged.
 
   Raises:
-    ValueError: nothing matches the path, or an unknown unit; when the documents are first asked
+    ValueError: nothing matches the path, or an unknown unit; when the records are first asked
       for: a broken gzip file, or an empty corpus.
   """
 
@@ -58,7 +58,7 @@ class Source:
 
   @functools.cached_property
   def _index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each document: which file (int32), first byte, byte after the last (int64)."""
+    """For each record: which file (int32), first byte, byte after the last (int64)."""
     files, starts, stops, skipped, cuts = [], [], [], [], 0
     for number, path in enumerate(self.files):
       try:
@@ -80,15 +80,14 @@ class Source:
       )
     if cuts:
       logging.warning(
-        'Documents longer than max_document_bytes=%d were cut at %d places.',
+        'Texts longer than max_document_bytes=%d were cut at %d points.',
         self.max_document_bytes,
         cuts,
       )
     if not sum(map(len, files)):
       raise ValueError(
         f'path={self.path!r} is an empty corpus: {len(self.files)} files, {len(skipped)} of them '
-        'not UTF-8 text, '
-        'hold no document; give files with text in them.'
+        'not UTF-8 text, hold no record; give files with text in them.'
       )
     return np.concatenate(files), np.concatenate(starts), np.concatenate(stops)
 
@@ -101,47 +100,48 @@ class Source:
 
 
 def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool]]:
-  """Yields (first byte, byte after the last, cut) of each document, holding one line, or 1 MiB of
-  it, at a time.
+  """Yields (first byte, byte after the last, cut) of each record, holding one line, or 1 MiB of it,
+  at a time.
 
-  `cut` says that the document goes on in the next range because it is longer than `limit`.
+  `cut` says that the text goes on in the next range because it is longer than `limit`.
 
   Raises:
     UnicodeDecodeError: the bytes are not UTF-8, or one is NUL; only the whole scan says that they
       are.
   """
   decoder = codecs.getincrementaldecoder('utf-8')()
-  start = line = end = place = (
-    0  # of the document, of the line, the document's end without its line end, bytes scanned
-  )
-  filled = False
+  offset = 0  # bytes scanned
+  start = 0  # where the record begins
+  line = 0  # where the line begins
+  end = 0  # where the record ends, without its line end
+  filled = False  # whether the record holds more than white space
   while fragment := file.readline(min(_FRAGMENT, limit // 2)):
     partial = len(decoder.getstate()[0])  # bytes of a character that the fragment before began
     _check(decoder, fragment)
-    if place == 0 and fragment.startswith(codecs.BOM_UTF8):
-      place = start = line = len(codecs.BOM_UTF8)
-      fragment = fragment[place:]
-    stop = place + len(fragment)
-    if unit == 'block' and place == line and not fragment.strip():
+    if offset == 0 and fragment.startswith(codecs.BOM_UTF8):
+      offset = start = line = len(codecs.BOM_UTF8)
+      fragment = fragment[offset:]
+    stop = offset + len(fragment)
+    if unit == 'block' and offset == line and not fragment.strip():
       if filled:
         yield start, end, False
       start, filled = stop, False
     while stop - start > limit:
-      cut = line if line > start else place - partial
+      cut = line if line > start else offset - partial
       yield start, cut, True
       start = cut
     filled = filled or bool(fragment.strip())
-    end = place + len(fragment.rstrip(b'\r\n'))
-    place = stop
+    end = offset + len(fragment.rstrip(b'\r\n'))
+    offset = stop
     if fragment.endswith(b'\n'):
-      line = place
+      line = offset
       if unit == 'line':
         if filled:
           yield start, end, False
-        start, filled = place, False
+        start, filled = offset, False
   decoder.decode(b'', final=True)
   if filled:
-    yield start, place if unit == 'file' else end, False
+    yield start, offset if unit == 'file' else end, False
 
 
 def _check(decoder: codecs.IncrementalDecoder, fragment: bytes) -> None:

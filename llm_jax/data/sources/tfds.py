@@ -12,8 +12,8 @@ from llm_jax.data.sources import _paths, _record
 
 
 class Source:
-  """Documents of a prepared dataset; integer classes carry their names where the dataset knows
-  them.
+  """The examples of a prepared dataset as records; integer classes carry their names where the
+  dataset knows them.
 
   Args:
     name: dataset, with config and version if wanted: 'wiki40b/en', 'glue/sst2:2.0.0'; or a folder
@@ -68,19 +68,14 @@ class Source:
   def __getitem__(self, index: int) -> dict[str, Any]:
     index = range(len(self))[index]
     example = self._data[index]
-    record = {field: _python(example[field], self._names[field]) for field in self._fields}
-    return _record.document(
-      record,
-      f'dataset {self.name!r}, {self.split}, example {index}',
-      self.text,
-      self.pair,
-      self.label,
-    )
+    fields = {field: _python(example[field], self._names[field]) for field in self._fields}
+    where = f'dataset {self.name!r}, {self.split}, example {index}'
+    return _record.make(fields, where, self.text, self.pair, self.label)
 
   def __getstate__(self) -> dict[str, Any]:
-    return {
-      key: value for key, value in self.__dict__.items() if key != '_data'
-    }  # open files stay in their process
+    state = dict(self.__dict__)
+    state.pop('_data', None)  # open files stay in their process
+    return state
 
   @functools.cached_property
   def _data(self) -> Any:
@@ -101,16 +96,14 @@ def _builder(name: str, data_dir: str | None) -> Any:
   )
   folder = os.path.expanduser(name)
   try:
-    prepared = os.path.isfile(os.path.join(folder, 'dataset_info.json'))
-    builder = (
-      tfds.builder_from_directory(folder)
-      if prepared
-      else read_only_builder.builder_from_files(name, data_dir=data_dir)
-    )
+    if os.path.isfile(os.path.join(folder, 'dataset_info.json')):
+      builder = tfds.builder_from_directory(folder)
+    else:
+      builder = read_only_builder.builder_from_files(name, data_dir=data_dir)
   except tfds.core.DatasetNotFoundError as error:
-    place = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
+    where = data_dir or os.environ.get('TFDS_DATA_DIR', '~/tensorflow_datasets')
     raise ValueError(
-      f'name={name!r} is no dataset prepared under {place}, nor the folder of one. {how}'
+      f'name={name!r} is no dataset prepared under {where}, nor the folder of one. {how}'
     ) from error
   if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
     raise ValueError(

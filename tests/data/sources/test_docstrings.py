@@ -29,7 +29,7 @@ def test_labelled(labelled):
 
 def test_parsed_docstrings_travel_with_a_pickle(labelled):
   copy = pickle.loads(pickle.dumps(labelled))
-  assert '_documents' in vars(copy) and copy[7] == labelled[7]
+  assert '_texts' in vars(copy) and copy[7] == labelled[7]
 
 
 def test_docstrings():
