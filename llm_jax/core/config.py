@@ -108,8 +108,9 @@ class Config:
     init_from: the folder of a run or of a Hugging Face model whose parameters the run starts from.
     mesh: sizes of the mesh axes, and the name of the sharding rules.
     adapter: what is trained beside a frozen base; {} trains all parameters.
-    evaluators: sections by name; {} for those that the objective names.
-    hooks: sections by name.
+    evaluators: sections by name, or by any key with a `name` in the section (a dotted one, say);
+      {} for those that the objective names.
+    hooks: likewise.
   """
 
   steps: int

@@ -30,7 +30,6 @@ from llm_jax.parallel import sharding
 
 # Options of config.data; the others belong to the source.
 DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts')
-HOOK_GIVEN = ('run', 'log')  # what `create_hook` offers
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
 
@@ -66,8 +65,8 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   create_adapter(config)
   create_evaluators(config, objective)
   for key, section in config.hooks.items():
-    name, options = _named(key, section)
-    plugins.check(f'hooks.{key}', plugins.load('hook', name).Hook, options, HOOK_GIVEN)
+    factory, options = _named('hook', key, section, 'Hook')
+    plugins.check(f'hooks.{key}', factory, options, ('run', 'log'))
 
 
 def data_parts(config: Config) -> list[tuple[str, dict[str, Any]]]:
@@ -152,8 +151,7 @@ def create_evaluators(config: Config, objective: Objective) -> dict[str, Evaluat
   sections = config.evaluators or {name: {} for name in objective.evaluators}
   made = {}
   for key, section in sections.items():
-    name, options = _named(key, section)
-    factory = plugins.load('evaluator', name).Evaluator
+    factory, options = _named('evaluator', key, section, 'Evaluator')
     made[key] = plugins.construct(f'evaluators.{key}', factory, options)
   return made
 
@@ -164,10 +162,10 @@ def create_hook(config: Config, key: str, **given: Any) -> Hook:
   Args:
     config: the config.
     key: of its section in `config.hooks`.
-    **given: what a hook may ask for by the name of an argument, of `HOOK_GIVEN`.
+    **given: what a hook may ask for by the name of an argument: `run`, `log`.
   """
-  name, options = _named(key, config.hooks[key])
-  return plugins.construct(f'hooks.{key}', plugins.load('hook', name).Hook, options, **given)
+  factory, options = _named('hook', key, config.hooks[key], 'Hook')
+  return plugins.construct(f'hooks.{key}', factory, options, **given)
 
 
 def encoder(config: Config) -> encoding.Encoder:
@@ -292,6 +290,17 @@ def _check_section(
   plugins.check(section or kind, getattr(module, factory), options, given)
 
 
+def _named(
+  kind: str, key: str, section: Section | None, defines: str
+) -> tuple[Callable[..., Any], dict[str, Any]]:
+  """The plug-in of a section that is found by its key, and its options.
+
+  Its `name`, or else the key: a key of a config file has no dots.
+  """
+  options = {'name': key} | (section or {})
+  return getattr(plugins.load(kind, options['name']), defines), _without(options, 'name')
+
+
 def _sample_documents(config: Config, tokenizer: Tokenizer) -> Documents:
   records: list[dict[str, Any]] = []
   for _, part in _leaf_sections(config.objective):
@@ -315,15 +324,6 @@ def _leaf_sections(section: Section) -> list[tuple[str, Section]]:
   """The same without the section of a mix, which only holds its parts."""
   found = _objective_sections(section)
   return found[1:] or found
-
-
-def _named(key: str, section: Section | None) -> tuple[str, dict[str, Any]]:
-  """The plug-in of a section, its `name` or else the section's own key, and its options.
-
-  A dotted path can only be a `name`: keys of a config must not have dots.
-  """
-  options = _set(section or {})
-  return options.get('name', key), _without(options, 'name')
 
 
 def _objective_class(section: Section) -> type[Objective]:

@@ -174,7 +174,9 @@ def _new_tokenizer(config: Config) -> Tokenizer:
 
 
 def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[str]:
-  """Every string field of every training record; of those with a text, the text and its pair."""
+  """Every string of every training record, those in lists too; of a record with a text, the text
+  and its pair.
+  """
   for source in sources:
     for index in range(len(source)):
       record = source[index]
@@ -187,5 +189,7 @@ def _strings(record: dict[str, Any]) -> Iterator[str]:
     yield record['text']
     if 'pair' in record:
       yield record['pair']
-  else:
-    yield from (value for value in record.values() if isinstance(value, str))
+    return
+  for value in record.values():
+    parts = value if isinstance(value, list) else [value]
+    yield from (part for part in parts if isinstance(part, str))

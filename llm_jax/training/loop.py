@@ -220,7 +220,8 @@ def _loop(
     gauge.flush()  # what is said about a step stands in the log before the step is saved
     if evaluated:
       values = _evaluate(run, log, step, baselines)
-      saving |= run.patience.better(values['loss']) or run.patience.over
+      if 'loss' in values:  # the evaluators that were chosen may give none
+        saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
       run.checkpoints.save(step, run.state, run.position, _meta(run), values if evaluated else None)
     for hook in called:
