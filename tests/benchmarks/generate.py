@@ -1,11 +1,10 @@
-"""Tokens a second of generation here and in transformers: the same weights and prompts, one
-process, turn about.
+"""Tokens per second of generation here and in transformers: the same weights and prompts, in one
+process, alternating.
 
     python tests/benchmarks/generate.py [--pairs=5] [--json=FILE]
 
 Greedy, float32, 8 prompts of 32 tokens, 64 new tokens each, prefill included, compilation not; both
-with the threads that they take by themselves. The tokens must be equal, or nothing is said of the
-speed.
+with their default number of threads. The tokens must be equal, or no speed is reported.
 """
 
 import argparse
@@ -24,13 +23,13 @@ import numpy as np
 import torch
 import transformers
 
+from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.hf import folders as hf
-from llm_jax.inference import decoding as generate
+from llm_jax.hf import families, folders
+from llm_jax.inference import decoding, sampling
 from llm_jax.models import decoder
 
 ROWS, PROMPT, NEW = 8, 32, 64
-FAMILIES = {kind: ('decoder', family) for kind, family in decoder.HF.items()}
 CONFIGS = {
   'gpt2_small': transformers.GPT2Config(),
   'llama_small': transformers.LlamaConfig(
@@ -51,24 +50,7 @@ def pair(name):
   reference = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
   with tempfile.TemporaryDirectory() as folder:
     reference.save_pretrained(folder)
-    model = decoder.Model(
-      **{k: v for k, v in hf.model_options(folder, FAMILIES).items() if k != 'name'}
-    )
-    shapes = jax.eval_shape(
-      lambda: nn.unbox(
-        model.init(
-          jax.random.key(0),
-          jnp.ones((1, 4), jnp.int32),
-          method=lambda model, x: model.logits(model(x)),
-        )
-      )
-    )['params']
-    params = hf.load(
-      folder, FAMILIES, {f'model/{path}': leaf for path, leaf in tree.flatten(shapes).items()}
-    ).params
-  made = generate.Generator(model)
-  weights = made.weights(tree.nest(params)['model'])
-  sampling = generate.Sampling(max_new_tokens=NEW, temperature=0.0)
+    ours = _ours(folder)
 
   def theirs(prompts):
     ids = torch.tensor(prompts)
@@ -83,14 +65,41 @@ def pair(name):
     )
     return out[:, PROMPT:].numpy()
 
-  def ours(prompts):
-    return np.stack(list(made.tokens(weights, prompts, sampling)), axis=1)
-
   return theirs, ours
 
 
+def _ours(folder):
+  """A function from prompts to new tokens with the model in a Hugging Face folder."""
+  known = families.known()
+  options = folders.model_options(folder, known)
+  options.pop('name')
+  model = decoder.Model(**options)
+  boxed = jax.eval_shape(lambda: {'model': _init(model)})
+  infos = params_lib.infos(boxed)
+  params = folders.load(folder, known, nn.unbox(boxed), infos).params
+  model_infos = {path.removeprefix('model/'): info for path, info in infos.items()}
+  generator = decoding.Generator(model, model_infos)
+  weights = generator.weights(tree.nest(params)['model'])
+  greedy = sampling.Sampling(max_new_tokens=NEW, temperature=0.0)
+
+  def ours(prompts):
+    return np.stack(list(generator.tokens(weights, prompts, greedy)), axis=1)
+
+  return ours
+
+
+def _init(model):
+  """All parameters of a decoder: an untied projection on the vocabulary is made by `table`."""
+
+  def touch(model, batch):
+    return model(batch).hidden, model.table()
+
+  batch = {'tokens': jnp.ones((1, 4), jnp.int32)}
+  return model.init(jax.random.key(0), batch, method=touch)['params']
+
+
 def measure(name, pairs):
-  """Tokens a second of theirs and of ours in each pair; both run once before, to warm up and to
+  """Tokens per second of theirs and of ours in each pair; both run once before, to warm up and to
   compare.
   """
   theirs, ours = pair(name)

@@ -1,13 +1,13 @@
-"""Tokens a second that the token cache feeds from one core, and tokenization against bare
-SentencePiece, turn about.
+"""Tokens per second that the token cache feeds from one core; and tokenization against bare
+SentencePiece, alternating.
 
     python tests/benchmarks/input.py [--pairs=5] [--mb=4] [--json=FILE]
 
 The standard library of Python, SentencePiece with 8192 ids. Feeding is what the thread of a run
 does: rows in shuffled order out of the memory-mapped cache, packed, masked or with targets, stacked
 to batches. Tokenization: a part of the text, document by document, by SentencePiece's own `encode`
-alone, and by the cache's builder with hashes, checks and narrow ids. All in seconds of the
-processor, of one thread.
+alone, and by the cache's builder with hashes, checks and ids in the smallest type that holds them.
+All in processor seconds of one thread.
 """
 
 import argparse
@@ -21,11 +21,13 @@ import time
 
 import sentencepiece
 
-from llm_jax.data import cache, pipeline
+from llm_jax.core import contracts
+from llm_jax.data import cache, cache_writer, encoding, pipeline
 from llm_jax.data.sources import stdlib
 from llm_jax.data.tokenizers import sentencepiece as tokenizers
 from llm_jax.objectives import clm, mlm
 
+ENCODER = encoding.Encoder([contracts.Objective.encode])  # that of both objectives
 FEEDS = {  # what is fed: objective, tokens of a row, rows of a batch
   'clm 1024': (clm.Objective, 1024, 16),
   'clm 128': (clm.Objective, 128, 64),
@@ -35,7 +37,7 @@ FEEDS = {  # what is fed: objective, tokens of a row, rows of a batch
 
 
 def feed(documents, tokenizer, name, tokens=1_000_000):
-  """Tokens a second, places of rows counted."""
+  """Tokens per second; all positions of rows count, padding included."""
   objective, length, size = FEEDS[name]
   examples = pipeline.train_examples([documents], [1.0], objective(tokenizer), length, 0, size)
   load = pipeline._loader(examples, range(size))
@@ -65,14 +67,16 @@ class Part:
 
 
 def tokenize(part, tokenizer, model):
-  """Tokens a second by SentencePiece alone, and by the builder of the cache."""
+  """Tokens per second by SentencePiece alone, and by the builder of the cache."""
+  job = cache_writer.Job(part, tokenizer, ENCODER)
   began = time.process_time()
   tokens = sum(len(model.encode(document['text'])) for document in part.documents)
   between = time.process_time()
-  chunk = cache._encode(part, tokenizer, 0, len(part))
+  chunk = cache_writer.encode(job, 0, len(part))
   ended = time.process_time()
-  if len(chunk.tokens) != tokens:
-    raise AssertionError(f'{len(chunk.tokens)} tokens, not {tokens}.')
+  ids, _ = chunk.arrays['tokens']
+  if len(ids) != tokens:
+    raise AssertionError(f'{len(ids)} tokens, not {tokens}.')
   return tokens / (between - began), tokens / (ended - between)
 
 
@@ -97,7 +101,7 @@ def main(argv):
     )
     tokenizer.save(folder)
     model = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, 'tokenizer.model'))
-    documents, _ = cache.build(source, tokenizer, folder).split(0.0)
+    documents, _ = cache.build(source, tokenizer, ENCODER, folder).split(0.0)
     print(f'{"fed":16} {"million tokens/s":>16}   medians of {options.pairs}')
     for name in FEEDS:
       speeds = [feed(documents, tokenizer, name) for _ in range(options.pairs)]

@@ -1,11 +1,11 @@
-"""Time of the training loop over that of its bare compiled step: the same process, program and
-shapes, turn about.
+"""Time of the training loop over that of its bare compiled step: in one process, with the same
+program and shapes, alternating.
 
     python tests/benchmarks/loop.py [--cases=bert_tiny,gpt_tiny] [--pairs=5] [--steps=30]
     [--json=FILE]
 
 Theirs: `steps` calls of the compiled step with one batch that is on the device, then a wait. Ours:
-as many turns of the loop of `train`, with reading, masking, stacking, logging and TensorBoard,
+as many iterations of the loop of `train`, with reading, masking, stacking, logging and TensorBoard,
 without evaluations and checkpoints. The bare steps are run while the loop stands between two steps
 with nothing under way; the batches that wait by then, up to four, are all that it has in advance.
 """
@@ -28,35 +28,32 @@ from ml_collections import config_dict
 from llm_jax.core import config
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
-from llm_jax.programs import workdir as runs
-from llm_jax.training import corpora as prepare
-from llm_jax.training import logs
-from llm_jax.training import loop as train
+from llm_jax.training import logs, loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the configs import each other
 
 
 class Clock:
-  """Stands where the loop asks whether to stop, once a step: runs the bare steps in between, and
+  """Stands where the loop asks whether to stop, once per step: runs the bare steps in between, and
   takes the times of both.
   """
 
   def __init__(self, run, pairs, steps):
     self.run, self.pairs, self.steps = run, pairs, steps
     self.state = self.batch = None
-    self.turn, self.times = 0, []
+    self.iteration, self.times = 0, []
     self.began = time.perf_counter()
 
   def __call__(self):
     """Whether all pairs are there."""
-    self.turn += 1
-    if self.turn % self.steps:
+    self.iteration += 1
+    if self.iteration % self.steps:
       return False
     jax.block_until_ready(self.run.state)
     ours = time.perf_counter() - self.began
     theirs = self.bare()
-    if self.turn > self.steps:  # the first round compiles
+    if self.iteration > self.steps:  # the first round compiles
       self.times.append((theirs, ours))
     self.began = time.perf_counter()
     return len(self.times) == self.pairs
@@ -71,8 +68,8 @@ class Clock:
       batches.close()
     began = time.perf_counter()
     for _ in range(self.steps):
-      self.state, pairs = program.train_step(self.state, self.batch)
-    jax.block_until_ready((self.state, pairs))
+      self.state, metrics = program.train_step(self.state, self.batch)
+    jax.block_until_ready((self.state, metrics))
     return time.perf_counter() - began
 
 
@@ -82,12 +79,10 @@ def measure(case, pairs, steps):
   tree['evaluation'] = dict(rows=16, samples=0)
   tree['checkpoint'] = dict(every=10**6, keep=1)
   with tempfile.TemporaryDirectory() as folder:
-    workdir = pathlib.Path(folder)
-    runs.open_workdir(workdir)
-    run = train.start(prepare.load(config.parse(tree), workdir), workdir)
+    run = loop.prepare(config.parse(tree), pathlib.Path(folder))
     clock = Clock(run, pairs, steps)
     with mock.patch.object(hosts, 'preemption', lambda: contextlib.nullcontext(clock)):
-      train.train(run)
+      loop.train(run)
   return clock.times
 
 
@@ -109,7 +104,7 @@ def main(argv):
   logs.show()
   found = {'cores': os.cpu_count(), 'jax': jax.__version__, 'steps': options.steps}
   print(
-    f'{"config":12} {"bare step":>12} {"loop":>12} {"ratio":>6}   ms a step, medians of '
+    f'{"config":12} {"bare step":>12} {"loop":>12} {"ratio":>6}   ms per step, medians of '
     f'{options.pairs} pairs',
     flush=True,
   )

@@ -5,10 +5,10 @@ step need.
     [--config.a.b=value ...]
 
 Theirs: the bytes that XLA says the compiled step needs (state and batch, results that share no
-  memory with them, temporaries).
-Ours: the most that the process held (VmHWM, set back after the first steps) while the loop of
-`train` took `steps` steps, less what it held with all modules imported and the corpus open, before
-there was a state. A process a case; needs Linux.
+memory with them, temporaries).
+Ours: the most that the process held (VmHWM, reset after the first steps) while the loop of `train`
+took `steps` steps, less what it held with all modules imported and the corpus open, before there
+was a state. A process of its own per case; needs Linux.
 """
 
 import argparse
@@ -23,74 +23,85 @@ from unittest import mock
 
 ROOT = pathlib.Path(__file__).parents[2]
 MIB = 2**20
+WARM = 3  # steps before the peak is reset
 
 
 def held(field):
   """Bytes of this process: VmRSS now, VmHWM at most."""
-  line = next(
-    line
-    for line in pathlib.Path('/proc/self/status').read_text().splitlines()
-    if line.startswith(field)
-  )
+  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
+  (line,) = (line for line in lines if line.startswith(f'{field}:'))
   return int(line.split()[1]) * 1024
 
 
 def measure(case, steps, changes):
   """The figures of one case, in this process."""
   sys.path.insert(0, str(ROOT))  # the configs import each other
-  from ml_collections import config_dict
-
   from llm_jax.core import config
   from llm_jax.parallel import hosts
-  from llm_jax.programs import compilation
-  from llm_jax.programs import workdir as runs
-  from llm_jax.training import corpora as prepare
-  from llm_jax.training import loop as train
+  from llm_jax.programs import compilation, pretrained
+  from llm_jax.programs import workdir as workdirs
+  from llm_jax.training import corpora, loop
 
-  options = runpy.run_path(str(ROOT / 'configs' / f'{case}.py'))['get_config']()
-  options.update_from_flattened_dict({key: json.loads(value) for key, value in changes.items()})
-  tree = config_dict.ConfigDict(options, convert_dict=True).to_dict() | dict(
-    steps=10**6, eval_every=10**6
-  )
-  tree['evaluation'], tree['checkpoint'] = dict(rows=16, samples=0), dict(every=10**6, keep=1)
-  tree['logging'] = dict(tensorboard=False)
-  figures, turns = {}, 0
-
-  def turn():
-    nonlocal turns
-    turns += 1
-    if turns == 3:
-      pathlib.Path('/proc/self/clear_refs').write_text('5')  # sets VmHWM back to what is held now
-    if turns == steps + 3:
-      figures['peak'] = held('VmHWM')
-    return turns == steps + 3
-
+  parsed = config.parse(_settings(case, changes))
   with tempfile.TemporaryDirectory() as folder:
     workdir = pathlib.Path(folder)
-    runs.open_workdir(workdir)
-    data = prepare.load(config.parse(tree), workdir)
-    figures['before'] = held('VmRSS')
+    workdirs.open_workdir(workdir)
+    # `loop.prepare` in two parts: what is held between them is not the step's.
+    data = corpora.load(pretrained.fill_in(parsed, workdir), workdir)
+    before = held('VmRSS')
     compilation.keep(pathlib.Path(tempfile.gettempdir()) / 'llm_jax_benchmark')
-    run = train.start(data, workdir)
-    sizes = (
-      run.program.train_step.lower(run.program.state, run.program.batch).compile().memory_analysis()
-    )
-    needed = (
-      sizes.argument_size_in_bytes
-      + sizes.output_size_in_bytes
-      - sizes.alias_size_in_bytes
-      + sizes.temp_size_in_bytes
-    )
-    with mock.patch.object(hosts, 'preemption', lambda: contextlib.nullcontext(turn)):
-      train.train(run)
-  ours = figures['peak'] - figures['before']
+    run = loop.start(data, workdir)
+    program, gauge = run.program, Gauge(steps)
+    sizes = program.train_step.lower(program.state, program.batch).compile().memory_analysis()
+    with mock.patch.object(hosts, 'preemption', lambda: contextlib.nullcontext(gauge)):
+      loop.train(run)
+  needed = (
+    sizes.argument_size_in_bytes
+    + sizes.output_size_in_bytes
+    - sizes.alias_size_in_bytes
+    + sizes.temp_size_in_bytes
+  )
+  ours = gauge.peak - before
   return {
     'ratio': ours / needed,
     'ours': ours,
     'theirs': needed,
     'state': sizes.argument_size_in_bytes,
     'temporaries': sizes.temp_size_in_bytes,
-  } | figures
+    'peak': gauge.peak,
+    'before': before,
+  }
+
+
+class Gauge:
+  """Stands where the loop asks whether to stop, once per step: the peak of all steps but the first
+  ones, which compile.
+  """
+
+  def __init__(self, steps):
+    self.steps, self.iteration, self.peak = steps, 0, 0
+
+  def __call__(self):
+    """Whether all steps have been taken."""
+    self.iteration += 1
+    if self.iteration == WARM:
+      pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM to what is held now
+    over = self.iteration == WARM + self.steps
+    if over:
+      self.peak = held('VmHWM')
+    return over
+
+
+def _settings(case, changes):
+  from ml_collections import config_dict
+
+  options = runpy.run_path(str(ROOT / 'configs' / f'{case}.py'))['get_config']()
+  options.update_from_flattened_dict({key: json.loads(value) for key, value in changes.items()})
+  tree = config_dict.ConfigDict(options, convert_dict=True).to_dict()
+  tree |= dict(steps=10**6, eval_every=10**6, logging=dict(tensorboard=False))
+  tree['evaluation'] = dict(rows=16, samples=0)
+  tree['checkpoint'] = dict(every=10**6, keep=1)
+  return tree
 
 
 def main(argv):
@@ -118,9 +129,8 @@ def main(argv):
       '--here',
       *rest,
     ]
-    for _ in range(
-      2
-    ):  # what compiling leaves behind is not the step's: the second process finds it compiled
+    # What compiling leaves behind is not the step's: the second process finds it compiled.
+    for _ in range(2):
       done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found[case] = figures = json.loads(done.stdout.splitlines()[-1])
     print(

@@ -1,5 +1,5 @@
-"""Fine-tuning with several texts a row against a text a row: time a text, in one interleaved run of
-the compiled train steps.
+"""Fine-tuning with several texts per row against one text per row: time per text, in one
+interleaved run of the compiled train steps.
 
     python tests/benchmarks/packing.py                            # configs/classify.py
     python tests/benchmarks/packing.py --config.seq_len=256       # any option of it
@@ -25,9 +25,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the configs
 from configs import classify  # noqa: E402
 from llm_jax.core import config  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
-from llm_jax.programs import build  # noqa: E402
-from llm_jax.programs import workdir as runs
-from llm_jax.training import corpora as prepare  # noqa: E402
+from llm_jax.programs import assemble, pretrained, workdir  # noqa: E402
+from llm_jax.training import corpora, program  # noqa: E402
 
 
 def main() -> None:
@@ -35,15 +34,12 @@ def main() -> None:
   flags = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  flags.add_argument(
-    '--pairs', type=int, default=9, help='measurements of each, one after the other in turn'
-  )
-  flags.add_argument('--steps', type=int, default=3, help='train steps a measurement')
+  flags.add_argument('--pairs', type=int, default=9, help='measurements of each, alternating')
+  flags.add_argument('--steps', type=int, default=3, help='train steps per measurement')
   flags.add_argument('--json', type=pathlib.Path)
   given, options = flags.parse_known_args()
   with tempfile.TemporaryDirectory() as folder:
-    runs.open_workdir(pathlib.Path(folder))
-    data = prepare.load(config.parse(_settings(options).to_dict()), pathlib.Path(folder))
+    data = _load(options, pathlib.Path(folder))
     sides = {packing: Side(data, packing) for packing in ('best_fit', 'none')}
   for side in sides.values():
     side.run(given.steps)  # compiles
@@ -53,25 +49,24 @@ def main() -> None:
       times[packing].append(side.run(given.steps))
   found = {
     packing: {
-      'texts_a_row': side.texts,
+      'texts_per_row': side.texts,
       'used': side.used,
-      'validation_texts_a_row': side.validation[0],
+      'validation_texts_per_row': side.validation[0],
       'validation_used': side.validation[1],
-      'seconds_a_text': statistics.median(times[packing]),
+      'seconds_per_text': statistics.median(times[packing]),
     }
     for packing, side in sides.items()
   }
   for packing, values in found.items():
     print(
-      f'{packing:>8}: {values["texts_a_row"]:.2f} texts a row, {values["used"]:.1%} of the places '
-      'used '
-      f'(validation {values["validation_texts_a_row"]:.2f}, {values["validation_used"]:.1%}); '
-      f'{1e3 * values["seconds_a_text"]:.3f} ms a text'
+      f'{packing:>8}: {values["texts_per_row"]:.2f} texts per row, {values["used"]:.1%} of the '
+      f'positions used (validation {values["validation_texts_per_row"]:.2f}, '
+      f'{values["validation_used"]:.1%}); {1e3 * values["seconds_per_text"]:.3f} ms per text'
     )
   ratio = statistics.median(b / a for a, b in zip(*times.values(), strict=True))
   print(
-    f'packed rows learn {ratio:.2f} x as many texts a second (median of {given.pairs} interleaved '
-    'pairs)'
+    f'packed rows learn from {ratio:.2f} x as many texts per second (median of {given.pairs} '
+    'interleaved pairs)'
   )
   if given.json:
     given.json.write_text(json.dumps(found | {'ratio': ratio}))
@@ -80,36 +75,39 @@ def main() -> None:
 class Side:
   """One way to lay out the texts, with its compiled step and its stream of batches."""
 
-  def __init__(self, data: prepare.Data, packing: str):
-    settings = dataclasses.replace(
-      data.config, objective=data.config.objective | {'packing': packing}
-    )
-    objective, seq_len, splits = (
-      build.create_objective(settings, data.tokenizer),
-      settings.seq_len,
-      data.splits,
-    )
+  def __init__(self, data: corpora.Data, packing: str):
+    options = data.config.objective | {'packing': packing}
+    settings = dataclasses.replace(data.config, objective=options)
+    objective = assemble.create_objective(settings, data.tokenizer)
+    seq_len, splits = settings.seq_len, data.splits
     self.texts, self.used = _fill(objective.rows(splits.train[0], seq_len), seq_len)
     self.validation = _fill(objective.rows(splits.validation[0], seq_len), seq_len)
     examples = pipeline.train_examples(
       splits.train, splits.weights, objective, seq_len, 0, settings.batch_size
     )
-    self._program = build.build(settings, data.tokenizer, examples[0])
+    self._program = program.build(settings, objective, examples[0])
     self._batches = pipeline.batches(examples, settings.batch_size)
     self._state = self._program.init(0)
 
   def run(self, steps: int) -> float:
-    """Seconds a text of some train steps, making their batches included."""
+    """Seconds per text of some train steps, making their batches included."""
     began, texts = time.perf_counter(), 0
     for _ in range(steps):
       batch = next(self._batches)
       texts += int(np.sum(batch['label_weight']))
-      self._state, pairs = self._program.train_step(self._state, self._program.put(batch))
-    jax.block_until_ready(pairs)
+      self._state, metrics = self._program.train_step(self._state, self._program.put(batch))
+    jax.block_until_ready(metrics)
     return (time.perf_counter() - began) / texts
 
 
+def _load(options, folder):
+  workdir.open_workdir(folder)
+  parsed = config.parse(_settings(options).to_dict())
+  return corpora.load(pretrained.fill_in(parsed, folder), folder)
+
+
 def _fill(rows, seq_len):
+  """Texts per row, and the share of the positions that they take."""
   return len(rows.sizes) / len(rows), float(rows.sizes.sum() / (len(rows) * seq_len))
 
 

@@ -1,5 +1,5 @@
 """Training here and by transformers + torch: the same model, weights, shapes, optimizer and
-precision, turn about.
+precision, alternating.
 
     python tests/benchmarks/pair_torch.py [--case=bert_base|gpt2|finetune] [--pairs=5] [--json=FILE]
 
@@ -9,12 +9,13 @@ precision, turn about.
                 batch, padded to the longest of them; ours as many in packed rows of 128
 
 All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which
-one works at a time: ours keeps its memory as `llm_jax.main` has it, with `model.unroll=0`; theirs
-is a plain Python. The first losses must agree, or nothing is said of the speed.
+one works at a time: ours keeps freed memory as `llm_jax.main` does, with `model.unroll=0`; theirs
+is plain Python. The first losses must agree, or no speed is reported.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -40,10 +41,9 @@ sys.path.insert(0, str(ROOT))  # the configs
 from configs import bert_base, classify, gpt2  # noqa: E402
 from llm_jax.core import config, tree  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
-from llm_jax.hf import folders as hf  # noqa: E402
-from llm_jax.programs import build  # noqa: E402
-from llm_jax.programs import workdir as runs  # noqa: E402
-from llm_jax.training import corpora as prepare  # noqa: E402
+from llm_jax.hf import families, folders  # noqa: E402
+from llm_jax.programs import assemble, pretrained, workdir  # noqa: E402
+from llm_jax.training import corpora, program  # noqa: E402
 
 RATE = 1e-4
 TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune
@@ -56,25 +56,18 @@ class Ours:
   it.
   """
 
-  def __init__(self, settings, tokenizer, example, batches, folder):
-    self.program = build.build(settings, tokenizer, example)
-    families = {
-      kind: (name, family)
-      for name, module in build.model_modules().items()
-      for kind, family in module.HF.items()
-    }
-    params = hf.load(folder, families, tree.flatten(self.program.state.params)).params
-    start = self.program.init(0)
-    params = {
-      path: params.get(path, leaf) for path, leaf in tree.flatten(start.params).items()
-    }  # a new head is in neither
-    self.state, self.batches = start.replace(params=tree.nest(params)), batches
+  def __init__(self, settings, objective, example, batches, folder):
+    self.program = made = program.build(settings, objective, example)
+    loaded = folders.load(folder, families.known(), made.params, made.infos)
+    start = made.init(0)
+    params = tree.replace(start.params, loaded.params)  # a head that is not there stays new
+    self.state, self.batches = start.replace(params=params), batches
 
   def step(self) -> tuple[float, int]:
-    """The loss of one step, and how many of the units it learnt from."""
+    """The loss of one step, and how many of the units it learned from."""
     batch, count = next(self.batches)
-    self.state, pairs = self.program.train_step(self.state, self.program.put(batch))
-    value, weight = pairs['loss']
+    self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
+    value, weight = metrics['loss']
     return float(value) / float(weight), count
 
 
@@ -86,7 +79,7 @@ class Theirs:
     self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
 
   def step(self) -> tuple[float, int]:
-    """The loss of one step, and how many of the units it learnt from."""
+    """The loss of one step, and how many of the units it learned from."""
     batch, count = next(self.batches)
     loss = self.model(**batch).loss
     loss.backward()
@@ -97,7 +90,7 @@ class Theirs:
 
 
 def settings_of(module, **changes):
-  """A config of the repository with some of its options set anew."""
+  """A config of the repository with some of its options changed."""
   options = module.get_config().to_dict()
   options['optimizer'] |= dict(
     name='adamw',
@@ -115,130 +108,139 @@ def settings_of(module, **changes):
 
 
 def language_model(case, folder):
-  """What makes each side of a language model over random tokens."""
+  """Functions that make each side of a language model over random tokens."""
   torch.manual_seed(0)
-  rows, length = (8, 128) if case == 'bert_base' else (4, 256)
-  if case == 'bert_base':
-    model, objective = transformers.BertForMaskedLM(transformers.BertConfig()), {'name': 'mlm'}
+  masked = case == 'bert_base'
+  rows, length = (8, 128) if masked else (4, 256)
+  if masked:
+    model = transformers.BertForMaskedLM(transformers.BertConfig())
   else:
-    model, objective = (
-      transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False)),
-      {'name': 'clm'},
-    )
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(use_cache=False))
   model.save_pretrained(folder)
   settings = settings_of(
-    bert_base if case == 'bert_base' else gpt2,
+    bert_base if masked else gpt2,
     batch_size=rows,
     seq_len=length,
-    objective=objective,
+    objective={'name': 'mlm' if masked else 'clm'},
     model=dict(vocab_size=model.config.vocab_size),
   )
-  outline = build.outline(settings, jax.devices())
-  tokenizer = build.plugins.load('tokenizer', 'byte').create()
+  outline = program.outline(settings, jax.devices())
+  batch, labels = random_batch(outline, masked)
+  example = {key: value[0] for key, value in batch.items()}
+  tokens = batch['tokens']
+  given = {'input_ids': torch.tensor(tokens).long(), 'labels': torch.tensor(labels).long()}
+  if masked:
+    given['attention_mask'] = torch.ones(tokens.shape, dtype=torch.long)
+  ours, theirs = itertools.repeat((batch, tokens.size)), itertools.repeat((given, tokens.size))
+  return (
+    lambda: Ours(outline.config, outline.objective, example, ours, folder),
+    lambda: Theirs(model, theirs),
+  )
+
+
+def random_batch(outline, masked):
+  """A batch of random tokens as our program takes it, and the labels that theirs takes."""
+  vocab_size, (rows, length) = outline.config.model['vocab_size'], outline.batch['tokens'].shape
   rng = np.random.default_rng(0)
-  tokens = rng.integers(300, model.config.vocab_size, (rows, length)).astype(np.int32)
+  tokens = rng.integers(300, vocab_size, (rows, length)).astype(np.int32)
   batch = {key: np.zeros(leaf.shape, leaf.dtype) for key, leaf in outline.batch.items()}
   batch |= dict(
     tokens=tokens,
     segments=np.ones_like(tokens),
     positions=np.tile(np.arange(length, dtype=np.int32), (rows, 1)),
   )
-  labels = np.full_like(tokens, -100)
-  if case == 'bert_base':
-    count = round(0.15 * length)
-    for row in range(rows):
-      places = np.sort(rng.permutation(length)[:count])
-      batch['mask_positions'][row, :count], batch['mask_targets'][row, :count] = (
-        places,
-        tokens[row, places],
-      )
-      batch['mask_weights'][row, :count] = 1
-      labels[row, places] = tokens[row, places]
-  else:
-    labels = tokens  # theirs shifts them by itself
-    batch['targets'][:, :-1], batch['weights'][:, :-1], batch['bytes'][:] = tokens[:, 1:], 1, length
-  example = {key: value[0] for key, value in batch.items()}
-  ours = lambda: Ours(
-    outline.config, tokenizer, example, iter(lambda: (batch, tokens.size), None), folder
-  )
-  given = {'input_ids': torch.tensor(tokens).long(), 'labels': torch.tensor(labels).long()}
-  if case == 'bert_base':
-    given['attention_mask'] = torch.ones(tokens.shape, dtype=torch.long)
-  return ours, lambda: Theirs(model, iter(lambda: (given, tokens.size), None))
+  if not masked:
+    batch['targets'][:, :-1] = tokens[:, 1:]
+    batch['weights'][:, :-1] = 1
+    batch['bytes'][:] = length
+    return batch, tokens  # theirs shifts them by itself
+  labels = np.full_like(tokens, -100)  # of no token
+  count = round(0.15 * length)
+  for row in range(rows):
+    chosen = np.sort(rng.permutation(length)[:count])
+    batch['mask_positions'][row, :count] = chosen
+    batch['mask_targets'][row, :count] = tokens[row, chosen]
+    batch['mask_weights'][row, :count] = 1
+    labels[row, chosen] = tokens[row, chosen]
+  return batch, labels
 
 
 class Short:
-  """Those documents whose rows, special tokens included, are not too short and not too long."""
-
-  pair_lengths = None
+  """The documents whose rows, special tokens included, are neither too short nor too long; see
+  `contracts.Documents`.
+  """
 
   def __init__(self, documents):
-    lengths = np.asarray(documents.lengths)
-    self.kept = np.flatnonzero((lengths + 2 >= SHORTEST) & (lengths + 2 <= LENGTH))
-    self.documents, self.lengths, self.ids = (
-      documents,
-      lengths[self.kept],
-      np.asarray(documents.ids)[self.kept],
-    )
-    self.labels = [documents.labels[i] for i in self.kept]
+    sizes = documents.lengths('tokens') + 2
+    self.kept = np.flatnonzero((sizes >= SHORTEST) & (sizes <= LENGTH))
+    self.documents, self.names = documents, documents.names
+    self.ids = np.asarray(documents.ids)[self.kept]
 
   def __len__(self):
     return len(self.kept)
 
-  def text(self, index, start=0, stop=None):
-    """Ids of a document."""
-    return self.documents.text(int(self.kept[index]), start, stop)
+  def lengths(self, name):
+    return self.documents.lengths(name)[self.kept]
+
+  def array(self, name, index, start=0, stop=None):
+    return self.documents.array(name, int(self.kept[index]), start, stop)
+
+  def values(self, name):
+    values = self.documents.values(name)
+    return None if values is None else [values[i] for i in self.kept]
 
 
 def finetune(folder):
-  """What makes each side of a classifier over docstrings."""
+  """Functions that make each side of a classifier over docstrings."""
   torch.manual_seed(0)
   objective = classify.get_config().objective.to_dict() | dict(pool='cls')  # as theirs
   settings = settings_of(
     classify, seq_len=LENGTH, objective=objective, model=dict(variant='bert_base')
   )
-  workdir = pathlib.Path(folder) / 'run'
-  runs.open_workdir(workdir)
-  data = prepare.load(settings, workdir)
-  documents, classes = Short(data.splits.train[0]), build.class_names(data.config)
-  objective = build.create_objective(data.config, data.tokenizer)
-  laid = objective.rows(documents, LENGTH)
-  rows = round(TEXTS * len(laid) / len(documents))
+  run = pathlib.Path(folder) / 'run'
+  workdir.open_workdir(run)
+  data = corpora.load(pretrained.fill_in(settings, run), run)
+  documents = Short(data.splits.train[0])
+  objective = assemble.create_objective(data.config, data.tokenizer)
+  rows = round(TEXTS * len(objective.rows(documents, LENGTH)) / len(documents))
   settings = dataclasses.replace(data.config, batch_size=rows)
   examples = pipeline.train_examples([documents], [1.0], objective, LENGTH, 0, rows)
-  shape = transformers.BertConfig(vocab_size=data.tokenizer.vocab_size, num_labels=len(classes))
+  shape = transformers.BertConfig(
+    vocab_size=data.tokenizer.vocab_size, num_labels=len(objective.classes)
+  )
   model = transformers.BertForSequenceClassification(shape)
   model.save_pretrained(folder)
+  size = documents.lengths('tokens').mean() + 2
   print(
-    f'{len(documents)} texts of {documents.lengths.mean() + 2:.1f} tokens; {rows} rows hold '
-    f'{TEXTS} of them.',
-    flush=True,
+    f'{len(documents)} texts of {size:.1f} tokens; {rows} rows hold {TEXTS} of them.', flush=True
   )
 
   def ours():
     for batch in pipeline.batches(examples, rows):
       yield batch, int(np.sum(batch['label_weight']))
 
-  def theirs():
-    rng, number = np.random.default_rng(0), {name: i for i, name in enumerate(classes)}
-    while True:
-      chosen = rng.choice(len(documents), TEXTS, replace=False)
-      ids = [[data.tokenizer.cls_id, *documents.text(i), data.tokenizer.sep_id] for i in chosen]
-      width = max(map(len, ids))
-      yield (
-        {
-          'input_ids': torch.tensor([row + [0] * (width - len(row)) for row in ids]),
-          'attention_mask': torch.tensor(
-            [[1] * len(row) + [0] * (width - len(row)) for row in ids]
-          ),
-          'labels': torch.tensor([number[documents.labels[i]] for i in chosen]),
-        },
-        TEXTS,
-      )
-
-  return lambda: Ours(settings, data.tokenizer, examples[0], ours(), folder), lambda: Theirs(
-    model, theirs()
+  return (
+    lambda: Ours(settings, objective, examples[0], ours(), folder),
+    lambda: Theirs(model, padded(documents, data.tokenizer, objective.classes)),
   )
+
+
+def padded(documents, tokenizer, classes):
+  """Batches of random texts, each padded to the longest of them, as transformers takes them."""
+  rng, labels = np.random.default_rng(0), documents.values('label')
+  number = {name: i for i, name in enumerate(classes)}
+  while True:
+    chosen = rng.choice(len(documents), TEXTS, replace=False)
+    rows = []
+    for i in chosen:
+      rows.append([tokenizer.cls_id, *documents.array('tokens', i), tokenizer.sep_id])
+    width = max(map(len, rows))
+    batch = {
+      'input_ids': torch.tensor([row + [0] * (width - len(row)) for row in rows]),
+      'attention_mask': torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
+      'labels': torch.tensor([number[labels[i]] for i in chosen]),
+    }
+    yield batch, TEXTS
 
 
 def serve(case, side):
@@ -256,7 +258,7 @@ def serve(case, side):
 
 
 def answer(process):
-  """The number that a side's process says next; all else it prints is passed on."""
+  """The next number that a side's process prints; all else that it prints is passed on."""
   for line in process.stdout:
     name, _, value = line.strip().partition(' ')
     if name in ('loss', 'speed'):
@@ -266,14 +268,14 @@ def answer(process):
 
 
 def ask(process, steps):
-  """Units a second over so many steps of a side."""
+  """Units per second over so many steps of a side."""
   process.stdin.write(f'{steps}\n')
   process.stdin.flush()
   return answer(process)
 
 
 def measure(case, pairs, steps):
-  """Pairs of speeds, theirs and ours, turn about, both compiled and warm."""
+  """Pairs of speeds, theirs and ours, alternating, both compiled and warm."""
   sides, losses = [], []
   for side in ('theirs', 'ours'):
     command = [sys.executable, __file__, f'--case={case}', f'--serve={side}']
@@ -294,7 +296,7 @@ def measure(case, pairs, steps):
 
 
 def speed(side, steps):
-  """Units a second."""
+  """Units per second."""
   began, count = time.perf_counter(), 0
   for _ in range(steps):
     count += side.step()[1]
@@ -308,7 +310,7 @@ def main(argv):
   )
   parser.add_argument('--case', choices=UNITS, action='append', help='all three by default')
   parser.add_argument('--pairs', type=int, default=5)
-  parser.add_argument('--steps', type=int, default=1, help='a measurement')
+  parser.add_argument('--steps', type=int, default=1, help='per measurement')
   parser.add_argument('--json')
   parser.add_argument('--serve', choices=('ours', 'theirs'), help=argparse.SUPPRESS)
   options = parser.parse_args(argv)

@@ -1,11 +1,11 @@
 """FLOP/s of the train step over what this machine's cores reach in bare matrix products, measured
-turn about in one run.
+in one run, alternating.
 
     python tests/benchmarks/roofline.py [--case=bert_base|gpt2] [--pairs=5] [--json=FILE]
 
 The peak is the best of several products of the sizes that the models have, by jax and by torch, in
 float32 on all cores. A step's FLOPs are those of its matrix products, three times the forward pass
-(`build.model_flops`); the cases are those of `pair_torch.py`.
+(`Training.flops`); the cases are those of `pair_torch.py`.
 """
 
 import argparse
@@ -35,10 +35,8 @@ def products():
   found = {}
   for size in SIZES:
     rng = np.random.default_rng(0)
-    a, b = (
-      rng.normal(size=size[:2]).astype(np.float32),
-      rng.normal(size=size[1:]).astype(np.float32),
-    )
+    a = rng.normal(size=size[:2]).astype(np.float32)
+    b = rng.normal(size=size[1:]).astype(np.float32)
     x, y = jax.device_put(a), jax.device_put(b)
     multiply = jax.jit(jax.numpy.matmul)
     u, v = torch.tensor(a), torch.tensor(b)
@@ -68,10 +66,8 @@ def main(argv):
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--json')
   options = parser.parse_args(argv)
-  found, bare = (
-    {'cores': os.cpu_count(), 'jax': jax.__version__, 'torch': torch.__version__},
-    products(),
-  )
+  found = {'cores': os.cpu_count(), 'jax': jax.__version__, 'torch': torch.__version__}
+  bare = products()
   for case in options.case or ('bert_base', 'gpt2'):
     with tempfile.TemporaryDirectory() as folder:
       ours = pair_torch.language_model(case, folder)[0]()

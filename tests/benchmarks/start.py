@@ -3,10 +3,10 @@
     python tests/benchmarks/start.py [--config=configs/bert_tiny.py] [--pairs=5] [--json=FILE]
 
 Cold: no tokenizer, no tokens, nothing compiled. Warm: all of it kept by the start before, in the
-cache folder and in the workdir. The first step has ended when its numbers stand in metrics.jsonl;
-the process is then killed. Of imports the seconds of fresh processes: `import jax`, and after it
+cache folder and in the workdir. The first step has ended when its numbers are in metrics.jsonl;
+the process is then killed. Imports are timed in fresh processes: `import jax`, and after it
 `import llm_jax.main` (the command line) or `import llm_jax.training.loop` (all that training
-needs), turn about.
+needs), alternating.
 """
 
 import argparse
