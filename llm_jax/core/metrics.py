@@ -39,7 +39,7 @@ def total(metrics: Metrics, terms: Mapping[str, float]) -> jax.Array:
     terms: the coefficient of each metric that is a loss.
 
   Example:
-    >>> float(total({'mlm': (6.0, 4.0), 'nsp': (1.0, 2.0), 'accuracy': (3.0, 4.0)}, {'mlm': 1, 'nsp': 2}))
+    >>> float(total({'mlm': (6.0, 4.0), 'nsp': (1.0, 2.0)}, {'mlm': 1.0, 'nsp': 2.0}))
     2.5
   """
   parts = [coefficient * _mean(*metrics[name]) for name, coefficient in terms.items()]

@@ -127,9 +127,8 @@ class Session:
 
     Example:
       >>> pieces = []
-      >>> (text,) = decoder.complete(
-      ...   ['def main('], max_new_tokens=8, temperature=0, stream=lambda _, piece: pieces.append(piece)
-      ... )
+      >>> stream = lambda number, piece: pieces.append(piece)
+      >>> (text,) = decoder.complete(['def main('], max_new_tokens=8, stream=stream)
       >>> ''.join(pieces) == text
       True
     """
@@ -185,8 +184,8 @@ class Session:
 
   @functools.cached_property
   def _generator(self) -> Generator:
-    program = self.program
-    return Generator(program.network.model, program.model_infos, program.layout)
+    program, network = self.program, self.program.network
+    return Generator(network.model, program.model_infos, program.layout, network.adapter)
 
   @functools.cached_property
   def _weights(self) -> Any:
