@@ -1,255 +1,170 @@
-"""Generation: what a cache holds against no cache, meshes, compilation, what is drawn, and wrong
-calls.
+"""Generation: what a cache holds against no cache, rows that join a running batch against the same
+rows alone, meshes, compilation, and wrong calls.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.inference import decoding as generate
-from llm_jax.models import decoder
-from llm_jax.nn import layers
-from llm_jax.parallel import sharding
+from llm_jax.inference import decoding
+from llm_jax.inference.sampling import Sampling
+from llm_jax.nn.stack import unstacked
 
-TINY = dict(
-  vocab_size=40,
-  dim=16,
-  heads=4,
-  mlp_dim=24,
-  layers=2,
-  max_len=64,
-  dropout=0.0,
-  attention_dropout=0.0,
-)
-GPT = decoder.Model(**TINY)
-LLAMA = decoder.Model(**decoder.VARIANTS['llama_2_7b'] | TINY | dict(kv_heads=2, window=5))
-PROMPTS = [[3, 9, 4, 1, 5], [2], [7, 8, 9, 10, 11, 12, 13, 14, 15], [6, 30, 2]]
-GREEDY = generate.Sampling(max_new_tokens=12, temperature=0.0)
+pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
-def predict(model, tokens_BT, **kwargs):
-  x = model(tokens_BT, **kwargs)
-  return (model.logits(x[0]), x[1]) if 'cache' in kwargs else model.logits(x)
-
-
-def random_params(model):
-  rng = np.random.default_rng(0)
-  shapes = jax.eval_shape(
-    lambda: nn.unbox(model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=predict))
-  )
-  return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.4, x.dtype), shapes)[
-    'params'
-  ]
-
-
-@functools.cache
-def ready(model):
-  """A generator, and weights for it, that tests share: what one has compiled the next need not."""
-  made = generate.Generator(model)
-  return made, made.weights(random_params(model))
-
-
-def run(model, prompts, sampling, eos=(), rows=None):
-  made, weights = ready(model)
-  return np.stack(list(made.tokens(weights, prompts, sampling, eos, rows)), axis=1).tolist()
-
-
-@pytest.mark.parametrize('stacked', [True, False], ids=['stacked', 'apart'])
-@pytest.mark.parametrize('model', [GPT, LLAMA], ids=['gpt', 'window'])
-def test_a_cache_gives_what_the_whole_row_gives(model, stacked):
+@pytest.mark.parametrize('stacked', [True, False], ids=['stacked', 'unstacked'])
+@pytest.mark.parametrize('name', ['learned', 'window'])
+def test_a_cache_gives_what_the_whole_row_gives(tiny, name, stacked):
   """Rows of unequal lengths, prefilled past the window, then longer than the window again."""
+  model = tiny.MODELS[name]
   rng = np.random.default_rng(1)
   tokens, lengths = rng.integers(1, 40, (3, 20)), np.array([9, 2, 7])
-  params = random_params(model)
-  whole = jax.jit(lambda t: model.apply({'params': params}, t, method=predict))(tokens)
+  params = tiny.random_params(model)
+
+  def logits(params, batch, **kwargs):
+    return model.apply({'params': params}, batch, method=tiny.logits, **kwargs)
+
+  whole = jax.jit(logits)(params, {'tokens': tokens})
   cache = model.empty_cache(3, 32)
   if not stacked:
-    params = params | {'stack': layers.apart(params['stack'])}
-    cache = cache._replace(layers=layers.apart(cache.layers))
+    params = params | {'stack': unstacked(params['stack'])}
+    cache = cache._replace(layers=unstacked(cache.layers))
   assert jax.tree.leaves(cache.layers)[0].shape[-2] == (model.window or 32)
-  step = jax.jit(
-    lambda cache, t, s: model.apply(
-      {'params': params}, t, segments_BT=s, cache=cache, method=predict
-    )
-  )
+  step = jax.jit(lambda cache, batch: logits(params, batch, cache=cache))
   segments = np.int32(np.arange(9)[None] < lengths[:, None])
-  logits, cache = step(cache, np.where(segments > 0, tokens[:, :9], 39), segments)
+  first = {'tokens': np.where(segments > 0, tokens[:, :9], 39), 'segments': segments}
+  logits_BTV, cache = step(cache, first)
   for row, length in enumerate(lengths):
-    np.testing.assert_allclose(logits[row, :length], whole[row, :length], atol=2e-5)
+    np.testing.assert_allclose(logits_BTV[row, :length], whole[row, :length], atol=2e-5)
   for i in range(11):
-    logits, cache = step(cache, tokens[np.arange(3), lengths + i][:, None], None)
-    np.testing.assert_allclose(logits[:, 0], whole[np.arange(3), lengths + i], atol=2e-5)
+    logits_BTV, cache = step(cache, {'tokens': tokens[np.arange(3), lengths + i][:, None]})
+    np.testing.assert_allclose(logits_BTV[:, 0], whole[np.arange(3), lengths + i], atol=2e-5)
   np.testing.assert_array_equal(cache.lengths_B, lengths + 11)
 
 
-def test_a_cache_in_which_a_place_is_wrong_is_seen():
-  params = random_params(LLAMA)
-  cache = LLAMA.empty_cache(1, 32)
-  step = jax.jit(lambda cache, t: LLAMA.apply({'params': params}, t, cache=cache, method=predict))
+def test_a_cache_in_which_a_slot_is_wrong_is_seen(tiny):
+  model, params = tiny.LLAMA, tiny.random_params(tiny.LLAMA)
+  cache = model.empty_cache(1, 32)
+
+  @jax.jit
+  def step(cache, tokens):
+    batch = {'tokens': tokens}
+    return model.apply({'params': params}, batch, cache=cache, method=tiny.logits)
+
   tokens = np.arange(1, 10)[None]
   _, cache = step(cache, tokens)
   before, _ = step(cache, tokens[:, :1])
-  moved = jax.tree.map(
-    lambda x: jnp.roll(x, 1, axis=-2) if x.ndim > 3 else x, cache
-  )  # all keys and values, one slot further
-  old, _ = step(moved, tokens[:, :1])  # the newest token overwrites another than the oldest
+  # All keys and values, one slot further: the newest token overwrites another than the oldest.
+  moved = jax.tree.map(lambda x: jnp.roll(x, 1, axis=-2) if x.ndim > 3 else x, cache)
+  old, _ = step(moved, tokens[:, :1])
   late, _ = step(cache._replace(lengths_B=cache.lengths_B + 1), tokens[:, :1])
   assert min(np.abs(before - old).max(), np.abs(before - late).max()) > 1e-3
 
 
-def test_a_window_larger_than_the_row_is_none():
-  without = run(LLAMA.clone(window=None), PROMPTS, GREEDY)
-  assert run(LLAMA.clone(window=64), PROMPTS, GREEDY) == without != run(LLAMA, PROMPTS, GREEDY)
+def test_a_window_larger_than_the_row_is_none(tiny):
+  without = tiny.run(tiny.MODELS['rotary'], tiny.PROMPTS, tiny.GREEDY)
+  wide = tiny.run(tiny.LLAMA.clone(window=64), tiny.PROMPTS, tiny.GREEDY)
+  assert wide == without != tiny.run(tiny.LLAMA, tiny.PROMPTS, tiny.GREEDY)
 
 
-def test_bfloat16_keeps_half_the_cache():
-  model = LLAMA.clone(dtype='bfloat16')
-  cache = model.empty_cache(2, 16)
-  assert {x.dtype for x in jax.tree.leaves(cache.layers)} == {jnp.dtype('bfloat16')}
-  made = generate.Generator(model)
-  weights = made.weights(random_params(model))
-  block = weights.params['stack']['group_0']['block']
-  assert (
-    block['mlp']['up']['flipped'].dtype == jnp.bfloat16
-    and block['mlp_norm']['scale'].dtype == jnp.float32
-  )
-  first = next(made.tokens(weights, PROMPTS, GREEDY))
-  logits = model.apply({'params': random_params(model)}, np.array([PROMPTS[2]]), method=predict)
-  assert first[2] == np.argmax(logits[0, -1])
+def plan(prompts):
+  """Rows that join at different times, greedy and drawn; the third goes where the first was."""
+  drawn = Sampling(max_new_tokens=10, temperature=1.4, top_k=12, top_p=0.95, seed=8)
+  penalized = Sampling(max_new_tokens=14, temperature=0.0, repetition_penalty=1.4)
+  return [
+    (0, 2, prompts[2], Sampling(max_new_tokens=5, temperature=0.0), 0),
+    (1, 0, prompts[0], drawn, 1),
+    (6, 2, prompts[1], dataclasses.replace(drawn, temperature=0.9, min_p=0.01), 2),
+    (6, 3, prompts[3], penalized, 3),
+  ]
 
 
-def compilations(function):
-  seen = []
-  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: seen.append(name))
-  try:
-    function()
-  finally:
-    jax.monitoring.clear_event_listeners()
-  return sum(name == '/jax/core/compile/backend_compile_duration' for name in seen)
+@pytest.mark.parametrize('name', ['learned', 'rotary', 'window'])
+def test_a_row_that_joins_gets_what_it_gets_alone(tiny, name):
+  model = tiny.MODELS[name]
+  made, weights = tiny.ready(model)
+  _, found = tiny.join(made, weights, made.empty(rows=4, slots=32), plan(tiny.PROMPTS))
+  for tokens, (_, _, prompt, sampling, number) in zip(found, plan(tiny.PROMPTS), strict=True):
+    assert tokens == tiny.run(model, [prompt], sampling, rows=[number])[0]
+  other = [(*entry[:4], entry[4] + 7) for entry in plan(tiny.PROMPTS)]
+  _, changed = tiny.join(made, weights, made.empty(rows=4, slots=32), other)
+  same = [a == b for a, b in zip(found, changed, strict=True)]
+  assert same == [True, False, False, True]  # only what is drawn depends on the number
 
 
-def test_nothing_is_compiled_after_the_first_tokens():
-  made, sampling = generate.Generator(GPT), generate.Sampling(max_new_tokens=14, seed=1)
-  weights = ready(GPT)[1]
-  tokens = made.tokens(weights, PROMPTS, sampling)
-  assert compilations(lambda: next(tokens)) >= 2  # prefill, and the step that is on its way
-  assert compilations(lambda: list(tokens)) == 0
-  other = [prompt[:-1] + [20, 21] for prompt in PROMPTS[::-1]]
-  assert (
-    compilations(
-      lambda: list(made.tokens(weights, other, dataclasses.replace(sampling, seed=2), eos_ids=[3]))
-    )
-    == 0
-  )
-  assert made.start._cache_size() == made.step._cache_size() == 1
+def test_a_row_that_joins_leaves_the_others_bit_for_bit(tiny):
+  made, weights = tiny.ready(tiny.LLAMA)
+  state, _ = tiny.join(made, weights, made.empty(rows=4, slots=32), plan(tiny.PROMPTS))
+  before = jax.tree.map(np.array, state)
+  state, _ = made.admit(weights, state, 1, tiny.PROMPTS[2], Sampling(max_new_tokens=4, seed=3), 5)
+  after, others = jax.tree.map(np.array, state), np.array([0, 2, 3])
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[others], b[others]), before, after)
+  changed = jax.tree.map(lambda a, b: not np.array_equal(a[1], b[1]), before, after)
+  assert all(jax.tree.leaves(changed.cache)) and changed.ids_B and changed.lengths_B
+  assert after.lengths_B[1] == len(tiny.PROMPTS[2]) and after.numbers.seed_B[1] == 3
+
+
+def test_rows_that_join_compile_one_program_per_bucket(tiny):
+  made, weights = tiny.generator(tiny.GPT), tiny.ready(tiny.GPT)[1]
+  states = [made.empty(rows=4, slots=48)]
+
+  def admit(row, prompt, **options):
+    state, _ = made.admit(weights, states.pop(), row, prompt, Sampling(**options), number=row)
+    states.append(made.step(weights, state)[0])
+
+  assert tiny.compilations(lambda: admit(0, [1, 2, 3], max_new_tokens=9)) >= 2
+  assert tiny.compilations(lambda: admit(3, [4] * 16, max_new_tokens=5, temperature=0.3)) == 0
+  assert tiny.compilations(lambda: admit(0, [7], max_new_tokens=30, top_k=5, seed=2)) == 0
+  assert tiny.compilations(lambda: admit(1, [7] * 17, max_new_tokens=2)) > 0
+  assert made._join._cache_size() == 2 and made._next._cache_size() == 1
+
+
+def test_nothing_is_compiled_after_the_first_tokens(tiny):
+  made, sampling = tiny.generator(tiny.GPT), Sampling(max_new_tokens=14, seed=1)
+  weights = tiny.ready(tiny.GPT)[1]
+  tokens = made.tokens(weights, tiny.PROMPTS, sampling)
+  assert tiny.compilations(lambda: next(tokens)) >= 2  # prefill, and the step that is on its way
+  assert tiny.compilations(lambda: list(tokens)) == 0
+  other = [prompt[:-1] + [20, 21] for prompt in tiny.PROMPTS[::-1]]
+  again = made.tokens(weights, other, dataclasses.replace(sampling, seed=2), eos_ids=[3])
+  assert tiny.compilations(lambda: list(again)) == 0
+  assert made._start._cache_size() == made._next._cache_size() == 1
   longer = [[1] * 30]
-  assert compilations(lambda: list(made.tokens(weights, longer, sampling))) > 0
+  assert tiny.compilations(lambda: list(made.tokens(weights, longer, sampling))) > 0
 
 
-def test_the_cache_is_not_copied():
-  made, weights = ready(GPT)
-  fixed = dict(sampling=dataclasses.replace(GREEDY, max_new_tokens=1), eos_ids=())
-  batch = dict(
-    tokens_BT=np.ones((2, 16), np.int32),
-    lengths_B=np.array([3, 4], np.int32),
-    rows_B=np.arange(2, dtype=np.int32),
-    seed=np.uint32(0),
-    limit=np.int32(4),
-  )
-  state, _ = made.start(weights, **batch, slots=32, places=0, **fixed)
-  stats = made.step.lower(weights, state=state, **fixed).compile().memory_analysis()
+def test_the_cache_is_not_copied(tiny):
+  made, weights = tiny.ready(tiny.GPT)
+  state, _ = made.admit(weights, made.empty(rows=2, slots=32), 1, [3, 4, 5], tiny.GREEDY)
+  stats = made._next.lower(weights, state=state).compile().memory_analysis()
   cache = sum(x.nbytes for x in jax.tree.leaves(state.cache))
   assert stats.alias_size_in_bytes >= cache and stats.temp_size_in_bytes < cache
-  after, _ = made.step(weights, state=state, **fixed)
+  after, _ = made.step(weights, state)
   assert all(x.is_deleted() for x in jax.tree.leaves(state.cache))
   assert not any(x.is_deleted() for x in jax.tree.leaves((weights, after)))
+  joined, _ = made.admit(weights, after, 0, [6], tiny.GREEDY)
+  assert all(x.is_deleted() for x in jax.tree.leaves(after.cache))
+  assert not any(x.is_deleted() for x in jax.tree.leaves((weights, joined)))
 
 
-def test_rows_end_with_their_last_token():
-  endless = run(GPT, PROMPTS, GREEDY)
+def test_rows_end_with_their_last_token(tiny):
+  endless = tiny.run(tiny.GPT, tiny.PROMPTS, tiny.GREEDY)
   eos = [endless[0][2], endless[2][5]]
-  found = run(GPT, PROMPTS, GREEDY, eos)
+  found = tiny.run(tiny.GPT, tiny.PROMPTS, tiny.GREEDY, eos)
   for row, whole in zip(found, endless, strict=True):
     ends = [i for i, token in enumerate(whole) if token in eos]
     kept = whole[: ends[0] + 1] if ends else whole
     assert row == (kept + [-1] * 12)[: len(row)]
   assert max(sum(token >= 0 for token in row) for row in found) == len(found[0])
-
-
-def test_what_is_drawn_has_its_probability():
-  """Chi-square over 4000 rows of one prompt, with and without top-k."""
-  params = random_params(GPT)
-  logits = np.asarray(GPT.apply({'params': params}, np.array([PROMPTS[0]]), method=predict))[
-    0, -1
-  ].astype(np.float64)
-  made, weights = ready(GPT)
-
-  def chi_square(sampling, temperature, rows=4000):
-    drawn = next(made.tokens(weights, [PROMPTS[0]] * rows, sampling))
-    kept = np.argsort(logits)[-(sampling.top_k or 40) :]
-    p = np.zeros(40)
-    p[kept] = np.exp(logits[kept] / temperature)
-    p /= p.sum()
-    counts = np.bincount(drawn, minlength=40)
-    assert not counts[p == 0].any()
-    often = rows * p > 5
-    return np.sum((counts - rows * p)[often] ** 2 / (rows * p)[often]), often.sum() - 1
-
-  for sampling in (
-    generate.Sampling(max_new_tokens=1, temperature=2.0, seed=5),
-    generate.Sampling(max_new_tokens=1, temperature=2.0, top_k=10, seed=5),
-  ):
-    found, freedom = chi_square(sampling, 2.0)
-    assert found < freedom + 4 * np.sqrt(2 * freedom), (found, freedom)
-    wrong, freedom = chi_square(sampling, 4.0)
-    assert wrong > freedom + 8 * np.sqrt(2 * freedom), (wrong, freedom)
-
-
-def test_seeds_reproduce_whatever_else_is_in_the_batch():
-  sampling = generate.Sampling(max_new_tokens=14, seed=4)
-  first = run(GPT, PROMPTS, sampling)
-  assert first == run(GPT, PROMPTS, sampling)
-  assert first[1:3] == run(GPT, PROMPTS[1:3], sampling, rows=[1, 2])
-  assert first[1:3] != run(GPT, PROMPTS[1:3], sampling)
-  assert first != run(GPT, PROMPTS, dataclasses.replace(sampling, seed=5))
-
-
-@pytest.mark.parametrize(
-  'options, message',
-  [
-    (dict(max_new_tokens=0), 'max_new_tokens=0 must be at least 1'),
-    (dict(temperature=-1.0), 'temperature=-1.0 must be at least 0'),
-    (dict(top_p=0.0), 'top_p=0.0 must be above 0 and at most 1'),
-    (dict(min_p=1.5), 'min_p=1.5 must be'),
-    (dict(top_k=-1), 'top_k=-1 must be at least 1, or 0'),
-    (dict(repetition_penalty=0.0), 'repetition_penalty=0.0 must be above 0'),
-    (dict(beams=0), 'beams=0 must be'),
-    (dict(beams=4), 'beams=4 follows the most likely texts and draws nothing; set temperature=0'),
-    (dict(temperature=0.0, top_k=5), 'top_k=5 changes nothing where temperature=0'),
-    (dict(length_penalty=0.5), 'length_penalty=0.5 is for beam search'),
-    (dict(seed=-1), 'seed=-1 must be'),
-  ],
-)
-def test_wrong_sampling(options, message):
-  with pytest.raises(ValueError, match=message):
-    generate.Sampling(**options)
 
 
 @pytest.mark.parametrize(
@@ -259,31 +174,59 @@ def test_wrong_sampling(options, message):
     ([[1], []], r'prompts of \[1, 0\] tokens'),
     (
       [[1] * 60],
-      'a prompt of 60 tokens and max_new_tokens=12 are 72 places, and the model has max_len=64; '
-      'shorten the prompt, '
-      'or set max_new_tokens=4 or less',
+      'a prompt of 60 tokens and max_new_tokens=12 are 72 positions, and the model has max_len=64; '
+      'shorten the prompt, or set max_new_tokens=4 or less',
     ),
     ([[1] * 64], 'max_len=64; shorten the prompt[.]'),
   ],
 )
-def test_wrong_prompts(prompts, message):
+def test_wrong_prompts(tiny, prompts, message):
   with pytest.raises(ValueError, match=message):
-    next(generate.Generator(GPT).tokens({}, prompts, GREEDY))
+    next(tiny.generator(tiny.GPT).tokens({}, prompts, tiny.GREEDY))
+
+
+def test_wrong_samplings_of_a_batch(tiny):
+  made, beams = tiny.generator(tiny.GPT), dataclasses.replace(tiny.GREEDY, beams=2)
+  with pytest.raises(ValueError, match='1 samplings for 2 prompts'):
+    next(made.tokens({}, [[1], [2]], [tiny.GREEDY]))
+  with pytest.raises(ValueError, match='one sampling for all prompts'):
+    next(made.tokens({}, [[1], [2]], [tiny.GREEDY, beams]))
+
+
+@pytest.mark.parametrize(
+  'row, prompt, options, message',
+  [
+    (4, [1], {}, 'row=4 must be one of the 4 rows of the batch, 0 to 3'),
+    (0, [], {}, 'one token in each'),
+    (0, [1], dict(beams=2), 'beams=2: beam search runs whole batches'),
+    (0, [1] * 30, {}, 'are 42 positions, and the rows of this batch have slots=32; shorten'),
+    (0, [1] * 60, {}, 'the model has max_len=64; shorten'),
+  ],
+)
+def test_wrong_admissions(tiny, row, prompt, options, message):
+  made = tiny.ready(tiny.GPT)[0]
+  state = made.empty(rows=4, slots=32)
+  with pytest.raises(ValueError, match=message):
+    made.admit({}, state, row, prompt, dataclasses.replace(tiny.GREEDY, **options))
+
+
+def test_an_empty_batch_longer_than_the_model_takes(tiny):
+  with pytest.raises(ValueError, match='slots=65 must be at least 1, and at most max_len=64'):
+    tiny.generator(tiny.GPT).empty(rows=1, slots=65)
 
 
 def test_lengths_are_few():
-  rounded = {generate._rounded(n) for n in range(1, 4097)}
-  assert len(rounded) < 50 and all(
-    n <= generate._rounded(n) <= n + max(15, n // 8) for n in range(1, 4097)
-  )
-  assert [generate._rounded_rows(rows, 2) for rows in (1, 2, 3, 8, 9)] == [2, 2, 4, 8, 16]
+  rounded = {decoding._rounded(n) for n in range(1, 4097)}
+  assert len(rounded) < 50
+  assert all(n <= decoding._rounded(n) <= n + max(15, n // 8) for n in range(1, 4097))
+  assert [decoding._rounded_rows(rows, 2) for rows in (1, 2, 3, 8, 9)] == [2, 2, 4, 8, 16]
 
 
 MESHES = [dict(data=2, tensor=2), dict(fsdp=4), dict(fsdp=2, sequence=2), dict(data=1, tensor=4)]
 CASES = [
-  ('window', LLAMA, GREEDY),
-  ('drawn', GPT, generate.Sampling(max_new_tokens=6, temperature=1.3, top_p=0.9, seed=2)),
-  ('beams', GPT, generate.Sampling(max_new_tokens=6, temperature=0.0, beams=4)),
+  ('window', Sampling(max_new_tokens=12, temperature=0.0)),
+  ('learned', Sampling(max_new_tokens=6, temperature=1.3, top_p=0.9, seed=2)),
+  ('learned', Sampling(max_new_tokens=6, temperature=0.0, beams=4)),
 ]
 
 
@@ -291,36 +234,59 @@ def measure():
   """Of each case, the tokens on one device and on each mesh of four, and how many compilations came
   after the first tokens.
   """
+  import conftest  # in this file's own folder, where a script looks first
+
   jax.config.update('jax_disable_most_optimizations', True)
-  for name, model, sampling in CASES:
-    params = random_params(model)
-    alone = run(model, PROMPTS[:3], sampling)
+  for name, sampling in CASES:
     for mesh in MESHES if name == 'window' else MESHES[:2]:
-      layout = sharding.create_layout(**dict(data=1) | mesh)
-      boxed = jax.eval_shape(
-        lambda model=model: model.init(
-          jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=predict
-        )
-      )
-      placed = jax.device_put(params, sharding.parameter_shardings(layout, boxed['params']))
-      made = generate.Generator(model, layout)
-      weights, columns = made.weights(placed), []
-      tokens = made.tokens(weights, PROMPTS[:3], sampling)
-      columns.append(next(tokens))
-      again = (
-        compilations(lambda tokens=tokens, columns=columns: columns.extend(tokens))
-        if sampling.beams == 1
-        else 0
-      )
-      whole = sum(x.nbytes for x in jax.tree.leaves(params))
-      held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(weights))
-      columns.extend(tokens)
-      yield dict(
-        case=f'{name} {mesh}',
-        same=np.stack(columns, axis=1).tolist() == alone,
-        compiled=again,
-        share=held / whole,
-      )
+      yield measured(conftest, name, sampling, mesh)
+  yield joined(conftest, MESHES[0])
+
+
+def placed(tiny, model, mesh):
+  """A generator on a mesh, its weights, and the share of them that one device holds."""
+  from llm_jax.core import params as params_lib
+  from llm_jax.parallel import sharding
+
+  layout = sharding.create_layout(**dict(data=1) | mesh)
+  params, infos = tiny.random_params(model), params_lib.infos(tiny.boxed_params(model))
+  made = tiny.generator(model, layout)
+  weights = made.weights(
+    jax.device_put(params, sharding.parameter_shardings(layout, params, infos))
+  )
+  held = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(weights))
+  return made, weights, held / sum(x.nbytes for x in jax.tree.leaves(params))
+
+
+def measured(tiny, name, sampling, mesh):
+  model, prompts = tiny.MODELS[name], tiny.PROMPTS[:3]
+  made, weights, share = placed(tiny, model, mesh)
+  tokens, compiled = made.tokens(weights, prompts, sampling), 0
+  columns = [next(tokens)]
+  if sampling.beams == 1:
+    compiled = tiny.compilations(lambda: columns.extend(tokens))
+  else:
+    columns.extend(tokens)
+  same = np.stack(columns, axis=1).tolist() == tiny.run(model, prompts, sampling)
+  return dict(case=f'{name} {sampling} {mesh}', same=same, compiled=compiled, share=share)
+
+
+def joined(tiny, mesh):
+  """Rows that join one another on a mesh; the second time all is compiled."""
+  made, weights, share = placed(tiny, tiny.LLAMA, mesh)
+  found = []
+
+  def join():
+    state = made.empty(rows=4, slots=32)
+    found.append(tiny.join(made, weights, state, plan(tiny.PROMPTS))[1])
+
+  join()
+  compiled = tiny.compilations(join)
+  alone = [
+    tiny.run(tiny.LLAMA, [prompt], sampling, rows=[number])[0]
+    for _, _, prompt, sampling, number in plan(tiny.PROMPTS)
+  ]
+  return dict(case=f'join {mesh}', same=found == [alone] * 2, compiled=compiled, share=share)
 
 
 def test_meshes_give_what_one_device_gives():
@@ -335,7 +301,7 @@ def test_meshes_give_what_one_device_gives():
   )
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout)
-  assert len(found) == 8
+  assert len(found) == 9
   wrong = [f for f in found if not f['same'] or f['compiled'] or f['share'] > 0.62]
   assert not wrong, '\n'.join(map(str, wrong))
 
