@@ -2,7 +2,7 @@
 work is shared out.
 
 The programs run in a process of their own (this file as a script), for which the number of CPU
-devices is set at the start. The gradient is read from AdamW's first moment after one true train
+devices is set at the start. The gradient is read from AdamW's first moment after one real train
 step, which is 0.1 of it. How the work is shared out is read from the compiled text: the sizes of
 the models are such that a dimension is known by its size.
 """
@@ -27,21 +27,16 @@ from llm_jax.core import config, tree
 from llm_jax.data.tokenizers import byte
 from llm_jax.nn.attention import ring as ring_attention
 from llm_jax.parallel import sharding
-from llm_jax.programs import build
+from llm_jax.programs import assemble, inference
+from llm_jax.training import program as programs
 
-DEVICES, ROWS, PLACES = (
-  16,
-  16,
-  32,
-)  # the cases take eight of the devices, but for the one with four axes
+DEVICES = 16  # the cases take eight of them, but for those with four axes
+ROWS, LENGTH = 16, 32
 TOLERANCE = 1e-5
-GROUPS, DIM, MLP = (
-  3,
-  64,
-  11 * 16,
-)  # only a stack of layers has a dimension of 3, only the mlp's is a multiple of 11
+# Only a stack of layers has a dimension of 3, only the mlp's is a multiple of 11.
+GROUPS, DIM, MLP = 3, 64, 11 * 16
 SHAPE = dict(
-  dim=DIM, mlp_dim=MLP, heads=8, layers=GROUPS, max_len=PLACES, dropout=0.0, attention_dropout=0.0
+  dim=DIM, mlp_dim=MLP, heads=8, layers=GROUPS, max_len=LENGTH, dropout=0.0, attention_dropout=0.0
 )
 MODELS = {  # over a vocabulary of 263, which nothing divides
   'encoder': (bert_tiny, SHAPE | dict(variant='bert_base')),
@@ -50,6 +45,9 @@ MODELS = {  # over a vocabulary of 263, which nothing divides
   'grouped': (gpt_tiny, SHAPE | dict(variant='llama_tiny', kv_heads=2, tied=False)),
 }
 TOKENIZER = byte.create()
+MLP_PRODUCT = re.compile(
+  r' dot\((%[^,]+), (%[^)]+)\).*lhs_contracting_dims={([\d,]+)}.*op_name="[^"]*/mlp/'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +59,8 @@ class Case:
   micro_batches: int = 1
 
   def __str__(self):
-    return f'{self.model}, {" ".join(f"{k}={v}" for k, v in self.mesh.items())}, {self.micro_batches} micro'
+    mesh = ' '.join(f'{axis}={size}' for axis, size in self.mesh.items())
+    return f'{self.model}, {mesh}, {self.micro_batches} micro'
 
   @property
   def devices(self):
@@ -105,26 +104,22 @@ def violations(text, case, sizes):
   products = mlp_products(text)
   if len(products) < 6:
     found.append(f'{len(products)} products of the mlp, not 6 or more')
-  for flops, wide in products:
-    if wide != MLP // tensor:
-      found.append(f'an mlp of {wide} on a device, not {MLP // tensor}')
-    if flops != 2 * ROWS * PLACES * DIM * MLP // (case.devices * case.micro_batches):
+  for flops, size in products:
+    if size != MLP // tensor:
+      found.append(f'an mlp of {size} on a device, not {MLP // tensor}')
+    if flops != 2 * ROWS * LENGTH * DIM * MLP // (case.devices * case.micro_batches):
       found.append(f'{flops} FLOPs in a product of the mlp')
-  stream = f'f32[{ROWS // (rows * case.micro_batches)},{PLACES // (sequence * tensor)},{DIM}]'
+  stream = f'f32[{ROWS // (rows * case.micro_batches)},{LENGTH // (sequence * tensor)},{DIM}]'
   if not any(stream in line for line in text.splitlines() if ' while(' in line):
     found.append(f'no loop over layers carries {stream}')
-  if (ROWS // rows, PLACES) not in parameters(text):
+  if (ROWS // rows, LENGTH) not in parameters(text):
     found.append(f'no batch of {ROWS // rows} rows')
-  gathered = [
-    shape
-    for shape in results(text, 'all-gather')
-    if GROUPS in shape and math.prod(shape) > GROUPS * 2 * MLP
-  ]
+  stacks = [shape for shape in results(text, 'all-gather') if GROUPS in shape]
+  gathered = [shape for shape in stacks if math.prod(shape) > GROUPS * 2 * MLP]
   if gathered and case.mesh.get('rules') != 'zero1':  # which gathers what it has updated
     found.append(f'whole stacks of layers are gathered: {gathered}')
-  if sequence > 1 and not re.search(
-    r' collective-permute(-start)?\(.*op_name="[^"]*/ppermute', text
-  ):
+  ring = re.search(r' collective-permute(-start)?\(.*op_name="[^"]*/ppermute', text)
+  if sequence > 1 and not ring:
     found.append('no ring')
   held, share = sum(map(math.prod, parameters(text))), shares(case, sizes)
   if held > share:
@@ -135,7 +130,7 @@ def violations(text, case, sizes):
 def shares(case, sizes):
   """How many numbers a device may hold of parameters, AdamW's two moments, and the batch.
 
-  Vectors may be whole, and so are the small tables of places and of token types.
+  Vectors may be whole, and so are the small tables of positions and of token types.
   """
   whole = re.compile('(bias|scale|position/embedding|token_type/embedding)$')
 
@@ -143,13 +138,10 @@ def shares(case, sizes):
     return sum(size if whole.search(path) else size // parts for path, size in sizes.items())
 
   tensor, rows = case.parts('tensor'), case.parts('data', 'fsdp')
-  zero1 = case.mesh.get('rules') == 'zero1'
-  fsdp = case.parts('fsdp')
-  return (
-    7 * ROWS * PLACES // rows
-    + cut(1 if zero1 else tensor * fsdp)
-    + 2 * cut(tensor * (rows if zero1 else fsdp))
-  )
+  batch = 7 * ROWS * LENGTH // rows
+  if case.mesh.get('rules') == 'zero1':
+    return batch + cut(1) + 2 * cut(tensor * rows)
+  return batch + 3 * cut(tensor * case.parts('fsdp'))
 
 
 def mlp_products(text):
@@ -160,12 +152,11 @@ def mlp_products(text):
       shapes = {}  # another computation
     if result := re.match(r'\s*(?:ROOT )?(%\S+) = \w+\[([\d,]*)\]', line):
       shapes[result[1]] = dimensions(result[2])
-    product = re.search(
-      r' dot\((%[^,]+), (%[^)]+)\).*lhs_contracting_dims={([\d,]+)}.*op_name="[^"]*/mlp/', line
-    )
+    product = MLP_PRODUCT.search(line)
     if product:
       left, right = shapes[product[1]], shapes[product[2]]
-      flops = 2 * math.prod(shapes[result[1]]) * math.prod(left[i] for i in dimensions(product[3]))
+      summed = math.prod(left[i] for i in dimensions(product[3]))
+      flops = 2 * math.prod(shapes[result[1]]) * summed
       products.append((flops, max((size for size in (*left, *right) if size % 11 == 0), default=0)))
   return products
 
@@ -187,31 +178,32 @@ def dimensions(text):
 
 
 def program(small, case):
-  """The Program of a case, its batch, and parameters away from the start, where biases are zero."""
+  """The program of a case, and its batch."""
   module, model = MODELS[case.model]
   parsed = module.get_config().to_dict()
   parsed |= dict(
-    seq_len=PLACES,
+    seq_len=LENGTH,
     batch_size=ROWS,
     micro_batches=case.micro_batches,
     mesh=case.mesh,
     model=parsed['model'] | model,
     optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0),
   )
-  parsed = build.resolve(config.parse(parsed), TOKENIZER.vocab_size, None)
-  objective = build.create_objective(parsed, TOKENIZER)
+  parsed = assemble.resolve(config.parse(parsed), TOKENIZER.vocab_size)
+  objective = assemble.create_objective(parsed, TOKENIZER)
   documents = small.random_documents(
     [9, 5, 20, 40, 7, 11, 13, 60] * 12, vocab_size=TOKENIZER.vocab_size
   )
-  rows, rng = objective.rows(documents, PLACES), np.random.default_rng(0)
+  rows, rng = objective.rows(documents, LENGTH), np.random.default_rng(0)
   examples = [objective.transform(rows.example(i, rng), rng) for i in range(ROWS)]
-  return build.build(parsed, TOKENIZER, examples[0], jax.devices()[: case.devices]), small.stack(
-    examples
-  )
+  devices = jax.devices()[: case.devices]
+  return programs.build(parsed, objective, examples[0], devices), small.stack(examples)
 
 
 def gradient(made, compiled, batch):
-  """The loss and the gradients by path, from one train step."""
+  """The loss and the gradients by path, from one train step with parameters away from the start,
+  where biases are zero.
+  """
   rng = np.random.default_rng(1)
   state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), made.state)
   params = jax.tree_util.tree_map_with_path(
@@ -220,10 +212,9 @@ def gradient(made, compiled, batch):
   )
   state = state.replace(params=params)
   state = jax.tree.map(lambda array, leaf: jax.device_put(array, leaf.sharding), state, made.state)
-  state, pairs = compiled(state, made.put(batch))
-  return float(pairs['loss'][0]), {
-    path: 10 * np.asarray(g) for path, g in tree.flatten(moment(state.opt_state)).items()
-  }
+  state, metrics = compiled(state, made.put(batch))
+  moments = tree.flatten(moment(state.opt_state))
+  return float(metrics['loss'][0]), {path: 10 * np.asarray(g) for path, g in moments.items()}
 
 
 def moment(opt_state):
@@ -242,15 +233,12 @@ def deviation(found, true):
   query's bias is its measure.
   """
   (loss, gradients), (true_loss, true_gradients) = found, true
-  scale = {
-    path: np.abs(true_gradients[path.replace('key/bias', 'query/bias')]).max()
-    for path in true_gradients
-  }
-  assert min(scale.values()) > 0, scale
-  return max(
-    abs(loss / true_loss - 1),
-    *(np.abs(gradients[path] - g).max() / scale[path] for path, g in true_gradients.items()),
-  )
+  worst = abs(loss / true_loss - 1)
+  for path, wanted in true_gradients.items():
+    scale = np.abs(true_gradients[path.replace('key/bias', 'query/bias')]).max()
+    assert scale > 0, path
+    worst = max(worst, np.abs(gradients[path] - wanted).max() / scale)
+  return worst
 
 
 def alone(small, model):
@@ -283,19 +271,16 @@ def break_(small):
   """What the measures say of programs that are wrong: each must be seen."""
   case = Case('grouped', dict(data=2, sequence=2, tensor=2))
   true, _, sizes = alone(small, case.model)
-  with mock.patch.object(
-    ring_attention, '_blocks', lambda ring, length: (0, 1)
-  ):  # of all keys only a device's own
+  # Of all keys only a device's own.
+  with mock.patch.object(ring_attention, '_blocks', lambda ring, length: (0, 1)):
     made, batch = program(small, case)
     yield dict(deviation=float(deviation(gradient(made, compiled(made), batch), true)))
-  with mock.patch.object(
-    build, '_laid_out', lambda layout, function: function
-  ):  # nothing inside of the program is laid out
+  # Nothing inside of the program is laid out.
+  with mock.patch.object(inference, 'on_layout', lambda layout, function: function):
     yield dict(violations=violations(compiled(program(small, case)[0]).as_text(), case, sizes))
   case = Case('grouped', dict(fsdp=8))
-  with mock.patch.dict(
-    sharding.RULES, fsdp=sharding.Rules({}, {})
-  ):  # parameters whole on each device
+  # Parameters whole on each device.
+  with mock.patch.dict(sharding.RULES, fsdp=sharding.Rules({}, {})):
     yield dict(violations=violations(compiled(program(small, case)[0]).as_text(), case, sizes))
 
 
@@ -339,9 +324,8 @@ def test_every_mesh_computes_the_same_and_shares_the_work(model):
 def test_the_last_layer_may_run_where_it_is_read_alone():
   single, mesh, ring = run('unrolled')
   assert max(single['deviation'], mesh['deviation'], ring['deviation']) < TOLERANCE
-  assert (
-    single['flops'] == mesh['flops'] < ring['flops']
-  )  # where rows are cut, the last layer is as the others
+  # Where rows are cut, the last layer is as the others.
+  assert single['flops'] == mesh['flops'] < ring['flops']
 
 
 def test_what_is_wrong_is_seen():
@@ -352,7 +336,8 @@ def test_what_is_wrong_is_seen():
 
 
 if __name__ == '__main__':
-  import conftest  # in this file's own folder, where a script looks first
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+  import conftest
 
   other = {'broken': break_, 'unrolled': unrolled}.get(sys.argv[1])
   print(json.dumps(list(other(conftest) if other else measure(conftest, sys.argv[1]))))
