@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.data.sources import stdlib
-from llm_jax.data.tokenizers import _convert, byte, hf, sentencepiece
+from llm_jax.data.tokenizers import _convert, _training, byte, hf, sentencepiece
 
 library = pytest.importorskip('tokenizers')
 transformers = pytest.importorskip('transformers')
@@ -278,7 +278,7 @@ def foreign(**options):
 
 def own(**options):
   return sentencepiece.Tokenizer(
-    sentencepiece._train(
+    _training.train(
       corpus(),
       dict(
         vocab_size=1000,

@@ -87,17 +87,15 @@ def foreign(model: bytes, *, xlm_roberta: bool) -> tuple[dict[str, Any], dict[st
   if xlm_roberta:
     model = _xlm_roberta(model)
   pieces = {piece.piece: number for number, piece in enumerate(_parse(model).pieces)}
-  specials = {
-    name: text
-    for name, usual in _export.NAMES.items()
-    for text in reversed(usual)
-    if text in pieces
-  }
+  specials = {}
+  for name, usual in _export.NAMES.items():
+    known = [text for text in usual if text in pieces]
+    if known:
+      specials[name] = known[0]
   if xlm_roberta:
     specials |= {'cls': '<s>', 'sep': '</s>'}
-  return convert(
-    model, {name: pieces[text] for name, text in specials.items()}, sign_is_space=True
-  ), specials
+  ids = {name: pieces[text] for name, text in specials.items()}
+  return convert(model, ids, sign_is_space=True), specials
 
 
 def rounded(model: bytes) -> bytes:
@@ -122,9 +120,9 @@ def _xlm_roberta(model: bytes) -> bytes:
     raise ValueError(
       f'a model of XLM-RoBERTa begins with <unk>, <s>, </s>, this one with {", ".join(first)}.'
     )
-  pad, mask = (
-    type(first['<s>'])(piece=text, score=0.0, type=_CONTROL) for text in ('<pad>', '<mask>')
-  )
+  make = type(first['<s>'])
+  pad = make(piece='<pad>', score=0.0, type=_CONTROL)
+  mask = make(piece='<mask>', score=0.0, type=_CONTROL)
   pieces = [first['<s>'], pad, first['</s>'], first['<unk>'], *proto.pieces[3:], mask]
   del proto.pieces[:]
   proto.pieces.extend(pieces)
@@ -141,9 +139,8 @@ def special_names(proto: Any, specials: Mapping[str, int]) -> dict[int, str]:
 
 
 def _parse(model: bytes) -> Any:
-  from google.protobuf.message import (
-    DecodeError,
-  )  # here, both: only training and export need protobuf
+  # Here, both: only training and export need protobuf.
+  from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2
 
   try:
@@ -157,16 +154,14 @@ def _parse(model: bytes) -> Any:
   kind = proto.trainer_spec.model_type
   if kind not in (_UNIGRAM, _BPE):
     raise ValueError(
-      f'a SentencePiece model of type {kind} cannot be converted: the tokenizers library has '
-      'unigram and BPE.'
+      f'a SentencePiece model of type {kind} is not supported: the tokenizers library has unigram '
+      'and BPE.'
     )
-  if (
-    any(piece.type == _UNUSED for piece in proto.pieces)
-    or proto.trainer_spec.treat_whitespace_as_suffix
-  ):
+  unused = any(piece.type == _UNUSED for piece in proto.pieces)
+  if unused or proto.trainer_spec.treat_whitespace_as_suffix:
     raise ValueError(
-      'a SentencePiece model with unused pieces, or with the space behind its word, cannot be '
-      'converted.'
+      'a SentencePiece model with unused pieces, or with the space behind its word, is not '
+      'supported.'
     )
   return proto
 
@@ -176,11 +171,11 @@ def _stand_ins(proto: Any, specials: Iterable[str]) -> dict[str, str]:
   symbols = {piece.piece for piece in proto.pieces if piece.type == _USER} - set(specials)
   used = set().union(*(piece.piece for piece in proto.pieces))
   free = (chr(number) for number in itertools.count(_PRIVATE) if chr(number) not in used)
-  return {
-    symbol: next(free)
-    for symbol in sorted(symbols, key=lambda symbol: (-len(symbol), symbol))
-    if len(symbol) > 1 or _is_mapped(proto.normalizer_spec, symbol)
-  }
+  found = {}
+  for symbol in sorted(symbols, key=lambda symbol: (-len(symbol), symbol)):
+    if len(symbol) > 1 or _is_mapped(proto.normalizer_spec, symbol):
+      found[symbol] = next(free)
+  return found
 
 
 def _is_mapped(spec: Any, character: str) -> bool:
@@ -189,10 +184,9 @@ def _is_mapped(spec: Any, character: str) -> bool:
   """
   if not spec.precompiled_charsmap:
     return False
-  return (
-    spec.name not in ('nfkc', 'nfkc_cf')
-    or unicodedata.normalize('NFKC', character).casefold() != character
-  )
+  if spec.name not in ('nfkc', 'nfkc_cf'):
+    return True
+  return unicodedata.normalize('NFKC', character).casefold() != character
 
 
 def _spelled(piece: Any, stand_ins: Mapping[str, str]) -> str:
@@ -202,14 +196,15 @@ def _spelled(piece: Any, stand_ins: Mapping[str, str]) -> str:
 
 
 def _bpe(proto: Any, vocab: list[str], unknown: int, bytes_too: bool) -> dict[str, Any]:
-  normal = {text for text, piece in zip(vocab, proto.pieces, strict=True) if piece.type == _NORMAL}
+  normal = set(_of_types(proto, vocab, _NORMAL))
   merges = []
   for text, piece in zip(vocab, proto.pieces, strict=True):
-    if piece.type == _NORMAL:
-      splits = [(text[:i], text[i:]) for i in range(len(text) - 1, 0, -1)]
-      merges += [
-        (-piece.score, split) for split in splits if split[0] in normal and split[1] in normal
-      ]
+    if piece.type != _NORMAL:
+      continue
+    for i in range(len(text) - 1, 0, -1):
+      left, right = text[:i], text[i:]
+      if left in normal and right in normal:
+        merges.append((-piece.score, [left, right]))
   merges.sort(key=lambda merge: merge[0])  # stable: the splits of a piece stay in their order
   return {
     'type': 'BPE',
@@ -221,7 +216,7 @@ def _bpe(proto: Any, vocab: list[str], unknown: int, bytes_too: bool) -> dict[st
     'byte_fallback': bytes_too,
     'ignore_merges': False,
     'vocab': {text: number for number, text in enumerate(vocab)},
-    'merges': [list(split) for _, split in merges],
+    'merges': [merge for _, merge in merges],
   }
 
 
@@ -229,45 +224,47 @@ def _unigram(proto: Any, vocab: list[str], unknown: int, bytes_too: bool) -> dic
   normal = [piece.score for piece in proto.pieces if piece.type == _NORMAL] or [0.0]
   # The lowest score sets the price of an unknown character, so nothing but ordinary pieces may set
   # it.
-  user = [max(min(normal), len(piece.piece.encode()) * max(normal) - 0.1) for piece in proto.pieces]
-  scores = [
-    own if piece.type == _USER else piece.score
-    for own, piece in zip(user, proto.pieces, strict=True)
-  ]
+  low, high = min(normal), max(normal)
+  scored = []
+  for text, piece in zip(vocab, proto.pieces, strict=True):
+    score = piece.score
+    if piece.type == _USER:
+      score = max(low, len(piece.piece.encode()) * high - 0.1)
+    scored.append([text, score])
   return {
     'type': 'Unigram',
     'unk_id': unknown,
     'byte_fallback': bytes_too,
-    'vocab': [[text, score] for text, score in zip(vocab, scores, strict=True)],
+    'vocab': scored,
   }
 
 
 def _cuts(proto: Any, vocab: list[str]) -> list[dict[str, Any]]:
   """A pre-tokenizer that cuts through the spelling of each piece that no text may become."""
-  reserved = [
-    text
-    for text, piece in zip(vocab, proto.pieces, strict=True)
-    if piece.type in (_CONTROL, _UNKNOWN)
-  ]
-  ordinary = [
-    text for text, piece in zip(vocab, proto.pieces, strict=True) if piece.type in (_NORMAL, _USER)
-  ]
-  byte = ['(?<=<)(?=0x[0-9A-F]{2}>)'] if any(piece.type == _BYTE for piece in proto.pieces) else []
-  return [split(cuts(reserved, ordinary) + byte)]
+  reserved = _of_types(proto, vocab, _CONTROL, _UNKNOWN)
+  patterns = cuts(reserved, _of_types(proto, vocab, _NORMAL, _USER))
+  if _of_types(proto, vocab, _BYTE):
+    patterns.append('(?<=<)(?=0x[0-9A-F]{2}>)')
+  return [split(patterns)]
+
+
+def _of_types(proto: Any, vocab: list[str], *types: int) -> list[str]:
+  """The spellings of the pieces of some types."""
+  return [text for text, piece in zip(vocab, proto.pieces, strict=True) if piece.type in types]
 
 
 def cuts(reserved: Iterable[str], ordinary: Iterable[str]) -> list[str]:
-  """Regular expressions for a place within each `reserved` spelling: one that no `ordinary` one
+  """Regular expressions for a position within each `reserved` spelling: one that no `ordinary` one
   spans, or else the last.
   """
   pairs = {text[i : i + 2] for text in ordinary for i in range(len(text) - 1)}
   patterns = []
   for text in reserved:
-    if len(text) > 1:
-      place = next(
-        (i for i in range(1, len(text)) if text[i - 1 : i + 1] not in pairs), len(text) - 1
-      )
-      patterns.append(f'(?<={re.escape(text[:place])})(?={re.escape(text[place:])})')
+    if len(text) < 2:
+      continue
+    free = [i for i in range(1, len(text)) if text[i - 1 : i + 1] not in pairs]
+    cut = free[0] if free else len(text) - 1
+    patterns.append(f'(?<={re.escape(text[:cut])})(?={re.escape(text[cut:])})')
   return patterns
 
 
@@ -309,10 +306,9 @@ def _normalizers(
 
 def _decoders(proto: Any, stand_ins: Mapping[str, str], bytes_too: bool) -> list[dict[str, Any]]:
   steps = [_export.replace(private, symbol) for symbol, private in stand_ins.items()]
-  steps += [{'type': 'ByteFallback'}] if bytes_too else []
+  if bytes_too:
+    steps.append({'type': 'ByteFallback'})
   steps.append({'type': 'Fuse'})
-  return (
-    steps
-    + [{'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0}]
-    * proto.normalizer_spec.add_dummy_prefix
-  )
+  if proto.normalizer_spec.add_dummy_prefix:
+    steps.append({'type': 'Strip', 'content': ' ', 'start': 1, 'stop': 0})
+  return steps

@@ -44,11 +44,12 @@ def folder(
     causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has
       type 1.
     max_len: the longest row that the model takes.
-    token_types: whether the model wants to be told the types.
+    token_types: whether the model reads the types.
   """
-  around = (
-    {'before': specials['bos']} if causal else {'before': specials['cls'], 'after': specials['sep']}
-  )
+  if causal:
+    post_processor = template(before=specials['bos'])
+  else:
+    post_processor = template(before=specials['cls'], after=specials['sep'])
   names = {f'{name}_token': text for name, (_, text) in specials.items()}
   inputs = ['input_ids', *['token_type_ids'] * token_types, 'attention_mask']
   config = {
@@ -57,10 +58,11 @@ def folder(
     'clean_up_tokenization_spaces': False,
     'model_input_names': inputs,
   } | names
-  whole = dict(description) | {'post_processor': template(**around)}
+  whole = dict(description) | {'post_processor': post_processor}
   return {
-    name: json.dumps(content, ensure_ascii=False, indent=None if name == FILES[0] else 2)
-    for name, content in zip(FILES, (whole, config, names), strict=True)
+    'tokenizer.json': json.dumps(whole, ensure_ascii=False),
+    'tokenizer_config.json': json.dumps(config, ensure_ascii=False, indent=2),
+    'special_tokens_map.json': json.dumps(names, ensure_ascii=False, indent=2),
   }
 
 
@@ -118,13 +120,12 @@ def template(
     return [{'Sequence': {'id': name, 'type_id': type_id}}]
 
   first = item(before, 0) + text('A', 0) + item(after, 0)
-  second = (
-    (item(before, 1) if not after else []) + text('B', 1) + item(after, 1)
-  )  # BERT's pairs have one [CLS]
-  tokens = {
-    text: {'id': text, 'ids': [number], 'tokens': [text]}
-    for number, text in filter(None, (before, after))
-  }
+  second = text('B', 1) + item(after, 1)
+  if not after:  # BERT's pairs have one [CLS]
+    second = item(before, 1) + second
+  tokens = {}
+  for number, name in filter(None, (before, after)):
+    tokens[name] = {'id': name, 'ids': [number], 'tokens': [name]}
   return {
     'type': 'TemplateProcessing',
     'single': first,
@@ -146,4 +147,6 @@ def replace_regex(pattern: str, new: str) -> dict[str, Any]:
 def _sequence(parts: Any, key: str) -> Any:
   if not isinstance(parts, list):
     return parts
-  return {'type': 'Sequence', key: parts} if len(parts) > 1 else parts[0] if parts else None
+  if len(parts) > 1:
+    return {'type': 'Sequence', key: parts}
+  return parts[0] if parts else None

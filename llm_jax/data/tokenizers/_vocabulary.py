@@ -8,13 +8,11 @@ from typing import Any
 from llm_jax.data.tokenizers import _convert, _export
 
 SENTENCEPIECE = ('tokenizer.model', 'spiece.model', 'sentencepiece.bpe.model')
-_BYTE_LEVEL = (
-  'GPT2Tokenizer',
-  'RobertaTokenizer',
-)  # others split texts by rules of their own, which vocab.json does not say
+# Other classes split texts by rules of their own, which vocab.json does not say.
+_BYTE_LEVEL = ('GPT2Tokenizer', 'RobertaTokenizer')
 
 
-def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
+def with_tokenizer_json(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   """The files with a tokenizer.json, and a tokenizer_config.json that goes with it.
 
   Args:
@@ -28,11 +26,9 @@ def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   """
   known = ('vocab.txt', 'vocab.json', 'merges.txt', *SENTENCEPIECE)
   there = {name for name in known if os.path.isfile(os.path.join(directory, name))}
-  options = {
-    key: value
-    for name in ('special_tokens_map.json', 'tokenizer_config.json')
-    for key, value in json.loads(files.get(name, '{}')).items()
-  }
+  options: dict[str, Any] = {}
+  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+    options |= json.loads(files.get(name, '{}'))
   if os.path.isfile(os.path.join(directory, 'added_tokens.json')):
     with open(os.path.join(directory, 'added_tokens.json'), encoding='utf-8') as file:
       options['added_tokens'] = json.load(file)
@@ -46,18 +42,16 @@ def complete(directory: str, files: Mapping[str, str]) -> dict[str, str]:
   else:
     raise ValueError(
       f'{directory} holds no tokenizer; looked for tokenizer.json, vocab.txt, vocab.json with '
-      'merges.txt, '
-      f'{", ".join(SENTENCEPIECE)}.'
+      f'merges.txt, {", ".join(SENTENCEPIECE)}.'
     )
-  config = (
-    {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
-    | {
-      key: options[key]
-      for key in ('model_max_length', 'chat_template', 'model_input_names')
-      if key in options
-    }
-    | names
-  )
+  config: dict[str, Any] = {
+    'tokenizer_class': 'PreTrainedTokenizerFast',
+    'clean_up_tokenization_spaces': False,
+  }
+  for key in ('model_max_length', 'chat_template', 'model_input_names'):
+    if key in options:
+      config[key] = options[key]
+  config |= names
   return dict(files) | {
     'tokenizer.json': json.dumps(description, ensure_ascii=False),
     'tokenizer_config.json': json.dumps(config, ensure_ascii=False, indent=2),
@@ -68,13 +62,12 @@ def byte_alphabet() -> dict[str, int]:
   """The characters that stand for bytes in a byte-level vocabulary (GPT-2): printable Latin-1 as it
   is, the rest from U+0100.
   """
-  printable = [
-    byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or 174 <= byte <= 255
-  ]
-  others = [byte for byte in range(256) if byte not in printable]
-  return {chr(byte): byte for byte in printable} | {
-    chr(256 + number): byte for number, byte in enumerate(others)
-  }
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = sorted(set(range(256)) - set(printable))
+  alphabet = {chr(byte): byte for byte in printable}
+  for number, byte in enumerate(others):
+    alphabet[chr(256 + number)] = byte
+  return alphabet
 
 
 def _wordpiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -82,9 +75,8 @@ def _wordpiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], d
   Chinese signs.
   """
   vocab = {line: number for number, line in enumerate(_lines(path))}
-  names = _names(
-    options, {name: _export.NAMES[name][0] for name in ('pad', 'unk', 'cls', 'sep', 'mask')}, vocab
-  )
+  usual = {name: _export.NAMES[name][0] for name in ('pad', 'unk', 'cls', 'sep', 'mask')}
+  names = _names(options, usual, vocab)
   if 'unk_token' not in names:
     raise ValueError(f'{path} has no [UNK]; name the unknown token in tokenizer_config.json.')
   normalizer = {
@@ -101,17 +93,18 @@ def _wordpiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], d
     'max_input_chars_per_word': 100,
     'vocab': vocab,
   }
-  ends = [
-    (vocab[names[key]], names[key]) if key in names else None for key in ('cls_token', 'sep_token')
-  ]
-  return _export.description(
+  ends = []
+  for key in ('cls_token', 'sep_token'):
+    ends.append((vocab[names[key]], names[key]) if key in names else None)
+  description = _export.description(
     model,
     _added(options, names, vocab),
     normalizer=normalizer,
     pre_tokenizer={'type': 'BertPreTokenizer'},
     decoder={'type': 'WordPiece', 'prefix': '##', 'cleanup': True},
     post_processor=_export.template(*ends),
-  ), names
+  )
+  return description, names
 
 
 def _byte_level(
@@ -122,9 +115,8 @@ def _byte_level(
   if kind not in _BYTE_LEVEL:
     raise ValueError(
       f'{directory} holds the vocabulary of a {kind} without a tokenizer.json; vocab.json and '
-      'merges.txt are '
-      f'enough for {" and ".join(_BYTE_LEVEL)} only. Open it with transformers once and save it: '
-      'that writes one.'
+      f'merges.txt are enough for {" and ".join(_BYTE_LEVEL)} only. Open it with transformers once '
+      'and save it: that writes one.'
     )
   path = os.path.join(directory, 'vocab.json')
   with open(path, encoding='utf-8') as file:
@@ -148,11 +140,15 @@ def _byte_level(
     'trim_offsets': roberta,
     'use_regex': True,
   }
-  around = {'type': 'RobertaProcessing', 'trim_offsets': True, 'add_prefix_space': space} | {
-    key: [names[f'{key}_token'], vocab[names[f'{key}_token']]]
-    for key in ('sep', 'cls')
-    if f'{key}_token' in names
+  around: dict[str, Any] = {
+    'type': 'RobertaProcessing',
+    'trim_offsets': True,
+    'add_prefix_space': space,
   }
+  for key in ('sep', 'cls'):
+    text = names.get(f'{key}_token')
+    if text is not None:
+      around[key] = [text, vocab[text]]
   model = {
     'type': 'BPE',
     'dropout': None,
@@ -165,13 +161,14 @@ def _byte_level(
     'vocab': vocab,
     'merges': merges,
   }
-  return _export.description(
+  description = _export.description(
     model,
     _added(options, names, vocab),
     pre_tokenizer=level,
     decoder=level,
     post_processor=around if roberta else level,
-  ), names
+  )
+  return description, names
 
 
 def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -184,15 +181,11 @@ def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
     )
   except ValueError as error:
     raise ValueError(f'{path}: {error}') from error
-  size, added = (
-    len(description['model']['vocab']),
-    {token['id']: token for token in description['added_tokens']},
-  )
-  added |= {
-    token['id']: token | {'normalized': False}
-    for token in _added(options, {}, {})
-    if token['id'] >= size
-  }
+  size = len(description['model']['vocab'])
+  added = {token['id']: token for token in description['added_tokens']}
+  for token in _added(options, {}, {}):
+    if token['id'] >= size:
+      added[token['id']] = token | {'normalized': False}
   description['added_tokens'] = [added[number] for number in sorted(added)]
   texts = {token['content']: token['id'] for token in description['added_tokens']}
   names = _names(options, specials, texts)
@@ -229,11 +222,12 @@ def _added(
   for text, number in (options.get('added_tokens') or {}).items():
     added.setdefault(number, _export.added_token(number, text, special=False))
   for number, token in (options.get('added_tokens_decoder') or {}).items():
-    added[int(number)] = _export.added_token(
-      int(number), token['content'], special=token.get('special', False)
-    ) | {
-      key: token[key] for key in ('single_word', 'lstrip', 'rstrip', 'normalized') if key in token
-    }
+    special = token.get('special', False)
+    entry = _export.added_token(int(number), token['content'], special=special)
+    for key in ('single_word', 'lstrip', 'rstrip', 'normalized'):
+      if key in token:
+        entry[key] = token[key]
+    added[int(number)] = entry
   return [added[number] for number in sorted(added)]
 
 

@@ -8,15 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-_SIGN_BY_SIGN = (
-  'CJK',
-  'HIRAGANA',
-  'KATAKANA',
-  'THAI',
-  'LAO',
-  'KHMER',
-  'MYANMAR',
-)  # scripts written without spaces
+# Scripts that are written without spaces, by the beginnings of Unicode's names.
+_SIGN_BY_SIGN = ('CJK', 'HIRAGANA', 'KATAKANA', 'THAI', 'LAO', 'KHMER', 'MYANMAR')
 
 
 def utf8(text: str) -> bytes:
@@ -46,9 +39,8 @@ def begins_word(character: str) -> bool:
   without spaces.
   """
   if not character.isalnum():
-    return not unicodedata.category(character).startswith(
-      ('M', 'Cf')
-    )  # marks and joiners belong to what is before
+    # Marks and joiners belong to what is before.
+    return not unicodedata.category(character).startswith(('M', 'Cf'))
   return unicodedata.name(character, '').startswith(_SIGN_BY_SIGN)
 
 
@@ -74,18 +66,20 @@ def bytes_begin_word(spelled: bytes) -> bool:
 def parts(
   text: str, known: Mapping[str, Sequence[int]]
 ) -> Iterator[tuple[int, str, Sequence[int] | None]]:
-  """Cuts a text at the strings that have ids of their own, the longest at each place: place,
-  string, ids (None between them).
+  """Cuts a text at the strings that have ids of their own, where several begin at the longest.
+
+  Yields:
+    Where each part begins, the part, and its ids; None for text between such strings.
   """
   names = sorted(filter(None, known), key=len, reverse=True)
-  place = 0
+  end = 0  # of what has been cut off
   for match in re.finditer('|'.join(map(re.escape, names)), text) if names else ():
-    if match.start() > place:
-      yield place, text[place : match.start()], None
+    if match.start() > end:
+      yield end, text[end : match.start()], None
     yield match.start(), match[0], known[match[0]]
-    place = match.end()
-  if place < len(text):
-    yield place, text[place:], None
+    end = match.end()
+  if end < len(text):
+    yield end, text[end:], None
 
 
 def joined(pieces: Iterable[tuple[Sequence[int], Sequence]]) -> tuple[np.ndarray, np.ndarray]:

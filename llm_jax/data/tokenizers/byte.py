@@ -16,8 +16,8 @@ _TEXTS = {usual[0]: [number] for number, usual in enumerate(_export.NAMES.values
 
 
 class Tokenizer:
-  """Byte b of a text's UTF-8 is id b + 7; any text comes back exactly. No text holds `unk`: the
-  contract wants its id.
+  """Byte b of a text's UTF-8 is id b + 7; any text comes back exactly. No text holds `unk`, whose
+  id the contract asks for.
   """
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(len(SPECIALS))
@@ -29,9 +29,8 @@ class Tokenizer:
     first = len(SPECIALS)
     self.special = np.arange(self.vocab_size) < first
     self.token_bytes = np.where(self.special, 0, 1).astype(np.int32)
-    self.word_start = np.array(
-      [False] * first + [_words.byte_begins_word(byte) for byte in range(256)]
-    )
+    starts = [_words.byte_begins_word(byte) for byte in range(256)]
+    self.word_start = np.array([False] * first + starts)
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
     """Returns the ids [n] int32 of the n bytes; ValueError for half of a surrogate pair, which
@@ -49,32 +48,23 @@ class Tokenizer:
   def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids [n] int32 and, [n, 2], where each one's character begins and ends in the text."""
     _words.utf8(text)
-    return _words.joined(
-      _ids_and_spans(place, part, ids)
-      for place, part, ids in _words.parts(text, _TEXTS if special else {})
-    )
+    parts = _words.parts(text, _TEXTS if special else {})
+    return _words.joined(_ids_and_spans(start, part, ids) for start, part, ids in parts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for
     an id out of range.
     """
     ids = _words.checked(ids, self.vocab_size)
-    return (
-      (ids[ids >= len(SPECIALS)] - len(SPECIALS))
-      .astype(np.uint8)
-      .tobytes()
-      .decode('utf-8', 'replace')
-    )
+    spelled = ids[ids >= len(SPECIALS)] - len(SPECIALS)
+    return spelled.astype(np.uint8).tobytes().decode('utf-8', 'replace')
 
   def save(self, directory: str) -> None:
     """Writes tokenizer.json into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)
+    specials = {name: number for number, name in enumerate(SPECIALS)}
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
-      json.dump(
-        {'name': 'byte', 'specials': {name: number for number, name in enumerate(SPECIALS)}},
-        file,
-        indent=2,
-      )
+      json.dump({'name': 'byte', 'specials': specials}, file, indent=2)
 
   def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
     """Writes what `transformers.AutoTokenizer` opens, with the same ids: a BPE without merges,
@@ -86,9 +76,8 @@ class Tokenizer:
       max_len: the longest row that the model takes.
       token_types: whether the model tells the texts of a pair apart by an embedding.
     """
-    vocab = {text: number for text, [number] in _TEXTS.items()} | {
-      f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)
-    }
+    vocab = {text: number for text, [number] in _TEXTS.items()}
+    vocab |= {f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)}
     model = {
       'type': 'BPE',
       'dropout': None,
@@ -109,23 +98,18 @@ class Tokenizer:
     specials = {
       name: (number, text) for name, (text, [number]) in zip(SPECIALS, _TEXTS.items(), strict=True)
     }
-    _export.write(
-      directory,
-      _export.folder(
-        description, specials, causal=causal, max_len=max_len, token_types=token_types
-      ),
-    )
+    options = dict(causal=causal, max_len=max_len, token_types=token_types)
+    _export.write(directory, _export.folder(description, specials, **options))
 
 
 def _ids_and_spans(
-  place: int, text: str, ids: Sequence[int] | None
+  start: int, text: str, ids: Sequence[int] | None
 ) -> tuple[Sequence[int], Sequence]:
   if ids is not None:
-    return ids, [(place, place + len(text))]
+    return ids, [(start, start + len(text))]
   sizes = [len(character.encode()) for character in text]
-  return [byte + len(SPECIALS) for byte in text.encode()], np.repeat(
-    place + np.arange(len(text)), sizes
-  )[:, None] + [0, 1]
+  begins = np.repeat(start + np.arange(len(text)), sizes)
+  return [byte + len(SPECIALS) for byte in text.encode()], begins[:, None] + [0, 1]
 
 
 def create() -> Tokenizer:
@@ -134,7 +118,7 @@ def create() -> Tokenizer:
 
 
 def load(directory: str) -> Tokenizer:
-  """Returns the tokenizer that `save` wrote; ValueError if `directory` holds none or another one."""
+  """Returns the tokenizer that `save` wrote; ValueError if `directory` holds another one."""
   with open(os.path.join(directory, 'tokenizer.json'), encoding='utf-8') as file:
     name = json.load(file).get('name', 'hf')
   if name != 'byte':

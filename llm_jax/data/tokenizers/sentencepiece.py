@@ -3,31 +3,24 @@ corpus or ready-made.
 """
 
 import hashlib
-import io
 import json
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
 from absl import logging
 
-from llm_jax.data.tokenizers import _convert, _export, _words
+from llm_jax.data.tokenizers import _convert, _export, _training, _words
 
-KINDS = ('unigram', 'bpe')
-NORMALIZATIONS = ('nfkc', 'identity')
 PIECES = _export.NAMES
-_LAYOUT = (
-  1  # to be raised with any change to how text becomes ids; part of every fingerprint and cache key
-)
-_TRAINING = (
-  2  # to be raised with any change to the models that training makes; part of every cache key
-)
+# To be raised with any change to how text becomes ids; part of every fingerprint and cache key.
+_LAYOUT = 1
+# To be raised with any change to the models that training makes; part of every cache key.
+_TRAINING = 2
 _SPACE = '\u2581'  # SentencePiece writes a space as this sign
-_LINE_CHARACTERS = 1000  # at most 4000 bytes: the trainer drops a sentence of more than 4192
 
 
 class Tokenizer:
@@ -57,35 +50,31 @@ class Tokenizer:
     self._model = model
     self._processor = processor = _processor(model)
     self.specials = dict(specials if specials is not None else _find_specials(processor))
-    self.pad_id, self.unk_id, self.cls_id, self.sep_id = (
-      self.specials[name] for name in ('pad', 'unk', 'cls', 'sep')
-    )
-    self.mask_id, self.bos_id, self.eos_id = (
-      self.specials[name] for name in ('mask', 'bos', 'eos')
-    )
+    self.pad_id, self.unk_id = self.specials['pad'], self.specials['unk']
+    self.cls_id, self.sep_id = self.specials['cls'], self.specials['sep']
+    self.bos_id, self.eos_id = self.specials['bos'], self.specials['eos']
+    self.mask_id = self.specials['mask']
     pieces = processor.vocab_size()
     self.added = [name for name, number in self.specials.items() if number >= pieces]
     self.vocab_size = max(pieces, 1 + max(self.specials.values()))
     self.special = np.zeros(self.vocab_size, bool)
     self.special[pieces:] = True
     self.special[list(self.specials.values())] = True
-    self.special[
-      [i for i in range(pieces) if processor.is_control(i) or processor.is_unknown(i)]
-    ] = True
-    self._spelled = [
-      b'' if self.special[i] else _spelling(processor, i) for i in range(self.vocab_size)
-    ]
+    for i in range(pieces):
+      if processor.is_control(i) or processor.is_unknown(i):
+        self.special[i] = True
+    self._spelled = [b''] * self.vocab_size
+    for i in np.flatnonzero(~self.special).tolist():
+      self._spelled[i] = _spelling(processor, i)
     self.token_bytes = np.array([len(spelled) for spelled in self._spelled], np.int32)
     self.word_start = np.array([_words.bytes_begin_word(spelled) for spelled in self._spelled])
     self._dummy_prefix = processor.normalize('a') != 'a'
     self._space_sign = _space_sign_ids(processor) if not self._dummy_prefix else None
-    texts = {i: processor.id_to_piece(i) for i in range(pieces) if self.special[i]}
-    self._texts = texts | {
-      number: PIECES[name][0] for name, number in self.specials.items() if name in self.added
-    }
-    self.fingerprint = hashlib.sha256(
-      model + repr((_LAYOUT, sorted(self.specials.items()))).encode()
-    ).hexdigest()
+    self._texts = {i: processor.id_to_piece(i) for i in range(pieces) if self.special[i]}
+    for name in self.added:
+      self._texts[self.specials[name]] = PIECES[name][0]
+    key = repr((_LAYOUT, sorted(self.specials.items())))
+    self.fingerprint = hashlib.sha256(model + key.encode()).hexdigest()
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
     """Returns the ids [n] int32, without special tokens; ValueError for half of a surrogate pair,
@@ -99,12 +88,10 @@ class Tokenizer:
     _words.utf8(text)
     if not special and (self._space_sign is None or _SPACE not in text):
       return self._processor.encode(text, return_type='numpy')
-    known = self._known(special)
-    parts = _words.parts(text, known)
-    return np.array(
-      [number for _, part, ids in parts for number in (ids or self._processor.encode(part))],
-      np.int32,
-    )
+    found: list[int] = []
+    for _, part, ids in _words.parts(text, self._known(special)):
+      found += ids or self._processor.encode(part)
+    return np.array(found, np.int32)
 
   def offsets(self, text: str, special: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """The ids [n] int32 and, [n, 2], where each one's characters begin and end in the text.
@@ -113,38 +100,41 @@ class Tokenizer:
     text has no characters.
     """
     _words.utf8(text)
-    return _words.joined(
-      (ids, [(place, place + len(part))] * len(ids))
-      if ids is not None
-      else self._spans(place, part)
-      for place, part, ids in _words.parts(text, self._known(special))
-    )
+    pieces = []
+    for start, part, ids in _words.parts(text, self._known(special)):
+      if ids is None:
+        pieces.append(self._spans(start, part))
+      else:
+        pieces.append((ids, [(start, start + len(part))] * len(ids)))
+    return _words.joined(pieces)
 
   def _known(self, special: bool) -> dict[str, list[int]]:
     """Strings that have ids of their own: special tokens, and the sign that SentencePiece would
     read as a space.
     """
     known = {text: [number] for number, text in self._texts.items()} if special else {}
-    return known | ({_SPACE: self._space_sign} if self._space_sign else {})
+    if self._space_sign:
+      known[_SPACE] = self._space_sign
+    return known
 
-  def _spans(self, place: int, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-    """Ids of a text that begins at `place`, and begins and ends: tokens spell the normalised text,
-    whose places are known.
+  def _spans(self, start: int, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text that begins at `start`, and their begins and ends: tokens spell the normalised
+    text, each of whose characters has an offset in the text as it was given.
     """
     ids, pieces = self._processor.encode(text), self._processor.encode(text, out_type=str)
-    normalised, places = self._processor.normalize(text, with_offsets=True)
-    character = np.repeat(
-      np.arange(len(normalised)), [len(c.encode()) for c in normalised]
-    ).tolist() + [len(normalised)]
+    normalised, offsets = self._processor.normalize(text, with_offsets=True)
+    sizes = [len(c.encode()) for c in normalised]
+    character = np.repeat(np.arange(len(normalised)), sizes).tolist()  # of each byte
+    character.append(len(normalised))
     spans, byte = [], 0
     for number, piece in zip(ids, pieces, strict=True):
       size = 1 if self._processor.is_byte(number) else len(piece.encode())
       first, last = character[byte], character[byte + size - 1] + 1
       prefix = self._dummy_prefix and last == 1
-      begin, end = places[first], places[last]
+      begin, end = offsets[first], offsets[last]
       if begin == end and not prefix:  # part of what one character was normalised to
-        end = next((after for after in places[last:] if after > begin), len(text))
-      spans.append((place + begin, place + end))
+        end = next((after for after in offsets[last:] if after > begin), len(text))
+      spans.append((start + begin, start + end))
       byte += size
     return ids, spans
 
@@ -152,9 +142,8 @@ class Tokenizer:
     """Returns the text; special tokens are left out, invalid UTF-8 becomes U+FFFD. ValueError for
     an id out of range.
     """
-    text = b''.join(self._spelled[i] for i in _words.checked(ids, self.vocab_size)).decode(
-      'utf-8', 'replace'
-    )
+    spelled = b''.join(self._spelled[i] for i in _words.checked(ids, self.vocab_size))
+    text = spelled.decode('utf-8', 'replace')
     return text.removeprefix(' ') if self._dummy_prefix else text
 
   def save(self, directory: str) -> None:
@@ -182,12 +171,8 @@ class Tokenizer:
       self._model, self.specials, sign_is_space=self._space_sign is None
     )
     specials = {name: (number, self._texts[number]) for name, number in self.specials.items()}
-    _export.write(
-      directory,
-      _export.folder(
-        description, specials, causal=causal, max_len=max_len, token_types=token_types
-      ),
-    )
+    options = dict(causal=causal, max_len=max_len, token_types=token_types)
+    _export.write(directory, _export.folder(description, specials, **options))
 
   def __reduce__(self):
     return Tokenizer, (self._model, self.specials)
@@ -242,155 +227,23 @@ def create(
   """
   if path is not None:
     return _read(path)
-  _check_options(vocab_size, kind, normalization, character_coverage, sample_bytes)
+  _training.check_options(vocab_size, kind, normalization, character_coverage, sample_bytes)
   options = dict(
     vocab_size=vocab_size,
     model_type=kind,
     normalization_rule_name=normalization,
     character_coverage=character_coverage,
   )
-  key = repr(
-    (
-      _LAYOUT,
-      _TRAINING,
-      sentencepiece.__version__,
-      texts_fingerprint,
-      sample_bytes,
-      sorted(options.items()),
-    )
-  )
+  versions = _LAYOUT, _TRAINING, sentencepiece.__version__
+  key = repr((*versions, texts_fingerprint, sample_bytes, sorted(options.items())))
   directory = os.path.join(cache, f'sentencepiece-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
   if os.path.exists(directory):
     logging.info('Tokenizer: %s', directory)
     return load(directory)
-  tokenizer = Tokenizer(
-    _train(sample(texts(), sample_bytes), options),
-    {name: number for number, name in enumerate(PIECES)},
-  )
+  model = _training.train(_training.sample(texts(), sample_bytes), options)
+  tokenizer = Tokenizer(model, {name: number for number, name in enumerate(PIECES)})
   _store(tokenizer, directory)
   return tokenizer
-
-
-def sample(texts: Iterable[str], limit: int) -> list[str]:
-  """Lines of at most about `limit` UTF-8 bytes in all, spread evenly over the texts, in one pass
-  that holds twice that much.
-
-  Which lines are taken depends on their number alone: line i has the key i * 2654435769 mod 2**32
-  (multiples of the golden ratio, whose low values lie evenly and hit no period of the text), and
-  those with the lowest keys stay.
-  """
-  kept: list[tuple[int, int, str]] = []  # (key, bytes, line)
-  total, held, seen, threshold = 0, 0, 0, 2**32
-  for text in texts:
-    for line in _lines(text):
-      key, size = seen * 2654435769 % 2**32, len(line.encode('utf-8', 'replace'))
-      seen, total = seen + 1, total + size
-      if key < threshold:
-        kept.append((key, size, line))
-        held += size
-        if held > 2 * limit:
-          threshold //= 2
-          kept, held = _below(kept, threshold)
-  if held > limit:
-    kept, held = _below(kept, threshold * limit // held)
-  logging.info(
-    'Tokenizer: trained on %d of %d lines, %.1f of %.1f MB.',
-    len(kept),
-    seen,
-    held / 1e6,
-    total / 1e6,
-  )
-  return [line for _, _, line in kept]
-
-
-def _below(
-  kept: list[tuple[int, int, str]], threshold: int
-) -> tuple[list[tuple[int, int, str]], int]:
-  kept = [entry for entry in kept if entry[0] < threshold]
-  return kept, sum(size for _, size, _ in kept)
-
-
-def _lines(text: str) -> Iterator[str]:
-  for line in text.split('\n'):
-    for start in range(0, len(line), _LINE_CHARACTERS):
-      yield line[start : start + _LINE_CHARACTERS]
-
-
-def _check_options(
-  vocab_size: int, kind: str, normalization: str, character_coverage: float, sample_bytes: int
-) -> None:
-  if kind not in KINDS:
-    raise ValueError(f'kind={kind!r} is not known; allowed: {", ".join(KINDS)}.')
-  if normalization not in NORMALIZATIONS:
-    raise ValueError(
-      f'normalization={normalization!r} is not known; allowed: {", ".join(NORMALIZATIONS)}.'
-    )
-  if not 0.9 <= character_coverage <= 1:
-    raise ValueError(
-      f'character_coverage={character_coverage} must be from 0.9 to 1; 0.9995 suits most languages.'
-    )
-  if sample_bytes < 1000:
-    raise ValueError(f'sample_bytes={sample_bytes} is too small; give at least 1000.')
-  if vocab_size <= len(PIECES) + 2 + 256:
-    raise ValueError(
-      f'vocab_size={vocab_size} leaves no id for a piece; give more than {len(PIECES) + 2 + 256}, '
-      'or take the tokenizer named byte.'
-    )
-
-
-def _train(lines: list[str], options: Mapping[str, object]) -> bytes:
-  """Trains on the lines and returns the serialised model; one thread, so that equal lines give
-  equal bytes.
-  """
-  if not lines:
-    raise ValueError(
-      'the tokenizer has an empty corpus to train on; give texts that are not empty.'
-    )
-  names = {name: pieces[0] for name, pieces in PIECES.items()}
-  writer = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.Train(
-      sentence_iterator=iter(lines),
-      model_writer=writer,
-      num_threads=1,
-      minloglevel=2,
-      byte_fallback=True,
-      # Text comes back exactly: no space is added, dropped or merged; newline, tab and runs of
-      # spaces have pieces.
-      add_dummy_prefix=False,
-      remove_extra_whitespaces=False,
-      allow_whitespace_only_pieces=True,
-      user_defined_symbols=['\n', '\t'],
-      pad_id=0,
-      unk_id=1,
-      bos_id=5,
-      eos_id=6,
-      control_symbols=[names['cls'], names['sep'], names['mask']],  # these fill 2, 3, 4
-      pad_piece=names['pad'],
-      unk_piece=names['unk'],
-      bos_piece=names['bos'],
-      eos_piece=names['eos'],
-      **options,
-    )
-  except RuntimeError as error:
-    raise ValueError(_training_error(str(error), options)) from error
-  return _convert.rounded(writer.getvalue())
-
-
-def _training_error(message: str, options: Mapping[str, object]) -> str:
-  given = f'vocab_size={options["vocab_size"]}'
-  if match := re.search(r'set it to a value <= (\d+)', message):
-    return (
-      f'{given} is more than the corpus can fill; the largest that works is {match[1]} '
-      '(or give more text, or a larger sample_bytes).'
-    )
-  if match := re.search(r'smaller than required_chars\. \d+ vs (\d+)', message):
-    return (
-      f'{given} is too small for the characters of the corpus at '
-      f'character_coverage={options["character_coverage"]}; '
-      f'give at least {match[1]}, or a lower character_coverage.'
-    )
-  return f'SentencePiece could not train with {dict(options)}: {message}'
 
 
 def _store(tokenizer: Tokenizer, directory: str) -> None:
@@ -404,9 +257,8 @@ def _store(tokenizer: Tokenizer, directory: str) -> None:
     if not os.path.exists(directory):
       os.rename(draft, directory)
   except OSError:
-    if not os.path.exists(
-      directory
-    ):  # otherwise the other process was first, with the same content
+    # Where it is there, the other process was first, with the same content.
+    if not os.path.exists(directory):
       raise
   finally:
     shutil.rmtree(draft, ignore_errors=True)
@@ -426,8 +278,7 @@ def _read(path: str) -> Tokenizer:
     raise ValueError(f'tokenizer path={path!r}: {error}') from error
   logging.info(
     'Tokenizer: %s as it is, %d ids (vocab_size, kind and the other training options are not '
-    'used); '
-    'special tokens that it lacked, added at its end: %s.',
+    'used); special tokens that it lacked, added at its end: %s.',
     path,
     tokenizer.vocab_size,
     ', '.join(tokenizer.added) or 'none',
@@ -462,11 +313,15 @@ def _find_specials(processor: sentencepiece.SentencePieceProcessor) -> dict[str,
   }
   found, new = {}, processor.vocab_size()
   for name, pieces in PIECES.items():
-    known = [
-      number for piece in pieces if (number := processor.piece_to_id(piece)) != processor.unk_id()
-    ]
-    found[name] = own[name] if own.get(name, -1) >= 0 else known[0] if known else new
-    new += found[name] == new
+    numbers = [processor.piece_to_id(piece) for piece in pieces]
+    known = [number for number in numbers if number != processor.unk_id()]
+    if own.get(name, -1) >= 0:
+      found[name] = own[name]
+    elif known:
+      found[name] = known[0]
+    else:
+      found[name] = new
+      new += 1
   return found
 
 

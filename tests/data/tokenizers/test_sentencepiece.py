@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from llm_jax.core import plugins
 from llm_jax.data.sources import stdlib
-from llm_jax.data.tokenizers import sentencepiece
+from llm_jax.data.tokenizers import _training, sentencepiece
 
 CHINESE = (
   '清晨的港口还没有醒来，渔民们已经把小船推下了水。老张说：“今天的风从东边来，晚上也许会下雨。”\n'
@@ -311,7 +311,7 @@ def test_options_that_cannot_be(tmp_path, options, said):
 
 
 def test_the_largest_vocabulary_that_works_works(tmp_path):
-  for kind in sentencepiece.KINDS:
+  for kind in _training.KINDS:
     with pytest.raises(ValueError) as error:
       small(str(tmp_path), vocab_size=8000, kind=kind)
     largest = int(str(error.value).split('works is ')[1].split()[0])
@@ -421,13 +421,13 @@ def test_a_cut_model_is_no_model(tmp_path):
 
 def test_the_sample_is_spread_and_capped():
   texts = [f'{i:04d} aa\n{i:04d} bbb\n\n{i:04d} cc\n{i:04d} d' for i in range(3000)]
-  lines = sentencepiece.sample(iter(texts), 10_000)
+  lines = _training.sample(iter(texts), 10_000)
   assert 9_000 < sum(map(len, lines)) < 11_000
-  assert lines == sentencepiece.sample(iter(texts), 10_000)
+  assert lines == _training.sample(iter(texts), 10_000)
   numbers = np.array([int(line[:4]) for line in lines])
   assert np.ptp(np.histogram(numbers, 10, (0, 3000))[0]) <= 10
   kinds = [sum(line.endswith(end) for line in lines) for end in ('aa', 'bbb', 'cc', ' d')]
   assert min(kinds) > 0.8 * len(lines) / 4
-  everything = sentencepiece.sample(iter(texts), 10_000_000)
+  everything = _training.sample(iter(texts), 10_000_000)
   assert everything == [line for text in texts for line in text.split('\n') if line]
-  assert ''.join(sentencepiece.sample(['好' * 5001], 10**6)) == '好' * 5001
+  assert ''.join(_training.sample(['好' * 5001], 10**6)) == '好' * 5001
