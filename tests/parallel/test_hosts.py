@@ -298,13 +298,13 @@ from llm_jax.parallel import hosts, sharding
 
 index, count = int(sys.argv[2]), 2
 hosts.start(sys.argv[1], count, index)
-said = {}
+found = {}
 
 def attempt(name, function):
   try:
-    said[name] = function()
+    found[name] = function()
   except Exception as error:
-    said[name] = f'{type(error).__name__}: {error}'
+    found[name] = f'{type(error).__name__}: {error}'
 
 def fail(error):
   raise error
@@ -328,14 +328,14 @@ mesh = sharding.create_mesh(data=2, dcn_fsdp=2)  # neighbouring rows lie on diff
 whole = np.arange(16).reshape(8, 2)
 rows = hosts.rows(mesh, 8)
 array = jax.make_array_from_process_local_data(sharding.batch_sharding(mesh), whole[rows])
-said['rows'] = rows.tolist()
+found['rows'] = rows.tolist()
 shards = array.addressable_shards
-said['placed'] = all((np.asarray(part.data) == whole[part.index]).all() for part in shards)
+found['placed'] = all((np.asarray(part.data) == whole[part.index]).all() for part in shards)
 step = hosts.compiled(jax.jit(lambda x: x.sum()))
-said['sums'] = [int(step(array)), int(step(array))]
+found['sums'] = [int(step(array)), int(step(array))]
 hosts.finish()
-said['several'] = hosts.several()
-print(json.dumps(said))
+found['several'] = hosts.several()
+print(json.dumps(found))
 """
 
 

@@ -72,7 +72,7 @@ def test_group_sizes(groups, size):
 
 
 def test_programs_compiled_here():
-  """Two products in a scan of seven turns, one outside; XLA's own analysis counts the loop once."""
+  """Two products in a scan of seven iterations, one outside; XLA itself counts the loop once."""
 
   def run(x, w):
     y, _ = lax.scan(lambda c, _: (jnp.tanh(c @ w) @ w, None), x, None, length=7)

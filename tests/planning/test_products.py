@@ -13,8 +13,8 @@ from llm_jax.planning import costs
   [
     ('bf_io->bf', (8, 16), (16, 4), (8, 4), '', 2 * 8 * 16 * 4),
     ('0bf_io0->0bf', (3, 8, 16), (16, 4, 1), (3, 8, 4), 'window={size=1}, ', 2 * 3 * 8 * 16 * 4),
-    # Batch dimensions of a product, as the TPU compiler writes them: one kernel place meets each
-    # output place.
+    # Batch dimensions of a product, as the TPU compiler writes them: one kernel element meets each
+    # output element.
     (
       '0b1f_0o1i->01bf',
       (6, 8, 5, 16),

@@ -49,8 +49,8 @@ def test_a_second_start_compiles_nothing_and_a_damaged_entry_is_replaced(tmp_pat
   assert start(tmp_path)[:3] == (misses, 0, value)
   whole = entries[-1].read_bytes()
   entries[-1].write_bytes(whole[: len(whole) // 2])
-  hits, missed, again, said = start(tmp_path)
-  assert (hits, missed, again) == (misses - 1, 1, value) and f'{entries[-1]} is damaged' in said
+  hits, missed, again, log = start(tmp_path)
+  assert (hits, missed, again) == (misses - 1, 1, value) and f'{entries[-1]} is damaged' in log
   assert len(entries[-1].read_bytes()) > len(whole) // 2 and start(tmp_path)[1] == 0
 
 
