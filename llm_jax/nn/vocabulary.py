@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from llm_jax.core.contracts import Metrics
 from llm_jax.parallel import fsdp, sharding
 
 CHUNK_BYTES = 1 << 28  # of logits at once on a device
@@ -112,7 +113,7 @@ def check_loss(label_smoothing: float, z_loss: float) -> None:
     )
 
 
-def pairs(name: str, sums: Sums, weight: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
+def metrics(name: str, sums: Sums, weight: jax.Array) -> Metrics:
   """What an objective of this name returns: its loss, its cross-entropy without smoothing
   (`<name>_nll`), its accuracy.
   """

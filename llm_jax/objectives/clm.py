@@ -62,7 +62,7 @@ class Objective(contracts.Objective):
     sums = vocabulary.cross_entropy(
       hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed
     )
-    metrics = vocabulary.pairs('clm', sums, jnp.sum(batch['weights']))
+    metrics = vocabulary.metrics('clm', sums, jnp.sum(batch['weights']))
     metrics['bits_per_byte'] = sums.nll / np.log(2), jnp.sum(batch['bytes'])
     return metrics
 

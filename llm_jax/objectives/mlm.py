@@ -166,7 +166,7 @@ class Objective(contracts.Objective):
     sums = vocabulary.cross_entropy(
       x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V, **self.smoothed
     )
-    return vocabulary.pairs('mlm', sums, jnp.sum(weights_BM))
+    return vocabulary.metrics('mlm', sums, jnp.sum(weights_BM))
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a masked token."""

@@ -14,7 +14,6 @@ from absl import logging
 
 from llm_jax.data.tokenizers import _export, _specials, _spelling, _vocabulary, _words
 
-SPECIALS = _specials.NAMES
 _LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint
 _KEPT = (*_export.FILES, 'config.json', 'chat_template.jinja')
 _UNCHANGED = ('PreTrainedTokenizerFast', 'TokenizersBackend')  # classes that keep tokenizer.json
