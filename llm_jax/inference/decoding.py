@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llm_jax.core.contracts import Adapter
 from llm_jax.core.params import Info
 from llm_jax.inference import beams as beam_search
 from llm_jax.inference import forward
@@ -71,11 +72,18 @@ class Generator:
     model: the decoder (`core.contracts.Model`; see `inference.forward.Forward` for its cache).
     infos: what each of its parameters is, by path.
     layout: the mesh that its parameters lie on; None for one device.
+    adapter: what was trained beside it, if anything was.
   """
 
-  def __init__(self, model: Any, infos: Mapping[str, Info], layout: sharding.Layout | None = None):
+  def __init__(
+    self,
+    model: Any,
+    infos: Mapping[str, Info],
+    layout: sharding.Layout | None = None,
+    adapter: Adapter | None = None,
+  ):
     self._model, self._layout = model, layout
-    self._forward = Forward(model, infos, layout)
+    self._forward = Forward(model, infos, layout, adapter)
     self._compiled: set[tuple[Any, ...]] = set()
     self.weights = self._jit(self._forward.weights)
     self._start = self._jit(self._prefilled, static_argnames='slots')

@@ -7,7 +7,7 @@ projection on the vocabulary is multiplied matrix first. Models without such sta
 run as they are.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import tree
+from llm_jax.core.contracts import Adapter
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.nn.attention.cache import KeyValues
 from llm_jax.nn.stack import Stack, unstacked
 from llm_jax.parallel import sharding
 from llm_jax.parallel.cpu import products
+from llm_jax.programs.network import Network
 
 
 class Weights(NamedTuple):
@@ -44,11 +46,18 @@ class Forward:
       those of a `nn.stack.Stack`, whose layers come before it.
     infos: what each of its parameters is, by path.
     layout: the mesh that it runs on; None for one device.
+    adapter: what was trained beside it, if anything was.
   """
 
-  def __init__(self, model: Any, infos: Mapping[str, Info], layout: sharding.Layout | None):
+  def __init__(
+    self,
+    model: Any,
+    infos: Mapping[str, Info],
+    layout: sharding.Layout | None,
+    adapter: Adapter | None = None,
+  ):
     self._model = model.clone(remat='none') if hasattr(model, 'remat') else model
-    self._infos = infos
+    self._infos, self._adapter = infos, adapter
     if layout is None:
       self._one_cpu = jax.default_backend() == 'cpu'
     else:
@@ -57,9 +66,12 @@ class Forward:
   def weights(self, params: Any) -> Weights:
     """Parameters as they were created, in the form in which they are run."""
     dtype = self._model.options.compute_dtype
+    if self._adapter is not None:
+      params = self._adapter.weights({'model': params})['model']
 
     def cast(path: str, x: jax.Array) -> jax.Array:
-      return x.astype(dtype) if self._infos[path].inputs else x
+      # What is inside a weight form is no parameter, and stays as it is.
+      return x.astype(dtype) if path in self._infos and self._infos[path].inputs else x
 
     params = tree.map_with_path(cast, params)
     table_VD = self._table(params) if self._one_cpu else None
@@ -79,7 +91,7 @@ class Forward:
   ) -> tuple[jax.Array, Any]:
     """Hidden states [B, T, D], and the cache with these tokens in it."""
     batch = {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
-    outputs = self._model.apply({'params': weights.params}, batch, cache=cache)
+    outputs = self._apply(weights.params, lambda network: network.model(batch, cache=cache))
     return outputs.hidden, outputs.cache
 
   def logits(self, weights: Weights, x_BD: jax.Array) -> jax.Array:
@@ -137,7 +149,15 @@ class Forward:
     return unstacked(part) if LAYERS in part else part
 
   def _table(self, params: Any) -> jax.Array:
-    return self._model.apply({'params': params}, method='table')
+    return self._apply(params, lambda network: network.model.table())
+
+  def _apply(self, params: Any, method: Callable[[Network], Any]) -> Any:
+    """What `method` of a bound network gives: modules have the paths there that adapters know."""
+    network, variables = Network(self._model, {}), {'params': {'model': params}}
+    if self._adapter is None:
+      return network.apply(variables, method=method)
+    with nn.intercept_methods(self._adapter.intercept):
+      return network.apply(variables, method=method)
 
 
 def laid_out(cache: Any) -> Any:

@@ -47,10 +47,10 @@ class Samples:
     path: pathlib.Path,
     say: Callable[..., None],
   ):
-    model = program.network.model
+    model, adapter = program.network.model, program.network.adapter
     self.every = program.config.eval_every
     self._tokenizer, self._path, self._say = tokenizer, path, say
-    generator = Generator(model, program.model_infos, program.layout)
+    generator = Generator(model, program.model_infos, program.layout, adapter)
     self._completer = Completer(generator, tokenizer, rows=count)
     begin = min(PROMPT_TOKENS, model.max_len // 4)
     self._beginnings = _beginnings(documents, begin, count)

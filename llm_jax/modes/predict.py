@@ -24,7 +24,8 @@ def predict(session: 'Session', source: pathlib.Path, target: pathlib.Path) -> N
   """Labels the texts of a jsonl file: each line again, with the prediction in it.
 
   The text stands in the field that the run was trained on (`text` by default), the second of a pair
-  likewise. A field that the prediction brings too (`label`, say) is kept as `input_label`.
+  likewise; an objective with an `encode` of its own gets each line as it is. A field that the
+  prediction brings too (`label`, say) is kept as `input_label`.
 
   Args:
     session: a model whose objective gives answers.
@@ -35,23 +36,35 @@ def predict(session: 'Session', source: pathlib.Path, target: pathlib.Path) -> N
     ValueError: an objective that predicts no labels, a line that is not as it should be.
   """
   from llm_jax.core import files
-  from llm_jax.data.sources import jsonl
   from llm_jax.parallel import hosts
 
   if source.suffix != '.jsonl' or not source.is_file():
     raise ValueError(f'--input={source} must be one .jsonl file that exists.')
   _command.check_output(target)
-  data = session.config.data
-  lines = jsonl.Source(str(source), data.get('text') or 'text', data.get('pair'))
-  answers = session.answers(lines[index] for index in range(len(lines)))
+  answers = session.answers(_records(session, source))
   if not hosts.primary():
     for _ in answers:  # the devices of all processes are needed for each
       pass
     return
+  count = 0
   with files.whole_file(target) as file:
     for line, answer in zip(_lines(source), answers, strict=True):
       file.write(json.dumps(_merged(line, answer), ensure_ascii=False) + '\n')
-  logging.info('%d predictions in %s.', len(lines), target)
+      count += 1
+  logging.info('%d predictions in %s.', count, target)
+
+
+def _records(session: 'Session', source: pathlib.Path) -> Iterator[dict[str, Any]]:
+  from llm_jax.data import encoding
+  from llm_jax.data.sources import jsonl
+  from llm_jax.programs import assemble
+
+  if assemble.encoder(session.config).identity != (encoding.TEXT,):
+    yield from _lines(source)
+    return
+  data = session.config.data
+  lines = jsonl.Source(str(source), data.get('text') or 'text', data.get('pair'))
+  yield from (lines[index] for index in range(len(lines)))
 
 
 def _lines(source: pathlib.Path) -> Iterator[dict[str, Any]]:

@@ -60,7 +60,7 @@ class Transposed:
     return y_RO.reshape(*x.shape[:-inputs], *self.outputs)
 
 
-def transposed(params: Any, infos: Mapping[str, Info]) -> dict[str, Any]:
+def transposed(params: Any, infos: Mapping[str, Info]) -> Any:
   """Parameters with the kernels of the layers `Transposed`.
 
   Args:
@@ -69,12 +69,15 @@ def transposed(params: Any, infos: Mapping[str, Info]) -> dict[str, Any]:
     infos: what each of them is, by its path in `params`.
 
   Returns:
-    The same nested by name; what multiplies nothing, and what stands outside of the layers (the
-    vocabulary), as it was.
+    The same; what multiplies nothing, what stands outside of the layers (the vocabulary), and what
+    has another form already, as it was.
   """
-  leaves = tree.flatten(params)
-  chosen = {path: leaf for path, leaf in leaves.items() if _multiplies(infos[path])}
-  return tree.nest(leaves | {path: _transposed(leaf, infos[path]) for path, leaf in chosen.items()})
+
+  def chosen(path: str, leaf: jax.Array) -> jax.Array | Transposed:
+    multiplies = path in infos and _multiplies(infos[path])
+    return _transposed(leaf, infos[path]) if multiplies else leaf
+
+  return tree.map_with_path(chosen, params)
 
 
 def _multiplies(info: Info) -> bool:
