@@ -1,0 +1,57 @@
+"""Modes: each is a module with `run`, found by name; what a mode needs is said before it runs."""
+
+import types
+
+import pytest
+from absl import flags
+
+from llm_jax import main
+from llm_jax.core import plugins
+from llm_jax.modes import _command
+from llm_jax.modes._command import Command, UsageError, usage_errors
+
+
+def test_every_mode_has_a_docstring_and_runs():
+  names = plugins.names('mode')
+  assert names == ['embed', 'eval', 'export', 'generate', 'plan', 'predict', 'train']
+  for name in names:
+    module = plugins.load('mode', name)
+    assert callable(module.run) and f'`--mode={name}`' in module.__doc__
+
+
+def test_an_unknown_mode_lists_the_known_ones():
+  with pytest.raises(UsageError, match="mode 'trian' is not known .did you mean 'train'"):
+    main._mode('trian')
+
+
+def test_errors_of_use_are_one_message_and_defects_are_not():
+  with pytest.raises(UsageError, match='^too large$'), usage_errors():
+    raise ValueError('too large')
+  with pytest.raises(ZeroDivisionError), usage_errors():
+    raise ZeroDivisionError
+  with pytest.raises(ValueError), usage_errors((OSError,)):
+    raise ValueError('a defect in the loop')
+
+
+@pytest.mark.parametrize(
+  ('suffix', 'folder', 'message'),
+  [('.csv', '', 'must be a .npy or .jsonl file'), ('.npy', 'no/', 'in a folder that exists')],
+)
+def test_an_output_that_is_not_possible(tmp_path, suffix, folder, message):
+  with pytest.raises(ValueError, match=message):
+    _command.check_output(tmp_path / f'{folder}x{suffix}', ('.npy', '.jsonl'))
+  _command.check_output(tmp_path / 'x.npy', ('.npy', '.jsonl'))
+
+
+def test_flags_that_a_mode_needs(monkeypatch):
+  values = {'input': None, 'output': 'y'}
+  stand_ins = {name: types.SimpleNamespace(value=value) for name, value in values.items()}
+  monkeypatch.setattr(_command.flags, 'FLAGS', stand_ins)
+  with pytest.raises(ValueError, match='--mode=x needs --input=a.jsonl and --output=b.jsonl'):
+    Command('x', None, None).require('input=a.jsonl', 'output=b.jsonl')
+  Command('x', None, None).require('output=b.jsonl')
+
+
+def test_the_flags_of_all_modes_are_known():
+  main._define_flags([])
+  assert {'prompt', 'topology', 'pool', 'export_dtype', 'input'} <= set(flags.FLAGS)
