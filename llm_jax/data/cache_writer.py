@@ -107,19 +107,7 @@ def write(job: Job, directory: str, workers: int, counts: Counts, version: int) 
       f'empty corpus: {counts.documents} documents with {counts.bytes} bytes of text hold no '
       'token; check what config.data points at.'
     )
-  names = os.listdir(directory)
-  vocab_size = job.tokenizer.vocab_size
-  meta = dict(
-    format=version,
-    documents=counts.documents,
-    tokens=counts.tokens,
-    bytes=counts.bytes,
-    encoders=job.encoder.identity,
-    arrays={name: encoding.dtype(name, vocab_size).name for name in files.arrays},
-    values=sorted(files.values),
-    digests=_digests(directory, names, job.encoder),
-    files={name: os.path.getsize(os.path.join(directory, name)) for name in sorted(names)},
-  )
+  meta = {'format': version} | _described(job, directory, files, counts)
   with open(os.path.join(directory, 'meta.json'), 'w') as file:
     json.dump(meta, file, indent=2)
   seconds = time.monotonic() - began
@@ -136,7 +124,6 @@ def write(job: Job, directory: str, workers: int, counts: Counts, version: int) 
 def encode(job: Job, start: int, stop: int) -> Chunk:
   """Documents `start` to `stop` of the source, encoded."""
   encoded, hashes, sizes = [], [], []
-  lines: dict[str, list[str]] = {}
   for index in range(start, stop):
     try:
       record = job.source[index]
@@ -152,11 +139,9 @@ def encode(job: Job, start: int, stop: int) -> Chunk:
     hashes.append(encoding.digest(parts))
     sizes.append(sum(map(len, parts)))
   arrays, values = encoding.columns(encoded, job.tokenizer.vocab_size, start)
-  for name, column in values.items():
-    lines[name] = ['null' if line is None else line for line in column]
-  return Chunk(
-    arrays, lines, np.frombuffer(b''.join(hashes), np.uint64), np.asarray(sizes, np.int64)
-  )
+  lines = {name: [line or 'null' for line in column] for name, column in values.items()}
+  joined = np.frombuffer(b''.join(hashes), np.uint64)
+  return Chunk(arrays, lines, joined, np.asarray(sizes, np.int64))
 
 
 class _Files:
@@ -213,12 +198,30 @@ class _Array:
     self.end += len(entries)
 
 
+def _described(job: Job, directory: str, files: _Files, counts: Counts) -> dict[str, Any]:
+  """What `meta.json` says of the files, when they are written to the end."""
+  names = sorted(os.listdir(directory))
+  vocab_size = job.tokenizer.vocab_size
+  return dict(
+    documents=counts.documents,
+    tokens=counts.tokens,
+    bytes=counts.bytes,
+    encoders=job.encoder.identity,
+    arrays={name: encoding.dtype(name, vocab_size).name for name in files.arrays},
+    values=sorted(files.values),
+    digests=_digests(directory, names, job.encoder),
+    files={name: os.path.getsize(os.path.join(directory, name)) for name in names},
+  )
+
+
 def _digests(directory: str, names: list[str], encoder: encoding.Encoder) -> dict[str, str]:
   """Hashes of the columns by file name, where it is not text, pair and label alone that decide."""
   if encoder.identity == (encoding.TEXT,):
     return {}
   digests = {}
-  for name in sorted(set(names) - {'hashes.bin', 'bytes.bin', 'label.jsonl'}):
+  for name in names:
+    if name in ('hashes.bin', 'bytes.bin', 'label.jsonl'):
+      continue
     with open(os.path.join(directory, name), 'rb') as file:
       digests[name] = hashlib.file_digest(file, 'blake2b').hexdigest()
   return digests

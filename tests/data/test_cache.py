@@ -370,23 +370,28 @@ def importable(monkeypatch):
   del sys.modules['test_cache']
 
 
-def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable):
+@pytest.mark.parametrize('encoders, files', [((), 8), (('tags',), 11)])
+def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable, encoders, files):
   source = importable.Listed(
     [
       dict(text=f'text {i}' * (i % 7), pair='é' * (i % 3), label=f'class {i % 4}')
       for i in range(60)
     ]
   )
-  alone = cache.build(source, importable.Letters(), TEXT, str(tmp_path / 'alone'), workers=1)
+  functions = [getattr(importable, name) for name in encoders]
+  encoder = encoding.Encoder([*TEXT.functions, *functions])
+  alone = cache.build(source, importable.Letters(), encoder, str(tmp_path / 'alone'), workers=1)
 
   def not_here(*args):
     raise RuntimeError('tokenized in the main process')
 
   monkeypatch.setattr(cache_writer, 'IN_PROCESS_SECONDS', 0.0)
   monkeypatch.setattr(cache_writer, 'encode', not_here)
-  together = cache.build(source, importable.Letters(), TEXT, str(tmp_path / 'together'), workers=2)
+  together = cache.build(
+    source, importable.Letters(), encoder, str(tmp_path / 'together'), workers=2
+  )
   names = sorted(os.listdir(alone.directory))
-  assert names == sorted(os.listdir(together.directory)) and len(names) == 8
+  assert names == sorted(os.listdir(together.directory)) and len(names) == files
   for name in names:
     with (
       open(os.path.join(alone.directory, name), 'rb') as a,

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_jax.data.documents import Memory
 from llm_jax.objectives import clm
 
 
@@ -88,6 +89,18 @@ def test_the_loss_is_in_float32_at_least(small, given, computed):
     np.testing.assert_allclose(
       pairs['clm'][0], 4 * np.log(50), rtol=1e-15 if computed == jnp.float64 else 1e-6
     )
+
+
+def test_made_up_records_give_rows_like_real_ones(small):
+  objective = clm.Objective(small.Tokenizer())
+  records = clm.Objective.sample_records({})
+  rng = np.random.default_rng(0)
+  template = objective.rows(Memory(records, objective.encode, small.Tokenizer()), 100)
+  row, real = template.example(0, rng), objective.rows(small.random_documents([9]), 100)
+  shapes = lambda example: {key: (a.shape, a.dtype) for key, a in example.items()}
+  assert shapes(row) == shapes(real.example(0, rng))
+  model = small.network(dim=6, vocab_size=50).model
+  assert objective.flops(model, {'targets': row['targets'][None]}) == 100 * 2 * 50 * 6
 
 
 def test_refuses(small):

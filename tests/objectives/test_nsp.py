@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from llm_jax.data.documents import Memory
 from llm_jax.objectives import nsp
 
 
@@ -107,6 +108,16 @@ def test_loss_equals_brute_force(small):
     and objective.targets(batch) is None
     and objective.summary({'nsp': 1.0}) == {}
   )
+
+
+def test_made_up_records_give_rows_like_real_ones(small):
+  objective, rng = nsp.Objective(small.Tokenizer()), np.random.default_rng(0)
+  memory = Memory(objective.sample_records({}), objective.encode, small.Tokenizer())
+  row = objective.rows(memory, 40).example(0, rng)
+  real = objective.rows(small.random_documents([90, 7]), 40).example(0, rng)
+  shapes = lambda example: {key: (a.shape, a.dtype) for key, a in example.items()}
+  assert shapes(row) == shapes(real) and row['nsp_weight'] == 1
+  assert objective.flops(None, {}) == 0  # heads that read one position are left out
 
 
 def test_refuses(small):
