@@ -15,16 +15,20 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.hf import families
 from llm_jax.hf import folders as hf
-from llm_jax.inference import decoding as generate
+from llm_jax.inference import sampling
+from llm_jax.inference.decoding import Generator
+from llm_jax.inference.sampling import Sampling
 from llm_jax.models import decoder
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 pytestmark = pytest.mark.parity
 
-FAMILIES = {kind: ('decoder', family) for kind, family in decoder.HF.items()}
+FAMILIES = families.known()
 V, D, N, F, NEW = 97, 32, 4, 48, 100
 THEIRS = dict(
   vocab_size=V,
@@ -90,25 +94,27 @@ def pair(request, little_care_in_compiling, tmp_path_factory):
   )
   folder = tmp_path_factory.mktemp(request.param)
   reference.save_pretrained(folder)
-  model = decoder.Model(
-    **{k: v for k, v in hf.model_options(folder, FAMILIES).items() if k != 'name'}
-  )
-  shapes = jax.eval_shape(
-    lambda: nn.unbox(model.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32), method=predict))
-  )
+  options = hf.model_options(folder, FAMILIES)
+  assert options.pop('name') == 'decoder'
+  model = decoder.Model(**options)
+  batch = {'tokens': jnp.ones((1, 4), jnp.int32)}
+  boxed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, method=predict))['params']
+  params = loaded(folder, boxed)['model']
+  made = Generator(model, params_lib.infos(boxed))
+  return types.SimpleNamespace(reference=reference, made=made, weights=made.weights(params))
+
+
+def loaded(folder, boxed):
+  """The parameters of a network that has this model and nothing else."""
+  network = {'model': boxed}
   params = hf.load(
-    folder,
-    FAMILIES,
-    {f'model/{path}': leaf for path, leaf in tree.flatten(shapes['params']).items()},
+    folder, FAMILIES, tree.flatten(nn.meta.unbox(network)), params_lib.infos(network)
   ).params
-  made = generate.Generator(model)
-  return types.SimpleNamespace(
-    reference=reference, made=made, weights=made.weights(tree.nest(params)['model'])
-  )
+  return tree.nest(params)
 
 
-def predict(model, tokens_BT):
-  return model.logits(model(tokens_BT))
+def predict(model, batch):
+  return model.logits(model(batch).hidden)
 
 
 def theirs(reference, prompts, **options):
@@ -118,10 +124,8 @@ def theirs(reference, prompts, **options):
   mask = torch.tensor(
     np.stack([np.arange(longest) >= longest - len(p) for p in prompts]).astype(int)
   )
-  made = reference.generate(ids, attention_mask=mask, pad_token_id=0, do_sample=False, **options)[
-    :, longest:
-  ].numpy()
-  return [cut(row, options.get('eos_token_id')) for row in made]
+  made = reference.generate(ids, attention_mask=mask, pad_token_id=0, do_sample=False, **options)
+  return [cut(row, options.get('eos_token_id')) for row in made[:, longest:].numpy()]
 
 
 def cut(row, eos):
@@ -130,10 +134,8 @@ def cut(row, eos):
 
 
 def ours(pair, prompts, eos=(), rows=None, **options):
-  columns = np.stack(
-    list(pair.made.tokens(pair.weights, prompts, generate.Sampling(**options), eos, rows)), axis=1
-  )
-  return [row[row >= 0].tolist() for row in columns]
+  columns = pair.made.tokens(pair.weights, prompts, Sampling(**options), eos, rows)
+  return [row[row >= 0].tolist() for row in np.stack(list(columns), axis=1)]
 
 
 def test_greedy_is_transformers_token_for_token(pair):
@@ -188,6 +190,9 @@ def test_beam_search_without_an_end_and_with_a_penalty(pair):
   assert theirs(pair.reference, prompts, num_beams=4, max_new_tokens=30) != expected
 
 
+PROCESSED = jax.jit(sampling.processed)
+
+
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
 @hypothesis.given(
   st.integers(0, 2**32 - 1),
@@ -214,9 +219,10 @@ def test_processors_are_transformers(seed, spread, temperature, top_k, top_p, mi
     expected = processor(strength)(torch.tensor(ids), expected) if used else expected
   seen = np.zeros((3, V), bool)
   np.put_along_axis(seen, ids, True, axis=1)
-  sampling = generate.Sampling(
+  chosen = Sampling(
     temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
   )
-  found = np.asarray(generate.processed(jnp.asarray(logits), jnp.asarray(seen), sampling))
+  numbers = sampling.numbers([chosen] * 3, range(3))
+  found = np.asarray(PROCESSED(jnp.asarray(logits), jnp.asarray(seen), numbers))
   np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
   assert np.isfinite(found).any(axis=1).all()
