@@ -352,7 +352,7 @@ def test_other_refusals_and_the_config_section(small):
 
 
 def values(small, task, pool='cls'):
-  """Loss pairs, predictions and float64 logits on five rows, the last of them unlabelled."""
+  """Loss metrics, predictions and float64 logits on five rows, the last of them unlabelled."""
   rng = np.random.default_rng(5)
   classes = {
     'multiclass': LETTERS,
@@ -383,7 +383,7 @@ def values(small, task, pool='cls'):
     'mean': np.stack([h[: max(n, 1)].mean(0) for h, n in zip(hidden, lengths, strict=True)]),
   }[pool]
   logits = read.astype(np.float64) @ net.matrices['classifier']
-  pairs = {
+  metrics = {
     k: [float(x) for x in v]
     for k, v in objective.loss(net, small.read(objective, hidden, batch), batch).items()
   }
@@ -391,16 +391,16 @@ def values(small, task, pool='cls'):
     k: np.asarray(v)[:, 0]
     for k, v in objective.predict(net, small.read(objective, hidden, batch), batch).items()
   }
-  return objective, pairs, predictions, logits[:4], label[:4]
+  return objective, metrics, predictions, logits[:4], label[:4]
 
 
 @pytest.mark.parametrize('pool', ['cls', 'mean', 'last'])
 def test_multiclass(small, pool):
-  objective, pairs, predictions, logits, label = values(small, 'multiclass', pool)
+  objective, metrics, predictions, logits, label = values(small, 'multiclass', pool)
   np.testing.assert_allclose(
-    pairs['classify'], [small.cross_entropy(logits, label).sum(), 4], rtol=1e-5
+    metrics['classify'], [small.cross_entropy(logits, label).sum(), 4], rtol=1e-5
   )
-  assert pairs['classify_accuracy'] == [(logits.argmax(-1) == label).sum(), 4]
+  assert metrics['classify_accuracy'] == [(logits.argmax(-1) == label).sum(), 4]
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
   said = objective.describe({'probabilities': predictions['probabilities'][1]})
@@ -413,12 +413,12 @@ def test_multiclass(small, pool):
 
 
 def test_binary(small):
-  objective, pairs, predictions, logits, label = values(small, 'binary')
+  objective, metrics, predictions, logits, label = values(small, 'binary')
   p = 1 / (1 + np.exp(-logits[:, 0]))
   np.testing.assert_allclose(
-    pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).sum(), 4], rtol=1e-5
+    metrics['classify'], [-np.log(np.where(label == 1, p, 1 - p)).sum(), 4], rtol=1e-5
   )
-  assert pairs['classify_accuracy'] == [((p > 0.5) == label).sum(), 4]
+  assert metrics['classify_accuracy'] == [((p > 0.5) == label).sum(), 4]
   np.testing.assert_allclose(predictions['probabilities'][:4], np.stack([1 - p, p], -1), rtol=1e-4)
   assert objective.describe({'probabilities': predictions['probabilities'][0]})['label'] == (
     'yes' if p[0] > 0.5 else 'no'
@@ -426,13 +426,13 @@ def test_binary(small):
 
 
 def test_multilabel(small):
-  objective, pairs, predictions, logits, label = values(small, 'multilabel')
+  objective, metrics, predictions, logits, label = values(small, 'multilabel')
   p = 1 / (1 + np.exp(-logits))
   np.testing.assert_allclose(
-    pairs['classify'], [-np.log(np.where(label == 1, p, 1 - p)).mean(-1).sum(), 4], rtol=1e-5
+    metrics['classify'], [-np.log(np.where(label == 1, p, 1 - p)).mean(-1).sum(), 4], rtol=1e-5
   )
   np.testing.assert_allclose(
-    pairs['classify_accuracy'], [((p > 0.5) == label).mean(-1).sum(), 4], rtol=1e-6
+    metrics['classify_accuracy'], [((p > 0.5) == label).mean(-1).sum(), 4], rtol=1e-6
   )
   np.testing.assert_allclose(predictions['probabilities'][:4], p, rtol=1e-4)
   said = objective.describe({'probabilities': predictions['probabilities'][0]})
@@ -440,9 +440,11 @@ def test_multilabel(small):
 
 
 def test_regression(small):
-  objective, pairs, predictions, logits, label = values(small, 'regression')
-  np.testing.assert_allclose(pairs['classify'], [((logits[:, 0] - label) ** 2).sum(), 4], rtol=1e-5)
-  assert pairs.keys() == {'classify'}
+  objective, metrics, predictions, logits, label = values(small, 'regression')
+  np.testing.assert_allclose(
+    metrics['classify'], [((logits[:, 0] - label) ** 2).sum(), 4], rtol=1e-5
+  )
+  assert metrics.keys() == {'classify'}
   np.testing.assert_allclose(predictions['values'][:4], logits[:, 0], rtol=1e-4, atol=1e-6)
   assert objective.describe({'values': predictions['values'][0]}) == {
     'value': float(predictions['values'][0])

@@ -117,9 +117,11 @@ def learner(network, params):
 
   @functools.partial(jax.jit, static_argnums=1)
   def learn(batch, micro_batches=1):
-    grads, pairs = step.gradient(params, batch, None, network=network, micro_batches=micro_batches)
+    grads, metrics = step.gradient(
+      params, batch, None, network=network, micro_batches=micro_batches
+    )
     predictions = networks.apply(network, params, batch, method='predict')
-    return pairs['classify'], grads, *predictions.values()
+    return metrics['classify'], grads, *predictions.values()
 
   return learn
 
@@ -210,10 +212,10 @@ def trained(small, packing, devices):
     built.state,
   )
   answers = by_text(built.predict_step(state.params, built.put(batch))['probabilities'], texts)
-  state, pairs = built.train_step(state, built.put(batch))
+  state, metrics = built.train_step(state, built.put(batch))
   moments = tree.flatten(optax.tree_utils.tree_get(state.opt_state, 'mu'))
   return (
-    float(pairs['loss'][0]),
+    float(metrics['loss'][0]),
     {path: 10 * np.asarray(value) for path, value in moments.items()},
     answers,
   )

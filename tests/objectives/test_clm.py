@@ -31,9 +31,9 @@ def test_every_token_is_predicted_once_from_the_one_before(small, lengths, seq_l
     found.update(zip(row['tokens'][inside].tolist(), row['targets'][inside].tolist(), strict=True))
     spelt += row['bytes']
     for k in range(1, row['segments'].max() + 1):
-      place = row['segments'] == k
-      np.testing.assert_array_equal(row['tokens'][place][1:], row['targets'][place][:-1])
-      np.testing.assert_array_equal(row['positions'][place], np.arange(place.sum()))
+      position = row['segments'] == k
+      np.testing.assert_array_equal(row['tokens'][position][1:], row['targets'][position][:-1])
+      np.testing.assert_array_equal(row['positions'][position], np.arange(position.sum()))
   wanted = collections.Counter()
   for text in documents.texts:
     whole = [5, *text.tolist(), 6]
@@ -53,14 +53,14 @@ def test_loss_equals_brute_force(small):
   ]
   batch = small.stack([*examples, {k: np.zeros_like(v) for k, v in examples[0].items()}])
   hidden = np.random.default_rng(3).normal(size=(len(examples) + 1, 12, 6)).astype(np.float32)
-  pairs = objective.loss(net, jnp.asarray(hidden), batch)
+  metrics = objective.loss(net, jnp.asarray(hidden), batch)
   logits, counted = hidden.astype(np.float64) @ net.w_DV, batch['weights'] > 0
   nll = small.cross_entropy(logits, batch['targets'])[counted].sum()
   tokens, letters = 28 + 4, tokenizer.token_bytes[np.concatenate(documents.texts)].sum()
-  np.testing.assert_allclose(pairs['clm'][0], nll, rtol=1e-5)
-  np.testing.assert_allclose(pairs['bits_per_byte'][0], nll / np.log(2), rtol=1e-5)
-  assert float(pairs['clm'][1]) == tokens and float(pairs['bits_per_byte'][1]) == letters
-  assert [float(x) for x in pairs['clm_accuracy']] == [
+  np.testing.assert_allclose(metrics['clm'][0], nll, rtol=1e-5)
+  np.testing.assert_allclose(metrics['bits_per_byte'][0], nll / np.log(2), rtol=1e-5)
+  assert float(metrics['clm'][1]) == tokens and float(metrics['bits_per_byte'][1]) == letters
+  assert [float(x) for x in metrics['clm_accuracy']] == [
     (logits.argmax(-1) == batch['targets'])[counted].sum(),
     tokens,
   ]
@@ -84,10 +84,10 @@ def test_the_loss_is_in_float32_at_least(small, given, computed):
   net = small.network()
   net.model.table = lambda: jnp.eye(50, dtype=given)
   with jax.enable_x64(True):
-    pairs = clm.Objective(small.Tokenizer()).loss(net, jnp.zeros((1, 4, 50), given), batch)
-    assert pairs['clm'][0].dtype == computed
+    metrics = clm.Objective(small.Tokenizer()).loss(net, jnp.zeros((1, 4, 50), given), batch)
+    assert metrics['clm'][0].dtype == computed
     np.testing.assert_allclose(
-      pairs['clm'][0], 4 * np.log(50), rtol=1e-15 if computed == jnp.float64 else 1e-6
+      metrics['clm'][0], 4 * np.log(50), rtol=1e-15 if computed == jnp.float64 else 1e-6
     )
 
 

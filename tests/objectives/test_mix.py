@@ -27,11 +27,11 @@ def test_the_bert_loss(small):
   ).all()
   hidden = np.random.default_rng(1).normal(size=(4, 16, 6)).astype(np.float32)
   net = small.network(nsp=2)
-  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
+  metrics = objective.loss(net, small.read(objective, hidden, batch), batch)
   for part in objective.parts.values():
     for name, (value, weight) in part.loss(net, small.read(part, hidden, batch), batch).items():
-      assert float(pairs[name][0]) == float(value) and float(pairs[name][1]) == float(weight)
-  assert pairs.keys() == {'mlm', 'mlm_nll', 'mlm_accuracy', 'nsp', 'nsp_accuracy'}
+      assert float(metrics[name][0]) == float(value) and float(metrics[name][1]) == float(weight)
+  assert metrics.keys() == {'mlm', 'mlm_nll', 'mlm_accuracy', 'nsp', 'nsp_accuracy'}
   assert objective.summary({'mlm_nll': 0.0, 'nsp': 1.0}) == {'perplexity': 1.0}
   np.testing.assert_array_equal(objective.targets(batch)[0], batch['mask_targets'])
 
@@ -45,11 +45,11 @@ def test_unlabelled_rows_count_for_mlm_only(small):
   }
   objective = mix.Objective(parts=parts, rows='labels', weights={'mlm': 1, 'labels': 1})
   batch = batch_of(small, objective, documents, rows=2)
-  pairs = objective.loss(
+  metrics = objective.loss(
     small.network(classifier=2), small.read(objective, np.ones((2, 16, 6)), batch), batch
   )
   assert (
-    float(pairs['classify'][1]) == 1 and float(pairs['mlm'][1]) == 4
+    float(metrics['classify'][1]) == 1 and float(metrics['mlm'][1]) == 4
   )  # round(0.15 * 10) in each of the rows
 
 
@@ -67,10 +67,10 @@ def test_a_part_that_reads_all_makes_the_others_find_their_own(small):
     np.random.default_rng(1).normal(size=(2, 16, 6)).astype(np.float32),
     small.network(classifier=2),
   )
-  pairs = objective.loss(net, hidden, batch)
+  metrics = objective.loss(net, hidden, batch)
   for part in parts.values():
     for name, (value, _) in part.loss(net, small.read(part, hidden, batch), batch).items():
-      assert float(pairs[name][0]) == pytest.approx(float(value), rel=1e-6)
+      assert float(metrics[name][0]) == pytest.approx(float(value), rel=1e-6)
 
 
 def test_a_real_network_starts_at_the_loss_of_guessing(small):
@@ -82,9 +82,9 @@ def test_a_real_network_starts_at_the_loss_of_guessing(small):
   batch = batch_of(small, objective, small.random_documents([300, 200], 50), seq_len=32, rows=8)
   params = jax.jit(network.init)(jax.random.PRNGKey(0), batch)['params']
   assert set(params) == {'model', 'heads_mlm', 'heads_pooler', 'heads_nsp'}
-  pairs = jax.jit(network.apply)({'params': params}, batch)
-  assert abs(float(pairs['mlm'][0] / pairs['mlm'][1]) / np.log(vocab_size) - 1) < 0.03
-  assert abs(float(pairs['nsp'][0] / pairs['nsp'][1]) / np.log(2) - 1) < 0.03
+  metrics = jax.jit(network.apply)({'params': params}, batch)
+  assert abs(float(metrics['mlm'][0] / metrics['mlm'][1]) / np.log(vocab_size) - 1) < 0.03
+  assert abs(float(metrics['nsp'][0] / metrics['nsp'][1]) / np.log(2) - 1) < 0.03
 
 
 def test_what_is_passed_on_to_the_parts(small):

@@ -7,7 +7,7 @@ from llm_jax.objectives import mlm
 
 
 def masked(small, objective, tokens, seed=0):
-  """Original row, its masked example, and the masked places."""
+  """Original row, its masked example, and the masked positions."""
   example = {
     'tokens': np.asarray(tokens, np.int32),
     'segments': (np.asarray(tokens) > 0).astype(np.int32),
@@ -30,17 +30,17 @@ def test_masks_15_percent_and_80_10_10(small, masking):
   ordinary = chosen = hidden = kept = changed = 0
   for seed in range(60):
     tokens = text_row(rng, 510, 1007)
-    out, places = masked(small, objective, tokens, seed)
-    new, old = out['tokens'][places], tokens[places]
-    ordinary, chosen = ordinary + 510, chosen + len(places)
+    out, positions = masked(small, objective, tokens, seed)
+    new, old = out['tokens'][positions], tokens[positions]
+    ordinary, chosen = ordinary + 510, chosen + len(positions)
     hidden += np.sum(new == tokenizer.mask_id)
     kept += np.sum(new == old)
     changed += np.sum((new != old) & (new != tokenizer.mask_id))
     assert not tokenizer.special[new[new != tokenizer.mask_id]].any()
-    untouched = np.setdiff1d(np.arange(512), places)
+    untouched = np.setdiff1d(np.arange(512), positions)
     np.testing.assert_array_equal(out['tokens'][untouched], tokens[untouched])
-    np.testing.assert_array_equal(out['mask_targets'][: len(places)], old)
-  slack = 0 if masking == 'token' else 9 * 60  # less than one word of at most ten tokens a row
+    np.testing.assert_array_equal(out['mask_targets'][: len(positions)], old)
+  slack = 0 if masking == 'token' else 9 * 60  # less than one word of at most ten tokens per row
   assert round(0.15 * 510) * 60 - slack <= chosen <= round(0.15 * 510) * 60
   # Five standard deviations of the binomial; a span is one draw for its tokens, about 3.8 words of
   # 3: so fewer draws.
@@ -51,13 +51,13 @@ def test_masks_15_percent_and_80_10_10(small, masking):
 
 def test_other_shares_move_the_counts(small):
   tokens = text_row(np.random.default_rng(0), 510)
-  all_hidden, places = masked(
+  all_hidden, positions = masked(
     small, mlm.Objective(small.Tokenizer(), mask_token_rate=1.0, random_token_rate=0.0), tokens
   )
-  assert (all_hidden['tokens'][places] == 4).all()
+  assert (all_hidden['tokens'][positions] == 4).all()
   keep = mlm.Objective(small.Tokenizer(), mask_token_rate=0.0, random_token_rate=0.0, mask_rate=0.4)
-  all_kept, places = masked(small, keep, tokens)
-  assert len(places) == 204
+  all_kept, positions = masked(small, keep, tokens)
+  assert len(positions) == 204
   np.testing.assert_array_equal(all_kept['tokens'], tokens)
 
 
@@ -71,21 +71,21 @@ def test_other_shares_move_the_counts(small):
 def test_any_row(small, tokens, rate, masking, seed):
   tokenizer = small.Tokenizer(word=4)
   objective = mlm.Objective(tokenizer, mask_rate=rate, masking=masking)
-  out, places = masked(small, objective, tokens, seed)
+  out, positions = masked(small, objective, tokens, seed)
   n = sum(t >= 7 for t in tokens)
   room = len(out['mask_positions'])
   assert room == int(np.ceil(rate * len(tokens) - 1e-9))
   wanted = min(max(1, round(rate * n)), n)
-  assert (len(places) == wanted) if masking == 'token' else (len(places) <= room)
-  assert (np.diff(places) > 0).all() and (np.asarray(tokens, int)[places] >= 7).all()
+  assert (len(positions) == wanted) if masking == 'token' else (len(positions) <= room)
+  assert (np.diff(positions) > 0).all() and (np.asarray(tokens, int)[positions] >= 7).all()
   start, length = mlm.words(np.asarray(tokens) >= 7, tokenizer.word_start[tokens])
   assert length.sum() == n
   if masking != 'token':  # no word by half, and as much as fits
-    taken = [np.isin(np.arange(s, s + k), places) for s, k in zip(start, length, strict=True)]
+    taken = [np.isin(np.arange(s, s + k), positions) for s, k in zip(start, length, strict=True)]
     assert all(t.all() or not t.any() for t in taken)
     left = [len(t) for t in taken if not t.any()]
-    assert not left or len(places) >= wanted or min(left) > wanted - len(places)
-    assert len(places) or not n or length.min() > room
+    assert not left or len(positions) >= wanted or min(left) > wanted - len(positions)
+    assert len(positions) or not n or length.min() > room
 
 
 def test_words_by_hand():
@@ -103,7 +103,7 @@ def test_words_by_hand():
 def test_word_masking_differs_from_token_masking(small):
   """Negative control: with four-token words, masking by token does cut words."""
   tokens = np.concatenate([[2], np.tile([8, 9, 10, 11], 50), [3]])
-  whole = lambda places: set(np.bincount((places - 1) // 4, minlength=50).tolist()) <= {0, 4}
+  whole = lambda positions: set(np.bincount((positions - 1) // 4, minlength=50).tolist()) <= {0, 4}
   assert whole(masked(small, mlm.Objective(small.Tokenizer(word=4), masking='word'), tokens)[1])
   assert not whole(masked(small, mlm.Objective(small.Tokenizer(word=4)), tokens)[1])
 
@@ -119,18 +119,18 @@ def test_span_lengths_are_those_of_spanbert(small):
   lengths = []
   for masking in ('span', 'word'):
     objective = mlm.Objective(small.Tokenizer(), mask_rate=0.02, masking=masking)
-    places = [masked(small, objective, np.full(20_000, 9), seed)[1] for seed in range(5)]
-    lengths.append(np.mean([len(x) / (1 + np.count_nonzero(np.diff(x) > 1)) for x in places]))
+    positions = [masked(small, objective, np.full(20_000, 9), seed)[1] for seed in range(5)]
+    lengths.append(np.mean([len(x) / (1 + np.count_nonzero(np.diff(x) > 1)) for x in positions]))
   deviation = np.sqrt((k**2 * p).sum() / p.sum() - mean**2)
   assert abs(lengths[0] - mean) < 4 * deviation / np.sqrt(5 * 400 / mean) and lengths[1] < 1.1
 
 
 def test_a_span_is_replaced_as_a_whole(small):
   tokens = np.full(4000, 9)
-  out, places = masked(
+  out, positions = masked(
     small, mlm.Objective(small.Tokenizer(), mask_rate=0.02, masking='span'), tokens
   )
-  runs = np.split(out['tokens'][places], np.flatnonzero(np.diff(places) > 1) + 1)
+  runs = np.split(out['tokens'][positions], np.flatnonzero(np.diff(positions) > 1) + 1)
   assert sum(len(r) > 1 for r in runs) > 10
   mixed = sum(0 < np.sum(r == 4) < len(r) for r in runs)
   assert mixed <= 2  # only spans that happen to touch
@@ -174,21 +174,21 @@ def test_loss_equals_brute_force(small):
   batch = small.stack([*rows, {k: np.zeros_like(v) for k, v in rows[0].items()}])
   hidden = rng.normal(size=(4, 40, 6)).astype(np.float32)
   net = small.network()
-  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
+  metrics = objective.loss(net, small.read(objective, hidden, batch), batch)
   nll, right, weight = 0.0, 0, 0
   for b, p, t, w in zip(
     np.arange(4), batch['mask_positions'], batch['mask_targets'], batch['mask_weights'], strict=True
   ):
-    for place, target in zip(p[w > 0], t[w > 0], strict=True):
-      logits = 2 * hidden[b, place].astype(np.float64) @ net.w_DV
+    for position, target in zip(p[w > 0], t[w > 0], strict=True):
+      logits = 2 * hidden[b, position].astype(np.float64) @ net.w_DV
       nll, right, weight = (
         nll + small.cross_entropy(logits, target),
         right + (logits.argmax() == target),
         weight + 1,
       )
-  np.testing.assert_allclose(pairs['mlm'][0], nll, rtol=1e-5)
-  assert float(pairs['mlm'][1]) == weight == round(0.15 * 38) + round(0.15 * 20) + 1
-  assert [float(x) for x in pairs['mlm_accuracy']] == [right, weight]
+  np.testing.assert_allclose(metrics['mlm'][0], nll, rtol=1e-5)
+  assert float(metrics['mlm'][1]) == weight == round(0.15 * 38) + round(0.15 * 20) + 1
+  assert [float(x) for x in metrics['mlm_accuracy']] == [right, weight]
   assert objective.terms == {'mlm': 1.0} and objective.summary({'mlm_nll': np.log(7)})[
     'perplexity'
   ] == pytest.approx(7)

@@ -94,12 +94,12 @@ def test_loss_equals_brute_force(small):
     'nsp_label': np.array([0, 1, 1, 0], np.int32),
     'nsp_weight': np.array([1, 1, 0, 1], np.float32),
   }
-  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
+  metrics = objective.loss(net, small.read(objective, hidden, batch), batch)
   logits = hidden[:, 0].astype(np.float64) @ net.matrices['nsp']
   np.testing.assert_allclose(
-    pairs['nsp'][0], small.cross_entropy(logits, batch['nsp_label'])[[0, 1, 3]].sum(), rtol=1e-5
+    metrics['nsp'][0], small.cross_entropy(logits, batch['nsp_label'])[[0, 1, 3]].sum(), rtol=1e-5
   )
-  assert [float(x) for x in pairs['nsp_accuracy']] == [
+  assert [float(x) for x in metrics['nsp_accuracy']] == [
     (logits.argmax(-1) == batch['nsp_label'])[[0, 1, 3]].sum(),
     3,
   ]

@@ -32,12 +32,12 @@ def test_loss_equals_brute_force(small):
     'sop_label': np.array([0, 1, 1], np.int32),
     'sop_weight': np.array([1, 1, 0], np.float32),
   }
-  pairs = objective.loss(net, small.read(objective, hidden, batch), batch)
+  metrics = objective.loss(net, small.read(objective, hidden, batch), batch)
   logits = hidden[:, 0].astype(np.float64) @ net.matrices['sop']
   np.testing.assert_allclose(
-    pairs['sop'][0], small.cross_entropy(logits, batch['sop_label'])[:2].sum(), rtol=1e-5
+    metrics['sop'][0], small.cross_entropy(logits, batch['sop_label'])[:2].sum(), rtol=1e-5
   )
-  assert [float(x) for x in pairs['sop_accuracy']] == [
+  assert [float(x) for x in metrics['sop_accuracy']] == [
     (logits.argmax(-1) == batch['sop_label'])[:2].sum(),
     2,
   ]

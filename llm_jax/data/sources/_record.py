@@ -22,7 +22,7 @@ def make(
     label: name of the field with the label, or None.
 
   Raises:
-    ValueError: a field is missing, or its value cannot be a text or a label.
+    ValueError: a field is missing, or its value is no text or no label.
   """
   check_fields(where, fields, text, pair, label)
   record: dict[str, Any] = {'text': string(fields[text], f'{where}: field {text!r}')}

@@ -153,7 +153,7 @@ def test_any_text(opened, text):
     assert tokenizer.token_bytes[ids].sum() == len(text.encode())
 
 
-def test_bytes_words_and_places(opened):
+def test_bytes_words_and_offsets(opened):
   kind, tokenizer, own = opened
   text = 'the cat, unbelievably naïve 多少'
   ids, spans = tokenizer.offsets(text)
@@ -446,12 +446,12 @@ SOURCE = json.dumps(json.loads(byte_level().to_str()))
 
 @settings(deadline=None, max_examples=150)
 @given(
-  place=st.integers(0, len(SOURCE) - 1),
+  start=st.integers(0, len(SOURCE) - 1),
   size=st.integers(0, 40),
   new=st.text('{}[]",:0a\\\u0120', max_size=3),
 )
-def test_a_file_with_a_hole_is_a_value_error_or_a_tokenizer(tmp_path_factory, place, size, new):
-  path = folder(tmp_path_factory.mktemp('cut'), SOURCE[:place] + new + SOURCE[place + size :])
+def test_a_file_with_a_hole_is_a_value_error_or_a_tokenizer(tmp_path_factory, start, size, new):
+  path = folder(tmp_path_factory.mktemp('cut'), SOURCE[:start] + new + SOURCE[start + size :])
   try:
     tokenizer = hf.load(path)
   except ValueError as error:
