@@ -43,7 +43,8 @@ def text_of(name):
 
 def broken_links(path):
   """Links of a document to files, or to headings in them, that are not there."""
-  for link in re.findall(r'\]\(([^)\s]+)\)', path.read_text(encoding='utf-8')):
+  text = re.sub(r'^```.*?^```$', '', path.read_text(encoding='utf-8'), flags=re.DOTALL | re.M)
+  for link in re.findall(r'\]\(([^)\s]+)\)', text):
     if re.match(r'\w+:', link):
       continue
     name, _, heading = link.partition('#')
@@ -54,13 +55,13 @@ def broken_links(path):
 
 def headings(path):
   """The headings of a document as links spell them."""
-  found = re.findall(r'^#+ (.+)$', path.read_text(encoding='utf-8'), re.MULTILINE)
+  found = re.findall(r'^#+ (.+)$', path.read_text(encoding='utf-8'), re.M)
   return [re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in found]
 
 
 def files_of(text):
   """The blocks of code in a document that have a name: '`mine/x.py`:' before the block."""
-  blocks = re.findall(r'^`([\w/]+\.py)`:\n\n```python\n(.*?)^```$', text, re.DOTALL | re.MULTILINE)
+  blocks = re.findall(r'^`([\w/]+\.py)`:\n\n```python\n(.*?)^```$', text, re.DOTALL | re.M)
   return dict(blocks)
 
 
@@ -102,8 +103,28 @@ def test_configs_and_their_options_are_there(name):
 
 
 def test_every_mode_is_in_the_table():
-  listed = re.findall(r'^\| `(\w+)` \|', text_of('README.md'), re.MULTILINE)
+  section = text_of('README.md').split('\n## Modes\n')[1].split('\n## ')[0]
+  listed = re.findall(r'^\| `(\w+)` \|', section, re.M)
   assert sorted(listed) == plugins.names('mode')
+
+
+def rooms_of(text):
+  """(folders, names of modules) of each row of the table of rooms."""
+  section = text.split('\n## The rooms\n')[1].split('\n## ')[0]
+  for row in re.findall(r'^\| (\[.*?) \| (.*) \|$', section, re.M):
+    yield re.findall(r'\]\((\w+)\)', row[0]), re.findall(r'`([\w/]+)`', row[1])
+
+
+def test_every_room_is_in_the_table_with_modules_that_are_there():
+  package, rooms = ROOT / 'llm_jax', []
+  for folders, names in rooms_of(text_of(HOUSE)):
+    rooms += folders
+    for name in names:
+      files = [
+        package / folder / (name if name.endswith('/') else f'{name}.py') for folder in folders
+      ]
+      assert any(file.exists() for file in files), f'{name} is not in {folders}'
+  assert sorted(rooms) == sorted(path.parent.name for path in package.glob('*/__init__.py'))
 
 
 @pytest.fixture(scope='module')
