@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from llm_jax.core import plugins
+from llm_jax.core.tree import PyTree
 
 # What a resumed run must share with the run that it continues; steps, intervals, rates and mesh may
 # change.
@@ -260,7 +261,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, An
       yield f'{prefix}{key}', value
 
 
-def _without_none(tree: Any) -> Any:
+def _without_none(tree: PyTree) -> Any:
   if isinstance(tree, Mapping):
     return {k: _without_none(v) for k, v in tree.items() if v is not None}
   return tree

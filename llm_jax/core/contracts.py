@@ -43,6 +43,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 import flax.struct
 import numpy as np
 
+from llm_jax.core.tree import PyTree
+
 if TYPE_CHECKING:
   from llm_jax.core.params import Info
   from llm_jax.core.state import TrainState
@@ -191,7 +193,7 @@ class Outputs:
   hidden: Any
   aux_losses: Metrics = flax.struct.field(default_factory=dict)
   intermediates: dict[str, Any] = flax.struct.field(default_factory=dict)
-  cache: Any = None
+  cache: PyTree = None
 
 
 class Model:
@@ -215,7 +217,7 @@ class Model:
   terms: ClassVar[Mapping[str, float]] = {}
 
   def __call__(
-    self, batch: Batch, positions: Any = None, *, train: bool = False, cache: Any = None
+    self, batch: Batch, positions: Any = None, *, train: bool = False, cache: PyTree = None
   ) -> Outputs:
     """Hidden states, last norm included.
 
@@ -471,7 +473,7 @@ class Adapter:
     del context
     return next_fun(*args, **kwargs)
 
-  def weights(self, params: Any) -> Any:
+  def weights(self, params: PyTree) -> Any:
     """The network's parameters in the form in which it reads them; kernels may be weight forms."""
     return params
 
@@ -480,7 +482,7 @@ class Adapter:
     del path, info
     return not base
 
-  def extras(self, params: Any) -> dict[str, Any]:
+  def extras(self, params: PyTree) -> dict[str, Any]:
     """Arrays that are carried from step to step in `TrainState.extras`."""
     del params
     return {}

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.core import tree
+from llm_jax.core.tree import PyTree
 
 LAYERS = 'layers'  # the logical axis that `nn.scan` puts before the axes of one layer
 EMBEDDINGS = -1  # the layer number of what comes before the first layer
@@ -114,7 +115,7 @@ def in_layer(number: int) -> Iterator[None]:
     _LAYER.reset(token)
 
 
-def infos(boxed_params: Any) -> dict[str, Info]:
+def infos(boxed_params: PyTree) -> dict[str, Info]:
   """What each parameter of a network is, by path.
 
   Args:
@@ -129,7 +130,7 @@ def infos(boxed_params: Any) -> dict[str, Info]:
   return found
 
 
-def split(params: Any, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
+def split(params: PyTree, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
   """Nested dictionaries of the leaves whose path is chosen, and of the others."""
   leaves = tree.flatten(params)
   inside = {path: leaf for path, leaf in leaves.items() if chosen(path)}
@@ -137,7 +138,7 @@ def split(params: Any, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], d
   return tree.nest(inside), tree.nest(outside)
 
 
-def merge(*parts: Any) -> dict[str, Any]:
+def merge(*parts: PyTree) -> dict[str, Any]:
   """One nested dictionary of parts that share no leaf."""
   leaves: dict[str, Any] = {}
   for part in parts:

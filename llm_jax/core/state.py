@@ -9,6 +9,7 @@ import flax.struct
 import jax
 
 from llm_jax.core import params as params_lib
+from llm_jax.core.tree import PyTree
 
 
 @flax.struct.dataclass
@@ -25,11 +26,11 @@ class TrainState:
   """
 
   step: jax.Array
-  params: Any
-  opt_state: Any
+  params: PyTree
+  opt_state: PyTree
   rng: jax.Array
-  frozen: Any = flax.struct.field(default_factory=dict)
-  extras: Any = flax.struct.field(default_factory=dict)
+  frozen: PyTree = flax.struct.field(default_factory=dict)
+  extras: PyTree = flax.struct.field(default_factory=dict)
 
   @property
   def network_params(self) -> Any:

@@ -7,22 +7,24 @@ tuples, dataclasses). None and empty containers have no leaves, hence no paths.
 
 import difflib
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 
+PyTree: TypeAlias = Any  # containers of arrays, nested; `jax.tree` says which there are
 
-def flatten(tree: Any) -> dict[str, Any]:
+
+def flatten(tree: PyTree) -> dict[str, Any]:
   """The leaves by path, in the order of `jax.tree.leaves`."""
   return {_join(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def paths(tree: Any) -> list[str]:
+def paths(tree: PyTree) -> list[str]:
   """The path of each leaf, in the order of `jax.tree.leaves`."""
   return list(flatten(tree))
 
 
-def map_with_path(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> Any:
   """A tree of `fn(path, leaf, *leaves of rest)`; the other trees may have subtrees where `tree` has
   leaves.
   """
@@ -43,7 +45,7 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
   return root
 
 
-def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> Any:
   """`tree` with the leaves at the given paths exchanged, the others as they are.
 
   Raises:
@@ -56,7 +58,7 @@ def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
   return map_with_path(lambda path, leaf: leaves.get(path, leaf), tree)
 
 
-def with_shardings(shapes: Any, shardings: Any) -> Any:
+def with_shardings(shapes: PyTree, shardings: PyTree) -> Any:
   """Abstract arrays of these shapes and types, each with its sharding; the trees are alike."""
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -65,7 +67,7 @@ def with_shardings(shapes: Any, shardings: Any) -> Any:
   )
 
 
-def difference(expected: Any, found: Any) -> str:
+def difference(expected: PyTree, found: PyTree) -> str:
   """What separates two trees of arrays (or of anything with shape and dtype), one line per leaf.
 
   '- path' is in `expected` only, '+ path' in `found` only, '! path' in both with another shape or

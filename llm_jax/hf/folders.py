@@ -17,6 +17,7 @@ from llm_jax.core import tree
 from llm_jax.core.params import Info
 from llm_jax.core.plugins import nearest
 from llm_jax.core.state import Loaded
+from llm_jax.core.tree import PyTree
 from llm_jax.hf import reading, safetensors, writing
 from llm_jax.hf.family import CONFIG, Families, Family, values
 from llm_jax.hf.tensors import FLOATS
@@ -104,7 +105,7 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 def load(
   path: str | os.PathLike[str],
   families: Families,
-  abstract_params: Any,
+  abstract_params: PyTree,
   infos: Mapping[str, Info],
 ) -> Loaded:
   """Reads the parameters that a folder holds, in the types wanted.
@@ -150,7 +151,7 @@ def save(
   families: Families,
   model_name: str,
   model: Any,
-  params: Any,
+  params: PyTree,
   infos: Mapping[str, Info],
   *,
   classes: Sequence[str] | None = None,

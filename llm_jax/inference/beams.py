@@ -8,11 +8,12 @@ W is the number of beams per prompt, C that of candidates for them, M the most n
 caches and logits are B W, the beams of one prompt next to each other.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from llm_jax.core.tree import PyTree
 from llm_jax.inference import forward
 from llm_jax.inference.sampling import penalized
 from llm_jax.parallel import sharding
@@ -62,7 +63,7 @@ class Search(NamedTuple):
     limits: the numbers of the search.
   """
 
-  cache: Any
+  cache: PyTree
   lengths_R: jax.Array
   seen_BWV: jax.Array
   running: Beams
@@ -94,7 +95,7 @@ class _Candidates(NamedTuple):
 
 
 def begin(
-  cache: Any, lengths_B: jax.Array, seen_BV: jax.Array, limits: Limits, beams: int, room: int
+  cache: PyTree, lengths_B: jax.Array, seen_BV: jax.Array, limits: Limits, beams: int, room: int
 ) -> Search:
   """The state before the first token.
 

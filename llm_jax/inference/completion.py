@@ -5,11 +5,11 @@ for the last of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 
 from llm_jax.core.contracts import Tokenizer
+from llm_jax.core.tree import PyTree
 from llm_jax.inference.decoding import Generator
 from llm_jax.inference.sampling import Sampling
 
@@ -40,7 +40,7 @@ class Completer:
 
   def __call__(
     self,
-    weights: Any,
+    weights: PyTree,
     prompts: Sequence[str],
     sampling: Sampling,
     stop: Sequence[str] = (),
@@ -68,7 +68,7 @@ class Completer:
 
   def from_ids(
     self,
-    weights: Any,
+    weights: PyTree,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     stop: Sequence[str] = (),

@@ -24,6 +24,7 @@ import numpy as np
 
 from llm_jax.core.contracts import Adapter
 from llm_jax.core.params import Info
+from llm_jax.core.tree import PyTree
 from llm_jax.inference import beams as beam_search
 from llm_jax.inference import forward
 from llm_jax.inference.forward import Forward, Weights
@@ -46,7 +47,7 @@ class State:
     slots: the longest row that the cache has room for.
   """
 
-  cache: Any
+  cache: PyTree
   ids_B: jax.Array
   lengths_B: jax.Array
   seen_BV: jax.Array
@@ -380,7 +381,7 @@ class Generator:
       self._compiled.add(key)
     return function(*args, **kwargs)
 
-  def _put(self, arrays: Any, by_row: bool = False) -> Any:
+  def _put(self, arrays: PyTree, by_row: bool = False) -> Any:
     """NumPy arrays on the mesh: their rows over the axes of the batch, or whole on each device."""
     if self._layout is None:
       return arrays

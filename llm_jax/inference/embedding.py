@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax.core.contracts import Batch, Example, Tokenizer
+from llm_jax.core.tree import PyTree
 from llm_jax.data import pack, pipeline
 from llm_jax.inference.completion import template
 from llm_jax.nn import heads
@@ -37,7 +38,7 @@ class Embedder:
     self._functions: dict[tuple[str, bool], Callable[[Any, Batch], jax.Array]] = {}
 
   def __call__(
-    self, params: Any, texts: Sequence[str], pool: str = 'mean', normalize: bool = True
+    self, params: PyTree, texts: Sequence[str], pool: str = 'mean', normalize: bool = True
   ) -> np.ndarray:
     """[texts, D] float32: a vector for each text.
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core.contracts import Batch, Tokenizer
+from llm_jax.core.tree import PyTree
 from llm_jax.inference.completion import template
 from llm_jax.parallel import sharding
 from llm_jax.programs.inference import Inference
@@ -57,7 +58,7 @@ class Filler:
     self._program, self._tokenizer = program, tokenizer
     self._functions: dict[int, Any] = {}
 
-  def __call__(self, params: Any, texts: Sequence[str], rows: int, top: int = 5) -> list[Filled]:
+  def __call__(self, params: PyTree, texts: Sequence[str], rows: int, top: int = 5) -> list[Filled]:
     """Fills in each text; a mask is written as the tokenizer writes it, or as [MASK].
 
     Args:

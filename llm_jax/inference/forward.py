@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from llm_jax.core import tree
 from llm_jax.core.contracts import Adapter
 from llm_jax.core.params import LAYERS, Info
+from llm_jax.core.tree import PyTree
 from llm_jax.nn.attention.cache import KeyValues
 from llm_jax.nn.stack import Stack, unstacked
 from llm_jax.parallel import sharding
@@ -34,7 +35,7 @@ class Weights(NamedTuple):
       unless it is one of them as it stands.
   """
 
-  params: Any
+  params: PyTree
   table_VD: jax.Array | None
 
 
@@ -63,7 +64,7 @@ class Forward:
     else:
       self._one_cpu = layout.platform == 'cpu' and layout.mesh.size == 1
 
-  def weights(self, params: Any) -> Weights:
+  def weights(self, params: PyTree) -> Weights:
     """Parameters as they were created, in the form in which they are run."""
     dtype = self._model.options.compute_dtype
     if self._adapter is not None:
@@ -87,7 +88,7 @@ class Forward:
     tokens_BT: jax.Array,
     segments_BT: jax.Array,
     positions_BT: jax.Array,
-    cache: Any,
+    cache: PyTree,
   ) -> tuple[jax.Array, Any]:
     """Hidden states [B, T, D], and the cache with these tokens in it."""
     batch = {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
@@ -112,7 +113,7 @@ class Forward:
     if not self._stacks:
       return cache
 
-    def is_stack(part: Any) -> bool:
+    def is_stack(part: PyTree) -> bool:
       return isinstance(part, Mapping) and LAYERS in part
 
     return jax.tree.map(
@@ -134,7 +135,7 @@ class Forward:
       jax.eval_shape(lambda: self._model.init(jax.random.key(0), batch))
     return tuple(sorted(found))
 
-  def _layers(self, params: Any, path: str) -> dict[str, Any]:
+  def _layers(self, params: PyTree, path: str) -> dict[str, Any]:
     """The parameters of one stack in the form in which they are run."""
     part, prefix = params, f'{path}/'
     for name in path.split('/'):
@@ -148,10 +149,10 @@ class Forward:
       part = products.transposed(part, infos)
     return unstacked(part) if LAYERS in part else part
 
-  def _table(self, params: Any) -> jax.Array:
+  def _table(self, params: PyTree) -> jax.Array:
     return self._apply(params, lambda network: network.model.table())
 
-  def _apply(self, params: Any, method: Callable[[Network], Any]) -> Any:
+  def _apply(self, params: PyTree, method: Callable[[Network], Any]) -> Any:
     """What `method` of a bound network gives: modules have the paths there that adapters know."""
     network, variables = Network(self._model, {}), {'params': {'model': params}}
     if self._adapter is None:
@@ -160,10 +161,10 @@ class Forward:
       return network.apply(variables, method=method)
 
 
-def laid_out(cache: Any) -> Any:
+def laid_out(cache: PyTree) -> Any:
   """A cache as the layout in force has it: rows over the batch's axes, heads over theirs."""
 
-  def constrained(part: Any) -> Any:
+  def constrained(part: PyTree) -> Any:
     if isinstance(part, KeyValues):
       return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in part))
     return sharding.constrain(part, 'batch', *[None] * (part.ndim - 1))
@@ -171,7 +172,7 @@ def laid_out(cache: Any) -> Any:
   return jax.tree.map(constrained, cache, is_leaf=lambda part: isinstance(part, KeyValues))
 
 
-def _replaced(params: Any, names: list[str], part: Any) -> Any:
+def _replaced(params: PyTree, names: list[str], part: PyTree) -> Any:
   """`params` with `part` in place of what stands under `names`."""
   if not names:
     return part

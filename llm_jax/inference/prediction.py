@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax.core.contracts import Example, Predictor, Record, Tokenizer
+from llm_jax.core.tree import PyTree
 from llm_jax.data import documents, encoding
 from llm_jax.parallel import hosts
 from llm_jax.programs.inference import Inference
@@ -48,7 +49,7 @@ class Labeller:
     """The heads that answering needs."""
     return self._predictor.heads(self._program.network.model)
 
-  def __call__(self, params: Any, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+  def __call__(self, params: PyTree, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
     """An answer for each record, as JSON can hold it, in their order.
 
     Records are read block by block, the next one while the one before is answered.
@@ -88,7 +89,7 @@ class Labeller:
     """The rows of some texts."""
     return self._predictor.layout(texts, self._program.config.seq_len)
 
-  def _answers(self, params: Any, block: '_Block') -> list[dict[str, Any]]:
+  def _answers(self, params: PyTree, block: '_Block') -> list[dict[str, Any]]:
     if self._predict is None:
       self._predict = hosts.compiled(self._program.predict_step)
     answers: list[dict[str, Any]] = [{}] * len(block.documents)

@@ -3,12 +3,12 @@
 import itertools
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.core.state import TrainState
+from llm_jax.core.tree import PyTree
 from llm_jax.inference.completion import Completer
 from llm_jax.inference.decoding import Generator
 from llm_jax.inference.sampling import Sampling
@@ -80,7 +80,7 @@ class Samples:
       with open(self._path, 'a', encoding='utf-8') as file:
         file.write(f'step {step}\n' + ''.join(f'  {line}\n' for line in lines))
 
-  def texts(self, params: Any) -> list[tuple[str, str]]:
+  def texts(self, params: PyTree) -> list[tuple[str, str]]:
     """Beginnings and their completions, the same each time for the same parameters."""
     prompts = [[self._tokenizer.bos_id, *ids] for ids in self._beginnings]
     weights = self._completer.generator.weights(params['model'])

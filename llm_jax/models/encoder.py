@@ -5,11 +5,12 @@ Parameters: `embedder`, `stack/first` (ModernBERT's first layer), `stack/layers/
 `final_norm` where norms come first, `output` where the vocabulary projection is not tied.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 
 from llm_jax.core.contracts import Batch, Outputs
+from llm_jax.core.tree import PyTree
 from llm_jax.models._transformer import Transformer, positions_of, read
 from llm_jax.nn import rotary
 from llm_jax.nn.block import LayerContext
@@ -71,7 +72,7 @@ class Model(Transformer):
     positions: jax.Array | None = None,
     *,
     train: bool = False,
-    cache: Any = None,
+    cache: PyTree = None,
   ) -> Outputs:
     """Hidden states, last norm included, in the compute type.
 

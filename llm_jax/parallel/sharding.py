@@ -30,6 +30,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llm_jax.core import plugins, tree
 from llm_jax.core.params import Info
+from llm_jax.core.tree import PyTree
 
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
 BATCH = ('data', 'fsdp')  # mesh axes that share out the rows of a batch
@@ -287,7 +288,7 @@ def divisible_heads(x_BSKH: jax.Array, heads: int) -> jax.Array:
 
 
 def parameter_shardings(
-  layout: Layout, params: Any, infos: Mapping[str, Info], optimizer: bool = False
+  layout: Layout, params: PyTree, infos: Mapping[str, Info], optimizer: bool = False
 ) -> Any:
   """Shardings for parameters, by their logical axes.
 
@@ -308,7 +309,7 @@ def parameter_shardings(
   return tree.map_with_path(sharding, params)
 
 
-def optimizer_shardings(mesh: Mesh, params: Any, shardings: Any, opt_state: Any) -> Any:
+def optimizer_shardings(mesh: Mesh, params: PyTree, shardings: PyTree, opt_state: PyTree) -> Any:
   """Shardings for an optimizer's state: a leaf that mirrors a parameter (its path ends in that of
   the parameter, and the shape is the same) lies as given, everything else is replicated.
 

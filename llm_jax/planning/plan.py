@@ -21,6 +21,7 @@ from absl import logging
 
 from llm_jax.core import files
 from llm_jax.core.config import Config
+from llm_jax.core.tree import PyTree
 from llm_jax.parallel import chips, sharding, topology
 from llm_jax.planning import report as reports
 from llm_jax.planning.costs import Costs, costs
@@ -181,7 +182,7 @@ def _state_bytes(program: Training) -> dict[str, int]:
   def shard(leaf: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> int:
     return math.prod(where.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
-  def size(tree: Any) -> int:
+  def size(tree: PyTree) -> int:
     return sum(shard(leaf, leaf.sharding) for leaf in jax.tree.leaves(tree))
 
   state = program.state

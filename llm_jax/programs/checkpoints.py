@@ -27,6 +27,7 @@ from absl import logging
 
 from llm_jax.core import files, tree
 from llm_jax.core.state import Loaded
+from llm_jax.core.tree import PyTree
 from llm_jax.parallel import hosts
 
 SEAL = 'seal.json'
@@ -46,7 +47,7 @@ class Restored(NamedTuple):
     step: optimizer steps taken.
   """
 
-  state: Any
+  state: PyTree
   position: int
   meta: dict[str, Any]
   step: int
@@ -73,7 +74,7 @@ class Checkpoints:
   def save(
     self,
     step: int,
-    state: Any,
+    state: PyTree,
     position: int,
     meta: Mapping[str, Any],
     metrics: Mapping[str, float] | None = None,
@@ -133,7 +134,7 @@ class Checkpoints:
     """The step with the lowest validation loss; None where none was saved with one."""
     return _best(_seals(self._directory))
 
-  def restore(self, abstract_state: Any) -> Restored | None:
+  def restore(self, abstract_state: PyTree) -> Restored | None:
     """Reads the newest checkpoint that is whole; None in a folder that never had one.
 
     Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to
@@ -239,7 +240,7 @@ def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dic
 
 
 def restore_params(
-  directory: str | pathlib.Path, abstract_params: Any, which: str = 'best'
+  directory: str | pathlib.Path, abstract_params: PyTree, which: str = 'best'
 ) -> Loaded:
   """Reads parameters of another run, by path; that run's folder is not changed.
 

@@ -16,6 +16,7 @@ import numpy as np
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
+from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
 from llm_jax.programs import assemble
 from llm_jax.programs import network as networks
@@ -74,7 +75,7 @@ class Inference:
       method: a function of the bound network and a batch.
     """
 
-    def run(params: Any, batch: Batch) -> Any:
+    def run(params: PyTree, batch: Batch) -> Any:
       return networks.apply(self.network, params, batch, method=method)
 
     return jax.jit(on_layout(self.layout, run), out_shardings=sharding.replicated(self.mesh))
@@ -149,7 +150,7 @@ def sample_rows(example: Example) -> dict[str, jax.Array]:
   return {key: jnp.zeros((1, *value.shape), value.dtype) for key, value in example.items()}
 
 
-def placed(shapes: Any, shardings: Any) -> Any:
+def placed(shapes: PyTree, shardings: PyTree) -> Any:
   """Abstract arrays with their shardings."""
 
   def leaf(x: jax.ShapeDtypeStruct, where: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:

@@ -13,6 +13,7 @@ import jax
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.contracts import Adapter, Batch, Metrics, Net, Objective, Outputs
+from llm_jax.core.tree import PyTree
 
 
 class Network(nn.Module):
@@ -73,7 +74,7 @@ def initialize(network: Network, key: jax.Array, rows: Batch) -> dict[str, Any]:
 
 def apply(
   network: Network,
-  params: Any,
+  params: PyTree,
   batch: Batch,
   method: Callable[..., Any] | str | None = None,
   rngs: Mapping[str, jax.Array] | None = None,
@@ -105,7 +106,7 @@ def base_paths(network: Network, rows: Batch) -> frozenset[str]:
   return frozenset(params_lib.infos(shapes))
 
 
-def _with_new(old: Any, new: Any) -> dict[str, Any]:
+def _with_new(old: PyTree, new: Any) -> dict[str, Any]:
   """`old` with the leaves of `new` that it lacks; boxes are leaves."""
   found: dict[str, Any] = {}
   for params in (new, old):

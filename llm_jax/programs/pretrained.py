@@ -15,6 +15,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.params import Info
 from llm_jax.core.state import Loaded
+from llm_jax.core.tree import PyTree
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
 from llm_jax.hf.family import Family, decisive
@@ -77,7 +78,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
 
 
 def load_params(
-  config: Config, folder: pathlib.Path, params: Any, infos: Mapping[str, Info]
+  config: Config, folder: pathlib.Path, params: PyTree, infos: Mapping[str, Info]
 ) -> Loaded:
   """The parameters in a folder that a network wants too; of a run, those of its best checkpoint.
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from llm_jax.core.contracts import Batch, Example, Objective, Tokenizer, Validation
+from llm_jax.core.tree import PyTree
 from llm_jax.data import pipeline
 from llm_jax.evaluators import loss
 from llm_jax.parallel import hosts, sharding
@@ -17,7 +18,7 @@ from llm_jax.programs.inference import Inference
 
 def scores(
   program: Inference,
-  params: Any,
+  params: PyTree,
   tokenizer: Tokenizer,
   examples: Any,
   report: pathlib.Path | None,
@@ -51,7 +52,7 @@ def scores(
 
 
 def predictions(
-  program: Inference, params: Any
+  program: Inference, params: PyTree
 ) -> Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]:
   """A function from this host's rows of a batch, and keys, to what is predicted for all hosts' rows
   beside the batch's arrays of these keys.

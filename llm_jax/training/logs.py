@@ -19,6 +19,7 @@ from absl import logging
 from tqdm import tqdm
 
 from llm_jax.core import files, tree
+from llm_jax.core.tree import PyTree
 
 METRICS = 'metrics.jsonl'
 PLOT = 'loss.png'
@@ -179,7 +180,7 @@ def plot(workdir: str | pathlib.Path) -> None:
     figure.savefig(pathlib.Path(workdir) / PLOT)
 
 
-def parameter_overview(params: Any) -> str:
+def parameter_overview(params: PyTree) -> str:
   """A table of (abstract) parameters: path, shape, type, count, and sharding where they have one;
   the sum below.
   """

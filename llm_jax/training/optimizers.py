@@ -25,6 +25,7 @@ from optax import contrib
 
 from llm_jax.core import plugins, tree
 from llm_jax.core.params import Info
+from llm_jax.core.tree import PyTree
 
 Infos = Mapping[str, Info]
 
@@ -105,7 +106,7 @@ class Optimizer(abc.ABC):
 
   @abc.abstractmethod
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     """From gradient to ascent direction at rate 1.
 
@@ -125,7 +126,7 @@ class AdamW(Optimizer):
   eps: float = 1e-8
 
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_adam(self.b1, self.b2, self.eps), decay)
 
@@ -142,7 +143,7 @@ class LAMB(Optimizer):
   eps: float = 1e-6
 
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(
       optax.scale_by_adam(self.b1, self.b2, self.eps),
@@ -169,7 +170,7 @@ class Adafactor(Optimizer):
   parameter_scale: bool = True
 
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     scale = optax.scale_by_param_block_rms() if self.parameter_scale else optax.identity()
     factored = optax.scale_by_factored_rms(decay_rate=self.decay_rate)
@@ -187,7 +188,7 @@ class SGD(Optimizer):
   nesterov: bool = False
 
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(optax.trace(self.momentum, self.nesterov), decay)
 
@@ -202,7 +203,7 @@ class Lion(Optimizer):
   b2: float = 0.99
 
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     return optax.chain(optax.scale_by_lion(self.b1, self.b2), decay)
 
@@ -228,7 +229,7 @@ class Muon(Optimizer):
   eps: float = 1e-8
 
   def direction(
-    self, params: Any, infos: Infos, decay: optax.GradientTransformation
+    self, params: PyTree, infos: Infos, decay: optax.GradientTransformation
   ) -> optax.GradientTransformation:
     axes = {}
     for path, leaf in tree.flatten(params).items():
@@ -236,11 +237,11 @@ class Muon(Optimizer):
         axes[path] = _matrix_axes(infos[path], leaf.ndim)
     labels = tree.map_with_path(lambda path, _: 'muon' if path in axes else 'adam', params)
 
-    def dimensions(updates: Any) -> Any:
+    def dimensions(updates: PyTree) -> Any:
       # optax puts MaskedNode, which has no leaves, where Muon is not the one that treats a leaf.
       return tree.map_with_path(lambda path, _: axes[path], updates)
 
-    def scale(updates: Any, params: Any = None) -> Any:
+    def scale(updates: PyTree, params: PyTree = None) -> Any:
       del params
 
       def leaf(path: str, update: jax.Array) -> jax.Array:
@@ -286,7 +287,7 @@ def parse(section: Mapping[str, Any]) -> Optimizer:
 
 
 def create(
-  section: Mapping[str, Any], steps: int, params: Any, infos: Infos
+  section: Mapping[str, Any], steps: int, params: PyTree, infos: Infos
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The gradient transformation of a config section, and its learning rate by step.
 
@@ -353,7 +354,7 @@ def schedule(optimizer: Optimizer, steps: int) -> Schedule:
   return rate
 
 
-def layer_rates(params: Any, infos: Infos, layer_decay: float) -> Any:
+def layer_rates(params: PyTree, infos: Infos, layer_decay: float) -> Any:
   """Factors on the learning rate; see `Optimizer.layer_decay`.
 
   Returns:
@@ -371,7 +372,7 @@ def layer_rates(params: Any, infos: Infos, layer_decay: float) -> Any:
   return tree.map_with_path(factor, params)
 
 
-def _count_layers(params: Any, infos: Infos) -> int:
+def _count_layers(params: PyTree, infos: Infos) -> int:
   """One more than the highest layer number; 0 where nothing belongs to a layer."""
   deepest = -1
   for path, leaf in tree.flatten(params).items():
@@ -399,10 +400,12 @@ def _fans(shape: tuple[int, ...], axes: contrib.MuonDimensionNumbers) -> tuple[i
   )
 
 
-def _scale_by_layer(params: Any, infos: Infos, layer_decay: float) -> optax.GradientTransformation:
+def _scale_by_layer(
+  params: PyTree, infos: Infos, layer_decay: float
+) -> optax.GradientTransformation:
   rates = layer_rates(params, infos, layer_decay)
 
-  def scale(updates: Any, params: Any = None) -> Any:
+  def scale(updates: PyTree, params: PyTree = None) -> Any:
     del params
     return jax.tree.map(lambda u, rate: u * jnp.asarray(rate, u.dtype), updates, rates)
 
@@ -415,10 +418,10 @@ def _per_layer(inner: optax.GradientTransformation, infos: Infos) -> optax.Gradi
   def over_layers(path: str, function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.vmap(function) if infos[path].stacked else function
 
-  def init(params: Any) -> Any:
+  def init(params: PyTree) -> Any:
     return tree.map_with_path(lambda path, p: over_layers(path, inner.init)(p), params)
 
-  def update(updates: Any, state: Any, params: Any) -> tuple[Any, Any]:
+  def update(updates: PyTree, state: PyTree, params: PyTree) -> tuple[Any, Any]:
     structure = jax.tree.structure(updates)
     leaves = zip(
       tree.paths(updates),

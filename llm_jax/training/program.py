@@ -15,6 +15,7 @@ from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.core.state import TrainState
+from llm_jax.core.tree import PyTree
 from llm_jax.parallel import fsdp, sharding
 from llm_jax.programs import assemble, inference
 from llm_jax.programs import network as networks
@@ -42,7 +43,7 @@ class Training(Inference):
   train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
   flops: float
   micro_batches: int
-  gradient_shardings: Any
+  gradient_shardings: PyTree
 
 
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:

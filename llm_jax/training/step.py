@@ -17,6 +17,7 @@ from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core.contracts import Batch, Metrics
 from llm_jax.core.state import TrainState
+from llm_jax.core.tree import PyTree
 from llm_jax.programs import network as networks
 from llm_jax.programs.network import Network
 
@@ -31,7 +32,7 @@ def train_step(
   tx: optax.GradientTransformation,
   learning_rate: Callable[[jax.Array], jax.Array],
   micro_batches: int = 1,
-  shardings: Any = None,
+  shardings: PyTree = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
@@ -74,14 +75,14 @@ def train_step(
 
 
 def gradient(
-  params: Any,
+  params: PyTree,
   batch: Batch,
   rng: Rng | None,
   *,
   network: Network,
-  frozen: Any = None,
+  frozen: PyTree = None,
   micro_batches: int = 1,
-  shardings: Any = None,
+  shardings: PyTree = None,
 ) -> tuple[Any, Metrics]:
   """The gradient of the total loss over one global batch, and the metrics with it as `loss`.
 
@@ -116,7 +117,13 @@ def gradient(
 
 
 def _loss(
-  params: Any, batch: Batch, rng: Rng | None, weights: Any, *, network: Network, frozen: Any
+  params: PyTree,
+  batch: Batch,
+  rng: Rng | None,
+  weights: PyTree,
+  *,
+  network: Network,
+  frozen: PyTree,
 ) -> tuple[jax.Array, Metrics]:
   """The total loss of a part of a batch; `weights`: those of the whole, None where it is all."""
   train = rng is not None
@@ -130,10 +137,10 @@ def _loss(
 
 def _accumulated(
   differentiate: Callable[..., tuple[Any, Metrics]],
-  params: Any,
+  params: PyTree,
   batch: Batch,
   rng: Rng | None,
-  weights: Any,
+  weights: PyTree,
   count: int,
 ) -> tuple[Any, Metrics]:
   """The sum of the gradients and metrics of `count` micro-batches, run one after the other."""
@@ -141,7 +148,7 @@ def _accumulated(
   first = jax.tree.map(lambda x: x[0], parts)
   shapes = jax.eval_shape(differentiate, params, first, rng, weights)
 
-  def body(carry: Any, part: Any) -> tuple[Any, None]:
+  def body(carry: PyTree, part: PyTree) -> tuple[Any, None]:
     index, micro = part
     key = None if rng is None else jax.random.fold_in(rng, index)
     return jax.tree.map(jnp.add, carry, differentiate(params, micro, key, weights)), None
@@ -151,7 +158,7 @@ def _accumulated(
   return summed
 
 
-def _all(params: Any, frozen: Any) -> Any:
+def _all(params: PyTree, frozen: PyTree) -> Any:
   return params_lib.merge(params, frozen) if frozen else params
 
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_jax.core.tree import PyTree
+
 # special token -> what it may be called; the first name is the one that our own tokenizers give it
 NAMES = {
   'pad': ('[PAD]', '<pad>'),
@@ -144,7 +146,7 @@ def replace_regex(pattern: str, new: str) -> dict[str, Any]:
   return {'type': 'Replace', 'pattern': {'Regex': pattern}, 'content': new}
 
 
-def _sequence(parts: Any, key: str) -> Any:
+def _sequence(parts: PyTree, key: str) -> Any:
   if not isinstance(parts, list):
     return parts
   if len(parts) > 1:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.core.tree import PyTree
 from llm_jax.data.tokenizers import _vocabulary, _words
 
 
@@ -50,7 +51,7 @@ def word_starts(
   return np.array([not text.startswith(prefix) for text in texts])
 
 
-def _steps(part: Any) -> list[dict[str, Any]]:
+def _steps(part: PyTree) -> list[dict[str, Any]]:
   """A decoder, or the several of a sequence."""
   if not isinstance(part, dict):
     return []

@@ -9,8 +9,8 @@ one block of keys. A window makes the ring shorter: only blocks within it are se
 blocks that are masked wholly are computed all the same: the device of the last places needs all
 blocks, and the others would only wait for it.
 
-Letters are those of `llm_jax.nn.options`; here T and S are the places on one device, I is the number
-of tiles that the queries are dealt with in, and t the places of one.
+Letters are those of `llm_jax.nn.options`; here T and S are the positions on one device, I is the
+number of tiles that the queries are dealt with in, and t the positions of one.
 
 On one device the ring is of one, and this is blockwise attention for any device.
 """

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llm_jax.core import tree
 from llm_jax.core.params import Info
+from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
 
 
@@ -60,7 +61,7 @@ class Transposed:
     return y_RO.reshape(*x.shape[:-inputs], *self.outputs)
 
 
-def transposed(params: Any, infos: Mapping[str, Info]) -> Any:
+def transposed(params: PyTree, infos: Mapping[str, Info]) -> Any:
   """Parameters with the kernels of the layers `Transposed`.
 
   Args:
