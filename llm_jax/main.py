@@ -69,8 +69,11 @@ def main(argv: Sequence[str]) -> None:
 
 def _command() -> Command:
   workdir = pathlib.Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
-  settings = None if CONFIG.value is None else CONFIG.value.to_dict()
-  return Command(MODE.value, settings, workdir, COMPILATION_CACHE.value)
+  settings, overrides = None, frozenset()
+  if CONFIG.value is not None:
+    settings = CONFIG.value.to_dict()
+    overrides = frozenset(config_flags.get_override_values(flags.FLAGS['config']))
+  return Command(MODE.value, settings, workdir, overrides, COMPILATION_CACHE.value)
 
 
 def _mode(name: str) -> types.ModuleType:
@@ -107,9 +110,13 @@ def _define_flags(argv: Sequence[str]) -> None:
   """Imports the modes, which define their flags: those of the package, and one of the user's."""
   for name in plugins.names('mode'):
     importlib.import_module(f'llm_jax.modes.{name}')
-  for argument, following in zip(argv, [*argv[1:], ''], strict=True):
-    name = following if argument in ('--mode', '-mode') else argument.partition('mode=')[2]
-    if argument.lstrip('-').startswith('mode') and '.' in name:
+  for index, argument in enumerate(argv):
+    flag, equals, name = argument.lstrip('-').partition('=')
+    if not argument.startswith('-') or flag != 'mode':
+      continue
+    if not equals:
+      name = ''.join(argv[index + 1 : index + 2])
+    if '.' in name:
       with usage_errors():
         importlib.import_module(name)
 

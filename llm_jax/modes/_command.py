@@ -48,19 +48,25 @@ class Command:
     settings: the config as nested dictionaries, as it is read from the file and the flags; None
       where no file was named.
     workdir: the folder of the run; None where none was named.
+    overrides: the options of the config that flags set: 'tokenizer.name'.
     keep_compiled: whether compiled programs are kept for the next start.
   """
 
   mode: str
   settings: dict[str, Any] | None
   workdir: pathlib.Path | None
+  overrides: frozenset[str] = frozenset()
   keep_compiled: bool = True
 
   def parsed(self) -> 'Config':
-    """The config as it is read, its top level checked."""
-    from llm_jax.core import config as config_lib
+    """The config as it is read, its top level checked.
 
-    return config_lib.parse(self.settings)
+    Where a flag names another plug-in than the file, the old one's options are dropped.
+    """
+    from llm_jax.core import config as config_lib
+    from llm_jax.programs import assemble
+
+    return config_lib.parse(assemble.without_replaced_options(self.settings, self.overrides))
 
   def config(self, devices: Sequence[Any] | None = None) -> 'Config':
     """The config, with what `init_from` decides filled in, checked before anything is compiled.

@@ -5,12 +5,13 @@ The only module that looks plug-ins up by name.
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 
 from llm_jax.core import plugins
 from llm_jax.core.config import Config
@@ -67,6 +68,39 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   for key, section in config.hooks.items():
     factory, options = _named('hook', key, section, 'Hook')
     plugins.check(f'hooks.{key}', factory, options, ('run', 'log'))
+
+
+def without_replaced_options(
+  settings: Mapping[str, Any], overrides: Collection[str]
+) -> dict[str, Any]:
+  """The settings without options that belong to a plug-in which a flag has replaced.
+
+  Where a flag names another plug-in than the config file does, what the file sets for the old one
+  and the new one does not take is dropped, and said.
+
+  Args:
+    settings: the config as nested dictionaries, flags included.
+    overrides: the options that flags set: 'tokenizer.name'.
+
+  Raises:
+    ValueError: a name that is not known.
+  """
+  settings = dict(settings)
+  for kind, defines in (('tokenizer', 'create'), ('model', 'Model'), ('objective', 'Objective')):
+    if f'{kind}.name' not in overrides:
+      continue
+    section = settings[kind]
+    takes = plugins.signature(getattr(plugins.load(kind, section['name']), defines))
+    taken = {'name', 'variant', 'parts', *takes}
+    said = {key for key in section if f'{kind}.{key}' in overrides}
+    dropped = sorted(key for key in _set(section) if key not in taken | said)
+    if dropped:
+      names = ', '.join(f'config.{kind}.{key}' for key in dropped)
+      logging.info(
+        '%s: not an option of %s; what the config file says is dropped.', names, section['name']
+      )
+    settings[kind] = _without(section, *dropped)
+  return settings
 
 
 def data_parts(config: Config) -> list[tuple[str, dict[str, Any]]]:

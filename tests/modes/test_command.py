@@ -5,10 +5,12 @@ import types
 import pytest
 from absl import flags
 
+from configs import bert_tiny
 from llm_jax import main
 from llm_jax.core import plugins
 from llm_jax.modes import _command
 from llm_jax.modes._command import Command, UsageError, usage_errors
+from llm_jax.training import program
 
 
 def test_every_mode_has_a_docstring_and_runs():
@@ -55,3 +57,17 @@ def test_flags_that_a_mode_needs(monkeypatch):
 def test_the_flags_of_all_modes_are_known():
   main._define_flags([])
   assert {'prompt', 'topology', 'pool', 'export_dtype', 'input'} <= set(flags.FLAGS)
+
+
+def test_a_plug_in_named_by_a_flag_drops_what_the_file_sets_for_the_old_one():
+  """bert_tiny sets a vocabulary size for SentencePiece, which the byte tokenizer does not take."""
+  settings = bert_tiny.get_config().to_dict()
+  settings['tokenizer']['name'] = 'byte'
+  named = Command('train', settings, None, frozenset({'tokenizer.name'})).parsed()
+  assert 'vocab_size' not in named.tokenizer and named.tokenizer['name'] == 'byte'
+  program.check(named)
+  asked = frozenset({'tokenizer.name', 'tokenizer.vocab_size'})
+  for overrides in (asked, frozenset()):  # a flag's own option is not dropped, nor a file's
+    kept = Command('train', settings, None, overrides).parsed()
+    with pytest.raises(ValueError, match='config.tokenizer.vocab_size is not an option'):
+      program.check(kept)
