@@ -42,40 +42,43 @@ def faults(book):
 
 
 def variables_cell(book):
-  """The place of the cell with the notebook's variables, and their names."""
-  (at,) = (i for i, cell in enumerate(book.cells) if 'parameters' in cell.metadata.get('tags', ()))
-  assigned = [
-    node.targets
-    for node in ast.walk(ast.parse(book.cells[at].source))
-    if isinstance(node, ast.Assign)
-  ]
-  return at, {target.id for targets in assigned for target in targets}
+  """The index of the cell with the notebook's variables, and their names."""
+  tags = [cell.metadata.get('tags', ()) for cell in book.cells]
+  (index,) = (i for i, found in enumerate(tags) if 'parameters' in found)
+  names = set()
+  for node in ast.walk(ast.parse(book.cells[index].source)):
+    if isinstance(node, ast.Assign):
+      names |= {target.id for target in node.targets}
+  return index, names
 
 
-def execute(name, folder, monkeypatch, last=None, **variables):
-  """Runs a notebook with some of its variables set anew, up to the cell that holds `last`; returns
-  it with its outputs.
+def execute(name, folder, monkeypatch, last=None, after='', **variables):
+  """Runs a notebook; returns it with its outputs.
+
+  Args:
+    name: of the notebook.
+    folder: to run it in.
+    monkeypatch: the fixture.
+    last: text of the last code cell that is run; None to run all.
+    after: code of one more cell at the end; '' for none.
+    **variables: values that replace those of the notebook's variables.
   """
   monkeypatch.delenv('COLAB_RELEASE_TAG', raising=False)
   for variable in ('XDG_CACHE_HOME', 'IPYTHONDIR', 'JUPYTER_RUNTIME_DIR'):
     monkeypatch.setenv(variable, str(folder / variable.lower()))
   book = read(name)
-  at, known = variables_cell(book)
+  index, known = variables_cell(book)
   assert variables.keys() <= known
-  book.cells.insert(
-    at + 1,
-    nbformat.v4.new_code_cell('\n'.join(f'{key} = {value!r}' for key, value in variables.items())),
-  )
+  changes = '\n'.join(f'{key} = {value!r}' for key, value in variables.items())
+  book.cells.insert(index + 1, nbformat.v4.new_code_cell(changes))
   if last is not None:
-    book.cells = book.cells[
-      : 1
-      + next(
-        i for i, cell in enumerate(book.cells) if cell.cell_type == 'code' and last in cell.source
-      )
-    ]
-  nbclient.NotebookClient(
-    book, timeout=400, kernel_name='python3', resources={'metadata': {'path': str(folder)}}
-  ).execute()
+    kinds = [(cell.cell_type, last in cell.source) for cell in book.cells]
+    book.cells = book.cells[: kinds.index(('code', True)) + 1]
+  if after:
+    book.cells.append(nbformat.v4.new_code_cell(after))
+  resources = {'metadata': {'path': str(folder)}}
+  client = nbclient.NotebookClient(book, timeout=400, kernel_name='python3', resources=resources)
+  client.execute()
   return book
 
 
@@ -91,16 +94,12 @@ def figures(book):
   """The pictures under the cells, each checked to be a PNG of a size at which something can be
   seen.
   """
-  found = [
-    base64.b64decode(output.data['image/png'])
-    for output in outputs(book)
-    if 'image/png' in output.get('data', ())
-  ]
+  shown = [output.data for output in outputs(book) if 'data' in output]
+  found = [base64.b64decode(data['image/png']) for data in shown if 'image/png' in data]
   for picture in found:
     width, height = (int.from_bytes(picture[i : i + 4], 'big') for i in (16, 20))
-    assert (
-      picture[:8] == b'\x89PNG\r\n\x1a\n' and width > 400 and height > 200 and len(picture) > 5000
-    )
+    assert picture[:8] == b'\x89PNG\r\n\x1a\n'
+    assert width > 400 and height > 200 and len(picture) > 5000
   return found
 
 
@@ -115,9 +114,8 @@ def texts(tmp_path_factory):
   for path in pathlib.Path(sysconfig.get_path('stdlib')).glob('[a-g]*.py'):
     content = path.read_text(encoding='utf-8', errors='replace')
     for start in range(0, len(content), 2500):
-      (folder / f'{path.stem}_{start}.txt').write_text(
-        content[start : start + 2500], encoding='utf-8'
-      )
+      piece = folder / f'{path.stem}_{start}.txt'
+      piece.write_text(content[start : start + 2500], encoding='utf-8')
   return f'{folder}/*.txt'
 
 
@@ -152,52 +150,43 @@ def test_pretraining(tmp_path, texts, monkeypatch):
   folder, said = tmp_path / 'runs' / 'bert_tiny', printed(book)
   pictures = figures(book)
   assert len(pictures) == 3 and pictures[-1] == (folder / 'loss.png').read_bytes() != pictures[-2]
-  assert [line['step'] for line in logs.read(folder) if line['split'] == 'validation'] == [
-    5,
-    10,
-    15,
-    20,
-    25,
-  ]
+  steps = [line['step'] for line in logs.read(folder) if line['split'] == 'validation']
+  assert steps == [5, 10, 15, 20, 25]
   for split, least in (('train', 1.0), ('validation', 0.2)):  # the first validation is after step 5
     assert losses(folder, split)[0] > losses(folder, split)[-1] + least
   assert losses(folder, 'train')[0] < 1.1 * math.log(4096)
-  assert f'goes on at step 20, with example {20 * 16}' in said  # 16 sequences a step
+  assert f'goes on at step 20, with example {20 * 16}' in said  # 16 sequences per step
   accuracy = float(re.search(r'mlm_accuracy (\S+)\n', said)[1])
   scores = json.loads((folder / 'eval.json').read_text())
   assert 0.02 < accuracy < 1 and scores['mlm_accuracy'] == pytest.approx(accuracy, rel=1e-4)
-  assert (
-    "'[MASK]' | " in said and len(re.findall(r' \| 0\.\d\d\n', said)) > 10
-  )  # holes before, and filled at the end
+  # Masks in the row of the beginning, and probabilities of what fills them at the end.
+  assert "'[MASK]' | " in said and len(re.findall(r' \| 0\.\d\d\n', said)) > 10
 
 
 def test_fine_tuning(tmp_path, texts, monkeypatch):
-  book = execute(
-    'finetune_gpt_tpu', tmp_path, monkeypatch, SIZE='tiny', STEPS=12, TUNING_STEPS=6, TEXT=texts
-  )
+  variables = dict(SIZE='tiny', STEPS=12, TUNING_STEPS=6, TEXT=texts)
+  after = 'import json\n\nprint(json.dumps(answers))'
+  book = execute('finetune_gpt_tpu', tmp_path, monkeypatch, after=after, **variables)
+  runs = tmp_path / 'runs'
   pretrained, tuned, scratch = (
-    tmp_path / 'runs' / f'gpt_tiny{suffix}' for suffix in ('', '_classify', '_scratch')
+    runs / name for name in ('gpt_tiny', 'gpt_tiny_classify', 'gpt_tiny_scratch')
   )
   said, pictures = printed(book), figures(book)
-  assert (
-    len(pictures) == 4
-    and pictures[2] == (tuned / 'loss.png').read_bytes()
-    and (scratch / 'loss.png').exists()
-  )
+  assert len(pictures) == 4 and pictures[2] == (tuned / 'loss.png').read_bytes()
+  assert (scratch / 'loss.png').exists()
   assert losses(pretrained, 'train')[0] > losses(pretrained, 'train')[-1] + 0.5
   assert re.search(r'bits_per_byte \d\.\d+\n +clm', said) and 'xz_bits_per_byte' in said
   assert f'goes on at step 12, with example {12 * 16}' in said
   assert 'took 19 parameters' in said and 'heads_classifier/dense/kernel\n' in said
-  answers = [json.loads(line) for line in (tuned / 'answers.jsonl').read_text().splitlines()]
+  answers = json.loads(said.splitlines()[-1])
   classes = answers[0]['probabilities']
-  assert (
-    len(answers) == 3 and len(classes) > 20 and sum(classes.values()) == pytest.approx(1, abs=1e-4)
-  )
+  assert len(answers) == 3 and len(classes) > 20
+  assert sum(classes.values()) == pytest.approx(1, abs=1e-4)
+  assert answers[0]['label'] == max(classes, key=classes.get)
   for folder in (tuned, scratch):
     assert min(losses(folder, 'validation')) < math.log(len(classes))  # an even guess
-    assert all(
-      0 <= line['accuracy'] <= 1 for line in logs.read(folder) if line['split'] == 'validation'
-    )
+    lines = [line for line in logs.read(folder) if line['split'] == 'validation']
+    assert all(0 <= line['accuracy'] <= 1 for line in lines)
   assert re.search(r' accuracy 0\.\d+\n +macro_f1', said) and 'weighted avg' in said
 
 
@@ -205,11 +194,9 @@ def test_fine_tuning(tmp_path, texts, monkeypatch):
   ('name', 'variant'), [('pretrain_bert_tpu', 'bert_base'), ('finetune_gpt_tpu', 'gpt2_small')]
 )
 def test_the_size_for_tpus_is_a_config_that_can_be(tmp_path, monkeypatch, name, variant):
-  book = execute(name, tmp_path, monkeypatch, last='build.check(', SIZE='base', STEPS=2000)
+  book = execute(name, tmp_path, monkeypatch, last='program.check(', SIZE='base', STEPS=2000)
   last = code(book)[-1].outputs  # one print may come in several parts
-  shown = config.from_json(
-    ''.join(output.text for output in last if output.get('name') == 'stdout')
-  )
-  assert (
-    shown.model['variant'] == variant and shown.model['dtype'] == 'bfloat16' and shown.steps == 2000
-  )
+  printed_parts = [output.text for output in last if output.get('name') == 'stdout']
+  shown = config.from_json(''.join(printed_parts))
+  assert shown.model['variant'] == variant and shown.model['dtype'] == 'bfloat16'
+  assert shown.steps == 2000
