@@ -120,6 +120,7 @@ def get_config() -> config_dict.ConfigDict:
         eps=unset(float),
         momentum=unset(float),
       ),
+      adapter=dict(name=unset(str)),  # what is trained beside a frozen base
       # `llm_jax/parallel/sharding.py` says what each axis cuts
       mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),
       checkpoint=dict(every=1000, keep=2),
