@@ -9,6 +9,11 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+from jax._src import compilation_cache
+
+from llm_jax.programs import compilation
+
 ROOT = pathlib.Path(__file__).parents[2]
 START = """
 import pathlib, sys, warnings
@@ -42,6 +47,17 @@ def start(folder, **environment):
   return int(hits), int(misses), value, done.stderr
 
 
+def test_what_was_cut_short_is_dropped_and_nothing_else(tmp_path):
+  whole = compilation_cache.compress_executable(b'a program ' * 100)
+  (tmp_path / 'whole-cache').write_bytes(whole)
+  (tmp_path / 'damaged-cache').write_bytes(whole[: len(whole) // 2])
+  (tmp_path / 'empty-cache').touch()
+  (tmp_path / 'another').write_text('a file of somebody else')
+  compilation._drop_damaged(tmp_path)
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['another', 'whole-cache']
+
+
+@pytest.mark.slow
 def test_a_second_start_compiles_nothing_and_a_damaged_entry_is_replaced(tmp_path):
   hits, misses, value, _ = start(tmp_path)
   entries = sorted(tmp_path.glob('xla_cache/cpu-*/*-cache'))
@@ -54,6 +70,7 @@ def test_a_second_start_compiles_nothing_and_a_damaged_entry_is_replaced(tmp_pat
   assert len(entries[-1].read_bytes()) > len(whole) // 2 and start(tmp_path)[1] == 0
 
 
+@pytest.mark.slow
 def test_a_folder_that_jax_was_given_goes_first(tmp_path):
   start(tmp_path / 'ours', JAX_COMPILATION_CACHE_DIR=str(tmp_path / 'given'))
   assert not (tmp_path / 'ours').exists() and list((tmp_path / 'given').glob('*-cache'))
@@ -63,6 +80,7 @@ def without_speed(line):
   return {key: value for key, value in line.items() if 'second' not in key}
 
 
+@pytest.mark.slow
 def test_a_run_has_the_same_numbers_with_what_was_compiled_before_and_without(tmp_path):
   (tmp_path / 'text.txt').write_text(
     '\n'.join(f'{n} times {n} is {n * n}, and one more {n * n + 1}.' for n in range(600))
