@@ -47,8 +47,8 @@ def frequencies(
 
 def rotation(positions_BT: jax.Array, frequencies: np.ndarray, dtype: jnp.dtype) -> Rotation:
   """Sine and cosine of each position's angles, [B, T, 1, H / 2] each, in `dtype`."""
-  angles = positions_BT[:, :, None, None].astype(dtype)
-  angles = angles * jnp.asarray(frequencies, dtype)[None, None, None]
+  per_pair = jnp.asarray(frequencies, dtype).reshape(1, 1, 1, -1)
+  angles = positions_BT[:, :, None, None].astype(dtype) * per_pair
   return jnp.sin(angles), jnp.cos(angles)
 
 

@@ -27,8 +27,8 @@ GPT = decoder.Model(**TINY)
 LLAMA = decoder.Model(**decoder.VARIANTS['llama_2_7b'] | TINY | dict(kv_heads=2))
 
 
-def predict(model, tokens_BT, **kwargs):
-  return model.logits(model(tokens_BT, **kwargs))
+def predict(model, tokens_BT, **batch):
+  return model.logits(model({'tokens': tokens_BT, **batch}).hidden)
 
 
 def shapes(model):
@@ -63,7 +63,7 @@ def test_no_gradient_from_later_tokens(model):
   tokens = np.random.default_rng(0).integers(1, 40, (1, 8))
   params = random_params(model)
 
-  def places(offset_TD):  # logits of each place, as the embeddings of all places are moved
+  def logits(offset_TD):  # of each position, as the embeddings of all positions are moved
     def move(next_fun, args, kwargs, context):
       x = next_fun(*args, **kwargs)
       return (
@@ -75,7 +75,7 @@ def test_no_gradient_from_later_tokens(model):
     with nn.intercept_methods(move):
       return jnp.sum(jnp.square(model.apply(params, tokens, method=predict)), axis=(0, 2))
 
-  influence = np.abs(np.asarray(jax.jit(jax.jacrev(places))(jnp.zeros((8, 16))))).max(axis=-1)
+  influence = np.abs(np.asarray(jax.jit(jax.jacrev(logits))(jnp.zeros((8, 16))))).max(axis=-1)
   assert np.all(influence[np.triu_indices(8, 1)] == 0.0)
   assert np.all(influence[np.tril_indices(8)] > 0.0)
 
@@ -87,9 +87,7 @@ def test_a_document_never_moves_another(model):
   segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]])
   positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0]])
   params = random_params(model)
-  run = jax.jit(
-    lambda t, s, p: model.apply(params, t, segments_BT=s, positions_BT=p, method=predict)
-  )
+  run = jax.jit(lambda t, s, p: model.apply(params, t, segments=s, positions=p, method=predict))
   before = np.asarray(run(tokens, segments, positions))
   changed = np.where(segments == 2, tokens, rng.integers(1, 40, (1, 12)))
   after = np.asarray(run(changed, segments, positions))
@@ -141,9 +139,8 @@ def test_loss_at_the_start_is_that_of_a_uniform_guess(variant):
 
 def test_initial_positions_are_smaller_in_gpt2():
   model = decoder.Model(**TINY | dict(max_len=512))
-  tables = jax.jit(lambda key: nn.unbox(model.init(key, jnp.ones((1, 4), jnp.int32))))(
-    jax.random.key(0)
-  )['params']['embedder']
+  init = jax.jit(lambda key: nn.unbox(model.init(key, {'tokens': jnp.ones((1, 4), jnp.int32)})))
+  tables = init(jax.random.key(0))['params']['embedder']
   assert np.std(tables['position']['embedding']) == pytest.approx(0.01, rel=0.05)
   assert np.std(tables['token']['embedding']) == pytest.approx(0.02, rel=0.15)
 
@@ -165,4 +162,36 @@ def test_a_wrong_section_is_refused_before_any_array(section, message):
 
 def test_a_row_that_is_too_long():
   with pytest.raises(ValueError, match='rows of 17 tokens are longer than max_len=16'):
-    jax.eval_shape(lambda: GPT.init(jax.random.key(0), jnp.ones((1, 17), jnp.int32)))
+    jax.eval_shape(lambda: GPT.init(jax.random.key(0), {'tokens': jnp.ones((1, 17), jnp.int32)}))
+
+
+# The figures of `model_flops` at revision 6ec0a05, which went by the kernels' paths and shapes.
+@pytest.mark.parametrize(
+  'variant, vocab_size, length, read, flops',
+  [
+    ('gpt2_small', 50257, 1024, 1024, 193_273_528_320),
+    ('gpt2_small', 50257, 1024, 1, 179_596_689_408),
+    ('llama_tiny', 1000, 128, 128, 202_375_168),
+    ('llama_tiny', 1000, 128, 7, 158_513_152),
+  ],
+)
+def test_flops_are_those_of_the_kernels(variant, vocab_size, length, read, flops):
+  model = decoder.Model(vocab_size=vocab_size, unroll=0, **decoder.VARIANTS[variant])
+  assert model.flops(length, read) == flops
+  assert model.clone(unroll=1).flops(length, read) == model.flops(length, length)
+
+
+def test_a_cache_sees_what_the_whole_row_sees():
+  tokens = np.random.default_rng(0).integers(1, 40, (2, 6)).astype(np.int32)
+  params = random_params(LLAMA)
+  whole = LLAMA.apply(params, {'tokens': tokens})
+  assert whole.cache is None
+  cache = jax.tree.map(np.asarray, LLAMA.empty_cache(2, 8))
+  first = LLAMA.apply(params, {'tokens': tokens[:, :4]}, cache=cache)
+  np.testing.assert_allclose(first.hidden, whole.hidden[:, :4], atol=1e-5)
+  cache = first.cache
+  for step in (4, 5):
+    outputs = LLAMA.apply(params, {'tokens': tokens[:, step : step + 1]}, cache=cache)
+    np.testing.assert_allclose(outputs.hidden[:, 0], whole.hidden[:, step], atol=1e-5)
+    cache = outputs.cache
+  assert cache.lengths_B.tolist() == [6, 6]

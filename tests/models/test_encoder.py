@@ -1,4 +1,4 @@
-"""Encoders: published parameter counts, documents that never touch, number types, and clear errors."""
+"""Encoders: published parameter counts, documents that never touch, number types, clear errors."""
 
 import math
 
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.core import plugins
+from llm_jax.core import params as params_lib
+from llm_jax.core import plugins, tree
 from llm_jax.models import encoder
 from llm_jax.nn import heads
 
@@ -27,9 +28,10 @@ class MLMNetwork(nn.Module):
   model: nn.Module
   head: nn.Module
 
-  def __call__(self, tokens_BT, **kwargs):
-    x_BTD, bias_V = self.head(self.model(tokens_BT, **kwargs))
-    return self.model.logits(x_BTD) + bias_V[None, None].astype(self.model.options.wide)
+  def __call__(self, tokens_BT, **batch):
+    x_BTD, bias_V = self.head(self.model({'tokens': tokens_BT, **batch}).hidden)
+    logits_BTV = self.model.logits(x_BTD)
+    return logits_BTV + bias_V[None, None].astype(logits_BTV.dtype)
 
 
 def mlm(model) -> MLMNetwork:
@@ -65,8 +67,9 @@ def random_params(module, *args):
 def test_parameter_counts_of_the_reference(variant, vocab_size, with_pooler, with_mlm):
   model = encoder.Model(vocab_size=vocab_size, **encoder.VARIANTS[variant])
   tokens, hidden = jnp.ones((1, 4), jnp.int32), jnp.ones((1, 4, model.dim))
+  batch = {'tokens': tokens}
   if with_pooler:
-    assert count(model, tokens) + count(heads.Pooler(model.options), hidden) == with_pooler
+    assert count(model, batch) + count(heads.Pooler(model.options), hidden) == with_pooler
   if with_mlm:
     assert count(mlm(model), tokens) == with_mlm
   if variant == 'bert_base':
@@ -75,17 +78,22 @@ def test_parameter_counts_of_the_reference(variant, vocab_size, with_pooler, wit
     )
     assert count(mlm(model), tokens) + extra == 110_106_428
   if variant == 'modernbert_base':
-    assert count(model, tokens) == 149_014_272
+    assert count(model, batch) == 149_014_272
+
+
+def boxed_params(model):
+  def logits(model, batch):
+    return model.logits(model(batch).hidden)
+
+  batch = {'tokens': jnp.ones((1, 4), jnp.int32)}
+  return jax.eval_shape(lambda: model.init(jax.random.key(0), batch, method=logits))['params']
 
 
 def test_every_parameter_names_its_axes_and_kind():
   for model in (BERT, MODERN, MODERN.clone(tied=False)):
-    tokens = jnp.ones((1, 4), jnp.int32)
-    boxed = jax.eval_shape(
-      lambda m=model, t=tokens: m.init(jax.random.key(0), t, method=lambda m, t: m.logits(m(t)))
-    )
+    boxed = boxed_params(model)
     leaves = jax.tree_util.tree_leaves_with_path(
-      boxed['params'], is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+      boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
     for path, leaf in leaves:
       names = [key.key for key in path]
@@ -93,6 +101,23 @@ def test_every_parameter_names_its_axes_and_kind():
       assert all(leaf.names) and len(set(leaf.names)) == len(leaf.names)
       assert (leaf.names[0] == 'layers') == ('layers' in names)
       assert names[-1] in ('kernel', 'embedding', 'bias', 'scale')
+
+
+def test_parameters_say_their_layer_and_whether_they_are_decayed():
+  model = MODERN.clone(layers=7, global_every=3, tied=False, norm_bias=True, bias=True)
+  boxed = boxed_params(model)
+  shapes = tree.flatten(nn.unbox(boxed))
+  numbers = []
+  for path, info in params_lib.infos(boxed).items():
+    assert info.decayed == path.endswith(('kernel', 'embedding')), path
+    assert bool(info.inputs) == path.endswith(('kernel', 'token/embedding')), path
+    if path.startswith('embedder'):
+      assert info.layer == params_lib.EMBEDDINGS
+    elif path.startswith(('final_norm', 'output')):
+      assert info.layer is None
+    elif path.endswith('mlp_norm/scale'):
+      numbers += np.ravel(info.depths(shapes[path].shape)).tolist()
+  assert sorted(numbers) == list(range(7))
 
 
 @pytest.mark.parametrize('model', [BERT, MODERN], ids=['bert', 'modernbert'])
@@ -103,7 +128,7 @@ def test_a_document_never_moves_another(model):
   positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 0]])
   network = mlm(model)
   params = random_params(network, tokens)
-  run = jax.jit(lambda t, s, p: network.apply(params, t, segments_BT=s, positions_BT=p))
+  run = jax.jit(lambda t, s, p: network.apply(params, t, segments=s, positions=p))
   before = np.asarray(run(tokens, segments, positions))
   changed = np.where(segments == 2, tokens, rng.integers(1, 40, (1, 12)))
   after = np.asarray(run(changed, segments, positions))
@@ -175,4 +200,52 @@ def test_a_wrong_section_is_refused_before_any_array(section, message):
 
 def test_a_row_that_is_too_long():
   with pytest.raises(ValueError, match='rows of 17 tokens are longer than max_len=16'):
-    shapes(BERT, jnp.ones((1, 17), jnp.int32))
+    shapes(BERT, {'tokens': jnp.ones((1, 17), jnp.int32)})
+
+
+# The figures of `model_flops` at revision 6ec0a05, which went by the kernels' paths and shapes.
+@pytest.mark.parametrize(
+  'variant, vocab_size, length, read, flops',
+  [
+    ('bert_base', 30522, 512, 512, 96_636_764_160),
+    ('bert_base', 30522, 512, 80, 90_861_207_552),
+    ('modernbert_base', 50368, 1024, 1024, 296_755_396_608),
+    ('modernbert_base', 50368, 1024, 300, 288_926_466_048),
+  ],
+)
+def test_flops_are_those_of_the_kernels(variant, vocab_size, length, read, flops):
+  model = encoder.Model(vocab_size=vocab_size, unroll=0, **encoder.VARIANTS[variant])
+  assert model.flops(length, read) == flops
+  assert model.clone(unroll=1).flops(length, read) == model.flops(length, length)
+
+
+def test_a_layer_that_stands_by_itself_runs_whole():
+  alone = MODERN.clone(layers=1, unroll=0)
+  assert alone.first_bare and alone.flops(8, 2) == alone.flops(8, 8)
+
+
+@pytest.mark.parametrize('unroll', [1, 0])
+def test_what_the_batch_lacks_means_one_document(unroll):
+  model = BERT.clone(unroll=unroll)
+  tokens = np.random.default_rng(0).integers(1, 40, (2, 6)).astype(np.int32)
+  rows = dict(
+    tokens=tokens,
+    segments=np.ones_like(tokens),
+    positions=np.tile(np.arange(6, dtype=np.int32), (2, 1)),
+    token_types=np.zeros_like(tokens),
+  )
+  params = random_params(model, rows)
+  whole = model.apply(params, rows)
+  assert whole.cache is None and whole.aux_losses == {}
+  found = model.apply(params, {'tokens': tokens}, jnp.array([[5, 0], [1, 1]]))
+  np.testing.assert_allclose(found.hidden, whole.hidden[[[0], [1]], [[5, 0], [1, 1]]], atol=1e-5)
+  other = model.apply(params, rows | {'token_types': np.ones_like(tokens)})
+  assert np.abs(other.hidden - whole.hidden).max() > 0.01
+  assert set(model.inputs) == set(rows)
+
+
+def test_an_encoder_keeps_no_cache():
+  with pytest.raises(ValueError, match='keeps no cache'):
+    BERT.apply({'params': {}}, {'tokens': jnp.ones((1, 4), jnp.int32)}, cache=())
+  with pytest.raises(ValueError, match='Model keeps no cache'):
+    BERT.empty_cache(1, 8)

@@ -9,7 +9,7 @@ import numpy as np
 
 from llm_jax.models import encoder
 from llm_jax.nn import heads
-from llm_jax.nn.layers import at
+from llm_jax.nn.rows import at
 
 MODEL = encoder.Model(vocab_size=11, dim=8, layers=1, heads=2, mlp_dim=4, dtype='bfloat16')
 EXACT = MODEL.clone(dtype='float32').options
@@ -62,7 +62,7 @@ def test_pool_reads_each_text_and_nothing_else():
   }
 
   def pool(x, how):
-    return np.asarray(heads.pool(at(jnp.asarray(x), heads.pool_places(batch, how)), batch, how))
+    return np.asarray(heads.pool(at(jnp.asarray(x), heads.pool_positions(batch, how)), batch, how))
 
   for how in heads.POOLS:
     y = pool(x, how)

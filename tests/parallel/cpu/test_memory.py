@@ -8,8 +8,8 @@ import sys
 
 PROGRAM = """
 import resource
-from llm_jax.parallel import heap
-kept = heap.keep() if {keep} else False
+from llm_jax.parallel.cpu import memory
+kept = memory.keep() if {keep} else False
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 bytes([120]) * 200_000_000  # freed at once
 before = faults()
@@ -38,8 +38,8 @@ def test_what_is_taken_again_costs_no_faults():
 
 
 def test_beside_an_accelerator_nothing_is_changed(monkeypatch):
-  from llm_jax.parallel import heap
+  from llm_jax.parallel.cpu import memory
 
   monkeypatch.setenv('JAX_PLATFORMS', '')
-  monkeypatch.setattr(heap, '_ACCELERATORS', (os.path.abspath(__file__),))
-  assert not heap.keep()
+  monkeypatch.setattr(memory, '_ACCELERATORS', (os.path.abspath(__file__),))
+  assert not memory.keep()
