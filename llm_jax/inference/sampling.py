@@ -145,6 +145,8 @@ def choose(
   """
 
   temperature_B, top_k_B, tail_B, min_p_B, penalty_B, *_ = numbers
+  draws, penalizes = jnp.any(temperature_B > 0), jnp.any(penalty_B != 1)
+  removes = jnp.any((top_k_B > 0) | (tail_B > 0) | (min_p_B > 0))
 
   def greedy() -> jax.Array:
     return _most_likely(logits_BV)
@@ -153,16 +155,16 @@ def choose(
     return _most_likely(penalized(logits_BV, seen_BV, penalty_B[:, None]))
 
   def drawn() -> jax.Array:
-    return _drawn(_tempered(logits_BV, temperature_B), lengths_B, numbers)
-
-  def drawn_processed() -> jax.Array:
-    return _drawn(processed(logits_BV, seen_BV, numbers), lengths_B, numbers)
+    processed_BV = jax.lax.cond(
+      penalizes | removes,
+      lambda: processed(logits_BV, seen_BV, numbers),
+      lambda: _tempered(logits_BV, temperature_B),
+    )
+    return _drawn(processed_BV, lengths_B, numbers)
 
   # The branches give ids: to return logits, each would have to copy them.
-  draws, penalizes = jnp.any(temperature_B > 0), jnp.any(penalty_B != 1)
-  removes = jnp.any((top_k_B > 0) | (tail_B > 0) | (min_p_B > 0))
-  branch = 2 * draws + (penalizes | (draws & removes))
-  return jax.lax.switch(branch, (greedy, greedy_penalized, drawn, drawn_processed))
+  branch = jnp.where(draws, 2, jnp.int32(penalizes))
+  return jax.lax.switch(branch, (greedy, greedy_penalized, drawn))
 
 
 def processed(logits_BV: jax.Array, seen_BV: jax.Array, numbers: Numbers) -> jax.Array:
