@@ -99,8 +99,8 @@ class Config:
   Attributes:
     steps: optimizer steps of the whole run.
     batch_size: sequences per optimizer step, over all hosts and micro-batches.
-    data, tokenizer, model, objective, optimizer: sections, each with the `name` of its plug-in
-      (`data`: the `source`).
+    tokenizer, model, objective: sections, each with the `name` of its plug-in.
+    data, optimizer: likewise (`data`: the `source`); {} where nothing is read or trained.
     seq_len: tokens of a row. Where `init_from` is given, it and the sections without a name are
       filled in from there.
     seed: of parameters, data order and dropout.
@@ -116,11 +116,11 @@ class Config:
 
   steps: int
   batch_size: int
-  data: dict
   tokenizer: dict
   model: dict
   objective: dict
-  optimizer: dict
+  data: dict = dataclasses.field(default_factory=dict)
+  optimizer: dict = dataclasses.field(default_factory=dict)
   seq_len: int | None = None
   seed: int = 0
   micro_batches: int | None = None
@@ -202,10 +202,6 @@ def _check_positive(config: Config) -> None:
 
 def _check_names(config: Config) -> None:
   """A run that starts from another folder takes from there what it does not name itself."""
-  for section in ('data', 'optimizer'):
-    key = 'source' if section == 'data' else 'name'
-    if not getattr(config, section).get(key):
-      raise ValueError(f'config.{section} needs a {key!r}.')
   if config.init_from:
     return
   for section in ('tokenizer', 'model', 'objective'):
@@ -213,6 +209,16 @@ def _check_names(config: Config) -> None:
       raise ValueError(f"config.{section} needs a 'name'{_INIT_FROM}.")
   if config.seq_len is None:
     raise ValueError(f'config.seq_len must be given, the tokens of a row{_INIT_FROM}.')
+
+
+def require(config: Config, *sections: str) -> None:
+  """Raises ValueError unless the sections `data` or `optimizer`, which not every use of a config
+  needs, name a source or an optimizer.
+  """
+  for section in sections:
+    key = 'source' if section == 'data' else 'name'
+    if not getattr(config, section).get(key):
+      raise ValueError(f'config.{section} needs a {key!r}.')
 
 
 def _check_batch(config: Config) -> None:
@@ -225,6 +231,8 @@ def _check_batch(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
+  if not config.data:
+    return
   workers = config.data.get('workers') or 0
   if workers < 0:
     raise ValueError(

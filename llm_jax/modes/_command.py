@@ -68,25 +68,22 @@ class Command:
 
     return config_lib.parse(assemble.without_replaced_options(self.settings, self.overrides))
 
-  def config(self, devices: Sequence[Any] | None = None) -> 'Config':
-    """The config, with what `init_from` decides filled in, checked before anything is compiled.
-
-    Args:
-      devices: those of the mesh; all by default.
-    """
+  def config(self) -> 'Config':
+    """The config, with what `init_from` decides filled in."""
     from llm_jax.programs import pretrained
-    from llm_jax.training import program
 
-    config = pretrained.fill_in(self.parsed())
-    program.check(config, devices)
-    return config
+    return pretrained.fill_in(self.parsed())
 
   def session(self) -> 'Session':
     """The model that the config's `init_from` names, or else the run in the workdir."""
     from llm_jax.inference import session
+    from llm_jax.programs import assemble
     from llm_jax.training import corpora
 
-    given = self.config() if self.settings is not None else None
+    given = None
+    if self.settings is not None:
+      given = self.config()
+      assemble.check(given)
     if self.workdir is not None or given is not None:
       self.use_compilation_cache(self.workdir or corpora.cache_directory(given))
     return session.open_model(self.workdir, given)

@@ -25,8 +25,10 @@ def run(command: Command) -> None:
   jax.config.update('jax_platforms', 'cpu')  # chips of this machine, if any, are left alone
   from llm_jax.parallel import topology
   from llm_jax.planning import plan
+  from llm_jax.training import program
 
   names = TOPOLOGY.value.split(',')
   topology.prepare(names)
-  config = command.config(topology.devices(names[0]))
+  config = command.config()
+  program.check(config, topology.devices(names[0]))
   plan.run(config, TOPOLOGY.value, command.workdir or pathlib.Path.cwd())

@@ -105,6 +105,8 @@ def without_replaced_options(
 
 def data_parts(config: Config) -> list[tuple[str, dict[str, Any]]]:
   """The path in the config and the section of each source; several for `data.source=mixture`."""
+  if not config.data:
+    return []
   if config.data['source'] != 'mixture':
     return [('data', config.data)]
   if not config.data.get('parts'):

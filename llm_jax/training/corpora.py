@@ -85,6 +85,7 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
   """The documents of the config's data, tokenized; by process 0 first, for the cache may be on a
   disk that all share.
   """
+  config_lib.require(config, 'data')
   sources, weights = assemble.sources(config)
   encoder = assemble.encoder(config)
   folder = str(cache_directory(config) / 'tokens')

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from absl import logging
 
+from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
@@ -47,7 +48,8 @@ class Training(Inference):
 
 
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
-  """As `assemble.check`, and the section of the optimizer."""
+  """As `assemble.check`, and the sections that training alone needs."""
+  config_lib.require(config, 'data', 'optimizer')
   assemble.check(config, devices)
   optimizers.parse(config.optimizer)
 

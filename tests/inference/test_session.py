@@ -11,6 +11,7 @@ import llm_jax
 from configs import base
 from llm_jax.core import config as config_lib
 from llm_jax.inference import prediction
+from llm_jax.inference.export import export
 from llm_jax.inference.sampling import Sampling
 from llm_jax.training import loop, optimizers
 
@@ -160,3 +161,10 @@ def test_what_a_model_is_not_for_is_said(runs, name, call, message):
 def test_a_folder_that_is_none(tmp_path):
   with pytest.raises(ValueError, match='holds no run'):
     llm_jax.open(tmp_path)
+
+
+def test_a_hugging_face_folder_opens_without_a_config(runs, tmp_path):
+  export(runs['decoder'], tmp_path / 'hf')
+  opened, numbers = llm_jax.open(tmp_path / 'hf'), dict(max_new_tokens=6, temperature=0.0)
+  assert opened.complete(['ab'], **numbers) == runs['decoder'].complete(['ab'], **numbers)
+  assert opened.config.data == opened.config.optimizer == {}
