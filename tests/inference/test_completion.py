@@ -1,4 +1,4 @@
-"""Completions: whole characters, stop strings, batches; and a decoder beside one without a cache."""
+"""Completions: whole characters, stop strings, batches; a decoder beside one without a cache."""
 
 import types
 
