@@ -48,7 +48,7 @@ def predict(session: 'Session', source: pathlib.Path, target: pathlib.Path) -> N
     return
   count = 0
   with files.whole_file(target) as file:
-    for line, answer in zip(_lines(source), answers, strict=True):
+    for answer, line in zip(answers, _lines(source), strict=True):
       file.write(json.dumps(_merged(line, answer), ensure_ascii=False) + '\n')
       count += 1
   logging.info('%d predictions in %s.', count, target)
@@ -68,8 +68,15 @@ def _records(session: 'Session', source: pathlib.Path) -> Iterator[dict[str, Any
 
 
 def _lines(source: pathlib.Path) -> Iterator[dict[str, Any]]:
+  """The JSON objects of a file; ValueError, with the line's number, for what is none."""
   with open(source, encoding='utf-8-sig', newline='\n') as file:
-    yield from (json.loads(line) for line in file if line.strip())
+    for number, line in enumerate(file, 1):
+      if not line.strip():
+        continue
+      try:
+        yield json.loads(line)
+      except ValueError as error:
+        raise ValueError(f'{source}:{number}: not a JSON object ({error}).') from error
 
 
 def _merged(line: dict[str, Any], answer: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _info(self):
     return self.dataset_info_from_configs(features=tfds.features.FeaturesDict({
-        'text': tfds.features.Text(), 'second': tfds.features.Text(), 'label': tfds.features.ClassLabel(names=['no', 'yes']),
+        'text': tfds.features.Text(), 'second': tfds.features.Text(),
+        'label': tfds.features.ClassLabel(names=['no', 'yes']),
         'score': tfds.features.Scalar(np.float32), 'number': tfds.features.Scalar(np.int64),
         'tags': tfds.features.Sequence(tfds.features.ClassLabel(names=['red', 'blue'])),
         'words': tfds.features.Sequence(tfds.features.Text()),
@@ -28,8 +29,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
   def _generate_examples(self, count):
     for i in range(count):
-      yield i, {'text': f'text {i} 好', 'second': f'second {i}', 'label': -1 if i == 11 else i % 2, 'score': i / 2, 'number': i,
-                'tags': ['red', 'blue'][:i % 3], 'words': ['w'] * (i % 2)}
+      label = -1 if i == 11 else i % 2
+      yield i, {'text': f'text {i} 好', 'second': f'second {i}', 'label': label, 'score': i / 2,
+                'number': i, 'tags': ['red', 'blue'][:i % 3], 'words': ['w'] * (i % 2)}
 """
 
 
