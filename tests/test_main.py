@@ -68,6 +68,7 @@ def test_no_config_no_workdir_no_file():
   )
 
 
+@pytest.mark.slow
 def test_the_configs_work_from_any_folder_and_a_run_predicts(tmp_path):
   rows = [
     f'{word * (i % 7 + 1)}{i},{kind}'

@@ -145,6 +145,7 @@ def test_every_notebook_is_here():
   assert {path.stem for path in (ROOT / 'notebooks').glob('*.ipynb')} == set(NAMES)
 
 
+@pytest.mark.slow
 def test_pretraining(tmp_path, texts, monkeypatch):
   book = execute('pretrain_bert_tpu', tmp_path, monkeypatch, SIZE='tiny', STEPS=20, TEXT=texts)
   folder, said = tmp_path / 'runs' / 'bert_tiny', printed(book)
@@ -163,6 +164,7 @@ def test_pretraining(tmp_path, texts, monkeypatch):
   assert "'[MASK]' | " in said and len(re.findall(r' \| 0\.\d\d\n', said)) > 10
 
 
+@pytest.mark.slow
 def test_fine_tuning(tmp_path, texts, monkeypatch):
   variables = dict(SIZE='tiny', STEPS=12, TUNING_STEPS=6, TEXT=texts)
   after = 'import json\n\nprint(json.dumps(answers))'

@@ -467,6 +467,7 @@ def test_a_disk_that_fills_leaves_nothing_and_says_what_is_needed(tmp_path):
   assert 0.7 * used < needed < 1.5 * used
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_cleared_away_and_a_second_builder_waits_for_the_first(tmp_path):
   killed = _script(tmp_path, seconds=0.01)
   _wait_for(lambda: glob.glob(f'{tmp_path}/*.building-*'))

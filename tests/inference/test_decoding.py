@@ -70,6 +70,7 @@ def test_a_cache_in_which_a_slot_is_wrong_is_seen(tiny):
   assert min(np.abs(before - old).max(), np.abs(before - late).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_window_larger_than_the_row_is_none(tiny):
   without = tiny.run(tiny.MODELS['rotary'], tiny.PROMPTS, tiny.GREEDY)
   wide = tiny.run(tiny.LLAMA.clone(window=64), tiny.PROMPTS, tiny.GREEDY)
@@ -88,6 +89,7 @@ def plan(prompts):
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['learned', 'rotary', 'window'])
 def test_a_row_that_joins_gets_what_it_gets_alone(tiny, name):
   model = tiny.MODELS[name]
@@ -113,6 +115,7 @@ def test_a_row_that_joins_leaves_the_others_bit_for_bit(tiny):
   assert after.lengths_B[1] == len(tiny.PROMPTS[2]) and after.numbers.seed_B[1] == 3
 
 
+@pytest.mark.slow
 def test_rows_that_join_compile_one_program_per_bucket(tiny):
   made, weights = tiny.generator(tiny.GPT), tiny.ready(tiny.GPT)[1]
   states = [made.empty(rows=4, slots=48)]
@@ -128,6 +131,7 @@ def test_rows_that_join_compile_one_program_per_bucket(tiny):
   assert made._join._cache_size() == 2 and made._next._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_after_the_first_tokens(tiny):
   made, sampling = tiny.generator(tiny.GPT), Sampling(max_new_tokens=14, seed=1)
   weights = tiny.ready(tiny.GPT)[1]
@@ -289,6 +293,7 @@ def joined(tiny, mesh):
   return dict(case=f'join {mesh}', same=found == [alone] * 2, compiled=compiled, share=share)
 
 
+@pytest.mark.slow
 def test_meshes_give_what_one_device_gives():
   root = pathlib.Path(__file__).parents[2]
   env = os.environ | {

@@ -234,6 +234,7 @@ def deviations(small):
   )
 
 
+@pytest.mark.slow
 def test_packed_rows_on_a_mesh():
   root = pathlib.Path(__file__).parents[2]
   env = os.environ | {

@@ -368,6 +368,7 @@ def together(arguments, count, variables=lambda index: {}, timeout=120):
   return [(process.returncode, *output) for process, output in zip(processes, outputs, strict=True)]
 
 
+@pytest.mark.slow
 def test_processes_agree(tmp_path):
   (tmp_path / 'worker.py').write_text(WORKER)
   done = together(lambda address, i: [tmp_path / 'worker.py', address, i], 2)
@@ -392,6 +393,7 @@ def test_processes_agree(tmp_path):
   assert not zero['several'] and not one['several']
 
 
+@pytest.mark.slow
 def test_slurm_joins_them():
   worker = (
     'from llm_jax.parallel import hosts; hosts.start(); '
@@ -422,6 +424,7 @@ main.cli()
 """
 
 
+@pytest.mark.slow
 def test_an_exception_ends_all_processes_with_its_reason(tmp_path):
   (tmp_path / 'fails.py').write_text(FAILS)
   began = time.perf_counter()
@@ -443,6 +446,7 @@ def test_an_exception_ends_all_processes_with_its_reason(tmp_path):
   assert zero[2].splitlines()[-1] == f'llm_jax: stopping, because process 1 stopped: {reason}'
 
 
+@pytest.mark.slow
 def test_a_process_whose_others_do_not_come():
   start = 'from llm_jax.parallel import hosts; hosts.start("127.0.0.1:1", 2, 1, seconds=1)'
   done = subprocess.run(
@@ -606,6 +610,7 @@ def pair(folder):
   return seen
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_the_other_with_its_reason(pair):
   status, seconds, log = pair['killed']
   assert status == 128 + signal.SIGKILL and seconds < ENDS_WITHIN
@@ -613,6 +618,7 @@ def test_a_killed_process_ends_the_other_with_its_reason(pair):
   assert 'llm_jax: stopping, because another process died' in log or 'another task died' in log
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_one_step_on_all(pair):
   status, seconds, log = pair['preempted']
   assert status == 0 and seconds < ENDS_WITHIN
@@ -620,6 +626,7 @@ def test_sigterm_to_one_saves_one_step_on_all(pair):
   assert pair['saved'][-1] == pair['step']
 
 
+@pytest.mark.slow
 def test_killed_and_preempted_the_run_is_the_same_to_the_last_bit(pair, folder):
   assert (
     f'Resumed from the checkpoint of step {pair["step"]}, at example {pair["step"] * BATCH}.'
@@ -648,6 +655,7 @@ def upto(run, step):
   return {key: row for key, row in run.items() if key[1] <= step}
 
 
+@pytest.mark.slow
 def test_two_and_four_processes_are_the_run_of_one(alone, pair, elastic):
   last = min(pair['step'], 3 * EVERY)
   assert difference(upto(pair['metrics'], last), upto(alone, last)) < TOLERANCE
@@ -655,6 +663,7 @@ def test_two_and_four_processes_are_the_run_of_one(alone, pair, elastic):
   assert difference(shifted(alone), alone) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_processes_and_another_mesh(alone, elastic, folder):
   _, one, back = elastic
   assert difference(one, upto(alone, 2 * EVERY)) < TOLERANCE
@@ -668,6 +677,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(alone, elastic, fol
   )
 
 
+@pytest.mark.slow
 def test_processes_with_different_configs_are_stopped(folder):
   zero, one = together(
     lambda address, i: [

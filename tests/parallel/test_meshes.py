@@ -312,6 +312,7 @@ def run(what):
   return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model', MODELS)
 def test_every_mesh_computes_the_same_and_shares_the_work(model):
   found = run(model)
@@ -321,6 +322,7 @@ def test_every_mesh_computes_the_same_and_shares_the_work(model):
   assert all(f['alone'] for f in found), 'the program of one device must not pass for a shared one'
 
 
+@pytest.mark.slow
 def test_the_last_layer_may_run_where_it_is_read_alone():
   single, mesh, ring = run('unrolled')
   assert max(single['deviation'], mesh['deviation'], ring['deviation']) < TOLERANCE
@@ -328,6 +330,7 @@ def test_the_last_layer_may_run_where_it_is_read_alone():
   assert single['flops'] == mesh['flops'] < ring['flops']
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_seen():
   ring, unlaid, replicated = run('broken')
   assert ring['deviation'] > 100 * TOLERANCE

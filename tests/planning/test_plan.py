@@ -28,6 +28,7 @@ def settings(module=gpt_tiny, **changes):
   return config.parse(tree)
 
 
+@pytest.mark.slow
 def test_the_smallest_plan_by_the_tpu_compiler(tmp_path):
   done = subprocess.run(
     [
@@ -64,6 +65,7 @@ def test_the_smallest_plan_by_the_tpu_compiler(tmp_path):
   assert text.strip() in done.stdout and text.startswith('# bert_tiny on v5e:2x2: fits')
 
 
+@pytest.mark.slow
 def test_on_a_tpu_too_no_step_holds_the_logits_of_all_positions():
   model = dict(dim=128, layers=1, heads=1, mlp_dim=128, max_len=1024, vocab_size=50257)
   asked = settings(model=model, batch_size=8, seq_len=1024, micro_batches=1)
@@ -75,6 +77,7 @@ def test_on_a_tpu_too_no_step_holds_the_logits_of_all_positions():
   assert 1000 < max(positions) < 8 * 1024 / 4
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would(monkeypatch):
   asked = settings(model=TINY, batch_size=8, seq_len=128, micro_batches=1)
   devices = topology.devices('cpu:1')
@@ -130,6 +133,7 @@ def test_changes_of_a_model_that_may_know_no_remat():
   assert changes[-1] == SHARDED | {'micro_batches': 8}
 
 
+@pytest.mark.slow
 def test_several_topologies_are_compared(tmp_path):
   """As many rows per chip on more chips: what a chip sends grows, its own work does not."""
   run_here = [

@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llm_jax.nn.attention.dispatch import attention
 from llm_jax.parallel import sharding
@@ -61,6 +62,7 @@ def test_a_ring_of_one_device_drops():
   ring_dropout()
 
 
+@pytest.mark.slow
 def test_a_ring_of_devices():
   root = pathlib.Path(__file__).parents[3]
   env = os.environ | {
