@@ -155,7 +155,11 @@ class Family:
     return found
 
   def tied(self, config: Mapping[str, Any]) -> bool:
-    """Whether a config.json says that the projection on the vocabulary is the token table."""
+    """Whether a config.json says that the projection on the vocabulary is the token table; False
+    of a family that has no such projection.
+    """
+    if self._name_of(OUTPUT) is None or self._name_of(TOKEN) is None:
+      return False
     return bool(config.get('tie_word_embeddings', self.fields['tie_word_embeddings'][2]))
 
   def canonical(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
@@ -214,8 +218,9 @@ class Family:
           group.setdefault(path, []).append(tensor)
     return outside, layered
 
-  def _name_of(self, path: str) -> str:
-    return next(tensor.name for tensor in (*self.heads, *self.body) if path in tensor.paths)
+  def _name_of(self, path: str) -> str | None:
+    tensors = (*self.heads, *self.body)
+    return next((tensor.name for tensor in tensors if path in tensor.paths), None)
 
 
 def within_layer(path: str, known: Iterable[str]) -> str:

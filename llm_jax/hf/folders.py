@@ -181,8 +181,8 @@ def save(
     objectives that it does not know.
 
   Raises:
-    ValueError: no family holds the model (which option stands in the way), or its classifier; or
-      the folder is not empty.
+    ValueError: no family holds the model (which option stands in the way), one of its parameters
+      outside of the heads, or its classifier; or the folder is not empty.
   """
   if dtype not in FLOATS:
     raise ValueError(f'dtype={dtype!r} must be one of {", ".join(FLOATS)}.')
@@ -195,6 +195,12 @@ def save(
   locations = family.locations(params, infos)
   chosen = {path: found[0] for path, found in locations.items() if found}
   left_out = tuple(path for path in params if path not in chosen)
+  lost = [path for path in left_out if path.startswith('model/')]
+  if lost:
+    raise ValueError(
+      f'a {kind} has no tensor for {", ".join(lost)}, and without them the model is another one. '
+      'Where they belong to an adapter, export the run that it started from.'
+    )
   architecture = writing.class_of(kind, family, model, params, left_out)
   config = {
     **_NO_IDS,

@@ -82,11 +82,11 @@ class Group(nn.Module):
     written = []
     for i, window in enumerate(self.windows):
       last = i == len(self.windows) - 1
-      block = Block(self.options, window, name=f'block_{i}' if len(self.windows) > 1 else 'block')
+      name = f'block_{i}' if len(self.windows) > 1 else 'block'
+      known = context if last else context.replace(read_BP=None)
       with params_lib.in_layer(self.first + i):
-        x_BTD, cache = block(
-          x_BTD, context if last else context.replace(read_BP=None), caches and caches[i]
-        )
+        block = Block(self.options, window, name=name)
+        x_BTD, cache = block(x_BTD, known, caches and caches[i])
       written.append(cache)
     return x_BTD, None if caches is None else tuple(written)
 
@@ -152,10 +152,7 @@ class Stack(nn.Module):
     if groups is None:
       x_BTD, written = self.layers(x_BTD, context, caches and caches['layers'])
       return at(x_BTD, read_BP), caches and {'layers': written}
-    last_reads = read_BP is not None and reads_in_last_layer(
-      self.unroll, x_BTD.shape[1], read_BP.shape[1]
-    )
-    if last_reads:
+    if read_BP is not None and reads_in_last_layer(self.unroll, x_BTD.shape[1], read_BP.shape[1]):
       return self._one_by_one(groups, x_BTD, context, caches, read_BP)
     x_BTD, caches = self._one_by_one(groups, x_BTD, context, caches, None)
     return at(x_BTD, read_BP), caches

@@ -23,7 +23,7 @@ CHUNK_BYTES = 1 << 28  # of logits at once on a device
 
 
 class Sums(NamedTuple):
-  """Weighted sums over places, at least float32. Only `loss` has a gradient.
+  """Weighted sums over positions, at least float32. Only `loss` has a gradient.
 
   Attributes:
     loss: what is trained: (1 - label_smoothing) * nll + label_smoothing * (mean of -log p over the
@@ -83,7 +83,7 @@ def cross_entropy(
     x_BTD: hidden states, in the type that products are computed in.
     table_VD: the tied token table, or the transposed kernel of an output layer.
     targets_BT: true ids.
-    weights_BT: 0 where a place does not count.
+    weights_BT: 0 where a position does not count.
     bias_V: added to the logits; None for none.
     label_smoothing: share of the target's probability that is spread over the vocabulary.
     z_loss: weight of the squared log of the sum of exponentials.
@@ -129,7 +129,9 @@ def _padded(table_VD: jax.Array) -> tuple[jax.Array, int]:
   layout = sharding.current()
   vocab = table_VD.shape[0]
   parts = 1 if layout is None else layout.mesh.shape['tensor']
-  return (jnp.pad(table_VD, ((0, -vocab % parts), (0, 0))) if vocab % parts else table_VD), vocab
+  if vocab % parts:
+    table_VD = jnp.pad(table_VD, ((0, -vocab % parts), (0, 0)))
+  return table_VD, vocab
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 3))
@@ -138,9 +140,8 @@ def _lookup(
 ) -> jax.Array:
   del vocab
   run = lambda axes: functools.partial(_gather, axes=axes, dtype=dtype)
-  return _on_mesh(layout, run, ids_BT.shape, table_VD.shape, ('table', 'ids'), ('vectors',))(
-    table_VD, ids_BT
-  )
+  mapped = _on_mesh(layout, run, ids_BT.shape, table_VD.shape, ('table', 'ids'), ('vectors',))
+  return mapped(table_VD, ids_BT)
 
 
 def _lookup_forward(layout, dtype, table_VD, vocab, ids_BT):
@@ -154,9 +155,8 @@ def _lookup_backward(layout, dtype, vocab, residuals, g_BTD):
   run = lambda axes: functools.partial(
     _scatter, axes=axes, shape=shape, dtype=like.dtype, mesh=layout and layout.mesh
   )
-  return _on_mesh(layout, run, ids_BT.shape, shape, ('vectors', 'ids'), ('table',))(
-    g_BTD, ids_BT
-  ), None
+  mapped = _on_mesh(layout, run, ids_BT.shape, shape, ('vectors', 'ids'), ('table',))
+  return mapped(g_BTD, ids_BT), None
 
 
 _lookup.defvjp(_lookup_forward, _lookup_backward)
@@ -172,16 +172,13 @@ def _gather(table_VD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, dtype: Any) 
   if axes.vocab:
     local_BT = ids_BT - jax.lax.axis_index(axes.vocab) * table_VD.shape[0]
     inside_BT = (local_BT >= 0) & (local_BT < table_VD.shape[0])
-    x_BTD = jax.lax.psum(
-      jnp.where(inside_BT[..., None], x_BTD[jnp.where(inside_BT, local_BT, 0)], 0), axes.vocab
-    )
+    x_BTD = x_BTD[jnp.where(inside_BT, local_BT, 0)]
+    x_BTD = jax.lax.psum(jnp.where(inside_BT[..., None], x_BTD, 0), axes.vocab)
   else:
     x_BTD = x_BTD[ids_BT]
-  return (
-    jax.lax.all_to_all(x_BTD, axes.embed, split_axis=0, concat_axis=2, tiled=True)
-    if axes.embed
-    else x_BTD
-  )
+  if axes.embed:
+    x_BTD = jax.lax.all_to_all(x_BTD, axes.embed, split_axis=0, concat_axis=2, tiled=True)
+  return x_BTD
 
 
 def _scatter(
@@ -196,11 +193,8 @@ def _scatter(
   if axes.vocab:
     ids_BT = ids_BT - jax.lax.axis_index(axes.vocab) * rows
     ids_BT = jnp.where(ids_BT < 0, rows, ids_BT)  # what lies outside is dropped
-  grad_VD = (
-    jnp.zeros((rows, shape[1] // size(axes.embed)), dtype)
-    .at[ids_BT]
-    .add(g_BTD.astype(dtype), mode='drop')
-  )
+  grad_VD = jnp.zeros((rows, shape[1] // size(axes.embed)), dtype)
+  grad_VD = grad_VD.at[ids_BT].add(g_BTD.astype(dtype), mode='drop')
   return _sum(grad_VD, [axis for axis in axes.tokens if axis != axes.embed])
 
 
@@ -238,55 +232,19 @@ def _local_losses(
   """On each device: its tokens, its part of the vocabulary. With `gradient` also those by x, table
   and bias.
   """
-  dtype, wide = x_BTD.dtype, jnp.promote_types(x_BTD.dtype, jnp.float32)
-  W_VD = table_VD.astype(dtype)
-  if axes.embed:
-    W_VD = jax.lax.all_gather(W_VD, axes.embed, axis=1, tiled=True)
-  first = jax.lax.axis_index(axes.vocab) * len(W_VD) if axes.vocab else 0
-  ids_V = first + jnp.arange(len(W_VD))
-  real_V = ids_V < loss.vocab
-  bias_V = jnp.where(real_V, bias_V.astype(wide), jnp.finfo(wide).min / 2)
-  spread_V = jnp.where(real_V, loss.label_smoothing / loss.vocab, 0).astype(wide)
-
-  def chunk(carry, part):
-    x_TD, targets_T, weights_T = part
-    logits_TV = jnp.einsum('TD,VD->TV', x_TD, W_VD, preferred_element_type=wide) + bias_V[None]
-    top_T = _max(jnp.max(logits_TV, axis=-1), axes.vocab)
-    total_T = _sum(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), axes.vocab)
-    hit_TV = ids_V[None] == targets_T[:, None]
-    target_T = _sum(jnp.sum(jnp.where(hit_TV, logits_TV, 0), axis=-1), axes.vocab)
-    lse_T = top_T + jnp.log(total_T)
-    loss_T = nll_T = lse_T - target_T
-    d_TV = jnp.exp(logits_TV - lse_T[:, None]) - hit_TV
-    if loss.label_smoothing:
-      mean_T = _sum(jnp.sum(logits_TV * spread_V[None], axis=-1), axes.vocab)
-      loss_T = (1 - loss.label_smoothing) * nll_T + loss.label_smoothing * lse_T - mean_T
-      d_TV += loss.label_smoothing * hit_TV - spread_V[None]
-    if loss.z_loss:
-      loss_T += loss.z_loss * lse_T**2
-      d_TV += 2 * loss.z_loss * lse_T[:, None] * jnp.exp(logits_TV - lse_T[:, None])
-    sums = tuple(jnp.sum(x_T * weights_T) for x_T in (loss_T, nll_T, target_T == top_T))
-    if not gradient:
-      return jax.tree.map(jnp.add, carry, sums), ()
-    d_TV *= weights_T[:, None]
-    dbias_V = jnp.sum(d_TV, axis=0)
-    d_TV = d_TV.astype(dtype)
-    dW_VD = jnp.einsum('TV,TD->VD', d_TV, x_TD, preferred_element_type=wide)
-    return jax.tree.map(jnp.add, carry, (*sums, dW_VD, dbias_V)), jnp.einsum(
-      'TV,VD->TD', d_TV, W_VD
-    )
-
-  parts = tuple(
-    _chunked(x, x_BTD.shape[:2], len(W_VD) * wide.itemsize)
-    for x in (x_BTD, targets_BT, weights_BT.astype(wide))
-  )
-  zeros = (jnp.zeros((), wide),) * 3 + (
-    (jnp.zeros(W_VD.shape, wide), jnp.zeros(bias_V.shape, wide)) if gradient else ()
-  )
-  if len(parts[0]) == 1:
-    carry, dx_TD = chunk(zeros, tuple(part[0] for part in parts))
+  dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+  part = _vocabulary(table_VD, bias_V, axes, loss, x_BTD.dtype, dtype)
+  tokens = x_BTD, targets_BT, weights_BT.astype(dtype)
+  row_bytes = len(part.W_VD) * dtype.itemsize
+  chunks = tuple(_chunked(x, x_BTD.shape[:2], row_bytes) for x in tokens)
+  carry = (jnp.zeros((), dtype),) * 3
+  if gradient:
+    carry += jnp.zeros(part.W_VD.shape, dtype), jnp.zeros(part.bias_V.shape, dtype)
+  run = functools.partial(_chunk, part, axes, loss, gradient)
+  if len(chunks[0]) == 1:
+    carry, dx_TD = run(carry, tuple(chunk[0] for chunk in chunks))
   else:
-    carry, dx_TD = jax.lax.scan(chunk, zeros, parts)
+    carry, dx_TD = jax.lax.scan(run, carry, chunks)
   sums = tuple(_sum(x, axes.tokens) for x in carry[:3])
   if not gradient:
     return sums
@@ -302,17 +260,79 @@ def _local_losses(
   )
 
 
-def _chunked(x, rows_and_places: tuple[int, int], bytes_a_token: int) -> jax.Array:
-  """Tokens in equal chunks, [chunks, tokens of a chunk, ...], the last filled up by zeros."""
-  tokens = math.prod(rows_and_places)
-  count = max(1, math.ceil(tokens * bytes_a_token / CHUNK_BYTES))
+class _Part(NamedTuple):
+  """A device's part of the vocabulary, its vectors whole: the ids, what the logits of a chunk are
+  made of, and how much of the smoothed target each id has.
+  """
+
+  ids_V: jax.Array
+  W_VD: jax.Array
+  bias_V: jax.Array
+  spread_V: jax.Array
+
+
+def _vocabulary(
+  table_VD: jax.Array, bias_V: jax.Array, axes: _Axes, loss: _Loss, compute: Any, dtype: Any
+) -> _Part:
+  W_VD = table_VD.astype(compute)
+  if axes.embed:
+    W_VD = jax.lax.all_gather(W_VD, axes.embed, axis=1, tiled=True)
+  first = jax.lax.axis_index(axes.vocab) * len(W_VD) if axes.vocab else 0
+  ids_V = first + jnp.arange(len(W_VD))
+  real_V = ids_V < loss.vocab
+  bias_V = jnp.where(real_V, bias_V.astype(dtype), jnp.finfo(dtype).min / 2)
+  spread_V = jnp.where(real_V, loss.label_smoothing / loss.vocab, 0).astype(dtype)
+  return _Part(ids_V, W_VD, bias_V, spread_V)
+
+
+def _chunk(part: _Part, axes: _Axes, loss: _Loss, gradient: bool, carry, tokens):
+  """The sums over one chunk of tokens added to `carry`, and with `gradient` the one by its x."""
+  x_TD, targets_T, weights_T = tokens
+  dtype = part.bias_V.dtype
+  logits_TV = jnp.einsum('TD,VD->TV', x_TD, part.W_VD, preferred_element_type=dtype)
+  logits_TV += part.bias_V[None]
+  top_T = _max(jnp.max(logits_TV, axis=-1), axes.vocab)
+  total_T = _sum(jnp.sum(jnp.exp(logits_TV - top_T[:, None]), axis=-1), axes.vocab)
+  hit_TV = part.ids_V[None] == targets_T[:, None]
+  target_T = _sum(jnp.sum(jnp.where(hit_TV, logits_TV, 0), axis=-1), axes.vocab)
+  lse_T = top_T + jnp.log(total_T)
+  loss_T = nll_T = lse_T - target_T
+  d_TV = jnp.exp(logits_TV - lse_T[:, None]) - hit_TV
+  if loss.label_smoothing:
+    mean_T = _sum(jnp.sum(logits_TV * part.spread_V[None], axis=-1), axes.vocab)
+    loss_T = (1 - loss.label_smoothing) * nll_T + loss.label_smoothing * lse_T - mean_T
+    d_TV += loss.label_smoothing * hit_TV - part.spread_V[None]
+  if loss.z_loss:
+    loss_T += loss.z_loss * lse_T**2
+    d_TV += 2 * loss.z_loss * lse_T[:, None] * jnp.exp(logits_TV - lse_T[:, None])
+  sums = tuple(jnp.sum(x_T * weights_T) for x_T in (loss_T, nll_T, target_T == top_T))
+  if not gradient:
+    return jax.tree.map(jnp.add, carry, sums), ()
+  d_TV *= weights_T[:, None]
+  dbias_V = jnp.sum(d_TV, axis=0)
+  d_TV = d_TV.astype(x_TD.dtype)
+  dW_VD = jnp.einsum('TV,TD->VD', d_TV, x_TD, preferred_element_type=dtype)
+  carry = jax.tree.map(jnp.add, carry, (*sums, dW_VD, dbias_V))
+  return carry, jnp.einsum('TV,VD->TD', d_TV, part.W_VD)
+
+
+def _chunked(x: jax.Array, shape_BT: tuple[int, int], row_bytes: int) -> jax.Array:
+  """Tokens in equal chunks, [chunks, tokens of a chunk, ...], the last filled up by zeros.
+
+  Args:
+    x: [B, T, ...].
+    shape_BT: B and T.
+    row_bytes: of the logits of one token.
+  """
+  tokens = math.prod(shape_BT)
+  count = max(1, math.ceil(tokens * row_bytes / CHUNK_BYTES))
   size = -(-tokens // count)
-  size = size if count == 1 else -(-size // 128) * 128  # whole tiles of a matrix unit
+  if count > 1:
+    size = -(-size // 128) * 128  # whole tiles of a matrix unit
   count = -(-tokens // size)
   x = x.reshape(tokens, *x.shape[2:])
-  return jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1))).reshape(
-    count, size, *x.shape[1:]
-  )
+  x = jnp.pad(x, ((0, count * size - tokens), *((0, 0),) * (x.ndim - 1)))
+  return x.reshape(count, size, *x.shape[1:])
 
 
 def _on_mesh(layout, run, tokens_shape, table_shape, arrays, out):

@@ -17,6 +17,7 @@ from llm_jax.nn.linear import Linear
 from llm_jax.nn.options import Options
 from llm_jax.nn.rows import at
 from llm_jax.nn.stack import Stack, check_pattern, unstacked
+from llm_jax.parallel.cpu import products
 
 BASE = Options(dim=12, layers=2, heads=2, mlp_dim=8, norm_order='post', norm_eps=1e-12)
 PATTERN = dict(window=2, global_every=2, first_bare=True)  # first, and twice block_0 and block_1
@@ -33,7 +34,8 @@ def normal(*shape, seed=1):
   return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
-def infos(stack):
+def described(stack):
+  """What each parameter is, and their shapes."""
   boxed = jax.eval_shape(lambda: stack.init(jax.random.key(0), jnp.ones((1, 4, 12)), NOTHING))
   return params_lib.infos(boxed['params']), nn.unbox(boxed['params'])
 
@@ -57,7 +59,7 @@ def test_each_layer_has_its_number_once(first_bare, every):
   layers = 6 + first_bare
   window = None if every == 1 else 2
   stack = Stack(options(layers=layers), window, every, first_bare)
-  found, shapes = infos(stack)
+  found, shapes = described(stack)
   shapes = tree.flatten(shapes)
   numbers = {}
   for path, info in found.items():
@@ -207,6 +209,24 @@ def test_unstacked_layers_are_the_stack(random_params):
   expected = run(params)
   np.testing.assert_allclose(run(groups), expected, atol=1e-5)
   assert np.abs(run(groups | {'group_0': groups['group_1']}) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots'])
+def test_transposed_kernels_are_the_kernels_in_every_form(random_params, remat):
+  stack = Stack(options(layers=5, norm_order='pre', head_dim=5), **PATTERN, remat=remat)
+  x = normal(2, 6, 12)
+  params = random_params(stack, x, NOTHING)['params']
+  infos, _ = described(stack)
+  forms = products.transposed(params, infos)
+  out = unstacked(forms)['group_0']['block_0']['attention']['out']
+  assert out.keys() == {'kernel', 'bias'} and out['kernel'].weight_OI.shape == (12, 10)
+
+  def run(params, unroll=1):
+    return stack.clone(unroll=unroll).apply({'params': params}, x, NOTHING)[0]
+
+  expected = run(params)
+  for found in (run(forms), run(forms, unroll=0), run(unstacked(forms))):
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 # What stands around the layers: interceptors, and variables that are not parameters.

@@ -21,7 +21,7 @@ from configs import bert_tiny, gpt_tiny
 from llm_jax.core import config
 from llm_jax.nn import vocabulary
 from llm_jax.parallel import sharding
-from llm_jax.programs import build
+from llm_jax.training import program
 
 B, T, D = 4, 6, 8
 MESHES = [
@@ -127,8 +127,8 @@ def test_in_chunks(monkeypatch):
   check(13)
 
 
-def most_places(text, vocab):
-  """The most places whose float32 logits one array of a compiled text holds."""
+def most_positions(text, vocab):
+  """The most positions whose float32 logits one array of a compiled text holds."""
   shapes = [
     [int(size) for size in dims.split(',')] for dims in set(re.findall(r'f32\[([\d,]+)\]', text))
   ]
@@ -136,18 +136,19 @@ def most_places(text, vocab):
 
 
 @pytest.mark.parametrize('module', [bert_tiny, gpt_tiny])
-def test_a_train_step_never_holds_the_logits_of_all_places(monkeypatch, module):
-  vocab, places = 5003, 2048 if module is gpt_tiny else 16 * math.ceil(0.15 * 128)
+def test_a_train_step_never_holds_the_logits_of_all_positions(monkeypatch, module):
+  vocab, positions = 5003, 2048 if module is gpt_tiny else 16 * math.ceil(0.15 * 128)
   options = module.get_config().to_dict() | dict(batch_size=16, seq_len=128, micro_batches=1)
   options['model'] |= dict(vocab_size=vocab, layers=1, dim=32, mlp_dim=32)
-  compiled = lambda program: (
-    program.train_step.lower(program.state, program.batch).compile().as_text()
-  )
-  assert (
-    most_places(compiled(build.outline(config.parse(options), jax.devices())), vocab) == places
-  )  # one chunk has room
+
+  def most():
+    made = program.outline(config.parse(options), jax.devices())
+    text = made.train_step.lower(made.state, made.batch).compile().as_text()
+    return most_positions(text, vocab)
+
+  assert most() == positions  # one chunk has room
   monkeypatch.setattr(vocabulary, 'CHUNK_BYTES', 128 * vocab * 4)
-  assert most_places(compiled(build.outline(config.parse(options), jax.devices())), vocab) <= 128
+  assert most() <= 128
 
 
 def test_on_meshes():

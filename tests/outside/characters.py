@@ -49,10 +49,9 @@ class Tokenizer:
 
   def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
     """As a BPE without merges, whose tokens are characters."""
-    first, last = ('[BOS]', None) if causal else ('[CLS]', '[SEP]')
-    around = [name for name in (first, last) if name]
-    pieces = [{'SpecialToken': {'id': name, 'type_id': 0}} for name in around]
-    single = [pieces[0], {'Sequence': {'id': 'A', 'type_id': 0}}, *pieces[1:]]
+    around = ['[BOS]'] if causal else ['[CLS]', '[SEP]']
+    first, *last = ({'SpecialToken': {'id': name, 'type_id': 0}} for name in around)
+    single = [first, {'Sequence': {'id': 'A', 'type_id': 0}}, *last]
     description = {
       'version': '1.0',
       'added_tokens': [_added(number, name) for number, name in enumerate(SPECIALS)],

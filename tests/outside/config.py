@@ -14,7 +14,7 @@ def get_config(kind='tags'):
   """
   config = base.get_config()
   config.steps, config.batch_size, config.seq_len = 12, 8, 32
-  config.log_every, config.eval_every = 1, 6
+  config.log_every, config.eval_every, config.checkpoint.every = 1, 6, 6
   config.data = dict(
     source='outside.counting',
     kind={'tags': 'tags', 'pairs': 'pairs'}.get(kind, 'text'),

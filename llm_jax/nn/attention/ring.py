@@ -6,7 +6,7 @@ Each device sees one block of keys and values at a time, and sums up as FlashAtt
 the probabilities of each block again from the log of the sums, and the gradients of keys and values
 travel along with them. A device never holds more scores than those of a tile of its queries with
 one block of keys. A window makes the ring shorter: only blocks within it are sent. In causal rows
-blocks that are masked wholly are computed all the same: the device of the last places needs all
+blocks that are masked wholly are computed all the same: the device of the last positions needs all
 blocks, and the others would only wait for it.
 
 Letters are those of `llm_jax.nn.options`; here T and S are the positions on one device, I is the
@@ -35,8 +35,14 @@ BLOCK = 128  # the same where nothing is sent
 
 @dataclasses.dataclass(frozen=True)
 class _Ring:
-  """What is static. `size`: devices around; `rows` and `heads`: what cuts these, as PartitionSpec
-  writes it; `tile`: places.
+  """What is static.
+
+  Attributes:
+    layout: in force; None for one device.
+    size: devices around.
+    rows, heads: the mesh axes that cut these, as PartitionSpec writes it.
+    causal, window, dropout_rate: as in `attention`.
+    tile: the most queries at a time.
   """
 
   layout: sharding.Layout | None
@@ -55,7 +61,7 @@ def refusal(q_BTNH: jax.Array) -> str | None:
   """
   layout, T = sharding.current(), q_BTNH.shape[1]
   size = 1 if layout is None else layout.mesh.shape[AXIS]
-  return f'rows of {T} places do not divide by mesh.{AXIS}={size}' if T % size else None
+  return f'rows of {T} tokens do not divide by mesh.{AXIS}={size}' if T % size else None
 
 
 def attention(
@@ -71,7 +77,7 @@ def attention(
   tile: int = TILE,
 ) -> jax.Array:
   """As `llm_jax.nn.attention.dispatch.attention`, for what `refusal` has nothing against; T and S
-  are the places of whole rows here.
+  are the positions of whole rows here.
 
   Rows and heads are cut as the layout in force says. Which probabilities are dropped depends on how
   they are cut. `tile`: the most queries of a device at a time.
@@ -134,14 +140,12 @@ def _on_mesh(ring, function, arrays, out):
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, *, ring):
   """On each device: its output, and the log of the sums of exponentials of its scores."""
-  wide, K = jnp.promote_types(q_BTNH.dtype, jnp.float32), k_BSKH.shape[2]
-  tiles = functools.partial(_tiles, ring.tile)
-  queries = tiles(q_BTNH, K), tiles(segments_BT)
-  mixed_IBKGtH = jnp.zeros(queries[0].shape, wide)
-  total_IBKGt = jnp.zeros(mixed_IBKGtH.shape[:-1], wide)
-  top_IBKGt = jnp.full_like(
-    total_IBKGt, jnp.finfo(wide).min / 2
-  )  # finite: a block may be masked wholly
+  dtype, K = jnp.promote_types(q_BTNH.dtype, jnp.float32), k_BSKH.shape[2]
+  queries = _tiles(ring.tile, q_BTNH, K), _tiles(ring.tile, segments_BT)
+  mixed_IBKGtH = jnp.zeros(queries[0].shape, dtype)
+  total_IBKGt = jnp.zeros(mixed_IBKGtH.shape[:-1], dtype)
+  # Finite: a block may be masked wholly.
+  top_IBKGt = jnp.full_like(total_IBKGt, jnp.finfo(dtype).min / 2)
 
   def see(sums, keys, block):
 
@@ -153,31 +157,27 @@ def _forward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, *, ring):
       shrink_BKGt = jnp.exp(top_BKGt - new_BKGt)
       total_BKGt = shrink_BKGt * total_BKGt + jnp.sum(p_BKGtS, axis=-1)
       p_BKGtS = _dropped(ring, key, p_BKGtS, number, block).astype(v_BSKH.dtype)
-      mixed_BKGtH = shrink_BKGt[..., None] * mixed_BKGtH + jnp.einsum(
-        'BKGTS,BSKH->BKGTH', p_BKGtS, keys.v_BSKH, preferred_element_type=wide
+      new_BKGtH = jnp.einsum(
+        'BKGTS,BSKH->BKGTH', p_BKGtS, keys.v_BSKH, preferred_element_type=dtype
       )
-      return mixed_BKGtH, total_BKGt, new_BKGt
+      return shrink_BKGt[..., None] * mixed_BKGtH + new_BKGtH, total_BKGt, new_BKGt
 
     return jax.lax.map(tile, (jnp.arange(len(mixed_IBKGtH)), queries, sums))
 
-  sums = mixed_IBKGtH, total_IBKGt, top_IBKGt
-  mixed_IBKGtH, total_IBKGt, top_IBKGt = _around(
-    ring, see, sums, _Keys(k_BSKH, v_BSKH, segments_BT)
-  )
-  return _rows((mixed_IBKGtH / total_IBKGt[..., None]).astype(q_BTNH.dtype)), _rows(
-    top_IBKGt + jnp.log(total_IBKGt)
-  )
+  sums, keys = (mixed_IBKGtH, total_IBKGt, top_IBKGt), _Keys(k_BSKH, v_BSKH, segments_BT)
+  mixed_IBKGtH, total_IBKGt, top_IBKGt = _around(ring, see, sums, keys)
+  out_IBKGtH = (mixed_IBKGtH / total_IBKGt[..., None]).astype(q_BTNH.dtype)
+  return _rows(out_IBKGtH), _rows(top_IBKGt + jnp.log(total_IBKGt))
 
 
 def _backward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, out_BTNH, lse_BTN, dout_BTNH, *, ring):
   """On each device: the gradients of its queries, keys and values."""
-  wide, K = lse_BTN.dtype, k_BSKH.shape[2]
-  mean_BTN = jnp.sum(
-    out_BTNH.astype(wide) * dout_BTNH, axis=-1
-  )  # of the gradients of the probabilities
-  tiles = functools.partial(_tiles, ring.tile)
-  queries = *(tiles(x, K) for x in (q_BTNH, dout_BTNH, lse_BTN, mean_BTN)), tiles(segments_BT)
-  product = functools.partial(jnp.einsum, preferred_element_type=wide)
+  dtype, K = lse_BTN.dtype, k_BSKH.shape[2]
+  # Of the gradients of the probabilities.
+  mean_BTN = jnp.sum(out_BTNH.astype(dtype) * dout_BTNH, axis=-1)
+  queries = [_tiles(ring.tile, x, K) for x in (q_BTNH, dout_BTNH, lse_BTN, mean_BTN)]
+  queries = *queries, _tiles(ring.tile, segments_BT)
+  product = functools.partial(jnp.einsum, preferred_element_type=dtype)
 
   def see(gradients, keys, block):
     dq_IBKGtH, dkeys = gradients
@@ -187,26 +187,22 @@ def _backward(q_BTNH, k_BSKH, v_BSKH, segments_BT, key, out_BTNH, lse_BTN, dout_
       s_BKGtS = _scores(ring, q_BKGtH, segments_Bt, keys, number, block)
       p_BKGtS = jnp.exp(s_BKGtS - lse_BKGt[..., None])
       dropped_BKGtS = _dropped(ring, key, p_BKGtS, number, block).astype(do_BKGtH.dtype)
-      dp_BKGtS = _dropped(
-        ring, key, product('BKGTH,BSKH->BKGTS', do_BKGtH, keys.v_BSKH), number, block
-      )
-      ds_BKGtS = (p_BKGtS * (dp_BKGtS - mean_BKGt[..., None]) * q_BTNH.shape[-1] ** -0.5).astype(
-        q_BKGtH.dtype
-      )
+      dp_BKGtS = product('BKGTH,BSKH->BKGTS', do_BKGtH, keys.v_BSKH)
+      dp_BKGtS = _dropped(ring, key, dp_BKGtS, number, block)
+      ds_BKGtS = p_BKGtS * (dp_BKGtS - mean_BKGt[..., None]) * q_BTNH.shape[-1] ** -0.5
+      ds_BKGtS = ds_BKGtS.astype(q_BKGtH.dtype)
       dk_BSKH = dkeys[0] + product('BKGTS,BKGTH->BSKH', ds_BKGtS, q_BKGtH)
       dv_BSKH = dkeys[1] + product('BKGTS,BKGTH->BSKH', dropped_BKGtS, do_BKGtH)
       return (dk_BSKH, dv_BSKH), dq_BKGtH + product('BKGTS,BSKH->BKGTH', ds_BKGtS, keys.k_BSKH)
 
     dkeys, dq_IBKGtH = jax.lax.scan(tile, dkeys, (jnp.arange(len(dq_IBKGtH)), queries, dq_IBKGtH))
-    return dq_IBKGtH, _turn(ring, dkeys, 1)
+    return dq_IBKGtH, _sent(ring, dkeys, 1)
 
-  zeros = (
-    jnp.zeros(queries[0].shape, wide),
-    (jnp.zeros(k_BSKH.shape, wide), jnp.zeros(v_BSKH.shape, wide)),
-  )
+  dkeys = jnp.zeros(k_BSKH.shape, dtype), jnp.zeros(v_BSKH.shape, dtype)
+  zeros = jnp.zeros(queries[0].shape, dtype), dkeys
   dq_IBKGtH, dkeys = _around(ring, see, zeros, _Keys(k_BSKH, v_BSKH, segments_BT))
   first, count = _blocks(ring, k_BSKH.shape[1])
-  dk_BSKH, dv_BSKH = _turn(ring, dkeys, -first - count)  # home
+  dk_BSKH, dv_BSKH = _sent(ring, dkeys, -first - count)  # home
   return (
     _rows(dq_IBKGtH).astype(q_BTNH.dtype),
     dk_BSKH.astype(k_BSKH.dtype),
@@ -231,10 +227,10 @@ def _around(ring, see, state, keys):
 
   def step(carry, distance):
     state, keys = carry
-    coming = _turn(ring, keys, 1)
+    coming = _sent(ring, keys, 1)
     return (see(state, keys, number(distance)), coming), None
 
-  carry = state, _turn(ring, keys, first)
+  carry = state, _sent(ring, keys, first)
   if count > 1:
     carry, _ = jax.lax.scan(step, carry, first + jnp.arange(count - 1))
   return see(*carry, number(first + count - 1))
@@ -251,7 +247,7 @@ def _blocks(ring, length: int) -> tuple[int, int]:
   return (first, count) if count < ring.size else (0, ring.size)
 
 
-def _turn(ring, tree, by: int):
+def _sent(ring, tree, by: int):
   """All that is in `tree`, sent `by` devices on."""
   if by % ring.size == 0:
     return tree
@@ -260,33 +256,23 @@ def _turn(ring, tree, by: int):
 
 def _scores(ring, q_BKGtH, segments_Bt, keys, number, block):
   """Scaled and masked scores of one tile of queries with one block of keys, at least float32."""
-  wide, (t, H), S = (
-    jnp.promote_types(q_BKGtH.dtype, jnp.float32),
-    q_BKGtH.shape[-2:],
-    keys.k_BSKH.shape[1],
-  )
-  s_BKGtS = (
-    jnp.einsum('BKGTH,BSKH->BKGTS', q_BKGtH, keys.k_BSKH, preferred_element_type=wide) * H**-0.5
-  )
+  dtype = jnp.promote_types(q_BKGtH.dtype, jnp.float32)
+  (t, H), S = q_BKGtH.shape[-2:], keys.k_BSKH.shape[1]
+  s_BKGtS = jnp.einsum('BKGTH,BSKH->BKGTS', q_BKGtH, keys.k_BSKH, preferred_element_type=dtype)
+  s_BKGtS = s_BKGtS * H**-0.5
   first = _index(AXIS if ring.size > 1 else None) * S + number * t
   segments = None if segments_Bt is None else (segments_Bt, keys.segments_BS)
-  mask = visible(
-    first + jnp.arange(t), block * S + jnp.arange(S), segments, ring.causal, ring.window
-  )
-  return s_BKGtS if mask is None else jnp.where(mask, s_BKGtS, jnp.finfo(wide).min / 2)
+  indices_t, indices_S = first + jnp.arange(t), block * S + jnp.arange(S)
+  mask = visible(indices_t, indices_S, segments, ring.causal, ring.window)
+  return s_BKGtS if mask is None else jnp.where(mask, s_BKGtS, jnp.finfo(dtype).min / 2)
 
 
 def _dropped(ring, key, x_BKGtS, number, block):
-  """Zero where the dropout is, the rest larger; the same places for the same tile and block."""
+  """Zero where the dropout is, the rest larger; the same ones for the same tile and block."""
   if not ring.dropout_rate:
     return x_BKGtS
-  for index in (
-    _index(ring.rows),
-    _index(ring.heads),
-    _index(AXIS if ring.size > 1 else None),
-    number,
-    block,
-  ):
+  device = ring.rows, ring.heads, AXIS if ring.size > 1 else None
+  for index in (*map(_index, device), number, block):
     key = jax.random.fold_in(key, index)
   return dropout(x_BKGtS, ring.dropout_rate, key)
 

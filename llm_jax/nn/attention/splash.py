@@ -17,7 +17,7 @@ from llm_jax.core import scopes
 from llm_jax.nn.attention.masks import RESIDUALS
 from llm_jax.parallel import sharding
 
-LANES = 128  # tiles are whole multiples of this many places
+LANES = 128  # tiles are whole multiples of this many positions
 
 
 def refusal(q_BTNH: jax.Array, drops: bool) -> str | None:
@@ -31,7 +31,7 @@ def refusal(q_BTNH: jax.Array, drops: bool) -> str | None:
   if drops:
     return 'it drops no probabilities (attention_dropout=0 leaves dropout out)'
   if T % LANES:
-    return f'rows of {T} places are not a multiple of {LANES}'
+    return f'rows of {T} tokens are not a multiple of {LANES}'
   if H % 8:
     return f'heads of {H} dimensions are not a multiple of 8'
   if q_BTNH.dtype.itemsize > 4:
@@ -125,15 +125,15 @@ def _mask(length: int, causal: bool, window: int | None) -> masks.Mask:
 
 
 def blocks(length: int, head_dim: int, sparse: bool) -> kernels.BlockSizes:
-  """Tiles that fit in a chip's memory, as large as they may be: a turn of the kernel costs some
-  time whatever it does.
+  """Tiles that fit in a chip's memory, as large as they may be: each iteration of the kernel costs
+  some time whatever it does.
 
   The fused backward pass computes each tile of the scores once instead of twice, but writes one
   gradient of the queries for each piece of the keys, and skips only what a mask empties of a whole
   piece: up to two pieces it wins.
   """
   tile, most = _divisor(length, 512), 2048 if head_dim <= 128 else 1024
-  # The hardware pads a last dimension of less than 128 up to it; places last, nothing is padded.
+  # The hardware pads a last dimension of less than 128 up to it; positions last, nothing is padded.
   layout = (
     kernels.QKVLayout.HEAD_DIM_MINOR if head_dim % LANES == 0 else kernels.QKVLayout.SEQ_MINOR
   )

@@ -176,7 +176,7 @@ def test_wrong_arguments(reference):
     attention(q, k[:, :5], v[:, :5])
   with pytest.raises(
     ValueError,
-    match="'splash' cannot do this: rows of 7 places .*What can: 'ring', 'blockwise', 'xla'",
+    match="'splash' cannot do this: rows of 7 tokens .*What can: 'ring', 'blockwise', 'xla'",
   ):
     attention(q, k, v, implementation='splash')
   with pytest.raises(ValueError, match='splash.*drops no probabilities'):
