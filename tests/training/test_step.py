@@ -205,7 +205,7 @@ def test_the_forward_pass_for_the_weights_is_not_run(small):
     )
     return run.lower(params, part, None).compile().as_text().count(' dot(')
 
-  assert products(8, 4) == products(2, 1)
+  assert products(8, 4) == products(2, 1) > 0
 
 
 def test_a_train_step_learns_and_counts(small):
