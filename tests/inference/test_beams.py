@@ -29,6 +29,7 @@ def best(tiny, model, prompt, eos, length, penalty):
   return found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('penalty', [0.0, 1.0, 3.0])
 def test_as_many_beams_as_texts_find_the_best(tiny, penalty):
   model = tiny.GPT.clone(vocab_size=5)

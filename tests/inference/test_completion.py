@@ -155,6 +155,7 @@ def program(module, **changes):
   return made, jax.tree.map(draw, made.params)
 
 
+@pytest.mark.slow
 def test_a_decoder_continues():
   made, params = program(gpt_tiny)
   model, prompts, pieces = made.network.model, ['abc', 'xy', 'q'], []

@@ -15,6 +15,7 @@ from llm_jax.parallel.cpu.products import Transposed
 pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_half_the_cache(tiny):
   model = tiny.LLAMA.clone(dtype='bfloat16')
   cache = model.empty_cache(2, 16)
@@ -112,6 +113,7 @@ def predict(model, batch):
   return model(batch).hidden @ model.table().T
 
 
+@pytest.mark.slow
 def test_a_model_from_outside(tiny):
   model = Outside()
   made, params = tiny.generator(model, method=predict), tiny.random_params(model, predict)

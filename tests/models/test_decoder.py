@@ -103,6 +103,7 @@ def test_a_document_never_moves_another(model):
   np.testing.assert_allclose(np.asarray(alone)[:, :6], before[:, 4:10], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_float64_and_bfloat16():
   tokens = np.random.default_rng(0).integers(1, 40, (2, 8))
   params = random_params(LLAMA)
@@ -181,6 +182,7 @@ def test_flops_are_those_of_the_kernels(variant, vocab_size, length, read, flops
   assert model.clone(unroll=1).flops(length, read) == model.flops(length, length)
 
 
+@pytest.mark.slow
 def test_a_cache_sees_what_the_whole_row_sees():
   tokens = np.random.default_rng(0).integers(1, 40, (2, 6)).astype(np.int32)
   params = random_params(LLAMA)

@@ -144,6 +144,7 @@ def test_a_document_never_moves_another(model):
   np.testing.assert_allclose(np.asarray(alone)[:, :6], before[:, 4:10], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_float64_and_bfloat16():
   tokens = np.random.default_rng(0).integers(1, 40, (2, 8))
   network = mlm(MODERN)

@@ -90,6 +90,7 @@ class Unstacked(nn.Module):
     return x
 
 
+@pytest.mark.slow
 def test_stack_equals_a_loop_whatever_unroll_and_remat(random_params):
   stack = Stack(options(layers=5, norm_order='pre'), **PATTERN)
   x, context = normal(1, 6, 12), LayerContext(segments_BT=jnp.array([[1, 1, 1, 1, 2, 0]]))
@@ -127,6 +128,7 @@ def test_stack_equals_a_loop_whatever_unroll_and_remat(random_params):
   assert barriers == [False, False, True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('changes', 'pattern'),
   [

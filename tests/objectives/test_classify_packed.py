@@ -131,6 +131,7 @@ def assert_same(found, wanted):
     np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('model', 'pool', 'task', 'paired'), CASES)
 def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, task, paired):
   with jax.enable_x64(True):

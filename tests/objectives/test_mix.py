@@ -73,6 +73,7 @@ def test_a_part_that_reads_all_makes_the_others_find_their_own(small):
       assert float(metrics[name][0]) == pytest.approx(float(value), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_real_network_starts_at_the_loss_of_guessing(small):
   """ln V for the words and ln 2 for the sentences; heads stand beside the model, `pooler` once."""
   vocab_size = 97

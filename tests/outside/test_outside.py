@@ -34,6 +34,7 @@ from outside import int8
 from outside.counting import Source
 from outside.source_target import ROW
 
+pytestmark = pytest.mark.slow  # all tests share runs that are trained
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = {
   'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as in this module, so that bits are equal

@@ -23,6 +23,7 @@ from llm_jax.modes.generate import generate
 from llm_jax.programs import pretrained
 from llm_jax.training import logs, loop
 
+pytestmark = pytest.mark.slow  # almost all tests share runs that are trained
 SHAPES = {
   'mlm': ('encoder', dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=64)),  # BERT's
   'clm': (

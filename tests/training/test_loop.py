@@ -146,6 +146,7 @@ def child(tree, workdir):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', ['mlm', 'clm'])
 def test_killed_at_any_step_it_ends_as_if_undisturbed(corpus, tmp_path, objective):
   tree = settings(corpus, objective, steps=40, log_every=1, eval_every=7)
@@ -205,6 +206,7 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
   assert float(started.state.step) == 60 and started.position == 60 * 8
 
 
+@pytest.mark.slow
 def test_longer_runs_go_on_and_other_runs_are_refused(corpus, tmp_path):
   tree = settings(corpus, 'clm', steps=3)
   run(tree, tmp_path)
@@ -240,6 +242,7 @@ def test_other_documents_are_refused(corpus, tmp_path):
     run(tree | dict(steps=4), tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_stops_early_and_keeps_the_best(corpus, tmp_path):
   tree = settings(
     corpus,
@@ -285,6 +288,7 @@ def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(
   assert not running() and all(name.startswith('batches') for name in puts)
 
 
+@pytest.mark.slow
 def test_a_profile_is_whole_names_the_parts_of_the_model_and_changes_no_number(corpus, tmp_path):
   tree = settings(corpus, steps=6, eval_every=6)
   run(tree, tmp_path / 'plain')
@@ -315,6 +319,7 @@ def compiled_text(tree, workdir):
   return program.train_step.lower(program.state, program.batch).compile().as_text()
 
 
+@pytest.mark.slow
 def test_a_decoder_shows_what_it_writes_and_learns_no_less(corpus, tmp_path):
   for name, samples in (('shown', 2), ('quiet', 0)):
     run(
@@ -332,6 +337,7 @@ def test_a_decoder_shows_what_it_writes_and_learns_no_less(corpus, tmp_path):
   assert not (tmp_path / 'quiet' / 'samples.txt').exists()
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatch):
   run(settings(corpus, steps=2), tmp_path / 'pretrained')
   tree = settings(
@@ -413,6 +419,7 @@ def _assert_packing_changes_no_answer(workdir, monkeypatch):
   )  # another order would be seen
 
 
+@pytest.mark.slow
 def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):
   tree = settings(corpus, steps=4, eval_every=4)
   tree['data']['parts'] = {

@@ -27,6 +27,7 @@ def totals():
   return {remat: memory.needed(make(tiny(remat=remat))).total_bytes for remat in memory.REMATS}
 
 
+@pytest.mark.slow
 def test_each_policy_keeps_less_than_the_one_before(totals):
   none, dots, narrow, attention, full = (totals[remat] for remat in memory.REMATS)
   # The last two are equal here, as only kernels name what attention gives.
@@ -34,6 +35,7 @@ def test_each_policy_keeps_less_than_the_one_before(totals):
   assert set(memory.REMATS) == REMAT.keys() - {'offload'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'dots', 'narrow'])
 def test_auto_takes_the_first_that_fits(monkeypatch, totals, remat):
   monkeypatch.setattr(memory, 'limit', lambda devices: totals[remat])
@@ -43,6 +45,7 @@ def test_auto_takes_the_first_that_fits(monkeypatch, totals, remat):
   assert memory.fitting(tiny(remat='narrow'), make).network.model.remat == 'narrow'
 
 
+@pytest.mark.slow
 def test_where_none_fits_auto_says_what_may_help(monkeypatch, totals):
   monkeypatch.setattr(memory, 'limit', lambda devices: 1000)
   monkeypatch.setattr(memory, 'needed', lambda program: memory.Need(2**31, None))

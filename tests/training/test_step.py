@@ -106,6 +106,7 @@ def uneven(small, kind):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['clm', 'mlm', 'bert', 'partly labelled'])
 def test_micro_batches_have_the_gradient_of_the_whole(small, kind):
   model, objective, batch = uneven(small, kind)
@@ -131,6 +132,7 @@ def test_micro_batches_have_the_gradient_of_the_whole(small, kind):
       assert_close(wrong, whole, 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['clm', 'mlm'])
 def test_packed_rows_have_the_gradient_of_padded_ones(small, kind):
   lengths, seq_len = [9, 5, 10, 3, 7, 11, 2, 6], 32
@@ -191,6 +193,7 @@ def test_a_batch_without_weight_has_no_loss_and_no_gradient(small):
     assert loss == 0 and all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_the_forward_pass_for_the_weights_is_not_run(small):
   """Micro-batches ask a pass over the whole batch for its weights only: the compiled step must not
   hold its matrix products.
@@ -230,6 +233,7 @@ def test_a_train_step_learns_and_counts(small):
   ) == pytest.approx(0.1)
 
 
+@pytest.mark.slow
 def test_dropout_draws_anew_each_step_and_not_in_evaluation(small):
   model, objective, batch = uneven(small, 'clm')
   network, params = build(model.copy(dropout=0.5), objective, batch)

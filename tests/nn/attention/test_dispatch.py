@@ -14,6 +14,7 @@ from llm_jax.nn.attention import dispatch, ring
 from llm_jax.nn.attention.dispatch import attention
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('implementation', ['xla', 'blockwise', 'ring'])
 @hypothesis.settings(max_examples=15, deadline=None, derandomize=True)
 @hypothesis.given(
