@@ -23,7 +23,6 @@ from llm_jax.modes.generate import generate
 from llm_jax.programs import pretrained
 from llm_jax.training import logs, loop
 
-pytestmark = pytest.mark.slow  # almost all tests share runs that are trained
 SHAPES = {
   'mlm': ('encoder', dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=64)),  # BERT's
   'clm': (
@@ -94,6 +93,7 @@ def bit_identical(a, b):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', SHAPES)
 def test_an_exported_run_is_the_same_model(folder, objective):
   data = config_lib.parse(settings(folder, objective)).data
@@ -108,6 +108,7 @@ def test_an_exported_run_is_the_same_model(folder, objective):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('objective', SHAPES)
 def test_out_and_in_and_out_is_the_same_to_the_last_bit(folder, objective, tmp_path):
   export(session.open_model(None, of_folder(folder / f'hf-{objective}')), tmp_path / 'again')
@@ -122,6 +123,7 @@ def test_out_and_in_and_out_is_the_same_to_the_last_bit(folder, objective, tmp_p
     assert read(a) == read(b), a.name
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_folder_and_goes_on_without_it(folder, tmp_path):
   shutil.copytree(folder / 'hf-mlm', tmp_path / 'hf')
   config = settings(
@@ -148,6 +150,7 @@ def test_a_run_starts_from_a_folder_and_goes_on_without_it(folder, tmp_path):
     run(config | dict(steps=4, model=config['model'] | dict(dim=32)), tmp_path / 'w')
 
 
+@pytest.mark.slow
 def test_a_run_fills_what_is_left_open(folder):
   config = of_folder(folder / 'run-clm')
   assert (
@@ -157,6 +160,7 @@ def test_a_run_fills_what_is_left_open(folder):
   assert of_folder(folder / 'hf-clm').seq_len == 64  # as long as the model takes
 
 
+@pytest.mark.slow
 def test_what_the_config_says_goes_first_or_is_refused(folder):
   model = hf.get_config().to_dict()['model']
   assert (
@@ -172,13 +176,15 @@ def test_what_the_config_says_goes_first_or_is_refused(folder):
 
 
 @pytest.mark.parametrize('path', ['nowhere', 'letters.txt', ''])
-def test_a_folder_that_is_none(folder, path):
+def test_a_folder_that_is_none(tmp_path, path):
+  (tmp_path / 'letters.txt').write_text('a b c')
   with pytest.raises(
     ValueError, match='is the folder neither of a run nor of a Hugging Face model'
   ):
-    of_folder(folder / path)
+    of_folder(tmp_path / path)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_another_model(folder, tmp_path):
   shutil.copytree(folder / 'hf-mlm', tmp_path / 'hf')
   config = json.loads((tmp_path / 'hf' / 'config.json').read_text())
@@ -187,6 +193,7 @@ def test_a_tokenizer_of_another_model(folder, tmp_path):
     session.open_model(None, of_folder(tmp_path / 'hf'))
 
 
+@pytest.mark.slow
 def test_a_model_without_the_head_that_is_needed(folder):
   config = of_folder(folder / 'hf-mlm')
   config = dataclasses.replace(config, objective=dict(name='classify', classes=('a', 'b')))
@@ -198,6 +205,7 @@ def test_a_model_without_the_head_that_is_needed(folder):
     opened.predict(['a text'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('objective', 'pool'), [('mlm', 'mean'), ('mlm', 'cls'), ('clm', 'last'), ('clm', 'mean')]
 )
@@ -229,6 +237,7 @@ def test_vectors_are_those_of_each_text_alone(folder, objective, pool, tmp_path)
   assert np.abs(vectors[0] - vectors[2]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('source', 'target', 'pool', 'message'),
   [
@@ -250,6 +259,7 @@ def test_what_cannot_be_embedded(folder, tmp_path, source, target, pool, message
   assert not (tmp_path / 'v.npy').exists()
 
 
+@pytest.mark.slow
 def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
   opened = session.open_model(None, of_folder(folder / 'hf-clm'))
   (tmp_path / 'x.txt').write_text('12 ab\n7\n')
@@ -272,6 +282,7 @@ def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
   )
 
 
+@pytest.mark.slow
 def test_masks_are_filled_in(folder, tmp_path, capsys):
   opened = session.open_model(None, of_folder(folder / 'hf-mlm'))
   generate(opened, ['1 ab[MASK]d'], None, tmp_path / 'y.jsonl', Sampling())
@@ -283,6 +294,7 @@ def test_masks_are_filled_in(folder, tmp_path, capsys):
   assert said[1].startswith(f'  {best} {p:.3f}  ') and 0 < p < 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('prompts', 'source', 'target', 'message'),
   [
