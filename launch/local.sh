@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# N processes on this machine, joined like the hosts of a cluster: to try out what a pod will do.
+# N processes on this machine, joined like the hosts of a cluster, to try out what a pod will do.
 #
 #   launch/local.sh -n 2 --config=configs/bert_tiny.py --workdir=/tmp/run [any other flag of llm_jax.main]
 #
-# The log is that of process 0; of the others, what they write goes to WORKDIR/process-I.log, and its end is shown if one fails.
-# SIGTERM or Ctrl-C makes all processes save the step and stop. One that fails ends the others; the exit status is then its own.
-# JAX_PLATFORMS is cpu unless it is set: with accelerators, one process drives all that a machine has, and needs no launcher.
+# The log shown is that of process 0. The others write to WORKDIR/process-I.log, the end of which is
+# shown if one fails. SIGTERM or Ctrl-C makes all processes save the step and stop. A process that
+# fails ends the others, and its exit status is that of the launcher. JAX_PLATFORMS is cpu unless it is
+# set: one process drives all accelerators of a machine and needs no launcher.
 set -euo pipefail
 
 usage() { echo "usage: launch/local.sh -n PROCESSES --config=FILE --workdir=DIR [flags of llm_jax.main]" >&2; exit 2; }
@@ -24,7 +25,8 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
-# Each process gets cores of its own, so that their threads do not fight; where there are fewer cores than processes, they share.
+# Each process gets its own cores, so that their threads do not compete; with fewer cores than processes
+# they share.
 pin() {
   local cores each first
   cores=$(nproc)
@@ -43,7 +45,8 @@ for ((i = 0; i < count; i++)); do
 done
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 
-# The first failure counts. The others stop by themselves (llm_jax/parallel/hosts.py); those that have not after a minute are killed.
+# The first failure counts. The other processes stop by themselves (llm_jax/parallel/hosts.py); those
+# that have not after a minute are killed.
 status=0
 deadline=
 running=("${pids[@]}")
