@@ -103,6 +103,7 @@ def test_a_row_that_joins_gets_what_it_gets_alone(tiny, name):
   assert same == [True, False, False, True]  # only what is drawn depends on the number
 
 
+@pytest.mark.slow
 def test_a_row_that_joins_leaves_the_others_bit_for_bit(tiny):
   made, weights = tiny.ready(tiny.LLAMA)
   state, _ = tiny.join(made, weights, made.empty(rows=4, slots=32), plan(tiny.PROMPTS))

@@ -28,6 +28,7 @@ def program(module, **changes):
   return made, jax.tree.map(draw, made.params)
 
 
+@pytest.mark.slow
 def test_masks_are_filled_in():
   made, params = program(bert_tiny, objective=dict(name='mlm'))
   texts = ['a [MASK] c[MASK]', 'xyz [MASK]', '[MASK]']

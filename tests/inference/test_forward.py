@@ -134,6 +134,7 @@ def test_a_model_from_outside(tiny):
   np.testing.assert_array_equal(together, alone)
 
 
+@pytest.mark.slow
 def test_rows_join_a_batch_of_a_model_from_outside(tiny):
   model = Outside()
   made = tiny.generator(model, method=predict)

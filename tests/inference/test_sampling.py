@@ -80,6 +80,7 @@ MIXED = [
 ]
 
 
+@pytest.mark.slow
 def test_rows_of_one_batch_may_be_sampled_differently(tiny):
   together = tiny.run(tiny.GPT, tiny.PROMPTS, MIXED)
   for row, (prompt, sampling) in enumerate(zip(tiny.PROMPTS, MIXED, strict=True)):
@@ -115,6 +116,7 @@ def test_other_numbers_compile_nothing(tiny):
   assert made._start._cache_size() == made._next._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_what_is_drawn_has_its_probability(tiny):
   """Chi-square over 4000 rows of one prompt, with and without top-k."""
   prompt, params = tiny.PROMPTS[0], tiny.random_params(tiny.GPT)

@@ -15,6 +15,7 @@ from llm_jax.inference.export import export
 from llm_jax.inference.sampling import Sampling
 from llm_jax.training import loop, optimizers
 
+pytestmark = pytest.mark.slow  # all tests share runs that are trained
 SHAPE = dict(dim=16, layers=1, heads=2, mlp_dim=24, max_len=64)
 
 

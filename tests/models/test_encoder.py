@@ -225,6 +225,7 @@ def test_a_layer_that_stands_by_itself_runs_whole():
   assert alone.first_bare and alone.flops(8, 2) == alone.flops(8, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('unroll', [1, 0])
 def test_what_the_batch_lacks_means_one_document(unroll):
   model = BERT.clone(unroll=unroll)

@@ -257,6 +257,7 @@ def seen(stack, variables, x):
   return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', REMATS)
 def test_an_interceptor_sees_the_same_paths_in_every_form(random_params, remat):
   x = normal(1, 4, 12)
@@ -274,6 +275,7 @@ def sow(next_fun, args, kwargs, context):
   return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', REMATS)
 def test_what_a_block_sows_comes_out_stacked_in_every_form(random_params, remat):
   x = normal(1, 4, 12)
@@ -303,6 +305,7 @@ def scale(next_fun, args, kwargs, context):
   return y
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', REMATS)
 def test_an_interceptor_creates_parameters_in_every_form(random_params, remat):
   x = normal(1, 4, 12)

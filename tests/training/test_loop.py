@@ -229,6 +229,7 @@ def test_longer_runs_go_on_and_other_runs_are_refused(corpus, tmp_path):
   assert (tmp_path / 'tokenizer').is_dir()
 
 
+@pytest.mark.slow
 def test_other_documents_are_refused(corpus, tmp_path):
   path = tmp_path / 'text.txt'
   path.write_text((corpus / 'letters.txt').read_text())
@@ -261,6 +262,7 @@ def test_stops_early_and_keeps_the_best(corpus, tmp_path):
   assert started.checkpoints.best_step() == best['step']
 
 
+@pytest.mark.slow
 def test_the_thread_that_makes_batches_ends_with_the_run_and_its_errors_end_it(
   corpus, tmp_path, monkeypatch
 ):
@@ -449,6 +451,7 @@ def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):
   }
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_stops_the_run(corpus, tmp_path):
   tree = settings(
     corpus,

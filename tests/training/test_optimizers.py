@@ -191,6 +191,7 @@ def test_updates_are_those_of_the_papers(config, rule):
     np.testing.assert_allclose(found[path], value, rtol=1e-6, atol=1e-8, err_msg=path)
 
 
+@pytest.mark.slow
 def test_a_trust_ratio_of_the_whole_stack_would_be_noticed():
   params, path = model(0), 'model/stack/layers/block/attention/query/bias'
   whole = optax.lamb(RATE)
@@ -209,6 +210,7 @@ def separate(params):
   }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', optimizers.OPTIMIZERS)
 def test_a_stack_learns_like_its_layers_apart(name):
   config = section(name, clip_norm=0.5)

@@ -44,6 +44,7 @@ def test_building_allocates_nothing(small):
   assert all(leaf.sharding is not None for leaf in jax.tree.leaves(made.state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('module', 'model'),
   [
@@ -61,6 +62,7 @@ def test_loss_at_initialisation_is_that_of_an_even_guess(small, module, model):
   assert float(value / weight) == pytest.approx(math.log(model['vocab_size']), rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('module', [bert_tiny, gpt_tiny])
 def test_model_flops_are_those_that_the_compiler_counts(small, module):
   """Unrolled, without remat, XLA counts every product; it also counts what is not a product, and

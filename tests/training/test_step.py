@@ -184,6 +184,7 @@ def pack_rows(padded, groups):
   }
 
 
+@pytest.mark.slow
 def test_a_batch_without_weight_has_no_loss_and_no_gradient(small):
   model, objective, batch = uneven(small, 'mlm')
   network, params = build(model, objective, batch)
