@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs import gpt_tiny
 from llm_jax.core import config
@@ -25,6 +26,7 @@ def program(module, **changes):
   return made, jax.tree.map(draw, made.params)
 
 
+@pytest.mark.slow
 def test_samples_are_the_same_each_time_and_stand_in_log_and_file(small, tmp_path):
   made, params = program(gpt_tiny)
   texts = [[], TOKENIZER.encode('hello world'), TOKENIZER.encode('bye')]

@@ -135,6 +135,7 @@ def most_positions(text, vocab):
   return max(math.prod(shape) // vocab for shape in shapes if vocab in shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('module', [bert_tiny, gpt_tiny])
 def test_a_train_step_never_holds_the_logits_of_all_positions(monkeypatch, module):
   vocab, positions = 5003, 2048 if module is gpt_tiny else 16 * math.ceil(0.15 * 128)
@@ -151,6 +152,7 @@ def test_a_train_step_never_holds_the_logits_of_all_positions(monkeypatch, modul
   assert most() <= 128
 
 
+@pytest.mark.slow
 def test_on_meshes():
   root = pathlib.Path(__file__).parents[2]
   env = os.environ | {

@@ -15,6 +15,7 @@ def labelled():
   return docstrings.Source()
 
 
+@pytest.mark.slow
 def test_labelled(labelled):
   documents = [labelled[i] for i in range(len(labelled))]
   counts = collections.Counter(document['label'] for document in documents)
@@ -27,6 +28,7 @@ def test_labelled(labelled):
   assert labelled.fingerprint != stdlib.Source().fingerprint
 
 
+@pytest.mark.slow
 def test_parsed_docstrings_travel_with_a_pickle(labelled):
   copy = pickle.loads(pickle.dumps(labelled))
   assert '_texts' in vars(copy) and copy[7] == labelled[7]

@@ -58,6 +58,7 @@ def ring_dropout():
   np.testing.assert_allclose(jnp.vdot(once, g), jnp.vdot(v, gradient), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_ring_of_one_device_drops():
   ring_dropout()
 
