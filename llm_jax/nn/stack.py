@@ -282,7 +282,7 @@ def flops(options: Options, length: int, last: int) -> float:
   Args:
     options: of the stack.
     length: T.
-    last: the positions at which the last layer runs, its keys and values apart.
+    last: the positions at which the last layer runs, except for its keys and values.
   """
   D, N, H = options.dim, options.heads, options.head_dim
   projections = 2 * D * N * H

@@ -117,7 +117,7 @@ def _visited(length: int, causal: bool, window: int | None, queries: int, keys: 
 
 
 def _mask(length: int, causal: bool, window: int | None) -> masks.Mask:
-  """The static mask, as `llm_jax.nn.attention.dispatch.visible` has it."""
+  """The static mask, as `llm_jax.nn.attention.masks.visible` has it."""
   shape = (length, length)
   if window is not None:
     return masks.LocalMask(shape, (window - 1, 0) if causal else (window // 2, window // 2), 0)
