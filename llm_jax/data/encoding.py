@@ -106,13 +106,12 @@ def identity(encode: Encode) -> str:
   if not inspect.isfunction(encode):
     raise ValueError(f'encode={encode!r} must be a plain function: make it a static method.')
   name = f'{encode.__module__}.{encode.__qualname__}'
-  try:
-    source = inspect.getsource(encode)
-  except OSError as error:
+  source = _source(encode)
+  if source is None:
     raise ValueError(
       f'the source code of {name} is not to be found, and the token cache is named by it; define '
       'it in a file.'
-    ) from error
+    )
   return f'{name} {hashlib.sha256(source.encode()).hexdigest()}'
 
 
@@ -145,6 +144,15 @@ def spelled(record: Record) -> list[bytes]:
 def digest(parts: Sequence[bytes]) -> bytes:
   """8 bytes from what `spelled` gives: they decide on which side of a split a record is."""
   return hashlib.blake2b(b'\0'.join(parts), digest_size=8).digest()
+
+
+def _source(function: Callable[..., Any]) -> str | None:
+  if function.__code__.co_filename == '<string>':
+    return None  # from `exec`; since Python 3.13 what `python -c` was given would be found for it
+  try:
+    return inspect.getsource(function)
+  except OSError:
+    return None
 
 
 def _check(name: Any, value: Any) -> None:
