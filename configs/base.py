@@ -87,6 +87,7 @@ def get_config() -> config_dict.ConfigDict:
         text=unset(str),
         pair=unset(str),
         label=unset(str),
+        fields=unset(tuple),  # further fields that the objective reads
         unit=unset(str),
         delimiter=unset(str),
         data_dir=unset(str),

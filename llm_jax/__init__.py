@@ -1,14 +1,16 @@
 """llm_jax: raw text to a trained, adapted, checked and usable Transformer, in JAX and Flax."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+  import os
+
   from llm_jax.inference.session import Session
 
 __version__ = '0.1.0'
 
 
-def open(folder: Any) -> 'Session':  # noqa: A001
+def open(folder: 'str | os.PathLike[str]') -> 'Session':  # noqa: A001
   """Opens the workdir of a run, or a Hugging Face folder, for use.
 
   Args:

@@ -41,19 +41,23 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import flax.struct
+import jax
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from llm_jax.core.tree import PyTree
 
 if TYPE_CHECKING:
+  import flax.linen as nn
+
   from llm_jax.core.params import Info
   from llm_jax.core.state import TrainState
 
 Record = Mapping[str, Any]  # what a source yields: field -> anything that JSON holds
 Encoded = dict[str, Any]  # of one record: name -> integers [n], or anything else that JSON holds
 Example = dict[str, np.ndarray]  # one row: batch keys without B
-Batch = Mapping[str, Any]
-Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, weight); divided once, by the global weight
+Batch = Mapping[str, Any]  # NumPy arrays on the host, jax's on devices
+Metrics = dict[str, tuple[ArrayLike, ArrayLike]]  # name -> (sum, weight); divided once, at the end
 
 
 class Tokenizer(Protocol):
@@ -190,9 +194,9 @@ class Outputs:
     cache: what the next call continues from; None without a cache.
   """
 
-  hidden: Any
+  hidden: jax.Array
   aux_losses: Metrics = flax.struct.field(default_factory=dict)
-  intermediates: dict[str, Any] = flax.struct.field(default_factory=dict)
+  intermediates: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
   cache: PyTree = None
 
 
@@ -217,7 +221,12 @@ class Model:
   terms: ClassVar[Mapping[str, float]] = {}
 
   def __call__(
-    self, batch: Batch, positions: Any = None, *, train: bool = False, cache: PyTree = None
+    self,
+    batch: Batch,
+    positions: jax.Array | None = None,
+    *,
+    train: bool = False,
+    cache: PyTree = None,
   ) -> Outputs:
     """Hidden states, last norm included.
 
@@ -230,12 +239,16 @@ class Model:
     """
     raise NotImplementedError
 
-  def table(self) -> Any:
+  def table(self) -> jax.Array:
     """The projection on the vocabulary, [V, D]: logits are inner products with its rows."""
     raise ValueError(f'{type(self).__name__} has no projection on the vocabulary.')
 
-  def empty_cache(self, rows: int, slots: int) -> Any:
-    """What `cache` begins with, for `rows` rows of at most `slots` tokens."""
+  def empty_cache(self, rows: int, slots: int) -> PyTree:
+    """What `cache` begins with, for `rows` rows of at most `slots` tokens.
+
+    Axis 0 of every array is the row, so that rows of one cache can be put into another's; only
+    the arrays of a `nn.stack.Stack` have their layers before it.
+    """
     raise ValueError(f'{type(self).__name__} keeps no cache, so it cannot generate.')
 
   def flops(self, length: int, positions: int) -> float:
@@ -256,8 +269,8 @@ class Net(NamedTuple):
     forward: (batch, positions) -> `Outputs`: a further pass through the model.
   """
 
-  model: Any
-  heads: Mapping[str, Any]
+  model: Model
+  heads: Mapping[str, 'nn.Module']
   forward: Callable[..., Outputs]
 
 
@@ -270,7 +283,7 @@ class Objective:
     terms: name of each metric that is a loss -> its coefficient in the total.
     predictor: what answers for single texts: itself, a part of it, or nothing.
     evaluators: the evaluators of a validation set where the config names none.
-    derived: the options that `derive` may give.
+    derived: the options that `derive` may give; their default is None.
   """
 
   terms: Mapping[str, float]
@@ -283,9 +296,14 @@ class Objective:
     """A record as named arrays of integers, each [n], and other values, which JSON must hold.
 
     The result is cached by source, tokenizer and the source code of this function, and read in
-    any order by other processes: it must depend on its arguments alone. By default `tokens` of
+    any order by other processes: it must depend on its arguments alone. Arrays named `tokens` or
+    `..._tokens` hold ids of the vocabulary. By default `tokens` of
     `text`, `pair_tokens` of `pair`, and `label` as it is.
     """
+    if 'text' not in record:
+      raise ValueError(
+        f'a record has no text, only {", ".join(record)}; config.data.text names its field.'
+      )
     encoded: Encoded = {'tokens': tokenizer.encode(record['text'])}
     if record.get('pair') is not None:
       encoded['pair_tokens'] = tokenizer.encode(record['pair'])
@@ -324,7 +342,7 @@ class Objective:
     del rng
     return example
 
-  def heads(self, model: Any) -> dict[str, Any]:
+  def heads(self, model: Model) -> dict[str, 'nn.Module']:
     """Linen modules by name, created beside the model as `heads_<name>`.
 
     Equal names of two objectives are one head.
@@ -332,12 +350,12 @@ class Objective:
     del model
     return {}
 
-  def positions(self, batch: Batch) -> Any | None:
+  def positions(self, batch: Batch) -> jax.Array | None:
     """The indices of each row whose hidden states are read, [B, P] int32; None for all."""
     del batch
     return None
 
-  def loss(self, net: Net, hidden_BPD: Any, batch: Batch) -> Metrics:
+  def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """(sum, weight) for each of `terms`, and for any further metric.
 
     Args:
@@ -352,12 +370,12 @@ class Objective:
     del means
     return {}
 
-  def targets(self, batch: Batch) -> tuple[Any, Any] | None:
+  def targets(self, batch: Batch) -> tuple[ArrayLike, ArrayLike] | None:
     """Ids that a batch asks for, and their weights; None where no tokens are predicted."""
     del batch
     return None
 
-  def flops(self, model: Any, batch: Batch) -> float:
+  def flops(self, model: Model, batch: Batch) -> float:
     """FLOPs of the forward pass of heads and vocabulary over a batch (arrays or shapes)."""
     del model, batch
     return 0.0
@@ -374,7 +392,7 @@ class Predictor:
   classes: tuple[str, ...] | None = None
   task: str | None = None
 
-  def heads(self, model: Any) -> dict[str, Any]:
+  def heads(self, model: Model) -> dict[str, 'nn.Module']:
     """The heads that answering needs, as an objective's."""
     del model
     return {}
@@ -383,12 +401,12 @@ class Predictor:
     """Rows of texts without labels; the shapes of an example depend on `seq_len` alone."""
     raise NotImplementedError
 
-  def positions(self, batch: Batch) -> Any | None:
+  def positions(self, batch: Batch) -> jax.Array | None:
     """As an objective's."""
     del batch
     return None
 
-  def predict(self, net: Net, hidden_BPD: Any, batch: Batch) -> dict[str, Any]:
+  def predict(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """Arrays of which axis 0 is the row; by default axis 1 is the text of the row, [B, G, ...]."""
     raise NotImplementedError
 
@@ -415,18 +433,21 @@ class Validation(NamedTuple):
 
   Attributes:
     objective: what is learned.
+    terms: coefficients of the metrics that make up the loss: the objective's and the model's.
     tokenizer: made the ids.
     batches: gives a fresh iterator over this host's rows of each batch.
-    losses: this host's rows of a batch -> the objective's metrics over all hosts' rows.
+    losses: this host's rows of a batch -> the metrics of objective and model over all hosts'
+      rows.
     predict: (this host's rows of a batch, keys) -> what the objective's predictor says of all
       hosts' rows, and the batch's arrays `keys` of them.
   """
 
   objective: Objective
+  terms: Mapping[str, float]
   tokenizer: Tokenizer
   batches: Callable[[], Iterable[Batch]]
   losses: Callable[[Batch], Metrics]
-  predict: Callable[[Batch, tuple[str, ...]], dict[str, Any]]
+  predict: Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
 
 
 class Evaluator(Protocol):
@@ -447,7 +468,7 @@ class WeightForm(Protocol):
   projection meets one, in training, generation and plans.
   """
 
-  def product(self, spec: str, x: Any, dtype: Any, result: Any) -> Any:
+  def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
     """The einsum `spec` ('...D,DF->...F') of x and the weight.
 
     Args:
@@ -465,7 +486,13 @@ class Adapter:
   By default nothing is added and every parameter that the adapter created is trained.
   """
 
-  def intercept(self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: Any) -> Any:
+  def intercept(
+    self,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: 'nn.module.InterceptorContext',
+  ) -> Any:
     """Stands around every method of every module (`flax.linen.intercept_methods`).
 
     May create parameters in `context.module`; they are initialised after the whole base.
@@ -473,8 +500,12 @@ class Adapter:
     del context
     return next_fun(*args, **kwargs)
 
-  def weights(self, params: PyTree) -> Any:
-    """The network's parameters in the form in which it reads them; kernels may be weight forms."""
+  def weights(self, params: PyTree) -> PyTree:
+    """The parameters in the form in which the network reads them; kernels may be weight forms.
+
+    Args:
+      params: those of the network; in generation, where only the model runs, `model` alone.
+    """
     return params
 
   def trains(self, path: str, info: 'Info', base: bool) -> bool:

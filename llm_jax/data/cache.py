@@ -28,6 +28,7 @@ import socket
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from absl import logging
 
 from llm_jax.core.contracts import Record, Source, Tokenizer
@@ -226,7 +227,7 @@ def _threshold(share: float) -> np.uint64:
   return np.uint64(int(share * 2**64))
 
 
-def _column(directory: str, name: str, dtype: Any) -> np.ndarray:
+def _column(directory: str, name: str, dtype: npt.DTypeLike) -> np.ndarray:
   path = os.path.join(directory, name)
   if not os.path.getsize(path):  # an empty file cannot be mapped
     return np.zeros(0, dtype)

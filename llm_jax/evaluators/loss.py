@@ -3,7 +3,7 @@ and `xz -9`.
 """
 
 import lzma
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import numpy as np
@@ -17,22 +17,23 @@ class Evaluator:
 
   def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
     """'loss', the mean of each metric, and the objective's summary; no report."""
-    return evaluate(validation.losses, validation.batches(), validation.objective), ''
+    means = evaluate(validation.losses, validation.batches(), validation.terms)
+    return means | validation.objective.summary(means), ''
 
 
 def evaluate(
-  losses: Callable[[Batch], Metrics], batches: Iterable[Batch], objective: Objective
+  losses: Callable[[Batch], Metrics], batches: Iterable[Batch], terms: Mapping[str, float]
 ) -> dict[str, float]:
   """Means over all batches: sums and weights are added in float64 on the host and divided once.
 
   Args:
     losses: batch -> metrics; fetched one batch late, so that the device does not wait.
     batches: the validation set; rows of zeros count for nothing.
-    objective: names the losses, and gives further numbers.
+    terms: the coefficient of each metric that is a loss.
 
   Returns:
-    'loss', the mean of each metric by its name (NaN where nothing counted; such a term adds 0 to
-    the loss), and the objective's summary.
+    'loss', and the mean of each metric by its name: NaN where nothing counted; such a term adds 0
+    to the loss.
 
   Raises:
     ValueError: there is no batch.
@@ -51,10 +52,10 @@ def evaluate(
   _add(totals, waiting)
   means = metrics.divide(totals)
   loss = 0.0
-  for name, coefficient in objective.terms.items():
+  for name, coefficient in terms.items():
     if totals[name][1]:
       loss += coefficient * means[name]
-  return {'loss': float(loss)} | means | objective.summary(means)
+  return {'loss': float(loss)} | means
 
 
 def unigram_loss(batches: Iterable[Batch], objective: Objective) -> float | None:

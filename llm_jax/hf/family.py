@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from llm_jax.core.contracts import Model
 from llm_jax.core.params import EMBEDDINGS, Info
 from llm_jax.hf.fields import Kind, field
 from llm_jax.hf.tensors import OUTPUT, TOKEN, Location, Tensor
@@ -233,12 +234,12 @@ def within_layer(path: str, known: Iterable[str]) -> str:
   return next((end for end in ends if end in known), path)
 
 
-def decisive(model: Any) -> tuple[str, ...]:
+def decisive(model: Model | type[Model]) -> tuple[str, ...]:
   """The names of the options that decide what a model computes; `model` may be its class."""
   return tuple(name for name in _option_names(model) if name not in RUN_TIME)
 
 
-def values(model: Any) -> dict[str, Any]:
+def values(model: Model) -> dict[str, Any]:
   """All options of a model, with what is left open filled in."""
   options = {name: getattr(model, name) for name in _option_names(model)}
   if 'head_dim' in options:
@@ -250,7 +251,7 @@ def values(model: Any) -> dict[str, Any]:
   return options
 
 
-def differences(model: Any, other: Any) -> list[str]:
+def differences(model: Model, other: Any) -> list[str]:
   """The options by which two models compute different things, with the values of the first:
   'norm="rmsnorm"'.
   """
@@ -259,11 +260,11 @@ def differences(model: Any, other: Any) -> list[str]:
   return [f'{name}={mine[name]!r}' for name in shared if mine[name] != theirs[name]]
 
 
-def _option_names(model: Any) -> list[str]:
+def _option_names(model: Model | type[Model]) -> list[str]:
   return [f.name for f in dataclasses.fields(model) if f.name not in _LINEN]
 
 
-def _effective(model: Any) -> dict[str, Any]:
+def _effective(model: Model) -> dict[str, Any]:
   """The options that have an effect on what a model computes."""
   options = values(model)
   unread = set(_UNREAD.get(options.get('positions'), ()))

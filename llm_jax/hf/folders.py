@@ -14,6 +14,7 @@ from typing import Any
 from absl import logging
 
 from llm_jax.core import tree
+from llm_jax.core.contracts import Model
 from llm_jax.core.params import Info
 from llm_jax.core.plugins import nearest
 from llm_jax.core.state import Loaded
@@ -150,7 +151,7 @@ def save(
   directory: str | os.PathLike[str],
   families: Families,
   model_name: str,
-  model: Any,
+  model: Model,
   params: PyTree,
   infos: Mapping[str, Info],
   *,

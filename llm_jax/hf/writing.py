@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from llm_jax.core import files
+from llm_jax.core.contracts import Model
 from llm_jax.hf import safetensors
 from llm_jax.hf.family import CONFIG, Families, Family, differences, values
 from llm_jax.hf.tensors import CLASSIFIER, OUTPUT, POSITION, Location
@@ -43,7 +44,7 @@ class Piece(NamedTuple):
 
 
 def without_free_rows(
-  model: Any, params: Mapping[str, Any], pad_token_id: int | None
+  model: Model, params: Mapping[str, Any], pad_token_id: int | None
 ) -> tuple[Any, dict[str, Any]]:
   """The same function without `position_offset`, where a RoBERTa would count other positions.
 
@@ -55,7 +56,7 @@ def without_free_rows(
   return model.clone(position_offset=0), {**params, POSITION: params[POSITION][offset:]}
 
 
-def family_of(families: Families, model_name: str, model: Any) -> tuple[str, Family]:
+def family_of(families: Families, model_name: str, model: Model) -> tuple[str, Family]:
   """The first family whose config.json, written for the model and read again, is the same model.
 
   Raises:
@@ -84,7 +85,7 @@ def family_of(families: Families, model_name: str, model: Any) -> tuple[str, Fam
 
 
 def class_of(
-  kind: str, family: Family, model: Any, params: Mapping[str, Any], left_out: Sequence[str]
+  kind: str, family: Family, model: Model, params: Mapping[str, Any], left_out: Sequence[str]
 ) -> str:
   """The most special class whose heads are all there.
 

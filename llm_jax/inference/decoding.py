@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core.contracts import Adapter
+from llm_jax.core.contracts import Adapter, Model
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.inference import beams as beam_search
@@ -59,8 +59,8 @@ class State:
 class _Prompts:
   """What prefill reads: ids, filled up on the right, their lengths, and the numbers of each row."""
 
-  tokens_BT: Any
-  lengths_B: Any
+  tokens_BT: jax.Array
+  lengths_B: jax.Array
   numbers: Numbers
 
 
@@ -78,7 +78,7 @@ class Generator:
 
   def __init__(
     self,
-    model: Any,
+    model: Model,
     infos: Mapping[str, Info],
     layout: sharding.Layout | None = None,
     adapter: Adapter | None = None,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import tree
-from llm_jax.core.contracts import Adapter
+from llm_jax.core.contracts import Adapter, Model
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.attention.cache import KeyValues
@@ -52,7 +52,7 @@ class Forward:
 
   def __init__(
     self,
-    model: Any,
+    model: Model,
     infos: Mapping[str, Info],
     layout: sharding.Layout | None,
     adapter: Adapter | None = None,

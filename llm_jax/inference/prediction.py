@@ -1,7 +1,7 @@
 """What a model says of texts: the answers of its objective's predictor, in their order."""
 
 import concurrent.futures
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,7 +42,7 @@ class Labeller:
     self._predictor: Predictor = program.objective.predictor
     size = program.config.batch_size
     self._block_size = max(LEAST_BLOCK, BLOCK_BATCHES * size)
-    self._predict: Any = None
+    self._predict: Callable[..., dict[str, jax.Array]] | None = None
 
   @property
   def heads(self) -> dict[str, Any]:

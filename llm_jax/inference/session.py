@@ -111,7 +111,7 @@ class Session:
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
     stream: Stream | None = None,
-    **numbers: Any,
+    **numbers: float,
   ) -> list[str]:
     """The completion of each prompt, without the prompt.
 

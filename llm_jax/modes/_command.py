@@ -66,7 +66,12 @@ class Command:
     from llm_jax.core import config as config_lib
     from llm_jax.programs import assemble
 
-    return config_lib.parse(assemble.without_replaced_options(self.settings, self.overrides))
+    takes = {}
+    if 'optimizer.name' in self.overrides:
+      from llm_jax.training import optimizers
+
+      takes['optimizer'] = optimizers.options
+    return config_lib.parse(assemble.without_replaced_options(self.settings, self.overrides, takes))
 
   def config(self) -> 'Config':
     """The config, with what `init_from` decides filled in."""

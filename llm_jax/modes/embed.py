@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
@@ -79,7 +79,7 @@ def read_texts(source: pathlib.Path, field: str) -> 'Source':
   return text.Source(str(source), unit='line')
 
 
-def _write(target: pathlib.Path, vectors: 'np.ndarray', texts: Any) -> None:
+def _write(target: pathlib.Path, vectors: 'np.ndarray', texts: 'Source') -> None:
   import numpy as np
 
   from llm_jax.core import files

@@ -10,11 +10,12 @@ is padded here, in the computation; parameters keep their size.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from llm_jax.core.contracts import Metrics
 from llm_jax.parallel import fsdp, sharding
@@ -136,7 +137,11 @@ def _padded(table_VD: jax.Array) -> tuple[jax.Array, int]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 3))
 def _lookup(
-  layout: sharding.Layout | None, dtype: Any, table_VD: jax.Array, vocab: int, ids_BT: jax.Array
+  layout: sharding.Layout | None,
+  dtype: DTypeLike,
+  table_VD: jax.Array,
+  vocab: int,
+  ids_BT: jax.Array,
 ) -> jax.Array:
   del vocab
   run = lambda axes: functools.partial(_gather, axes=axes, dtype=dtype)
@@ -162,7 +167,7 @@ def _lookup_backward(layout, dtype, vocab, residuals, g_BTD):
 _lookup.defvjp(_lookup_forward, _lookup_backward)
 
 
-def _gather(table_VD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, dtype: Any) -> jax.Array:
+def _gather(table_VD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, dtype: DTypeLike) -> jax.Array:
   """On each device: its columns of the vectors of all devices' tokens, sent to whose tokens they
   are.
   """
@@ -182,7 +187,13 @@ def _gather(table_VD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, dtype: Any) 
 
 
 def _scatter(
-  g_BTD: jax.Array, ids_BT: jax.Array, *, axes: _Axes, shape: tuple[int, int], dtype: Any, mesh: Any
+  g_BTD: jax.Array,
+  ids_BT: jax.Array,
+  *,
+  axes: _Axes,
+  shape: tuple[int, int],
+  dtype: DTypeLike,
+  mesh: jax.sharding.Mesh,
 ) -> jax.Array:
   """The transpose of `_gather`, in the table's type."""
   size = lambda axis: mesh.shape[axis] if axis else 1
@@ -272,7 +283,12 @@ class _Part(NamedTuple):
 
 
 def _vocabulary(
-  table_VD: jax.Array, bias_V: jax.Array, axes: _Axes, loss: _Loss, compute: Any, dtype: Any
+  table_VD: jax.Array,
+  bias_V: jax.Array,
+  axes: _Axes,
+  loss: _Loss,
+  compute: DTypeLike,
+  dtype: DTypeLike,
 ) -> _Part:
   W_VD = table_VD.astype(compute)
   if axes.embed:

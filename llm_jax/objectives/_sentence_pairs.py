@@ -2,8 +2,7 @@
 chunk in two texts, and two classes read from the first token, [CLS].
 """
 
-from typing import Any
-
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +55,7 @@ class SentencePairs(contracts.Objective):
       )
     return example
 
-  def heads(self, model: Any) -> dict[str, Any]:
+  def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """BERT's pooler, and two classes."""
     return {'pooler': heads.Pooler(model.options), self.name: heads.PairHead(model.options)}
 

@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -167,7 +168,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         row['label_weight'][slot] = 1
     return row
 
-  def heads(self, model: Any) -> dict[str, Any]:
+  def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """The last linear layer, after BERT's pooler where the first token is read."""
     if model.causal and self.pool == 'cls':
       raise ValueError(

@@ -5,8 +5,8 @@ do not see each other.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -55,7 +55,7 @@ class Objective(contracts.Objective):
       )
     return example
 
-  def loss(self, net: Net, hidden_BTD: Any, batch: Batch) -> Metrics:
+  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
     """Cross-entropy in nats and accuracy per token, and bits per UTF-8 byte of the text that the
     targets spell.
     """
@@ -74,7 +74,7 @@ class Objective(contracts.Objective):
     """The ids that a batch asks for and their weights, each [B, T]."""
     return batch['targets'], batch['weights']
 
-  def flops(self, model: Any, batch: Batch) -> float:
+  def flops(self, model: contracts.Model, batch: Batch) -> float:
     """Of the vocabulary, at all positions."""
     rows, length = batch['targets'].shape
     return 2.0 * rows * length * model.vocab_size * model.options.dim

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +51,7 @@ class Objective(contracts.Objective):
       example = part.transform(example, rng)
     return example
 
-  def heads(self, model: Any) -> dict[str, Any]:
+  def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """The heads of all parts; a name that two parts share is one head."""
     found: dict[str, Any] = {}
     for part in self.parts.values():
@@ -90,7 +91,7 @@ class Objective(contracts.Objective):
     found = (part.targets(batch) for part in self.parts.values())
     return next((targets for targets in found if targets is not None), None)
 
-  def flops(self, model: Any, batch: Batch) -> float:
+  def flops(self, model: contracts.Model, batch: Batch) -> float:
     """The sum over the parts."""
     return float(sum(part.flops(model, batch) for part in self.parts.values()))
 

@@ -8,8 +8,8 @@ masked positions only.
 
 import math
 from collections.abc import Mapping
-from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,7 +151,7 @@ class Objective(contracts.Objective):
       return positions[order], np.arange(len(positions))
     return positions[order], group[order]
 
-  def heads(self, model: Any) -> dict[str, Any]:
+  def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """The transform before the vocabulary projection, and its bias."""
     return {'mlm': heads.MLMHead(model.options, model.vocab_size)}
 
@@ -176,7 +176,7 @@ class Objective(contracts.Objective):
     """The ids that a batch asks for and their weights, each [B, M]."""
     return batch['mask_targets'], batch['mask_weights']
 
-  def flops(self, model: Any, batch: Batch) -> float:
+  def flops(self, model: contracts.Model, batch: Batch) -> float:
     """Of the head's dense layer and the vocabulary, at the masked positions."""
     rows, masked = batch['mask_positions'].shape
     dim = model.options.dim

@@ -17,13 +17,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from llm_jax.parallel import sharding
 
@@ -76,10 +76,10 @@ class Gathering:
   mesh: Mesh
   cut: P
   dimension: int
-  rows: Any
+  rows: sharding.Axes
   line: int
 
-  def product(self, spec: str, x: jax.Array, kernel: jax.Array, result: Any) -> jax.Array:
+  def product(self, spec: str, x: jax.Array, kernel: jax.Array, result: DTypeLike) -> jax.Array:
     """The einsum `spec` of activations and the weight, summed in and returned as `result`."""
     run = functools.partial(
       _local,
@@ -158,7 +158,14 @@ def _cut_first(spec: str, dimension: int) -> str:
 
 
 def _local(
-  x: jax.Array, kernel: jax.Array, *, spec: str, dimension: int, result: Any, line: int, size: int
+  x: jax.Array,
+  kernel: jax.Array,
+  *,
+  spec: str,
+  dimension: int,
+  result: DTypeLike,
+  line: int,
+  size: int,
 ) -> jax.Array:
   """On each device: its rows with the whole weight."""
   part = jnp.moveaxis(kernel, dimension, 0)

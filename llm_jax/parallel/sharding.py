@@ -32,6 +32,7 @@ from llm_jax.core import plugins, tree
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 
+Axes = str | tuple[str, ...] | None  # mesh axes that cut a dimension, as PartitionSpec has them
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
 BATCH = ('data', 'fsdp')  # mesh axes that share out the rows of a batch
 TENSOR = {axis: ('tensor',) for axis in ('mlp', 'heads', 'kv_heads', 'vocab')}
@@ -302,7 +303,7 @@ def parameter_shardings(
     A pytree of NamedSharding, like `params`.
   """
 
-  def sharding(path: str, leaf: Any) -> NamedSharding:
+  def sharding(path: str, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     spec = layout.parameter_spec(infos[path].names, leaf.shape, optimizer)
     return NamedSharding(layout.mesh, spec)
 
@@ -324,7 +325,7 @@ def optimizer_shardings(mesh: Mesh, params: PyTree, shardings: PyTree, opt_state
   for (path, leaf), where in zip(leaves, jax.tree.leaves(shardings), strict=True):
     mirrored[path, leaf.shape] = where
 
-  def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+  def sharding(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
     for start in range(len(path)):
       found = mirrored.get((path[start:], leaf.shape))
       if found is not None:

@@ -4,6 +4,7 @@ The only module that looks plug-ins up by name.
 """
 
 import dataclasses
+import functools
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from llm_jax.core.contracts import (
 )
 from llm_jax.data import documents as documents_lib
 from llm_jax.data import encoding
+from llm_jax.evaluators import loss
 from llm_jax.parallel import sharding
 
 # Options of config.data; the others belong to the source.
@@ -64,14 +66,16 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   objective = create_objective(config, tokenizer)
   objective.heads(model)
   create_adapter(config)
-  create_evaluators(config, objective)
+  _check_patience(config, create_evaluators(config, objective))
   for key, section in config.hooks.items():
     factory, options = _named('hook', key, section, 'Hook')
     plugins.check(f'hooks.{key}', factory, options, ('run', 'log'))
 
 
 def without_replaced_options(
-  settings: Mapping[str, Any], overrides: Collection[str]
+  settings: Mapping[str, Any],
+  overrides: Collection[str],
+  takes: Mapping[str, Callable[[str], Collection[str]]],
 ) -> dict[str, Any]:
   """The settings without options that belong to a plug-in which a flag has replaced.
 
@@ -81,17 +85,19 @@ def without_replaced_options(
   Args:
     settings: the config as nested dictionaries, flags included.
     overrides: the options that flags set: 'tokenizer.name'.
+    takes: section -> a function from a name to the options that what it names takes; for sections
+      that name no plug-in.
 
   Raises:
     ValueError: a name that is not known.
   """
   settings = dict(settings)
-  for kind, defines in (('tokenizer', 'create'), ('model', 'Model'), ('objective', 'Objective')):
+  for kind in ('tokenizer', 'model', 'objective', *takes):
     if f'{kind}.name' not in overrides:
       continue
     section = settings[kind]
-    takes = plugins.signature(getattr(plugins.load(kind, section['name']), defines))
-    taken = {'name', 'variant', 'parts', *takes}
+    options = takes.get(kind, functools.partial(_plugin_options, kind))(section['name'])
+    taken = {'name', 'variant', 'parts', *options}
     said = {key for key in section if f'{kind}.{key}' in overrides}
     dropped = sorted(key for key in _set(section) if key not in taken | said)
     if dropped:
@@ -318,12 +324,26 @@ def _check_source(section: str, options: Section) -> None:
     )
 
 
+def _check_patience(config: Config, evaluators: Mapping[str, Evaluator]) -> None:
+  has_loss = any(isinstance(evaluator, loss.Evaluator) for evaluator in evaluators.values())
+  if config.evaluation.patience and not has_loss:
+    raise ValueError(
+      f'config.evaluation.patience={config.evaluation.patience} waits for a better loss, which '
+      f'none of the evaluators {", ".join(evaluators)} gives; add config.evaluators.loss, or set '
+      'patience to 0.'
+    )
+
+
 def _check_section(
   kind: str, options: Section, factory: str, given: Sequence[str] = (), section: str = ''
 ) -> None:
   module = plugins.load(kind, options['name'])
   options = _without(options, 'name', 'variant', 'parts')
   plugins.check(section or kind, getattr(module, factory), options, given)
+
+
+def _plugin_options(kind: str, name: str) -> Collection[str]:
+  return plugins.signature(getattr(plugins.load(kind, name), plugins.KINDS[kind][1]))
 
 
 def _named(

@@ -52,7 +52,7 @@ class Network(nn.Module):
   def net(self, train: bool = False) -> Net:
     """What objectives and predictors get to see."""
 
-    def forward(batch: Batch, positions: Any = None) -> Outputs:
+    def forward(batch: Batch, positions: jax.Array | None = None) -> Outputs:
       return self.model(batch, positions, train=train)
 
     return Net(self.model, self.heads, forward)

@@ -117,11 +117,11 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   model = assemble.model_module(found['name']).Model
   shape = decisive(model)
   given = _set(config.model)
-  for key in shape:
-    if key in given and key in found and given[key] != found[key]:
+  for key in (name for name in shape if name in given):
+    has = found.get(key, getattr(model, key, None))  # or else the model's default
+    if given[key] != has:
       raise ValueError(
-        f'config.model.{key}={given[key]!r} is not what {folder} has, {found[key]!r}; leave it '
-        'unset.'
+        f'config.model.{key}={given[key]!r} is not what {folder} has, {has!r}; leave it unset.'
       )
   decided = {*shape, 'name', 'variant'}
   kept = {key: value for key, value in given.items() if key not in decided}

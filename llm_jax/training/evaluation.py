@@ -2,8 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
@@ -20,7 +19,7 @@ def scores(
   program: Inference,
   params: PyTree,
   tokenizer: Tokenizer,
-  examples: Any,
+  examples: Sequence[Example],
   report: pathlib.Path | None,
 ) -> dict[str, float]:
   """The numbers of all evaluators over a validation set, the same on all processes.
@@ -35,6 +34,7 @@ def scores(
   eval_step = hosts.compiled(program.eval_step)
   validation = Validation(
     objective=program.objective,
+    terms=program.network.terms,
     tokenizer=tokenizer,
     batches=functools.partial(batches, program, examples),
     losses=lambda batch: eval_step(params, program.put(batch)),
@@ -68,13 +68,15 @@ def predictions(
   return predict
 
 
-def batches(program: Inference, examples: Any) -> Iterator[Example]:
+def batches(program: Inference, examples: Sequence[Example]) -> Iterator[Example]:
   """This host's rows of the validation set, once."""
   size = program.config.batch_size
   return pipeline.padded_batches(examples, size, hosts.rows(program.mesh, size))
 
 
-def baselines(program: Inference, tokenizer: Tokenizer, examples: Any) -> dict[str, float]:
+def baselines(
+  program: Inference, tokenizer: Tokenizer, examples: Sequence[Example]
+) -> dict[str, float]:
   """What the best guess without reading, and `xz -9`, reach on the targets of a validation set.
 
   Process 0 reads the whole set; the others take its word.

@@ -16,7 +16,7 @@ from absl import logging
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Hook
+from llm_jax.core.contracts import Example, Hook
 from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
@@ -71,8 +71,8 @@ class Run:
   data: corpora.Data
   workdir: pathlib.Path
   checkpoints: Checkpoints
-  train: Any
-  validation: Any
+  train: Sequence[Example]
+  validation: Sequence[Example]
   state: TrainState
   position: int
   patience: Patience

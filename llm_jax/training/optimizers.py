@@ -275,15 +275,13 @@ def parse(section: Mapping[str, Any]) -> Optimizer:
     ValueError: a name, an option or a value that is not allowed.
     TypeError: an option of the wrong type.
   """
-  name = section['name']
-  if name not in OPTIMIZERS:
-    raise ValueError(
-      f'config.optimizer.name={name!r} is not known{plugins.nearest(name, OPTIMIZERS)}; '
-      f'known: {", ".join(OPTIMIZERS)}.'
-    )
-  return plugins.construct(
-    'optimizer', OPTIMIZERS[name], {k: v for k, v in section.items() if k != 'name'}
-  )
+  factory = _named(section['name'])
+  return plugins.construct('optimizer', factory, {k: v for k, v in section.items() if k != 'name'})
+
+
+def options(name: str) -> list[str]:
+  """The options of one optimizer; ValueError for a name that is not known."""
+  return list(plugins.signature(_named(name)))
 
 
 def create(
@@ -362,7 +360,7 @@ def layer_rates(params: PyTree, infos: Infos, layer_decay: float) -> Any:
   """
   count = _count_layers(params, infos)
 
-  def factor(path: str, leaf: Any) -> Any:
+  def factor(path: str, leaf: jax.Array) -> Any:
     depths = infos[path].depths(leaf.shape)
     if depths is None:
       return 1.0
@@ -370,6 +368,15 @@ def layer_rates(params: PyTree, infos: Infos, layer_decay: float) -> Any:
     return rates.reshape(-1, *[1] * (leaf.ndim - 1)) if infos[path].stacked else float(rates)
 
   return tree.map_with_path(factor, params)
+
+
+def _named(name: str) -> type[Optimizer]:
+  if name not in OPTIMIZERS:
+    raise ValueError(
+      f'config.optimizer.name={name!r} is not known{plugins.nearest(name, OPTIMIZERS)}; '
+      f'known: {", ".join(OPTIMIZERS)}.'
+    )
+  return OPTIMIZERS[name]
 
 
 def _count_layers(params: PyTree, infos: Infos) -> int:

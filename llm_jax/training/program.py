@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -127,7 +126,7 @@ def outline(
 
 
 def _init(
-  seed: Any,
+  seed: jax.typing.ArrayLike,
   *,
   network: Network,
   rows: Batch,

@@ -115,6 +115,7 @@ def test_as_a_plug_in():
   def validation(predictor):
     return contracts.Validation(
       objective=types.SimpleNamespace(predictor=predictor),
+      terms={},
       tokenizer=None,
       batches=lambda: iter(batches),
       losses=None,

@@ -5,12 +5,12 @@ import types
 import pytest
 from absl import flags
 
-from configs import bert_tiny
+from configs import bert_tiny, llama
 from llm_jax import main
 from llm_jax.core import plugins
 from llm_jax.modes import _command
 from llm_jax.modes._command import Command, UsageError, usage_errors
-from llm_jax.training import program
+from llm_jax.training import optimizers, program
 
 
 def test_every_mode_has_a_docstring_and_runs():
@@ -71,3 +71,16 @@ def test_a_plug_in_named_by_a_flag_drops_what_the_file_sets_for_the_old_one():
     kept = Command('train', settings, None, overrides).parsed()
     with pytest.raises(ValueError, match='config.tokenizer.vocab_size is not an option'):
       program.check(kept)
+
+
+def test_an_optimizer_named_by_a_flag_drops_the_options_of_the_old_one():
+  """LLaMA's config sets b1, b2 and eps of AdamW."""
+  settings = llama.get_config('3.2-1b').to_dict()
+  for name, kept in (('sgd', set()), ('lion', {'b1', 'b2'})):
+    settings['optimizer']['name'] = name
+    named = Command('train', settings, None, frozenset({'optimizer.name'})).parsed().optimizer
+    assert {'b1', 'b2', 'eps'} & named.keys() == kept and named['weight_decay'] == 0.1
+    optimizers.parse(named)
+  settings['optimizer']['name'] = 'sdg'
+  with pytest.raises(ValueError, match="optimizer.name='sdg'.*did you mean 'sgd'"):
+    Command('train', settings, None, frozenset({'optimizer.name'})).parsed()

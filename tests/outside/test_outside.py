@@ -198,7 +198,10 @@ def test_both_texts_of_a_pair_reach_the_loss(runs):
   answers = session.predict([{k: r[k] for k in ('source', 'target')} for r in records])
   scores = np.array([answer['score'] for answer in answers])
   expected = np.mean((scores - [record['score'] for record in records]) ** 2)
-  assert eval_mode.evaluate(session)['loss'] == pytest.approx(expected, rel=1e-5)
+  values = eval_mode.evaluate(session)
+  assert values['score'] == pytest.approx(expected, rel=1e-5)
+  assert values['loss'] == pytest.approx(values['score'] + 0.1 * values['gates'], rel=1e-6)
+  assert values['gates'] > 0
   batch = batch_of(runs('pairs'))
   twice = batch | {f'target_{name}': batch[name] for name in ROW}  # each beside itself: cosine 1
   value, weight = session.program.eval_step(session.params, twice)['score']

@@ -2,6 +2,7 @@
 the forms of the contract.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,41 +10,77 @@ from typing import Any
 from llm_jax.core import plugins
 
 
-def make(
-  fields: Mapping[str, Any], where: str, text: str, pair: str | None, label: str | None
-) -> dict[str, Any]:
-  """Returns {'text': str} with 'pair' and 'label' where those fields are asked for.
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """Which fields make a record.
 
-  Args:
-    fields: field name -> value.
-    where: what to call the row in an error ('data.jsonl:17').
-    text: name of the field with the text.
+  Attributes:
+    text: name of the field with the text; '' where records have none.
     pair: name of the field with the second text, or None.
     label: name of the field with the label, or None.
+    others: names of further fields, which a record holds under these names as they are.
 
   Raises:
-    ValueError: a field is missing, or its value is no text or no label.
+    ValueError: no field at all, or a further one by a name that is taken.
   """
-  check_fields(where, fields, text, pair, label)
-  record: dict[str, Any] = {'text': string(fields[text], f'{where}: field {text!r}')}
-  if pair is not None:
-    record['pair'] = string(fields[pair], f'{where}: field {pair!r}')
-  if label is not None:
-    record['label'] = label_value(fields[label], f'{where}: label field {label!r}')
-  return record
 
+  text: str
+  pair: str | None
+  label: str | None
+  others: tuple[str, ...] = ()
 
-def check_fields(
-  where: str, known: Iterable[str], text: str, pair: str | None, label: str | None
-) -> None:
-  """Raises ValueError unless every field that is asked for is among `known`."""
-  known = list(known)
-  for option, field in (('text', text), ('pair', pair), ('label', label)):
-    if field is not None and field not in known:
-      raise ValueError(
-        f'{where}: no field {field!r}{plugins.nearest(field, known)}; it has: {", ".join(known)}. '
-        f'The option `{option}` names the field.'
-      )
+  def __post_init__(self) -> None:
+    if not self.names:
+      raise ValueError("text='' leaves no field to read; name one in `fields`.")
+    for name in self.others:
+      if name in ('text', 'pair', 'label') or self.others.count(name) > 1:
+        raise ValueError(
+          f'fields={self.others} names {name!r}, which is taken; the options text, pair and label '
+          'are for those, and a further field is named once.'
+        )
+
+  @property
+  def names(self) -> list[str]:
+    """The names of the fields that are read, each once."""
+    named = (self.text or None, self.pair, self.label, *self.others)
+    return [name for name in dict.fromkeys(named) if name is not None]
+
+  @property
+  def key(self) -> tuple[Any, ...]:
+    """What of it belongs to the fingerprint of a source."""
+    return (self.text, self.pair, self.label, *([self.others] if self.others else []))
+
+  def check(self, where: str, known: Iterable[str]) -> None:
+    """Raises ValueError unless every field that is asked for is among `known`."""
+    known = list(known)
+    options = [('text', self.text or None), ('pair', self.pair), ('label', self.label)]
+    options += [('fields', name) for name in self.others]
+    for option, field in options:
+      if field is not None and field not in known:
+        raise ValueError(
+          f'{where}: no field {field!r}{plugins.nearest(field, known)}; it has: '
+          f'{", ".join(known)}. The option `{option}` names the field.'
+        )
+
+  def record(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A record with 'text', 'pair' and 'label', where those are asked for, and the further fields.
+
+    Args:
+      values: field name -> value.
+      where: what to call the row in an error ('data.jsonl:17').
+
+    Raises:
+      ValueError: a field is missing, or its value is no text or no label.
+    """
+    self.check(where, values)
+    record: dict[str, Any] = {name: values[name] for name in self.others}
+    if self.text:
+      record['text'] = string(values[self.text], f'{where}: field {self.text!r}')
+    if self.pair is not None:
+      record['pair'] = string(values[self.pair], f'{where}: field {self.pair!r}')
+    if self.label is not None:
+      record['label'] = label_value(values[self.label], f'{where}: label field {self.label!r}')
+    return record
 
 
 def string(value: Any, where: str) -> str:

@@ -23,9 +23,10 @@ class Source:
   Args:
     path: a file, a folder (.csv, .tsv, and these with .gz, at any depth), a glob, or several with
       commas between them.
-    text: name of the column with the text.
+    text: name of the column with the text; '' where there is none.
     pair: name of the column with the second text, if there is one.
     label: name of the column with the label, if there is one.
+    fields: names of further columns that the objective reads, as strings.
     delimiter: one character; tab for .tsv files and a comma for others if not given.
 
   Raises:
@@ -40,23 +41,25 @@ class Source:
     text: str = 'text',
     pair: str | None = None,
     label: str | None = None,
+    fields: tuple[str, ...] = (),
     delimiter: str | None = None,
   ):
     delimiter = '\t' if delimiter == r'\t' else delimiter  # as a shell hands it over
     if delimiter is not None and len(delimiter) != 1:
       raise ValueError(f'delimiter={delimiter!r} must be one character, such as "," or ";".')
-    self.path, self.text, self.pair, self.label, self.delimiter = path, text, pair, label, delimiter
+    self.path, self.delimiter = path, delimiter
+    self.fields = _record.Fields(text, pair, label, fields)
     self.files = _paths.find(path, SUFFIXES)
     self.headers = [next((row for row, *_ in self._records(file)), []) for file in self.files]
     for file, header in zip(self.files, self.headers, strict=True):
-      _record.check_fields(f'{file}, header', header, text, pair, label)
-      for column in {text, pair, label} - {None}:
+      self.fields.check(f'{file}, header', header)
+      for column in self.fields.names:
         if header.count(column) > 1:
           raise ValueError(
             f'{file}, header: {header.count(column)} columns are named {column!r}; rename all but '
             'one.'
           )
-    self.fingerprint = _paths.fingerprint(self.files, 'csv', text, pair, label, delimiter)
+    self.fingerprint = _paths.fingerprint(self.files, 'csv', *self.fields.key, delimiter)
 
   def __len__(self) -> int:
     return len(self._index)
@@ -65,8 +68,8 @@ class Source:
     file, line, start, stop = (int(value) for value in self._index[index])
     text = _paths.read(self.files[file], start, stop).decode('utf-8')
     row = next(csv.reader([text], **self._dialect(self.files[file])))
-    fields = dict(zip(self.headers[file], row, strict=True))
-    return _record.make(fields, f'{self.files[file]}:{line}', self.text, self.pair, self.label)
+    values = dict(zip(self.headers[file], row, strict=True))
+    return self.fields.record(values, f'{self.files[file]}:{line}')
 
   @functools.cached_property
   def _index(self) -> np.ndarray:

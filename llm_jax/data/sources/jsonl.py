@@ -18,10 +18,11 @@ class Source:
   Args:
     path: a file, a folder (.jsonl, .jsonl.gz at any depth), a glob, or several with commas between
       them.
-    text: name of the field with the text.
+    text: name of the field with the text; '' where there is none.
     pair: name of the field with the second text, if there is one.
     label: name of the field with the label, if there is one: a string, integer or boolean (a
       class), a float, or a list of strings.
+    fields: names of further fields that the objective reads.
 
   Raises:
     ValueError: nothing matches the path, or the files hold no line; when a record is read: a
@@ -29,11 +30,17 @@ class Source:
   """
 
   def __init__(
-    self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None
+    self,
+    path: str,
+    text: str = 'text',
+    pair: str | None = None,
+    label: str | None = None,
+    fields: tuple[str, ...] = (),
   ):
-    self.path, self.text, self.pair, self.label = path, text, pair, label
+    self.path = path
+    self.fields = _record.Fields(text, pair, label, fields)
     self.files = _paths.find(path, SUFFIXES)
-    self.fingerprint = _paths.fingerprint(self.files, 'jsonl', text, pair, label)
+    self.fingerprint = _paths.fingerprint(self.files, 'jsonl', *self.fields.key)
 
   def __len__(self) -> int:
     return len(self._index)
@@ -43,15 +50,15 @@ class Source:
     where = f'{self.files[file]}:{line}'
     data = _paths.read(self.files[file], start, stop)
     try:
-      fields = json.loads(data.decode('utf-8-sig'))
+      values = json.loads(data.decode('utf-8-sig'))
     except ValueError as error:
       raise ValueError(f'{where}: not a JSON object in UTF-8 ({error}).') from error
-    if not isinstance(fields, dict):
+    if not isinstance(values, dict):
       raise ValueError(
-        f'{where}: a {type(fields).__name__}, not a JSON object; each line must be like '
-        f'{{"{self.text}": "..."}}.'
+        f'{where}: a {type(values).__name__}, not a JSON object; each line must be like '
+        f'{{"{self.fields.names[0]}": "..."}}.'
       )
-    return _record.make(fields, where, self.text, self.pair, self.label)
+    return self.fields.record(values, where)
 
   @functools.cached_property
   def _index(self) -> np.ndarray:

@@ -15,10 +15,11 @@ class Source:
 
   Args:
     path: a file, a folder (.parquet at any depth), a glob, or several with commas between them.
-    text: name of the column with the text.
+    text: name of the column with the text; '' where there is none.
     pair: name of the column with the second text, if there is one.
     label: name of the column with the label, if there is one: string, integer or boolean (a class),
       float, or list of strings.
+    fields: names of further columns that the objective reads.
 
   Raises:
     ValueError: nothing matches the path, a file is not Parquet, a column is not there, or there is
@@ -26,14 +27,19 @@ class Source:
   """
 
   def __init__(
-    self, path: str, text: str = 'text', pair: str | None = None, label: str | None = None
+    self,
+    path: str,
+    text: str = 'text',
+    pair: str | None = None,
+    label: str | None = None,
+    fields: tuple[str, ...] = (),
   ):
     import pyarrow
     import pyarrow.parquet
 
-    self.text, self.pair, self.label = text, pair, label
+    self.fields = _record.Fields(text, pair, label, fields)
     self.files = _paths.find(path, SUFFIXES)
-    self.fingerprint = _paths.fingerprint(self.files, 'parquet', text, pair, label)
+    self.fingerprint = _paths.fingerprint(self.files, 'parquet', *self.fields.key)
     self._groups: list[tuple[int, int]] = []  # (file, row group)
     counts = []
     for file, name in enumerate(self.files):
@@ -42,7 +48,7 @@ class Source:
           metadata, columns = table.metadata, table.schema_arrow.names
       except pyarrow.ArrowInvalid as error:
         raise ValueError(f'{name}: not a Parquet file ({error}).') from error
-      _record.check_fields(name, columns, text, pair, label)
+      self.fields.check(name, columns)
       self._groups += [(file, group) for group in range(metadata.num_row_groups)]
       counts += [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     self._starts = list(itertools.accumulate(counts, initial=0))
@@ -58,9 +64,9 @@ class Source:
     group = bisect.bisect_right(self._starts, index) - 1
     file, row = self._groups[group][0], index - self._starts[group]
     table = self._read(group)
-    fields = {name: table[name][row].as_py() for name in table.column_names}
+    values = {name: table[name][row].as_py() for name in table.column_names}
     where = f'{self.files[file]}, row group {self._groups[group][1]}, row {row}'
-    return _record.make(fields, where, self.text, self.pair, self.label)
+    return self.fields.record(values, where)
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {'_held': (-1, None)}
@@ -71,10 +77,8 @@ class Source:
     held, table = self._held
     if held != group:
       file, number = self._groups[group]
-      wanted = dict.fromkeys((self.text, self.pair, self.label))
-      columns = [name for name in wanted if name is not None]
       with pyarrow.parquet.ParquetFile(self.files[file]) as parquet:
         # Without threads, for they do not survive a fork.
-        table = parquet.read_row_group(number, columns=columns, use_threads=False)
+        table = parquet.read_row_group(number, columns=self.fields.names, use_threads=False)
       self._held = (group, table)
     return table

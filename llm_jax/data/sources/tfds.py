@@ -21,9 +21,10 @@ class Source:
     split: split to read, slices too: 'train', 'train[:10%]', 'train+validation'.
     data_dir: where prepared datasets lie; TFDS's own default (~/tensorflow_datasets or
       $TFDS_DATA_DIR) if not given.
-    text: name of the feature with the text.
+    text: name of the feature with the text; '' where there is none.
     pair: name of the feature with the second text, if there is one.
     label: name of the feature with the label, if there is one.
+    fields: names of further features that the objective reads: numbers, strings, lists of them.
 
   Raises:
     ValueError: the dataset is not prepared in array_record format, or has no such split or feature,
@@ -38,15 +39,14 @@ class Source:
     text: str = 'text',
     pair: str | None = None,
     label: str | None = None,
+    fields: tuple[str, ...] = (),
   ):
     self.name, self.split, self.data_dir = name, split, data_dir
-    self.text, self.pair, self.label = text, pair, label
+    self.fields = _record.Fields(text, pair, label, fields)
     builder = _builder(name, data_dir)
-    self._fields = [field for field in dict.fromkeys((text, pair, label)) if field is not None]
-    _record.check_fields(f'dataset {name!r}', builder.info.features, text, pair, label)
-    self._names = {
-      field: getattr(builder.info.features[field], 'names', None) for field in self._fields
-    }
+    features = builder.info.features
+    self.fields.check(f'dataset {name!r}', features)
+    self._names = {field: getattr(features[field], 'names', None) for field in self.fields.names}
     try:
       info = builder.info.splits[split]
     except (KeyError, ValueError) as error:
@@ -59,7 +59,7 @@ class Source:
       raise ValueError(f'split={split!r} of dataset {name!r} is an empty corpus.')
     files = sorted(str(path) for path in info.filepaths)
     self.fingerprint = _paths.fingerprint(
-      files, 'tfds', builder.info.full_name, split, self._length, text, pair, label
+      files, 'tfds', builder.info.full_name, split, self._length, *self.fields.key
     )
 
   def __len__(self) -> int:
@@ -68,9 +68,9 @@ class Source:
   def __getitem__(self, index: int) -> dict[str, Any]:
     index = range(len(self))[index]
     example = self._data[index]
-    fields = {field: _python(example[field], self._names[field]) for field in self._fields}
+    values = {field: _python(example[field], self._names[field]) for field in self.fields.names}
     where = f'dataset {self.name!r}, {self.split}, example {index}'
-    return _record.make(fields, where, self.text, self.pair, self.label)
+    return self.fields.record(values, where)
 
   def __getstate__(self) -> dict[str, Any]:
     state = dict(self.__dict__)

@@ -5,12 +5,15 @@ ordinary text.
 import json
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from absl import logging
 
 from llm_jax.data.tokenizers import _convert, _export
+
+if TYPE_CHECKING:
+  import tokenizers
 
 NAMES = tuple(_export.NAMES)
 _FALLBACKS = {  # a special token that a folder lacks is another one; in this order
@@ -28,7 +31,7 @@ def read_json(files: Mapping[str, str], name: str) -> dict[str, Any]:
   return json.loads(files.get(name, '{}'))
 
 
-def named(files: Mapping[str, str], tokenizer: Any) -> dict[str, int]:
+def named(files: Mapping[str, str], tokenizer: 'tokenizers.Tokenizer') -> dict[str, int]:
   """Ids of the special tokens that the folder names."""
   found = {}
   for source in ('special_tokens_map.json', 'tokenizer_config.json'):
@@ -49,13 +52,13 @@ def named(files: Mapping[str, str], tokenizer: Any) -> dict[str, int]:
   return found
 
 
-def flagged(tokenizer: Any) -> dict[str, int]:
+def flagged(tokenizer: 'tokenizers.Tokenizer') -> dict[str, int]:
   """Ids of the tokens that tokenizer.json marks as special, by text."""
   tokens = tokenizer.get_added_tokens_decoder()
   return {token.content: number for number, token in tokens.items() if token.special}
 
 
-def mark(tokenizer: Any, named: Mapping[str, int], library: ModuleType) -> None:
+def mark(tokenizer: 'tokenizers.Tokenizer', named: Mapping[str, int], library: ModuleType) -> None:
   """Special tokens that are in the vocabulary only become ones that are found in a text, as
   `transformers` does.
   """
@@ -68,7 +71,10 @@ def mark(tokenizer: Any, named: Mapping[str, int], library: ModuleType) -> None:
 
 
 def find(
-  files: Mapping[str, str], description: Mapping[str, Any], tokenizer: Any, named: Mapping[str, int]
+  files: Mapping[str, str],
+  description: Mapping[str, Any],
+  tokenizer: 'tokenizers.Tokenizer',
+  named: Mapping[str, int],
 ) -> dict[str, int]:
   """Ids of all special tokens that the folder has: those that it names, else those that are called
   as usual, else those that config.json points at.
@@ -101,7 +107,10 @@ def filled(specials: Mapping[str, int]) -> dict[str, int]:
 
 
 def hide(
-  tokenizer: Any, description: Mapping[str, Any], specials: np.ndarray, library: ModuleType
+  tokenizer: 'tokenizers.Tokenizer',
+  description: Mapping[str, Any],
+  specials: np.ndarray,
+  library: ModuleType,
 ) -> None:
   """Keeps the model from finding special tokens in a text by itself, where it looks whole pieces up
   in its vocabulary.
@@ -119,7 +128,7 @@ def hide(
 
 
 def template(
-  files: Mapping[str, str], tokenizer: Any, specials: Mapping[str, int]
+  files: Mapping[str, str], tokenizer: 'tokenizers.Tokenizer', specials: Mapping[str, int]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The ids before and after one text; add_bos_token and add_eos_token of tokenizer_config.json
   have the last word.
@@ -138,7 +147,7 @@ def template(
   return tuple(encoding.ids[: ordinary[0]]), tuple(encoding.ids[ordinary[-1] + 1 :])
 
 
-def _unknown(description: Mapping[str, Any], tokenizer: Any) -> int | None:
+def _unknown(description: Mapping[str, Any], tokenizer: 'tokenizers.Tokenizer') -> int | None:
   """The id that the model itself gives to what its vocabulary cannot spell."""
   model = description['model']
   if model.get('unk_token'):

@@ -1,15 +1,20 @@
 """What the ids of a tokenizer.json spell, and which of them begin a word."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llm_jax.core.tree import PyTree
 from llm_jax.data.tokenizers import _vocabulary, _words
 
+if TYPE_CHECKING:
+  import tokenizers
 
-def spellings(description: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[bytes]:
+
+def spellings(
+  description: Mapping[str, Any], tokenizer: 'tokenizers.Tokenizer', vocab_size: int
+) -> list[bytes]:
   """What each id spells, as bytes."""
   added = tokenizer.get_added_tokens_decoder()
   steps = _steps(description.get('decoder'))
@@ -41,7 +46,7 @@ def spellings(description: Mapping[str, Any], tokenizer: Any, vocab_size: int) -
 
 
 def word_starts(
-  description: Mapping[str, Any], tokenizer: Any, spelled: Sequence[bytes]
+  description: Mapping[str, Any], tokenizer: 'tokenizers.Tokenizer', spelled: Sequence[bytes]
 ) -> np.ndarray:
   """[vocab_size] bool: whether each id begins a word."""
   if type(tokenizer.model).__name__ != 'WordPiece':

@@ -17,7 +17,7 @@ On one device the ring is of one, and this is blockwise attention for any device
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,8 +47,8 @@ class _Ring:
 
   layout: sharding.Layout | None
   size: int
-  rows: Any
-  heads: Any
+  rows: sharding.Axes
+  heads: sharding.Axes
   causal: bool
   window: int | None
   dropout_rate: float

@@ -69,6 +69,35 @@ def test_each_format_gives_the_same_documents(tmp_path):
   assert documents(jsonl.Source(str(tmp_path))) == [{'text': row['text']} for row in ROWS] * 2
 
 
+def test_an_objective_may_read_further_fields(tmp_path):
+  rows = [dict(row, words=row['text'].split(), number=n) for n, row in enumerate(ROWS)]
+  as_strings = [dict(row, words=' '.join(row['words']), number=str(row['number'])) for row in rows]
+  asked = dict(text='', label='label', fields=('words', 'number'))
+  want = [{key: row[key] for key in ('words', 'number', 'label')} for row in rows]
+  assert documents(jsonl.Source(write_jsonl(tmp_path / 'a.jsonl', rows), **asked)) == want
+  assert documents(parquet.Source(write_parquet(tmp_path / 'a.parquet', rows), **asked)) == want
+  table = csv.Source(write_csv(tmp_path / 'a.csv', as_strings), **asked)
+  assert documents(table) == [{key: row[key] for key in want[0]} for row in as_strings]
+  kept = jsonl.Source(str(tmp_path / 'a.jsonl'), fields=('other',))
+  assert documents(kept) == [{key: row[key] for key in ('text', 'other')} for row in ROWS]
+  assert kept.fingerprint != jsonl.Source(str(tmp_path / 'a.jsonl')).fingerprint
+
+
+@pytest.mark.parametrize(
+  'options, said',
+  [
+    (dict(fields=('wrods',)), r"no field 'wrods' \(did you mean 'words'.*option `fields`"),
+    (dict(fields=('label',)), "names 'label', which is taken"),
+    (dict(fields=('words', 'words')), "names 'words', which is taken"),
+    (dict(text=''), "text='' leaves no field"),
+  ],
+)
+def test_further_fields_that_cannot_be(tmp_path, options, said):
+  path = write_csv(tmp_path / 'a.csv', [dict(text='t', label='x', words='w')])
+  with pytest.raises(ValueError, match=said):
+    csv.Source(path, **options)
+
+
 def test_labels_take_the_forms_of_the_contract(tmp_path):
   rows = [{'text': 't', 'label': label} for label in ('a', 3, True, 2.5, ['b', 'c'], [])]
   want = ['a', '3', 'True', 2.5, ['b', 'c'], []]
