@@ -7,15 +7,17 @@ slip of the pen is answered at once.
 import importlib
 import pathlib
 import re
+import signal
 import sys
 import traceback
 import types
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from llm_jax.core import installed, plugins
+from llm_jax.core import files, installed, plugins
 from llm_jax.modes._command import Command, UsageError, usage_errors
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -41,7 +43,10 @@ PROCESSES = flags.DEFINE_integer(
 )
 PROCESS = flags.DEFINE_integer('process_id', None, 'Which of the processes this is, from 0.')
 
+INTERRUPTED = 128 + signal.SIGINT  # exit status, as a shell has it
 STEP_ERRORS = (FloatingPointError, OSError)  # a loss that is no number, a disk that is full
+_NONE = re.compile(r'--config\.([\w.]+)=None')  # ml_collections has no flag for it
+_emptied: set[str] = set()  # the options that flags set to None
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError(f'{" ".join(argv[1:])}: not a flag. Usage: {_usage()}')
   mode = _mode(MODE.value)
   _check_flags(mode)
+  with usage_errors():
+    command = _command()
   from llm_jax.training import logs
 
   logs.show()
@@ -59,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
   with usage_errors():
     if not alone:
       _join_processes(saves=getattr(mode, 'SAVES', False))
-    rest = mode.run(_command())
+    rest = mode.run(command)
   if rest is not None:
     with usage_errors(STEP_ERRORS):
       rest()
@@ -68,12 +75,26 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _command() -> Command:
-  workdir = pathlib.Path(WORKDIR.value).expanduser().absolute() if WORKDIR.value else None
+  workdir = files.local('--workdir', WORKDIR.value)
+  workdir = workdir and workdir.absolute()
   settings, overrides = None, frozenset()
   if CONFIG.value is not None:
     settings = CONFIG.value.to_dict()
-    overrides = frozenset(config_flags.get_override_values(flags.FLAGS['config']))
+    overrides = frozenset(config_flags.get_override_values(flags.FLAGS['config'])) | _emptied
+    for option in _emptied:
+      _empty(settings, option)
   return Command(MODE.value, settings, workdir, overrides, COMPILATION_CACHE.value)
+
+
+def _empty(settings: dict[str, Any], option: str) -> None:
+  """Sets an option to None, which leaves it to its default."""
+  *sections, name = option.split('.')
+  section: Any = settings
+  for key in sections:
+    section = section.get(key) if isinstance(section, dict) else None
+  if not isinstance(section, dict) or name not in section:
+    raise ValueError(f'--config.{option}=None: the config has no {option!r}.')
+  section[name] = None
 
 
 def _mode(name: str) -> types.ModuleType:
@@ -125,6 +146,9 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
   """absl's parser, with ml_collections' answers to a wrong key or value as one line."""
   _define_flags(argv)
   argv = [_with_config_file(argument) for argument in argv]
+  emptied = {argument for argument in argv if _NONE.fullmatch(argument)}
+  _emptied.update(_NONE.fullmatch(argument)[1] for argument in emptied)
+  argv = [argument for argument in argv if argument not in emptied]
   try:
     return flags.FLAGS(argv)
   except (AttributeError, KeyError) as error:
@@ -180,7 +204,11 @@ def cli() -> None:
     print(f'llm_jax: {error}', file=sys.stderr)
     _abort(str(error), 2)
     sys.exit(2)
-  except (Exception, KeyboardInterrupt) as error:
+  except KeyboardInterrupt as error:
+    print('llm_jax: stopped by Ctrl-C; what was saved before is whole.', file=sys.stderr)
+    _abort(f'{type(error).__name__}', INTERRUPTED)
+    sys.exit(INTERRUPTED)
+  except Exception as error:
     if _several():
       lost = sys.modules['llm_jax.parallel.hosts'].lost(error)
       if lost is None or logging.get_verbosity() > logging.INFO:

@@ -25,6 +25,7 @@ class Tokenizer:
   """
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(7)
+  template = pair_template = None
 
   def __init__(self, vocab_size=50, word=1):
     self.vocab_size, self.fingerprint = vocab_size, 'test'

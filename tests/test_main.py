@@ -40,6 +40,9 @@ def call(*arguments, cwd=ROOT):
     (['--mode=sing'], 'sing'),
     (['somewhere'], 'somewhere: not a flag'),
     (['--wrkdir=x'], 'Did you mean: workdir'),
+    (['--workdir=gs://bucket/run'], '--workdir=gs://bucket/run is an address'),
+    (['--config.stepz=None'], "config has no 'stepz'; did you mean 'steps'?"),
+    (['--config.optimizer.name=None'], "config.optimizer needs a 'name'"),
   ],
 )
 def test_a_slip_is_one_message(tmp_path, arguments, message):

@@ -35,6 +35,12 @@ NOT_IDENTITY = (
   'model.attention',
 )
 
+# Options of a source that may change, since the documents themselves are compared.
+PLACES = ('path', 'data_dir')
+# Options that may change, but not to or from the value that leaves out a part of the optimizer,
+# whose state would then be another: option -> (default, that value).
+SWITCHES = {'optimizer.clip_norm': (1.0, 0.0), 'optimizer.layer_decay': (1.0, 1.0)}
+
 _INIT_FROM = ', or --config.init_from=FOLDER, the folder of a run or of a Hugging Face model'
 
 
@@ -182,11 +188,25 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
     if before.get(path) == after.get(path):
       continue
     line = f'{path}: {before.get(path)!r} -> {after.get(path)!r}'
-    if _under(path, IDENTITY) and not _under(path, NOT_IDENTITY):
+    if _switched(path, before, after):
+      forbidden.append(f'{line} (the state of the optimizer would be another)')
+    elif _under(path, IDENTITY) and not _may_change(path):
       forbidden.append(line)
     else:
       allowed.append(line)
   return forbidden, allowed
+
+
+def _may_change(path: str) -> bool:
+  section, _, option = path.rpartition('.')
+  return _under(path, NOT_IDENTITY) or (_under(section, ('data',)) and option in PLACES)
+
+
+def _switched(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+  if path not in SWITCHES:
+    return False
+  default, off = SWITCHES[path]
+  return bool(before.get(path, default) == off) != bool(after.get(path, default) == off)
 
 
 def _check_positive(config: Config) -> None:

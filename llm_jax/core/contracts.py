@@ -38,12 +38,12 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import flax.struct
 import jax
 import numpy as np
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import DTypeLike
 
 from llm_jax.core.tree import PyTree
 
@@ -57,7 +57,8 @@ Record = Mapping[str, Any]  # what a source yields: field -> anything that JSON 
 Encoded = dict[str, Any]  # of one record: name -> integers [n], or anything else that JSON holds
 Example = dict[str, np.ndarray]  # one row: batch keys without B
 Batch = Mapping[str, Any]  # NumPy arrays on the host, jax's on devices
-Metrics = dict[str, tuple[ArrayLike, ArrayLike]]  # name -> (sum, weight); divided once, at the end
+Number: TypeAlias = jax.Array | np.ndarray | float
+Metrics = dict[str, tuple[Number, Number]]  # name -> (sum, weight); divided once, at the end
 
 
 class Tokenizer(Protocol):
@@ -71,8 +72,11 @@ class Tokenizer(Protocol):
 
   Attributes:
     vocab_size: 1 + the highest id.
+    eos_ids: where a text that is generated ends: eos_id, and others that a folder names.
     template: ids that a Hugging Face folder puts before and after one text; None for our own,
       which an encoder reads as [CLS] ... [SEP] and a decoder as BOS ....
+    pair_template: likewise the ids before the first text of a pair, between the two and after the
+      second, and the token type of the second; None for our own.
     fingerprint: changes whenever any id of any text could change.
     token_bytes: [vocab_size] int32, UTF-8 bytes that each id spells, 0 for special tokens.
     word_start: [vocab_size] bool, whether the id begins a word (whole-word masking).
@@ -87,7 +91,9 @@ class Tokenizer(Protocol):
   mask_id: int | None
   bos_id: int
   eos_id: int
+  eos_ids: tuple[int, ...]
   template: tuple[tuple[int, ...], tuple[int, ...]] | None
+  pair_template: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int] | None
   fingerprint: str
   token_bytes: np.ndarray
   word_start: np.ndarray
@@ -112,8 +118,18 @@ class Tokenizer(Protocol):
     """Writes what the module's `load(directory)` reads."""
     ...
 
-  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
-    """Writes what transformers' `AutoTokenizer` opens."""
+  def export(
+    self, directory: str, *, causal: bool, max_len: int, token_types: bool, closed: bool = False
+  ) -> None:
+    """Writes what transformers' `AutoTokenizer` opens.
+
+    Args:
+      directory: is made where it is not there.
+      causal: texts stand after BOS, else between [CLS] and [SEP].
+      max_len: the longest row that the model takes.
+      token_types: whether the model reads token types.
+      closed: a causal model's texts end with EOS, as its classifier reads them.
+    """
     ...
 
 
@@ -123,6 +139,9 @@ class Source(Protocol):
   A record that a language model learns from has a `text` (str). Where the source has them, `pair`
   is a second text, and `label` a str, a float, or a list of str. Further fields are the business
   of the objective, whose `encode` reads them.
+
+  A source may have a `where(index)`, which says where a record stands ('data.jsonl:17'), for
+  messages.
 
   Attributes:
     fingerprint: changes whenever the records could.
@@ -139,7 +158,7 @@ class Documents(Protocol):
   """Encoded records by index: one split (training or validation) of one corpus, or a few texts.
 
   Attributes:
-    ids: [documents] int64, the index of each document in its source, for messages.
+    ids: [documents] int64, the index of each document in its source.
     names: what an objective's `encode` gave as arrays of integers.
   """
 
@@ -158,6 +177,10 @@ class Documents(Protocol):
 
   def values(self, name: str) -> Sequence[Any] | None:
     """What `encode` gave under `name` that is no array, one per document; None where none has."""
+    ...
+
+  def where(self, index: int) -> str:
+    """Where a document comes from, for messages: 'data.jsonl:17'."""
     ...
 
 
@@ -333,6 +356,10 @@ class Objective:
     del options
     return [{'text': 'some words'}] * 4
 
+  def check(self, model: Model) -> None:
+    """Raises ValueError where a model cannot learn this; called before anything is compiled."""
+    del model
+
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """How documents are laid out in rows of `seq_len` tokens."""
     raise NotImplementedError
@@ -370,7 +397,7 @@ class Objective:
     del means
     return {}
 
-  def targets(self, batch: Batch) -> tuple[ArrayLike, ArrayLike] | None:
+  def targets(self, batch: Batch) -> tuple[Number, Number] | None:
     """Ids that a batch asks for, and their weights; None where no tokens are predicted."""
     del batch
     return None

@@ -1,16 +1,39 @@
-"""Files and folders that are there whole or not at all.
+"""Files and folders that are there whole or not at all, and paths that are none.
 
-Both functions write beside the target, as `NAME.partial`, and rename when the block has ended
-without an error. A process that is killed in between leaves the partial one, which the next
-attempt overwrites; two processes must not write the same target at once.
+`whole_file` and `whole_folder` write beside the target, as `NAME.partial`, and rename when the
+block has ended without an error. A process that is killed in between leaves the partial one, which
+the next attempt overwrites; two processes must not write the same target at once.
 """
 
 import contextlib
 import os
 import pathlib
+import re
 import shutil
 from collections.abc import Iterator
 from typing import IO, Any
+
+_ADDRESS = re.compile(r'[A-Za-z][A-Za-z0-9+.-]*://')
+
+
+def local(option: str, given: str | None) -> pathlib.Path | None:
+  """The path that an option gives, `~` expanded; None for nothing.
+
+  Args:
+    option: its name, for the message: '--workdir'.
+    given: its value.
+
+  Raises:
+    ValueError: an address (gs://bucket/run).
+  """
+  if not given:
+    return None
+  if _ADDRESS.match(given):
+    raise ValueError(
+      f'{option}={given} is an address, and files are read and written by their paths; mount it '
+      '(gcsfuse, s3fs) and give the folder where it is mounted, or copy it.'
+    )
+  return pathlib.Path(given).expanduser()
 
 
 @contextlib.contextmanager

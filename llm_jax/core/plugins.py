@@ -124,7 +124,8 @@ def check_names(where: str, given: Iterable[str], allowed: Iterable[str]) -> Non
   for name in given:
     if name not in allowed:
       raise ValueError(
-        f'{where}.{name} is not an option{nearest(name, allowed)}; allowed: {", ".join(allowed)}.'
+        f'{where}.{name} is not an option{nearest(name, allowed)}; '
+        f'allowed: {", ".join(allowed) or "none"}.'
       )
 
 

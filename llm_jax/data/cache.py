@@ -25,6 +25,7 @@ import json
 import os
 import shutil
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,9 @@ def build(
   key = [source.fingerprint, tokenizer.fingerprint, FORMAT, encoder.identity]
   name = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
   final = os.path.join(directory, name)
+  where = getattr(source, 'where', None)
   if os.path.isdir(final) and not _damage(final):
-    return Corpus(final)
+    return Corpus(final, where)
   os.makedirs(directory, exist_ok=True)
   with open(f'{final}.lock', 'w') as lock:
     # The kernel releases it when the process dies, however it dies.
@@ -77,12 +79,12 @@ def build(
     if os.path.isdir(final):
       damage = _damage(final)
       if not damage:
-        return Corpus(final)
+        return Corpus(final, where)
       logging.warning('The token cache %s is damaged (%s); it is built again.', final, damage)
       shutil.rmtree(final)
     job = cache_writer.Job(source, tokenizer, encoder)
     _build(job, final, workers or os.cpu_count() or 1)
-  return Corpus(final)
+  return Corpus(final, where)
 
 
 def held_out(record: Record, share: float) -> bool:
@@ -96,6 +98,10 @@ def held_out(record: Record, share: float) -> bool:
 class Corpus:
   """An encoded corpus on disk.
 
+  Args:
+    directory: where it is.
+    where: says where a record of its source stands.
+
   Attributes:
     fingerprint: changes whenever a document or its ids could.
     names: the arrays.
@@ -106,7 +112,8 @@ class Corpus:
     bytes: [documents] int64.
   """
 
-  def __init__(self, directory: str):
+  def __init__(self, directory: str, where: Callable[[int], str] | None = None):
+    self.where = where or 'document {}'.format
     with open(os.path.join(directory, 'meta.json')) as file:
       self._meta = meta = json.load(file)
     self.directory = directory
@@ -221,6 +228,10 @@ class Split:
     if name not in self._values:
       self._values[name] = [whole[i] for i in self.ids.tolist()]
     return self._values[name]
+
+  def where(self, index: int) -> str:
+    """See the contract."""
+    return self.corpus.where(int(self.ids[index]))
 
 
 def _threshold(share: float) -> np.uint64:

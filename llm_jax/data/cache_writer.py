@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -292,6 +293,7 @@ _worker: list[Any] = []  # the job, in a worker process only
 
 
 def _start_worker(job: Job) -> None:
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this one
   _worker[:] = [job]
 
 

@@ -80,6 +80,10 @@ class Memory:
     """See the contract."""
     return self._values.get(name)
 
+  def where(self, index: int) -> str:
+    """See the contract."""
+    return f'document {index}'
+
 
 def _encoded(
   encoder: encoding.Encoder, record: Record, index: int, tokenizer: Tokenizer | None

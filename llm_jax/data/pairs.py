@@ -2,14 +2,15 @@
 from.
 
 Devlin et al. 2019, "BERT", section 3.1 and appendix A.1: [CLS] A [SEP] B [SEP], token type 0 up to
-the first [SEP], 1 after it.
+the first [SEP], 1 after it. A Hugging Face folder may put other special tokens around texts.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from llm_jax.core.contracts import Documents, Example
+from llm_jax.core.contracts import Documents, Example, Tokenizer
 from llm_jax.data import pack
 
 
@@ -77,31 +78,69 @@ def split(
   return tokens[:cut], tokens[cut:]
 
 
-def row(
-  first: np.ndarray, second: np.ndarray | None, seq_len: int, begin: int, between: int, end: int
-) -> Example:
+class Frame(NamedTuple):
+  """The special tokens around texts.
+
+  Attributes:
+    before, after: ids around one text.
+    first, between, last: ids before the first text of a pair, between the two, after the second.
+    second_type: the token type of the second text and of what follows it.
+    filler: the id that an empty text is, where nothing stands around it.
+  """
+
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+  first: tuple[int, ...]
+  between: tuple[int, ...]
+  last: tuple[int, ...]
+  second_type: int = 1
+  filler: int = 0
+
+  @property
+  def single(self) -> int:
+    """How many special tokens stand around one text."""
+    return len(self.before) + len(self.after)
+
+  @property
+  def double(self) -> int:
+    """How many stand around and between the texts of a pair."""
+    return len(self.first) + len(self.between) + len(self.last)
+
+
+def frame(tokenizer: Tokenizer, causal: bool = False) -> Frame:
+  """The special tokens that a tokenizer's texts stand in: those of its Hugging Face folder, or of
+  our own ones.
+
+  Args:
+    tokenizer: the tokenizer.
+    causal: BOS and EOS of our own tokenizers are at the ends, not [CLS] and [SEP].
+  """
+  if tokenizer.template is not None:
+    return Frame(*tokenizer.template, *tokenizer.pair_template, filler=tokenizer.bos_id)
+  begin, end = tokenizer.cls_id, tokenizer.sep_id
+  if causal:
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+  return Frame((begin,), (end,), (begin,), (tokenizer.sep_id,), (end,))
+
+
+def row(first: np.ndarray, second: np.ndarray | None, seq_len: int, frame: Frame) -> Example:
   """The row of one text, or of one pair; arguments, result and errors as for `packed`."""
-  return packed([(first, second)], seq_len, begin, between, end)
+  return packed([(first, second)], seq_len, frame)
 
 
 def packed(
   texts: Sequence[tuple[np.ndarray, np.ndarray | None]],
   seq_len: int,
-  begin: int,
-  between: int,
-  end: int,
+  frame: Frame,
   slots: int = 0,
 ) -> Example:
   """Lays out texts one after another in a row padded with zeros, each a segment of its own with
   positions from 0.
 
   Args:
-    texts: ids of a text and None, which becomes `begin first end`; or of a pair, `begin first
-      between second end`.
-    seq_len: T, at least the sum over all texts of n + 2 for one of n ids, or n + m + 3 for a pair.
-    begin: id before a text.
-    between: id between the two texts of a pair, of the first one's token type.
-    end: id after a text or a pair.
+    texts: ids of a text and None, or of the two texts of a pair.
+    seq_len: T, at least the sum over all texts of their ids and special tokens.
+    frame: the special tokens.
     slots: G, at least as many as there are texts; 0 where nobody asks where each of them stands.
 
   Returns:
@@ -111,21 +150,22 @@ def packed(
   Raises:
     ValueError: the texts are longer than the row.
   """
-  pieces = [_piece(first, second, begin, between, end) for first, second in texts]
+  pieces = [_piece(first, second, frame) for first, second in texts]
   lengths = [len(piece) for piece in pieces]
   example = pack.assemble(pieces, seq_len)
   example['token_types'] = np.zeros(seq_len, np.int32)
   for stop, (_, second) in zip(np.cumsum(lengths), texts, strict=True):
     if second is not None:
-      example['token_types'][stop - len(second) - 1 : stop] = 1
+      start = stop - len(second) - len(frame.last)
+      example['token_types'][start:stop] = frame.second_type
   if slots:
     example |= pack.text_bounds(lengths, slots)
   return example
 
 
-def _piece(
-  first: np.ndarray, second: np.ndarray | None, begin: int, between: int, end: int
-) -> np.ndarray:
+def _piece(first: np.ndarray, second: np.ndarray | None, frame: Frame) -> np.ndarray:
   if second is None:
-    return np.concatenate([[begin], first, [end]])
-  return np.concatenate([[begin], first, [between], second, [end]])
+    ids = [*frame.before, *first, *frame.after]
+  else:
+    ids = [*frame.first, *first, *frame.between, *second, *frame.last]
+  return np.array(ids or [frame.filler], np.int32)

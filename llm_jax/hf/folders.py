@@ -95,12 +95,23 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
     return None
   if not any(_CLASSIFIES in str(name) for name in architectures):
     return None
-  names = config.get('id2label', {'0': 'LABEL_0', '1': 'LABEL_1'})  # transformers' own default
+  names = config.get('id2label')
+  if names is None:
+    names = _numbered(config)
   if not isinstance(names, dict) or sorted(names) != sorted(map(str, range(len(names)))):
     raise ValueError(
       f'{os.path.join(path, CONFIG)}: id2label={names!r} must name the classes 0, 1, ....'
     )
   return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def _numbered(config: Mapping[str, Any]) -> dict[str, str]:
+  """The names of classes where id2label is not there: those of label2id, else transformers' own."""
+  count = config.get('num_labels', 2)
+  named = {str(number): name for name, number in (config.get('label2id') or {}).items()}
+  if named and len(named) == config.get('num_labels', len(named)):
+    return named
+  return {str(number): f'LABEL_{number}' for number in range(count)}
 
 
 def load(

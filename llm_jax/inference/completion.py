@@ -89,7 +89,7 @@ class Completer:
         weights,
         [prompts[i] for i in numbers],
         sampling,
-        [self._tokenizer.eos_id],
+        self._tokenizer.eos_ids,
         rows=numbers,
       )
       _write(columns, {i: completions[i] for i in numbers}, stream)

@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+from typing import Any
 
 from absl import logging
 
@@ -34,6 +35,7 @@ def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> No
   write_tokenizer = functools.partial(
     session.tokenizer.export,
     causal=model.causal,
+    closed=model.causal and predictor is not None,
     max_len=model.max_len,
     token_types=getattr(model, 'token_types', 0) > 1,
   )
@@ -55,7 +57,14 @@ def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> No
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
 
 
-def _token_ids(session: Session) -> dict[str, int | str | None]:
+def _token_ids(session: Session) -> dict[str, Any]:
   """Ids of special tokens, as config.json names them."""
-  names = ('pad', 'bos', 'eos') if session.causal else ('pad',)
-  return {f'{name}_token_id': getattr(session.tokenizer, f'{name}_id') for name in names}
+  tokenizer = session.tokenizer
+  if not session.causal:
+    return {'pad_token_id': tokenizer.pad_id}
+  first, *others = tokenizer.eos_ids
+  return {
+    'pad_token_id': tokenizer.pad_id,
+    'bos_token_id': tokenizer.bos_id,
+    'eos_token_id': [first, *others] if others else first,
+  }

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from llm_jax.core import files
+
 if TYPE_CHECKING:
   from llm_jax.core.config import Config
   from llm_jax.inference.session import Session
@@ -88,7 +90,7 @@ class Command:
     given = None
     if self.settings is not None:
       given = self.config()
-      assemble.check(given)
+      assemble.check(dataclasses.replace(given, data={}))  # whose fields only are read
     if self.workdir is not None or given is not None:
       self.use_compilation_cache(self.workdir or corpora.cache_directory(given))
     return session.open_model(self.workdir, given)
@@ -110,12 +112,12 @@ class Command:
 
 def input_file() -> pathlib.Path | None:
   """The file of --input."""
-  return None if INPUT.value is None else pathlib.Path(INPUT.value).expanduser()
+  return files.local('--input', INPUT.value)
 
 
 def output_path() -> pathlib.Path | None:
   """The file or folder of --output."""
-  return None if OUTPUT.value is None else pathlib.Path(OUTPUT.value).expanduser()
+  return files.local('--output', OUTPUT.value)
 
 
 def check_output(target: pathlib.Path, suffixes: Sequence[str] = ()) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from absl import flags, logging
@@ -12,7 +13,6 @@ from llm_jax.modes._command import Command
 if TYPE_CHECKING:
   import numpy as np
 
-  from llm_jax.core.contracts import Source
   from llm_jax.inference.session import Session
 
 POOL = flags.DEFINE_enum(
@@ -57,29 +57,38 @@ def embed(
 
   _command.check_output(target, OUTPUTS)
   texts = read_texts(source, session.config.data.get('text') or 'text')
-  vectors = session.embed([texts[i]['text'] for i in range(len(texts))], pool, normalize)
+  vectors = session.embed(texts, pool, normalize)
   if hosts.primary():
     _write(target, vectors, texts)
   logging.info('%d vectors of %d numbers in %s.', *vectors.shape, target)
 
 
-def read_texts(source: pathlib.Path, field: str) -> 'Source':
-  """The texts of one file: .jsonl, in the field of that name; or .txt, a text per line, lines of
-  white space left out.
+def read_texts(source: pathlib.Path, field: str) -> list[str]:
+  """The texts of one file: .jsonl, in the field of that name; or .txt, one per line, empty lines
+  included, so that the answers stand in the lines of their texts.
 
   Raises:
-    ValueError: no such file.
+    ValueError: no such file, a line that cannot be read.
   """
-  from llm_jax.data.sources import jsonl, text
+  from llm_jax.data.sources import jsonl
 
   if source.suffix not in ('.jsonl', '.txt') or not source.is_file():
     raise ValueError(f'--input={source} must be a .jsonl or .txt file that exists.')
   if source.suffix == '.jsonl':
-    return jsonl.Source(str(source), field)
-  return text.Source(str(source), unit='line')
+    lines = jsonl.Source(str(source), field)
+    return [lines[index]['text'] for index in range(len(lines))]
+  texts = []
+  for number, line in enumerate(source.read_bytes().splitlines(), 1):
+    try:
+      texts.append(line.decode('utf-8-sig' if number == 1 else 'utf-8'))
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{source}:{number}: not UTF-8 ({error.reason}).') from error
+  if not texts:
+    raise ValueError(f'--input={source} has no line.')
+  return texts
 
 
-def _write(target: pathlib.Path, vectors: 'np.ndarray', texts: 'Source') -> None:
+def _write(target: pathlib.Path, vectors: 'np.ndarray', texts: Sequence[str]) -> None:
   import numpy as np
 
   from llm_jax.core import files
@@ -88,6 +97,6 @@ def _write(target: pathlib.Path, vectors: 'np.ndarray', texts: 'Source') -> None
     if target.suffix == '.npy':
       np.save(file, vectors)
       return
-    for number, vector in enumerate(vectors):
-      line = {'text': texts[number]['text'], 'embedding': vector.tolist()}
+    for text, vector in zip(texts, vectors, strict=True):
+      line = {'text': text, 'embedding': vector.tolist()}
       file.write(json.dumps(line, ensure_ascii=False).encode() + b'\n')

@@ -127,8 +127,7 @@ def _prompts(
     _command.check_output(target, ('.jsonl',))
   if prompts is not None:
     return list(prompts)
-  texts = read_texts(source, session.config.data.get('text') or 'text')
-  return [texts[i]['text'] for i in range(len(texts))]
+  return read_texts(source, session.config.data.get('text') or 'text')
 
 
 def _give(

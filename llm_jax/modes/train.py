@@ -22,6 +22,10 @@ def prepare() -> None:
 
 def run(command: Command) -> Callable[[], Any]:
   """Prepares the run; what is returned trains it."""
+  from llm_jax.core import ownership
+  from llm_jax.parallel import hosts
+
+  hosts.agree(lambda: ownership.check(command.workdir))  # before imports that take seconds
   from llm_jax.training import loop
 
   config = command.parsed()

@@ -1,8 +1,9 @@
 """Labels of `classify`: the classes of a corpus, and a label as the number that a loss wants."""
 
+import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from absl import logging
 
 from llm_jax.core.contracts import Documents
 
+MISSING = ('-1', 'nan', 'none', 'null', 'n/a', '#n/a', '?')  # names that are likely to be no class
 TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
 
 
@@ -71,18 +73,19 @@ class Labels:
       )
       return
     missing = 0
-    for number, label in zip(documents.ids, labels, strict=True):
+    for index, label in enumerate(labels):
       if label is None:
         missing += 1
         if required:
           raise ValueError(
-            f"document {number} has no label; give it one, or set objective.unlabelled='ignore'."
+            f'{documents.where(index)} has no label; give it one, or set '
+            '--config.objective.unlabelled=ignore.'
           )
         continue
       try:
         self.target(label)
       except ValueError as error:
-        raise ValueError(f'document {number} has the label {label!r}; it {error}.') from None
+        raise ValueError(f'{documents.where(index)} has the label {label!r}; it {error}.') from None
     if missing:
       logging.info(
         'classify: %d of %d documents have no label and count for nothing here.',
@@ -93,37 +96,106 @@ class Labels:
   def _class(self, label: Any) -> int:
     if isinstance(label, list | tuple) or str(label) not in self.number:
       raise ValueError(
-        f'must be one of the {len(self.classes)} classes of the training set: '
-        f'{_shortened(self.classes)}'
+        f'must be one of the {len(self.classes)} classes of the training documents '
+        f'({_shortened(self.classes)}): give more documents of its class, leave them out, or name '
+        'all classes in config.objective.classes'
       )
     return self.number[str(label)]
 
 
-def collect_classes(labels: Iterable[Any]) -> tuple[str, ...]:
-  """The distinct classes among labels (a list of classes counts for each of them), numbers by
-  value, the rest by letter.
+def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
+  """The distinct classes among the labels of documents (a list of classes counts for each of them):
+  by value where all are finite numbers, else by letter.
+
+  Labels that may mean something else than they say are named in warnings.
 
   Raises:
-    ValueError: there is no label, or labels are fractional numbers.
+    ValueError: there is no label, labels are fractional numbers, or lists of zeros and ones.
   """
-  labels = [label for label in labels if label is not None]
-  if not labels:
+  first: dict[str, str] = {}  # class -> where it stands first
+  lists = []
+  for label, where in _labelled(documents):
+    if isinstance(label, float):
+      raise ValueError(
+        f'labels are numbers such as {label!r} ({where()}); set config.objective.task=regression, '
+        'or give classes as words or whole numbers.'
+      )
+    several = isinstance(label, list | tuple)
+    if several:
+      lists.append(label)
+      _warn_of_repeats(label, where)
+    for name in map(str, label if several else [label]):
+      if name not in first:
+        first[name] = where()
+  if not first:
     raise ValueError(
       'objective classify needs labels and this corpus has none; name their field by '
       'config.data.label.'
     )
-  found = set()
-  for label in labels:
-    if isinstance(label, float):
-      raise ValueError(
-        f'labels are numbers such as {label!r}; set config.objective.task=regression, or give '
-        'classes as words or whole numbers.'
+  _check_lists(lists, first)
+  _warn_of_names(first)
+  numbers = {name: _finite(name) for name in first}
+  if None in numbers.values():
+    return tuple(sorted(first))
+  return tuple(sorted(first, key=lambda name: (numbers[name], name)))
+
+
+def _labelled(documents: Sequence[Documents]) -> Iterator[tuple[Any, Callable[[], str]]]:
+  """The labels that there are, each with a function that says where it stands."""
+  for split in documents:
+    for index, label in enumerate(split.values('label') or ()):
+      if label is not None:
+        yield label, functools.partial(split.where, index)
+
+
+def _check_lists(lists: Sequence[Sequence[Any]], first: Mapping[str, str]) -> None:
+  """Raises ValueError where all labels are lists of zeros and ones, all as long."""
+  if not lists or not set(first) <= {'0', '1'} or len(set(map(len, lists))) > 1:
+    return
+  if len(lists[0]) > 1:
+    raise ValueError(
+      f'{next(iter(first.values()))}: the label {list(lists[0])} says by zeros and ones which '
+      'classes apply; give the names of those that do, such as ["sport", "news"].'
+    )
+
+
+def _warn_of_repeats(names: Sequence[Any], where: Callable[[], str]) -> None:
+  if len(set(map(str, names))) < len(names):
+    logging.log_first_n(
+      logging.WARNING, '%s: the label %s names a class twice; it counts once.', 1, where(), names
+    )
+
+
+def _warn_of_names(first: Mapping[str, str]) -> None:
+  """Says once of each kind which classes are likely to be a mistake, and where they stand."""
+  same: dict[Any, str] = {}
+  for name, where in first.items():
+    if name.strip().lower() in MISSING:
+      logging.warning(
+        '%s: the class %r often means that there is no label; such a document has an empty one.',
+        where,
+        name,
       )
-    found.update(map(str, label if isinstance(label, list | tuple) else [label]))
+    value = _finite(name)
+    key = name.strip().strip('"\'').lower() if value is None else value
+    if key in same:
+      logging.warning(
+        '%s: the classes %r and %r (%s) differ only in how they are written, and are two.',
+        where,
+        name,
+        same[key],
+        first[same[key]],
+      )
+    same.setdefault(key, name)
+
+
+def _finite(name: str) -> float | None:
+  """The finite number that a name spells, or None."""
   try:
-    return tuple(sorted(found, key=lambda name: (float(name), name)))
+    value = float(name)
   except ValueError:
-    return tuple(sorted(found))
+    return None
+  return value if math.isfinite(value) else None
 
 
 def samples(task: str | None, classes: Sequence[str]) -> Iterator[Any]:

@@ -42,6 +42,14 @@ class SentencePairs(contracts.Objective):
     """The pair of label 1 in place of the two texts of chunk `index`."""
     raise NotImplementedError
 
+  def check(self, model: contracts.Model) -> None:
+    """The model must see both sides: the first token is read."""
+    if model.causal:
+      raise ValueError(
+        f'objective {self.name} reads the first token, which in a causal model has seen nothing; '
+        'use it with an encoder.'
+      )
+
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """One chunk per row."""
     return _Rows(self, documents, seq_len)
@@ -88,12 +96,13 @@ class _Rows:
   def example(self, index: int, rng: np.random.Generator) -> Example:
     objective = self.objective
     cls_id, sep_id = objective.tokenizer.cls_id, objective.tokenizer.sep_id
+    frame = pairs.Frame((cls_id,), (sep_id,), (cls_id,), (sep_id,), (sep_id,))
     first, second = pairs.split(self.chunks[index], objective.short_seq_rate, rng)
     paired = len(second) > 0
     label = paired and rng.random() < 0.5
     if label:
       first, second = objective.change(first, second, self.chunks, index, rng)
-    example = pairs.row(first, second, self.seq_len, cls_id, sep_id, sep_id)
+    example = pairs.row(first, second, self.seq_len, frame)
     example[f'{objective.name}_label'] = np.int32(label)
     example[f'{objective.name}_weight'] = np.float32(paired)
     return example

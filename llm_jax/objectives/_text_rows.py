@@ -10,6 +10,7 @@ from absl import logging
 
 from llm_jax.core.contracts import Documents
 from llm_jax.data import pack
+from llm_jax.data.pairs import Frame
 
 
 class TextRows:
@@ -19,6 +20,7 @@ class TextRows:
     documents: the texts, the second of a pair as `pair_tokens`.
     seq_len: T.
     slots: G.
+    frame: the special tokens around texts.
 
   Attributes:
     first: [documents] int64, how many tokens of each text are kept.
@@ -29,17 +31,18 @@ class TextRows:
     plan: which documents share a row.
   """
 
-  def __init__(self, documents: Documents, seq_len: int, slots: int):
+  def __init__(self, documents: Documents, seq_len: int, slots: int, frame: Frame):
     self.documents, self.seq_len, self.slots = documents, seq_len, slots
     paired = 'pair_tokens' in documents.names
     first = documents.lengths('tokens')
     second = documents.lengths('pair_tokens') if paired else None
-    self.first, self.second = fit(first, second, seq_len)
+    special = frame.double if paired else frame.single
+    self.first, self.second = fit(first, second, seq_len, special)
     self.given = first + second if paired else first
     kept = self.first + self.second if paired else self.first
     self.lost = self.given - kept
     self.cut = int(np.count_nonzero(self.lost))
-    self.sizes = kept + _special(paired)
+    self.sizes = np.maximum(kept + special, 1)
     self.plan = _plan(self.sizes, seq_len, slots)
 
   def __len__(self) -> int:
@@ -95,7 +98,7 @@ class TextRows:
       )
 
 
-def fit(first: Any, second: Any, seq_len: int) -> tuple[Any, Any]:
+def fit(first: Any, second: Any, seq_len: int, special: int) -> tuple[Any, Any]:
   """How many tokens of each text are kept so that a row holds them with its special tokens; the
   longer text loses first.
 
@@ -103,11 +106,11 @@ def fit(first: Any, second: Any, seq_len: int) -> tuple[Any, Any]:
     first: tokens of a text, or of each text of an array.
     second: likewise of the second text of a pair; None where there is none.
     seq_len: T.
+    special: how many special tokens stand around each text or pair.
 
   Returns:
     What is kept of `first`, and of `second` or None.
   """
-  special = _special(second is not None)
   if seq_len <= special:
     raise ValueError(f'seq_len={seq_len} must be more than the {special} special tokens of a row.')
   room = seq_len - special
@@ -116,11 +119,6 @@ def fit(first: Any, second: Any, seq_len: int) -> tuple[Any, Any]:
   half = room // 2 + room % 2 * (first > second)
   kept = np.minimum(first, np.maximum(room - second, half))
   return kept, np.minimum(second, room - kept)
-
-
-def _special(paired: bool) -> int:
-  """How many special tokens stand around a text, or around and between the texts of a pair."""
-  return 3 if paired else 2
 
 
 def _plan(sizes: np.ndarray, seq_len: int, slots: int) -> pack.Plan:

@@ -10,7 +10,6 @@ sees, and has a slot of the row for its label. Loss and gradient are those of th
 row each; only the number of rows differs.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,6 +85,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.labels = _labels.Labels(classes, task)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
+    self.frame = pairs.frame(tokenizer, causal=pool == 'last')
     self.predictor = self
 
   @classmethod
@@ -97,8 +97,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     """
     if options.get('task') == 'regression' or options.get('classes'):
       return {}
-    labels = itertools.chain.from_iterable(split.values('label') or () for split in documents)
-    classes = _labels.collect_classes(labels)
+    classes = _labels.collect_classes(documents)
     logging.info('%d classes: %s', len(classes), ', '.join(classes[:50]))
     return {'classes': classes}
 
@@ -108,6 +107,14 @@ class Objective(contracts.Objective, contracts.Predictor):
     records = super().sample_records(options)
     labels = _labels.samples(options.get('task'), options.get('classes') or ('0', '1'))
     return [record | {'label': next(labels)} for record in records]
+
+  def check(self, model: contracts.Model) -> None:
+    """A causal model has no pool 'cls'."""
+    if model.causal and self.pool == 'cls':
+      raise ValueError(
+        "objective.pool='cls' reads the first token, which in a causal model has seen nothing; use "
+        "'last' or 'mean'."
+      )
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """The documents in as few rows as they need.
@@ -155,11 +162,8 @@ class Objective(contracts.Objective, contracts.Predictor):
       labels: one per text; None for no label.
       seq_len: T.
     """
-    tokenizer, slots = self.tokenizer, self.slots(seq_len)
-    begin, end = tokenizer.cls_id, tokenizer.sep_id
-    if self.pool == 'last':
-      begin, end = tokenizer.bos_id, tokenizer.eos_id
-    row = pairs.packed(texts, seq_len, begin, tokenizer.sep_id, end, slots)
+    slots = self.slots(seq_len)
+    row = pairs.packed(texts, seq_len, self.frame, slots)
     row['label'] = np.zeros((slots, *self.labels.shape), self.labels.dtype)
     row['label_weight'] = np.zeros(slots, np.float32)
     for slot, label in enumerate(labels):
@@ -170,11 +174,6 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """The last linear layer, after BERT's pooler where the first token is read."""
-    if model.causal and self.pool == 'cls':
-      raise ValueError(
-        "objective.pool='cls' reads the first token, which in a causal model has seen nothing; use "
-        "'last' or 'mean'."
-      )
     outputs = len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
     bias = self.pool != 'last'
     found: dict[str, Any] = {}
@@ -254,7 +253,7 @@ class _Rows(TextRows):
   def __init__(
     self, objective: Objective, documents: Documents, seq_len: int, labels: Sequence[Any] | None
   ):
-    super().__init__(documents, seq_len, objective.slots(seq_len))
+    super().__init__(documents, seq_len, objective.slots(seq_len), objective.frame)
     self.objective, self.labels = objective, labels
 
   def example(self, index: int, rng: np.random.Generator) -> Example:

@@ -42,6 +42,14 @@ class Objective(contracts.Objective):
     self.tokenizer, self.packing = tokenizer, packing
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
+  def check(self, model: contracts.Model) -> None:
+    """The model must be causal."""
+    if not model.causal:
+      raise ValueError(
+        'objective clm needs a causal model (decoder): one that sees both sides of a token would '
+        'read the next one instead of predicting it. For this model choose objective mlm.'
+      )
+
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """Rows of pieces of documents."""
     return _Rows(self, documents, seq_len)

@@ -41,6 +41,11 @@ class Objective(contracts.Objective):
     evaluators = itertools.chain.from_iterable(part.evaluators for part in parts.values())
     self.evaluators = tuple(dict.fromkeys(evaluators))
 
+  def check(self, model: contracts.Model) -> None:
+    """What each part needs."""
+    for part in self.parts.values():
+      part.check(model)
+
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """The rows of the part that lays them out."""
     return self.lays_out.rows(documents, seq_len)

@@ -85,6 +85,14 @@ class Objective(contracts.Objective):
     self.special = np.asarray(tokenizer.special)
     self.ordinary = np.flatnonzero(~self.special).astype(np.int32)
 
+  def check(self, model: contracts.Model) -> None:
+    """The model must see both sides."""
+    if model.causal:
+      raise ValueError(
+        'objective mlm needs a model that sees both sides of a token (encoder); for a causal one '
+        'choose objective clm.'
+      )
+
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """Rows of pieces of documents, each as [CLS] piece [SEP]."""
     return _Rows(self, documents, seq_len)

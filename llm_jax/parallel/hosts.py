@@ -5,9 +5,9 @@ there are, `llm_jax.parallel.cluster` finds out. A single process leaves `jax.di
 
 How they end. A process that fails sends its reason to the others, which repeat it and stop within a
 few seconds. One that dies without a word (kill -9, a machine that is gone) is missed after
-HEARTBEAT_SECONDS at the latest. SIGTERM, to one or to all, makes all of them save the same step and
-stop (`preemption`); before the first step there is nothing to save: a single process ends at once,
-several after their first step.
+HEARTBEAT_SECONDS at the latest. SIGTERM or Ctrl-C, to one or to all, makes all of them save the
+same step and stop (`preemption`); before the first step there is nothing to save: a single process
+ends at once, several after their first step.
 
 All processes must call `agree`, `first`, `barrier` and `check_same` in the same order, as with any
 collective. These use the coordinator's key-value store and not the devices, whose collectives
@@ -224,23 +224,42 @@ def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
 @contextlib.contextmanager
 def preemption() -> Iterator[Callable[[], bool]]:
   """Gives a function to call once after each step: whether to save this very step and stop, because
-  SIGTERM came.
+  SIGTERM or Ctrl-C came. A second Ctrl-C raises KeyboardInterrupt at once.
 
   All processes get True at the same call, whichever of them got the signal; a call takes less than
   a microsecond.
   """
-  if several():
-    calls = itertools.count(1)  # JAX counts the calls from 1, at whatever step the run goes on
-    yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
-  elif threading.current_thread() is threading.main_thread():
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
-    try:
-      yield received.is_set
-    finally:
-      signal.signal(signal.SIGTERM, before)
-  else:
+  if threading.current_thread() is not threading.main_thread():
     yield lambda: False  # only the main thread gets signals
+  elif several():
+    calls = itertools.count(1)  # JAX counts the calls from 1, at whatever step the run goes on
+    with _on_signals(lambda: os.kill(os.getpid(), signal.SIGTERM), signal.SIGINT):
+      yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+  else:
+    received = threading.Event()
+    with _on_signals(received.set, signal.SIGTERM, signal.SIGINT):
+      yield received.is_set
+
+
+@contextlib.contextmanager
+def _on_signals(react: Callable[[], None], *numbers: signal.Signals) -> Iterator[None]:
+  """Calls `react` at any of these signals; one that is ignored stays so."""
+
+  def note(number: int, _: object) -> None:
+    if number == signal.SIGINT:
+      signal.signal(number, signal.default_int_handler)
+      print('\nllm_jax: saving after this step; Ctrl-C again stops at once.', file=sys.stderr)
+    react()
+
+  before = {number: signal.getsignal(number) for number in numbers}
+  changed = [number for number in numbers if before[number] != signal.SIG_IGN]
+  for number in changed:
+    signal.signal(number, note)
+  try:
+    yield
+  finally:
+    for number in changed:
+      signal.signal(number, before[number])
 
 
 def finish() -> None:

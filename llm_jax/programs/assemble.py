@@ -33,6 +33,8 @@ from llm_jax.parallel import sharding
 
 # Options of config.data; the others belong to the source.
 DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts')
+# By section, options of which only one can be set.
+ALTERNATIVES = {'optimizer': ('warmup_steps', 'warmup_fraction')}
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
 
@@ -59,12 +61,13 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   config = with_stand_ins(resolve(config, 1), tokenizer)
   model = create_model(config)
   if config.seq_len > model.max_len:
+    way_out = 'lower it' if config.init_from else 'lower it, or raise max_len'
     raise ValueError(
-      f'config.seq_len={config.seq_len} is more than config.model.max_len={model.max_len}; lower '
-      'it, or raise max_len.'
+      f'config.seq_len={config.seq_len} is more than config.model.max_len={model.max_len}; '
+      f'{way_out}.'
     )
   objective = create_objective(config, tokenizer)
-  objective.heads(model)
+  objective.check(model)
   create_adapter(config)
   _check_patience(config, create_evaluators(config, objective))
   for key, section in config.hooks.items():
@@ -80,7 +83,8 @@ def without_replaced_options(
   """The settings without options that belong to a plug-in which a flag has replaced.
 
   Where a flag names another plug-in than the config file does, what the file sets for the old one
-  and the new one does not take is dropped, and said.
+  and the new one does not take is dropped, and said. Where a flag sets one of two options of which
+  only one can be set, the file's other is dropped.
 
   Args:
     settings: the config as nested dictionaries, flags included.
@@ -93,7 +97,7 @@ def without_replaced_options(
   """
   settings = dict(settings)
   for kind in ('tokenizer', 'model', 'objective', *takes):
-    if f'{kind}.name' not in overrides:
+    if f'{kind}.name' not in overrides or not settings[kind].get('name'):
       continue
     section = settings[kind]
     options = takes.get(kind, functools.partial(_plugin_options, kind))(section['name'])
@@ -106,6 +110,10 @@ def without_replaced_options(
         '%s: not an option of %s; what the config file says is dropped.', names, section['name']
       )
     settings[kind] = _without(section, *dropped)
+  for section, options in ALTERNATIVES.items():
+    said = [option for option in options if f'{section}.{option}' in overrides]
+    if said and settings.get(section):
+      settings[section] = _without(settings[section], *(set(options) - set(said)))
   return settings
 
 

@@ -110,7 +110,10 @@ def build(
   """
   layout = assemble.create_layout(config, devices)
   model = assemble.create_model(config)
-  heads = objective.heads(model) if objective is not None else {}
+  heads = {}
+  if objective is not None:
+    objective.check(model)
+    heads = objective.heads(model)
   network = Network(model, heads, objective, assemble.create_adapter(config))
   boxed = abstract_boxed(network, example)
   infos = params_lib.infos(boxed)

@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 
+from llm_jax.core import files
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.params import Info
@@ -42,7 +43,7 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     ValueError: a folder that is neither; an option that contradicts it.
   """
   if config.init_from:
-    origin = pathlib.Path(config.init_from).expanduser().absolute()
+    origin = files.local('config.init_from', config.init_from).absolute()
     config = dataclasses.replace(config, init_from=str(origin))
     if folder is not None and hosts.agree(lambda: workdir.has_checkpoints(folder)):
       config = _continued(config, workdir.read_config(folder))
@@ -114,23 +115,13 @@ def missing_folder(config: Config) -> bool:
 
 def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   found = hf.model_options(str(folder), families(config))
-  model = assemble.model_module(found['name']).Model
-  shape = decisive(model)
-  given = _set(config.model)
-  for key in (name for name in shape if name in given):
-    has = found.get(key, getattr(model, key, None))  # or else the model's default
-    if given[key] != has:
-      raise ValueError(
-        f'config.model.{key}={given[key]!r} is not what {folder} has, {has!r}; leave it unset.'
-      )
-  decided = {*shape, 'name', 'variant'}
-  kept = {key: value for key, value in given.items() if key not in decided}
   objective = config.objective
   if not objective.get('name'):
-    objective = _objective(folder, model.causal) | _set(config.objective)
+    causal = assemble.model_module(found['name']).Model.causal
+    objective = _objective(folder, causal) | _set(config.objective)
   return dataclasses.replace(
     config,
-    model=found | kept,
+    model=_decided(config.model, found, folder),
     objective=objective,
     tokenizer={'name': 'hf', 'path': str(folder)},
   )
@@ -140,16 +131,39 @@ def _continued(config: Config, saved: Config) -> Config:
   """The config of a run that continues; what it sets otherwise than the run did is left in it, to
   be refused or taken.
   """
-  given = _set(config.model)
-  if 'variant' not in saved.model:  # it had given way to a Hugging Face folder, or there was none
-    given = saved.model | {key: value for key, value in given.items() if key != 'variant'}
+  of_hf = saved.init_from and saved.tokenizer.get('path') == saved.init_from
   return dataclasses.replace(
     config,
-    model=given if given.get('name') else saved.model | given,
+    model=_decided(config.model, saved.model, saved.init_from)
+    if of_hf
+    else _named_or(config.model, saved.model),
     tokenizer=saved.tokenizer,
     seq_len=config.seq_len or saved.seq_len,
-    objective=config.objective if config.objective.get('name') else saved.objective,
+    objective=_named_or(config.objective, saved.objective),
   )
+
+
+def _decided(
+  section: Mapping[str, Any], found: Mapping[str, Any], folder: pathlib.Path | str
+) -> dict[str, Any]:
+  """The section of a model whose shape a Hugging Face folder decides: its name and variant give
+  way to what was found there, any other option must agree with it.
+  """
+  model = assemble.model_module(found['name']).Model
+  shape = decisive(model)
+  given = _set(section)
+  for key in (name for name in shape if name in given):
+    has = found.get(key, getattr(model, key, None))  # or else the model's default
+    if _as_in_json(given[key]) != _as_in_json(has):
+      raise ValueError(
+        f'config.model.{key}={given[key]!r} is not what {folder} has, {has!r}; leave it unset.'
+      )
+  decided = {*shape, 'name', 'variant'}
+  return dict(found) | {key: value for key, value in given.items() if key not in decided}
+
+
+def _as_in_json(value: Any) -> Any:
+  return list(value) if isinstance(value, tuple) else value
 
 
 def _from_run(config: Config, folder: pathlib.Path) -> Config:

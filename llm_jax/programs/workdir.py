@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import jax
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import files
+from llm_jax.core import files, ownership
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.parallel import hosts
@@ -18,11 +18,11 @@ from llm_jax.programs import assemble, checkpoints
 
 
 def open_workdir(workdir: pathlib.Path) -> None:
-  """Makes the folder where it does not exist, and checks that it can be written to and that all
-  processes see the same one.
+  """Makes the folder where it does not exist, for these processes alone to train in, and checks
+  that it can be written to and that all of them see the same one.
 
   Raises:
-    ValueError: it cannot, or they do not.
+    ValueError: it cannot, they do not, or others train there.
   """
   probe = workdir / hosts.agree(lambda: _probe(workdir))
   if not probe.exists():
@@ -35,10 +35,17 @@ def open_workdir(workdir: pathlib.Path) -> None:
     probe.unlink()
 
 
+def leave(workdir: pathlib.Path) -> None:
+  """Lets other processes train in the folder."""
+  if hosts.primary():
+    ownership.release(workdir)
+
+
 def _probe(workdir: pathlib.Path) -> str:
   name = f'.probe-{uuid.uuid4().hex}'
   try:
     workdir.mkdir(parents=True, exist_ok=True)
+    ownership.take(workdir)
     (workdir / name).touch()
   except OSError as error:
     raise ValueError(

@@ -3,6 +3,7 @@ documents, and the objective that reads them.
 """
 
 import dataclasses
+import errno
 import functools
 import os
 import pathlib
@@ -12,6 +13,7 @@ from typing import Any
 from absl import logging
 
 from llm_jax.core import config as config_lib
+from llm_jax.core import files
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Objective, Source, Tokenizer
 from llm_jax.data import cache
@@ -78,6 +80,7 @@ def load(config: Config, folder: pathlib.Path) -> Data:
   splits = documents(config, tokenizer)
   config = assemble.derive(config, splits.train)
   config = assemble.resolve(config, tokenizer.vocab_size)
+  hosts.check_same('options that the data decide', config_lib.to_json(config))
   return Data(config, tokenizer, assemble.create_objective(config, tokenizer), splits)
 
 
@@ -105,9 +108,11 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
 def cache_directory(config: Config) -> pathlib.Path:
   """Where tokenizers and tokens are kept between runs: config.data.cache, or the user's cache."""
   home = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-  folder = pathlib.Path(config.data.get('cache') or home / 'llm_jax').expanduser()
+  folder = files.local('config.data.cache', config.data.get('cache')) or home / 'llm_jax'
   try:
     folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+      raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
   except OSError as error:
     raise ValueError(
       f'config.data.cache={folder} cannot be used ({error.strerror}); name a folder that can be '
@@ -147,6 +152,9 @@ def _with_absolute_paths(config: Config) -> Config:
 
 def _absolute_section(section: dict[str, Any]) -> dict[str, Any]:
   paths = {key: section[key] for key in ('path', 'data_dir') if section.get(key)}
+  for key, value in paths.items():
+    for part in value.split(','):
+      files.local(f'config.data.{key}', part.strip())
   return section | {key: _absolute(path) for key, path in paths.items()}
 
 

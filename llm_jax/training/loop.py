@@ -133,6 +133,11 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     patience = Patience(config.evaluation.patience)
   else:
     _check_corpus(restored.meta, splits, restored.step, folder)
+    if not bool(hosts.compiled(program.finite)(restored.state)):
+      raise ValueError(
+        f'{folder}/checkpoints/{restored.step} holds numbers that are not finite; remove that '
+        'folder, and the run goes on from the checkpoint before it.'
+      )
     state, position = restored.state, restored.position
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
@@ -140,7 +145,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
 
 
 def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
-  """Trains to the last step of the config, until no evaluation gets better, or until SIGTERM.
+  """Trains to the last step of the config, until no evaluation gets better, or until SIGTERM or
+  Ctrl-C.
 
   Args:
     run: of `start`; it is changed.
@@ -159,7 +165,10 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
     wandb=config.logging.wandb,
     config=dataclasses.asdict(config),
   )
-  with contextlib.closing(log), contextlib.closing(run.checkpoints):
+  with contextlib.ExitStack() as stack:
+    stack.callback(workdir.leave, run.workdir)
+    stack.enter_context(contextlib.closing(run.checkpoints))
+    stack.enter_context(contextlib.closing(log))
     if run.over:
       log.say(
         'This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.',
@@ -223,6 +232,7 @@ def _loop(
       if 'loss' in values:  # the evaluators that were chosen may give none
         saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
+      _check_finite(run, step)
       run.checkpoints.save(step, run.state, run.position, _meta(run), values if evaluated else None)
     for hook in called:
       hook(step, run.state, gauge.values | (values if evaluated else {}))
@@ -246,6 +256,19 @@ def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -
   return values
 
 
+def _check_finite(run: Run, step: int) -> None:
+  """Raises FloatingPointError rather than save a state that nothing can go on from."""
+  if bool(hosts.compiled(run.program.finite)(run.state)):
+    return
+  saved = run.checkpoints.steps()
+  newest = f'that of step {saved[-1]} is the newest' if saved else 'there is none yet'
+  raise FloatingPointError(
+    f'after step {step} the parameters, or what the optimizer keeps, are no longer finite, so no '
+    f'checkpoint is saved: {newest}. A lower config.optimizer.learning_rate, more warmup or '
+    'config.optimizer.clip_norm is the usual way out.'
+  )
+
+
 def _meta(run: Run) -> dict[str, Any]:
   """What a checkpoint keeps beside the state."""
   return {
@@ -258,10 +281,12 @@ def _meta(run: Run) -> dict[str, Any]:
 
 def _say_how_it_ended(run: Run, log: logs.Log) -> None:
   if not run.over:
+    run.checkpoints.wait()
     log.say(
-      'Stopped by SIGTERM after step %d, which is saved; the same command continues from there.',
+      'Stopped by a signal after step %d, which is saved; the same command continues from there.',
       run.step,
     )
+    return
   if run.patience.over:
     log.say(
       'Stopped early: no better validation loss than %.4f for %d evaluations.',

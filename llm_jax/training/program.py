@@ -45,6 +45,17 @@ class Training(Inference):
   micro_batches: int
   gradient_shardings: PyTree
 
+  @functools.cached_property
+  def finite(self) -> Callable[[TrainState], jax.Array]:
+    """Whether all parameters, and all that the optimizer keeps of them, are finite."""
+
+    def check(state: TrainState) -> jax.Array:
+      leaves = jax.tree.leaves((state.params, state.opt_state))
+      numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+      return jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
+
+    return jax.jit(check, out_shardings=sharding.replicated(self.mesh))
+
 
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   """As `assemble.check`, and the sections that training alone needs."""

@@ -139,3 +139,21 @@ def test_differences_that_matter_are_told_from_those_that_may_be():
     'steps',
   ]
   assert config.differences(old, old) == ([], [])
+
+
+@pytest.mark.parametrize(
+  'option, old, same, other',
+  [('clip_norm', 1.0, 0.5, 0.0), ('clip_norm', None, 0.5, 0.0), ('layer_decay', 0.9, 0.8, 1.0)],
+)
+def test_what_decides_the_state_of_the_optimizer_may_not_be_switched(option, old, same, other):
+  made = [tiny(optimizer=tiny().optimizer | {option: value}) for value in (old, same, other)]
+  assert config.differences(made[0], made[1])[0] == []
+  for before, after in (made[::2], made[::-2]):
+    (line,) = config.differences(before, after)[0]
+    assert line.startswith(f'optimizer.{option}: ') and 'state of the optimizer' in line
+
+
+def test_documents_may_move():
+  old = tiny(data=dict(source='text', path='/a/x.txt', validation=0.1))
+  assert config.differences(old, tiny(data=old.data | {'path': '/b/y.txt'}))[0] == []
+  assert config.differences(old, tiny(data=old.data | {'unit': 'line'}))[0] != []

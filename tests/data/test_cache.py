@@ -187,7 +187,7 @@ def test_a_damaged_cache_is_built_again(tmp_path, name, content, caplog):
 
 
 def test_an_error_in_a_document_names_it_and_leaves_nothing(tmp_path):
-  with pytest.raises(KeyError, match='text') as caught:
+  with pytest.raises(ValueError, match='a record has no text, only txt') as caught:
     cache.build(Listed([{'text': 'a'}, {'txt': 'b'}]), Letters(), TEXT, str(tmp_path))
   assert caught.value.__notes__ == ['while tokenizing document 1']
   assert _entries(tmp_path) == []
@@ -402,7 +402,7 @@ def test_worker_processes_give_the_same_files(tmp_path, monkeypatch, importable,
 
 def test_a_document_that_fails_in_a_worker_is_named_too(tmp_path, monkeypatch, importable):
   monkeypatch.setattr(cache_writer, 'IN_PROCESS_SECONDS', 0.0)
-  with pytest.raises(KeyError) as caught:
+  with pytest.raises(ValueError) as caught:
     cache.build(
       importable.Listed(_texts(20) + [{'txt': ''}]),
       importable.Letters(),

@@ -36,7 +36,7 @@ def test_in_memory_is_as_from_the_cache(small, tmp_path):
 
 
 def test_a_record_that_does_not_fit_is_named(small):
-  with pytest.raises(KeyError, match='text') as caught:
+  with pytest.raises(ValueError, match='a record has no text, only txt') as caught:
     documents.Memory([{'text': 'a'}, {'txt': 'b'}], contracts.Objective.encode, small.Tokenizer())
   assert caught.value.__notes__ == ['while tokenizing document 1']
   memory = documents.Memory([{'text': 'a'}], contracts.Objective.encode, small.Tokenizer())

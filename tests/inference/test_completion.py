@@ -113,9 +113,9 @@ def test_batches_and_what_stands_before_a_prompt():
   bos = TOKENIZER.bos_id
   assert said.asked[0].prompts == [[bos, *TOKENIZER.encode('x')], [bos]] and said.asked[
     0
-  ].eos_ids == [TOKENIZER.eos_id]
+  ].eos_ids == (TOKENIZER.eos_id,)
   other = types.SimpleNamespace(
-    encode=TOKENIZER.encode, decode=TOKENIZER.decode, eos_id=1, bos_id=2, template=((), (9,))
+    encode=TOKENIZER.encode, decode=TOKENIZER.decode, eos_ids=(1, 3), bos_id=2, template=((), (9,))
   )
   said = Said(*'ab')
   completion.Completer(said, other)(None, ['x', ''], GREEDY)
@@ -123,6 +123,7 @@ def test_batches_and_what_stands_before_a_prompt():
     [*TOKENIZER.encode('x')],
     [2],
   ]  # nothing before, but there must be something
+  assert said.asked[0].eos_ids == (1, 3)
 
 
 class Spaced:
@@ -130,7 +131,7 @@ class Spaced:
   SentencePiece has it.
   """
 
-  template, bos_id, eos_id, words = None, 0, 1, ['', '', '\u2581a', '\u2581b', 'c']
+  template, bos_id, eos_ids, words = None, 0, (1,), ['', '', '\u2581a', '\u2581b', 'c']
 
   def encode(self, text):
     return np.array([self.words.index(f'\u2581{word}') for word in text.split()], np.int32)

@@ -1,4 +1,6 @@
+import itertools
 import json
+import re
 import types
 
 import flax.linen as nn
@@ -130,7 +132,9 @@ def test_every_text_has_one_slot_and_no_row_overflows(small, lengths, seq_len, p
     assert row['label_weight'].tolist() == [1] * len(texts) + [0] * (slots - len(texts))
     for slot, text in enumerate(texts):
       first, last = row['text_firsts'][slot], row['text_lasts'][slot]
-      n, m = _text_rows.fit(lengths[text], lengths[text] // 2 if paired else None, seq_len)
+      n, m = _text_rows.fit(
+        lengths[text], lengths[text] // 2 if paired else None, seq_len, 2 + paired
+      )
       assert row['tokens'][first : last + 1].tolist() == [
         2,
         *[9 + text % 40] * n,
@@ -178,15 +182,16 @@ def test_packing_is_dense_mixes_neighbours_and_says_what_it_does(small, monkeypa
 def test_fit_takes_arrays():
   first, second = np.random.default_rng(0).integers(0, 30, (2, 200))
   for both in (second, None):
-    n, m = _text_rows.fit(first, both, 17)
+    special = 2 if both is None else 3
+    n, m = _text_rows.fit(first, both, 17, special)
     for i, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-      alone = _text_rows.fit(a, None if both is None else b, 17)
+      alone = _text_rows.fit(a, None if both is None else b, 17, special)
       assert (n[i], None if both is None else m[i]) == alone
 
 
 @given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))
 def test_fit_cuts_the_longer_text_first(first, second, seq_len):
-  n, m = _text_rows.fit(first, second, seq_len)
+  n, m = _text_rows.fit(first, second, seq_len, 2 if second is None else 3)
   if second is None:
     assert (n, m) == (min(first, seq_len - 2), None)
     return
@@ -214,10 +219,10 @@ def test_cuts_are_counted_and_logged_once(small, monkeypatch):
     (
       {},
       ['a', 'd'],
-      r"document 1 has the label 'd'; it must be one of the 3 classes of the training set: a, b, c",
+      r"document 1 has the label 'd'; it must be one of the 3 classes of .*documents \(a, b, c\)",
     ),
     ({}, ['a', ['b']], r"document 1 has the label \['b'\]"),
-    ({}, ['a', None], "document 1 has no label.*unlabelled='ignore'"),
+    ({}, ['a', None], 'document 1 has no label.*unlabelled=ignore'),
     ({}, None, 'needs labels and this corpus has none.*config.data.label'),
     ({'task': 'multilabel'}, [['a'], 'b'], "document 1 has the label 'b'; it must be a list"),
     (
@@ -288,8 +293,36 @@ def test_classes_are_derived_from_the_training_documents(small, monkeypatch):
   for labels in ([None], ([])):
     with pytest.raises(ValueError, match='needs labels and this corpus has none'):
       derived(labels)
-  with pytest.raises(ValueError, match=r'numbers such as 1.5; set config.objective.task=regressio'):
+  with pytest.raises(ValueError, match=r'numbers such as 1.5 .document 1.; set config.*task'):
     derived(['a'], ['b', 1.5])
+  with pytest.raises(ValueError, match=r"document 0: the label \['1', '0'\] says by zeros"):
+    derived([['1', '0'], ['0', '0']], task='multilabel')
+  lists = [['1', '0'], ['0', '1', '1']]  # of different lengths: names, if odd ones
+  assert derived(lists, task='multilabel') == {'classes': ('0', '1')}
+
+
+@pytest.mark.parametrize(
+  'labels, said',
+  [
+    (['1', '2', '1.0'], r"document 2: the classes '1.0' and '1' .document 0. differ only in how"),
+    (['x', 'y', ' x'], r"document 2: the classes ' x' and 'x' .document 0. differ only"),
+    (['x', '"x"'], r"document 1: the classes '\"x\"' and 'x'"),
+    (['b', 'NaN'], r"document 1: the class 'NaN' often means that there is no label"),
+    (['-1', '0', '1'], r"document 0: the class '-1' often means"),
+  ],
+)
+def test_labels_that_may_be_a_mistake_are_named(small, caplog, labels, said):
+  found = classify.Objective.derive({}, [small.Documents([[9]] * len(labels), labels=labels)])
+  assert set(found['classes']) == set(labels)
+  assert re.search(said, caplog.text)
+
+
+def test_classes_are_in_an_order_without_chance(small):
+  """'nan' is no number to sort by: with it, an order by value would depend on the set's."""
+  names = ['3.0', 'nan', '1.0', '2.0', '0.0']
+  for labels in itertools.permutations(names):
+    found = classify.Objective.derive({}, [small.Documents([[9]] * 5, labels=list(labels))])
+    assert found['classes'] == ('0.0', '1.0', '2.0', '3.0', 'nan')
 
 
 @pytest.mark.parametrize('paired', [False, True])
@@ -462,7 +495,7 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
   last = classify.Objective(small.Tokenizer(), LETTERS, pool='last').heads(model)
   assert set(last) == {'classifier'} and not last['classifier'].bias
   with pytest.raises(ValueError, match="pool='cls' reads the first token, which in a causal model"):
-    objective.heads(types.SimpleNamespace(causal=True))
+    objective.check(types.SimpleNamespace(causal=True))
 
   class Net(nn.Module):
     heads: dict

@@ -16,7 +16,8 @@ class Tokenizer:
   """Seven special tokens, then the characters of an alphabet."""
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(len(SPECIALS))
-  template = None
+  template = pair_template = None
+  eos_ids = (eos_id,)
 
   def __init__(self, alphabet: str):
     self.alphabet = alphabet
@@ -47,7 +48,9 @@ class Tokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(self.alphabet))
 
-  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
+  def export(
+    self, directory: str, *, causal: bool, max_len: int, token_types: bool, closed: bool = False
+  ) -> None:
     """As a BPE without merges, whose tokens are characters."""
     around = ['[BOS]'] if causal else ['[CLS]', '[SEP]']
     first, *last = ({'SpecialToken': {'id': name, 'type_id': 0}} for name in around)

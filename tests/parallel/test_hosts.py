@@ -269,13 +269,28 @@ def test_alone_everything_is_at_once():
   assert hosts.compiled(function)(1) == 2  # a function without .lower: nothing is compiled ahead
 
 
-def test_sigterm_alone():
-  before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_process(number):
+  before = signal.getsignal(number)
   with hosts.preemption() as preempted:
     assert not preempted()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), number)
     assert preempted()
-  assert signal.getsignal(signal.SIGTERM) is before
+    if number == signal.SIGINT:
+      with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), number)
+        time.sleep(1)  # which the signal cuts short
+  assert signal.getsignal(number) is before
+
+
+def test_an_ignored_signal_stays_ignored():
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a job in the background
+  try:
+    with hosts.preemption() as preempted:
+      os.kill(os.getpid(), signal.SIGINT)
+      assert not preempted()
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def test_what_a_lost_connection_is():
@@ -622,7 +637,7 @@ def test_a_killed_process_ends_the_other_with_its_reason(pair):
 def test_sigterm_to_one_saves_one_step_on_all(pair):
   status, seconds, log = pair['preempted']
   assert status == 0 and seconds < ENDS_WITHIN
-  assert f'Stopped by SIGTERM after step {pair["step"]}, which is saved' in log
+  assert f'Stopped by a signal after step {pair["step"]}, which is saved' in log
   assert pair['saved'][-1] == pair['step']
 
 

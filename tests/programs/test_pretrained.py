@@ -17,7 +17,7 @@ from llm_jax.data.tokenizers import byte
 from llm_jax.inference import completion, session
 from llm_jax.inference.export import export
 from llm_jax.inference.sampling import Sampling
-from llm_jax.modes.embed import embed
+from llm_jax.modes.embed import embed, read_texts
 from llm_jax.modes.eval import evaluate
 from llm_jax.modes.generate import generate
 from llm_jax.programs import pretrained
@@ -146,7 +146,12 @@ def test_a_run_starts_from_a_folder_and_goes_on_without_it(folder, tmp_path):
   assert values['loss'] == pytest.approx(last['loss'], abs=1e-6)
   on = run(config | dict(steps=3), tmp_path / 'w')
   assert int(on.state.step) == 3 and on.program.config.model == started.program.config.model
-  with pytest.raises(ValueError, match='model.dim: 16 -> 32'):
+  # A config for another kind of model gives way to the folder at each start, not at the first only.
+  other = config | dict(steps=3, model=dict(name='decoder', variant='gpt_tiny'))
+  assert loop.prepare(config_lib.parse(other), tmp_path / 'w').program.config.model == (
+    started.program.config.model
+  )
+  with pytest.raises(ValueError, match='model.dim=32 is not what .*hf has, 16'):
     run(config | dict(steps=4, model=config['model'] | dict(dim=32)), tmp_path / 'w')
 
 
@@ -173,6 +178,8 @@ def test_what_the_config_says_goes_first_or_is_refused(folder):
       ValueError, match=r'config.model.dim=32 is not what .*hf-mlm has, 16; leave it unset'
     ):
       of_folder(folder / 'hf-mlm', model=model | more)
+  with pytest.raises(ValueError, match=r'model.window=8 is not what .*hf-mlm has, None'):
+    of_folder(folder / 'hf-mlm', model=model | dict(window=8))
 
 
 @pytest.mark.parametrize('path', ['nowhere', 'letters.txt', ''])
@@ -257,6 +264,17 @@ def test_what_cannot_be_embedded(folder, tmp_path, source, target, pool, message
       pool,
     )
   assert not (tmp_path / 'v.npy').exists()
+
+
+def test_every_line_of_a_file_is_a_text(tmp_path):
+  (tmp_path / 'x.txt').write_bytes('\ufeffthe cat\r\n\n   \nthe dog\n'.encode())
+  assert read_texts(tmp_path / 'x.txt', 'text') == ['the cat', '', '   ', 'the dog']
+  (tmp_path / 'x.txt').write_bytes(b'fine\nl\xe4ngst\n')
+  with pytest.raises(ValueError, match='x.txt:2: not UTF-8'):
+    read_texts(tmp_path / 'x.txt', 'text')
+  (tmp_path / 'x.txt').write_bytes(b'')
+  with pytest.raises(ValueError, match='x.txt has no line'):
+    read_texts(tmp_path / 'x.txt', 'text')
 
 
 @pytest.mark.slow

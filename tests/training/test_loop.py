@@ -16,6 +16,7 @@ import threading
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -28,6 +29,7 @@ from llm_jax.modes import eval as eval_mode
 from llm_jax.modes import predict as predict_mode
 from llm_jax.parallel import chips
 from llm_jax.programs import workdir as workdir_lib
+from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.programs.inference import Inference
 from llm_jax.training import logs, loop, meter
 
@@ -196,6 +198,7 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
     'checkpoints',
     'metrics.jsonl',
     'loss.png',
+    '.owner',
   }
   assert workdir_lib.read_config(tmp_path) == config_lib.from_json(
     config_lib.to_json(started.program.config)
@@ -238,9 +241,13 @@ def test_other_documents_are_refused(corpus, tmp_path):
   run(tree, tmp_path / 'w')
   os.utime(path, (0, 0))  # a copy of the same text is the same documents
   assert run(tree | dict(steps=3), tmp_path / 'w').state.step == 3
+  (tmp_path / 'moved').mkdir()
+  path = path.rename(tmp_path / 'moved' / 'renamed.txt')
+  tree['data'] = tree['data'] | dict(path=str(path))
+  assert run(tree | dict(steps=4), tmp_path / 'w').state.step == 4
   path.write_text((corpus / 'letters.txt').read_text() + '\none more line')
   with pytest.raises(ValueError, match='documents of config.data have changed'):
-    run(tree | dict(steps=4), tmp_path / 'w')
+    run(tree | dict(steps=5), tmp_path / 'w')
 
 
 @pytest.mark.slow
@@ -463,9 +470,46 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus, tmp_path):
     run(tree, tmp_path)
 
 
+@pytest.mark.slow
+def test_a_state_that_is_not_finite_is_not_saved(corpus, tmp_path):
+  tree = settings(corpus, 'clm', steps=1)
+  rate = dict(name='sgd', learning_rate=1e39, warmup_fraction=0.0, clip_norm=0.0)
+  with pytest.raises(FloatingPointError, match='after step 1 .*no longer finite.*none yet'):
+    run(tree | dict(optimizer=rate), tmp_path)
+  assert not workdir_lib.has_checkpoints(tmp_path)
+  # What an earlier revision saved is not gone on from.
+  started = run(tree, tmp_path)
+  broken = jax.tree.map(lambda x: x * jnp.nan, started.state.params)
+  saved = Checkpoints(tmp_path / 'checkpoints', 2)
+  saved.save(2, started.state.replace(params=broken, step=jnp.int32(2)), 16, loop._meta(started))
+  saved.close()
+  with pytest.raises(ValueError, match='checkpoints/2 holds numbers that are not finite; remove'):
+    run(tree | dict(steps=3), tmp_path)
+
+
 @pytest.mark.parametrize(
   ('changes', 'error', 'message'),
   [
+    (
+      dict(objective=dict(name='mlm')),
+      ValueError,
+      'objective mlm needs a model that sees both sides',
+    ),
+    (
+      dict(model=dict(name='encoder', variant='bert_tiny')),
+      ValueError,
+      'objective clm needs a causal model',
+    ),
+    (
+      dict(evaluation=dict(patience=2), evaluators=dict(classification={})),
+      ValueError,
+      'patience=2 waits for a better loss, which none of the evaluators classification gives',
+    ),
+    (
+      dict(data=dict(path='gs://bucket/x.txt')),
+      ValueError,
+      'config.data.path=gs://bucket/x.txt is an address.*mount it',
+    ),
     (
       dict(batch_size=7, micro_batches=2),
       ValueError,
@@ -509,7 +553,8 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(
 ):
   tree = settings(corpus, 'clm')
   for key, value in changes.items():
-    tree[key] = (tree[key] | value) if isinstance(value, dict) and key != 'tokenizer' else value
+    merged = isinstance(value, dict) and key != 'tokenizer'
+    tree[key] = tree.get(key, {}) | value if merged else value
   monkeypatch.setattr(
     jax, 'jit', lambda *a, **k: lambda *a, **k: pytest.fail('something was compiled')
   )
@@ -520,7 +565,7 @@ def test_what_cannot_be_is_said_before_anything_is_compiled(
 def test_labels_that_cannot_be_are_named(corpus, tmp_path):
   tree = settings(corpus, 'classify')
   data = [{'text': f'{i} a', 'kind': 'a' if i % 2 else 'b'} for i in range(60)]
-  for bad, message in ((None, 'label field .kind. is missing'), ({'x': 1}, 'kind')):
+  for bad, message in ((None, r'x.jsonl:61 has no label; give it one'), ({'x': 1}, 'kind')):
     (tmp_path / 'x.jsonl').write_text(
       '\n'.join(map(json.dumps, [*data, {'text': 'z', 'kind': bad}]))
     )
@@ -530,7 +575,7 @@ def test_labels_that_cannot_be_are_named(corpus, tmp_path):
   (tmp_path / 'y.jsonl').write_text('\n'.join(map(json.dumps, data)))
   with pytest.raises(
     ValueError,
-    match=r"document \d+ has the label 'c\d+'; it must be one of the \d+ classes of the training",
+    match=r"y.jsonl:\d+ has the label 'c\d+'; it must be one of the \d+ classes of the training",
   ):
     run(tree | dict(data=tree['data'] | dict(path=str(tmp_path / 'y.jsonl'))), tmp_path / 'w')
 

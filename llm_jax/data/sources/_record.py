@@ -17,7 +17,8 @@ class Fields:
   Attributes:
     text: name of the field with the text; '' where records have none.
     pair: name of the field with the second text, or None.
-    label: name of the field with the label, or None.
+    label: name of the field with the label, or None. A record where it is null or an empty string
+      has no label.
     others: names of further fields, which a record holds under these names as they are.
 
   Raises:
@@ -78,7 +79,7 @@ class Fields:
       record['text'] = string(values[self.text], f'{where}: field {self.text!r}')
     if self.pair is not None:
       record['pair'] = string(values[self.pair], f'{where}: field {self.pair!r}')
-    if self.label is not None:
+    if self.label is not None and values[self.label] not in (None, ''):
       record['label'] = label_value(values[self.label], f'{where}: label field {self.label!r}')
     return record
 
@@ -100,7 +101,7 @@ def label_value(value: Any, where: str) -> str | float | list[str]:
   """A label as the contract has it: str (also for int and bool), float, or list of str.
 
   Raises:
-    ValueError: the label is missing (null, an empty string), not a number, or of another type.
+    ValueError: a number that is not finite, a name in a list that is missing, another type.
   """
   if isinstance(value, (list, tuple)):
     return [_name(item, where) for item in value]
@@ -113,10 +114,7 @@ def label_value(value: Any, where: str) -> str | float | list[str]:
 
 def _name(value: Any, where: str) -> str:
   if value is None or value == '':
-    raise ValueError(
-      f'{where} is missing; give every record a label, or set no label field to read them all '
-      'without.'
-    )
+    raise ValueError(f'{where} lists a name that is missing: {value!r}.')
   if not isinstance(value, (str, int)):
     raise ValueError(
       f'{where} is {value!r}, of type {type(value).__name__}; '

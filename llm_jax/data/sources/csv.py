@@ -65,11 +65,16 @@ class Source:
     return len(self._index)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    file, line, start, stop = (int(value) for value in self._index[index])
+    file, _, start, stop = (int(value) for value in self._index[index])
     text = _paths.read(self.files[file], start, stop).decode('utf-8')
     row = next(csv.reader([text], **self._dialect(self.files[file])))
     values = dict(zip(self.headers[file], row, strict=True))
-    return self.fields.record(values, f'{self.files[file]}:{line}')
+    return self.fields.record(values, self.where(index))
+
+  def where(self, index: int) -> str:
+    """File and line of a record."""
+    file, line, _, _ = (int(value) for value in self._index[index])
+    return f'{self.files[file]}:{line}'
 
   @functools.cached_property
   def _index(self) -> np.ndarray:

@@ -46,8 +46,12 @@ class Source:
     return len(self._index)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    file, line, start, stop = (int(value) for value in self._index[index])
-    where = f'{self.files[file]}:{line}'
+    return self.fields.record(self.values(index), self.where(index))
+
+  def values(self, index: int) -> dict[str, Any]:
+    """All fields of one line as they are; ValueError for a line that is no object."""
+    file, _, start, stop = (int(value) for value in self._index[index])
+    where = self.where(index)
     data = _paths.read(self.files[file], start, stop)
     try:
       values = json.loads(data.decode('utf-8-sig'))
@@ -58,7 +62,12 @@ class Source:
         f'{where}: a {type(values).__name__}, not a JSON object; each line must be like '
         f'{{"{self.fields.names[0]}": "..."}}.'
       )
-    return self.fields.record(values, where)
+    return values
+
+  def where(self, index: int) -> str:
+    """File and line of a record."""
+    file, line, _, _ = (int(value) for value in self._index[index])
+    return f'{self.files[file]}:{line}'
 
   @functools.cached_property
   def _index(self) -> np.ndarray:

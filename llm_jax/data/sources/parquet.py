@@ -60,13 +60,21 @@ class Source:
     return self._starts[-1]
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    index = range(len(self))[index]
-    group = bisect.bisect_right(self._starts, index) - 1
-    file, row = self._groups[group][0], index - self._starts[group]
+    group, row = self._position(index)
     table = self._read(group)
     values = {name: table[name][row].as_py() for name in table.column_names}
-    where = f'{self.files[file]}, row group {self._groups[group][1]}, row {row}'
-    return self.fields.record(values, where)
+    return self.fields.record(values, self.where(index))
+
+  def where(self, index: int) -> str:
+    """File, row group and row of a record."""
+    group, row = self._position(index)
+    file, number = self._groups[group]
+    return f'{self.files[file]}, row group {number}, row {row}'
+
+  def _position(self, index: int) -> tuple[int, int]:
+    index = range(len(self))[index]
+    group = bisect.bisect_right(self._starts, index) - 1
+    return group, index - self._starts[group]
 
   def __getstate__(self) -> dict[str, Any]:
     return self.__dict__ | {'_held': (-1, None)}

@@ -69,8 +69,11 @@ class Source:
     index = range(len(self))[index]
     example = self._data[index]
     values = {field: _python(example[field], self._names[field]) for field in self.fields.names}
-    where = f'dataset {self.name!r}, {self.split}, example {index}'
-    return self.fields.record(values, where)
+    return self.fields.record(values, self.where(index))
+
+  def where(self, index: int) -> str:
+    """Dataset, split and example of a record."""
+    return f'dataset {self.name!r}, {self.split}, example {index}'
 
   def __getstate__(self) -> dict[str, Any]:
     state = dict(self.__dict__)

@@ -37,6 +37,7 @@ def folder(
   causal: bool,
   max_len: int,
   token_types: bool,
+  closed: bool = False,
 ) -> dict[str, str]:
   """The three files of a tokenizer, by name.
 
@@ -45,10 +46,13 @@ def folder(
     specials: id and text of each special token, by name ('pad', 'cls', ...).
     causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has
       type 1.
+    closed: a causal model's texts have EOS after them, and a separator between them.
     max_len: the longest row that the model takes.
     token_types: whether the model reads the types.
   """
-  if causal:
+  if causal and closed:
+    post_processor = template(specials['bos'], specials['eos'], [specials['sep']])
+  elif causal:
     post_processor = template(before=specials['bos'])
   else:
     post_processor = template(before=specials['cls'], after=specials['sep'])
@@ -108,30 +112,42 @@ def added_token(number: int, text: str, *, special: bool = True) -> dict[str, An
   }
 
 
-def template(
-  before: tuple[int, str] | None = None, after: tuple[int, str] | None = None
-) -> dict[str, Any]:
-  """The post-processor that puts special tokens, each (id, text), around a text; around the second
-  of a pair with type 1.
-  """
+Special = tuple[int, str]  # id and text
 
-  def item(token: tuple[int, str] | None, type_id: int) -> list[dict[str, Any]]:
+
+def template(
+  before: Special | None = None,
+  after: Special | None = None,
+  between: Sequence[Special] | None = None,
+) -> dict[str, Any]:
+  """The post-processor that puts special tokens around a text, and around the texts of a pair, of
+  which the second has type 1.
+
+  Args:
+    before: stands before a text, or before the first of a pair.
+    after: after a text, or after the second of a pair.
+    between: between the two; by default `after`, or without one `before`.
+  """
+  if between is None:
+    between = [token for token in (after or before,) if token]
+
+  def item(token: Special | None, type_id: int) -> list[dict[str, Any]]:
     return [{'SpecialToken': {'id': token[1], 'type_id': type_id}}] if token else []
 
   def text(name: str, type_id: int) -> list[dict[str, Any]]:
     return [{'Sequence': {'id': name, 'type_id': type_id}}]
 
-  first = item(before, 0) + text('A', 0) + item(after, 0)
+  first = item(before, 0) + text('A', 0)
+  # A separator belongs to the text that it ends, BOS to the one that it begins.
+  middle = [part for token in between for part in item(token, int(token == before))]
   second = text('B', 1) + item(after, 1)
-  if not after:  # BERT's pairs have one [CLS]
-    second = item(before, 1) + second
   tokens = {}
-  for number, name in filter(None, (before, after)):
+  for number, name in filter(None, (before, after, *between)):
     tokens[name] = {'id': name, 'ids': [number], 'tokens': [name]}
   return {
     'type': 'TemplateProcessing',
-    'single': first,
-    'pair': first + second,
+    'single': first + item(after, 0),
+    'pair': first + middle + second,
     'special_tokens': tokens,
   }
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   import tokenizers
 
 NAMES = tuple(_export.NAMES)
+CONFIGS = ('config.json', 'generation_config.json')  # of the model; they name ids too
 _FALLBACKS = {  # a special token that a folder lacks is another one; in this order
   'cls': ('bos', 'eos'),
   'sep': ('eos',),
@@ -106,6 +107,19 @@ def filled(specials: Mapping[str, int]) -> dict[str, int]:
   return ids
 
 
+def ends(files: Mapping[str, str], eos_id: int, vocab_size: int) -> tuple[int, ...]:
+  """The ids at which a text ends: those of generation_config.json, else of config.json, as
+  `transformers` takes them, and `eos_id`, which comes first.
+  """
+  for name in reversed(CONFIGS):
+    given = read_json(files, name).get('eos_token_id')
+    if given is not None:
+      numbers = given if isinstance(given, list) else [given]
+      known = [n for n in numbers if isinstance(n, int) and 0 <= n < vocab_size]
+      return tuple(dict.fromkeys([eos_id, *known]))
+  return (eos_id,)
+
+
 def hide(
   tokenizer: 'tokenizers.Tokenizer',
   description: Mapping[str, Any],
@@ -128,23 +142,52 @@ def hide(
 
 
 def template(
-  files: Mapping[str, str], tokenizer: 'tokenizers.Tokenizer', specials: Mapping[str, int]
+  files: Mapping[str, str], tokenizer: 'tokenizers.Tokenizer'
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-  """The ids before and after one text; add_bos_token and add_eos_token of tokenizer_config.json
-  have the last word.
+  """The ids before and after one text: those of tokenizer.json's post-processor, which has the last
+  word in `transformers` 5.
   """
-  config, ids = read_json(files, 'tokenizer_config.json'), filled(specials)
-  if 'add_bos_token' in config or 'add_eos_token' in config:
-
-    def asked_for(name: str) -> tuple[int, ...]:
-      return (ids[name],) if config.get(f'add_{name}_token') and name in specials else ()
-
-    return asked_for('bos'), asked_for('eos')
   encoding = tokenizer.encode('a')
   ordinary = np.flatnonzero(np.array(encoding.special_tokens_mask) == 0)
   if not len(ordinary):
     return tuple(encoding.ids), ()
-  return tuple(encoding.ids[: ordinary[0]]), tuple(encoding.ids[ordinary[-1] + 1 :])
+  before, after = tuple(encoding.ids[: ordinary[0]]), tuple(encoding.ids[ordinary[-1] + 1 :])
+  config = read_json(files, 'tokenizer_config.json')
+  for key, there in (('add_bos_token', before), ('add_eos_token', after)):
+    if key in config and bool(config[key]) != bool(there):
+      logging.warning(
+        'tokenizer_config.json has %s=%s and is not obeyed: the post-processor of tokenizer.json '
+        'says which ids stand around a text.',
+        key,
+        config[key],
+      )
+  return before, after
+
+
+def pair_template(
+  files: Mapping[str, str], tokenizer: 'tokenizers.Tokenizer'
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int]:
+  """The ids before the first text of a pair, between the two and after the second, and the token
+  type of the second: 0 where the folder's model is given no types.
+  """
+  encoding = tokenizer.encode('a', 'a')
+  texts = np.array([-1 if text is None else text for text in encoding.sequence_ids])
+  first, second = np.flatnonzero(texts == 0), np.flatnonzero(texts == 1)
+  if not len(first) or not len(second):  # a vocabulary without this letter, or no pairs
+    before, after = template({}, tokenizer)
+    return before, (), after, 0
+  ids = tuple(encoding.ids)
+  reads_types = _reads_types(read_json(files, 'tokenizer_config.json'))
+  second_type = encoding.type_ids[second[0]] if reads_types else 0
+  return ids[: first[0]], ids[first[-1] + 1 : second[0]], ids[second[-1] + 1 :], second_type
+
+
+def _reads_types(config: Mapping[str, Any]) -> bool:
+  """Whether transformers gives token types to the model of a folder."""
+  inputs = config.get('model_input_names')
+  if inputs is None:
+    return config.get('tokenizer_class', 'BertTokenizer').startswith('Bert')
+  return 'token_type_ids' in inputs
 
 
 def _unknown(description: Mapping[str, Any], tokenizer: 'tokenizers.Tokenizer') -> int | None:

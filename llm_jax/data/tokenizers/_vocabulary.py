@@ -191,11 +191,13 @@ def _sentencepiece(path: str, options: Mapping[str, Any]) -> tuple[dict[str, Any
   names = _names(options, specials, texts)
   token = {key: (texts[text], text) for key, text in names.items()}
   if 'cls_token' in token and 'sep_token' in token:
-    description['post_processor'] = _export.template(token['cls_token'], token['sep_token'])
+    begin, end = token['cls_token'], token['sep_token']
+    description['post_processor'] = _export.template(begin, end, [end, end])
   else:
     before = token.get('bos_token') if options.get('add_bos_token', True) else None
     after = token.get('eos_token') if options.get('add_eos_token', False) else None
-    description['post_processor'] = _export.template(before, after)
+    between = [token for token in (after, before) if token]
+    description['post_processor'] = _export.template(before, after, between)
   return description, names
 
 

@@ -21,7 +21,8 @@ class Tokenizer:
   """
 
   pad_id, unk_id, cls_id, sep_id, mask_id, bos_id, eos_id = range(len(SPECIALS))
-  template = None
+  template = pair_template = None
+  eos_ids = (eos_id,)
   vocab_size = len(SPECIALS) + 256
   fingerprint = hashlib.sha256(b'byte, seven special tokens first').hexdigest()
 
@@ -66,7 +67,9 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
       json.dump({'name': 'byte', 'specials': specials}, file, indent=2)
 
-  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
+  def export(
+    self, directory: str, *, causal: bool, max_len: int, token_types: bool, closed: bool = False
+  ) -> None:
     """Writes what `transformers.AutoTokenizer` opens, with the same ids: a BPE without merges,
     whose characters become bytes.
 
@@ -75,6 +78,7 @@ class Tokenizer:
       causal: [BOS] before each text, else [CLS] before and [SEP] after.
       max_len: the longest row that the model takes.
       token_types: whether the model tells the texts of a pair apart by an embedding.
+      closed: a causal model's texts end with EOS, as its classifier reads them.
     """
     vocab = {text: number for text, [number] in _TEXTS.items()}
     vocab |= {f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)}
@@ -98,7 +102,7 @@ class Tokenizer:
     specials = {
       name: (number, text) for name, (text, [number]) in zip(SPECIALS, _TEXTS.items(), strict=True)
     }
-    options = dict(causal=causal, max_len=max_len, token_types=token_types)
+    options = dict(causal=causal, max_len=max_len, token_types=token_types, closed=closed)
     _export.write(directory, _export.folder(description, specials, **options))
 
 

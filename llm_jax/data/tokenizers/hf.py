@@ -15,7 +15,7 @@ from absl import logging
 from llm_jax.data.tokenizers import _export, _specials, _spelling, _vocabulary, _words
 
 _LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint
-_KEPT = (*_export.FILES, 'config.json', 'chat_template.jinja')
+_KEPT = (*_export.FILES, *_specials.CONFIGS, 'chat_template.jinja')
 _UNCHANGED = ('PreTrainedTokenizerFast', 'TokenizersBackend')  # classes that keep tokenizer.json
 _BERT_OPTIONS = {  # of a BertNormalizer: key in tokenizer.json -> key in tokenizer_config.json
   'lowercase': 'do_lower_case',
@@ -53,7 +53,8 @@ class Tokenizer:
 
   Args:
     files: texts by name: tokenizer.json, and as far as the folder has them tokenizer_config.json,
-      special_tokens_map.json, config.json (the ids of special tokens) and chat_template.jinja.
+      special_tokens_map.json, config.json and generation_config.json (the ids of special tokens)
+      and chat_template.jinja.
 
   Raises:
     ValueError: tokenizer.json is broken.
@@ -69,7 +70,8 @@ class Tokenizer:
     _specials.mark(plain, named, _library())
     self.specials = _specials.find(self._files, description, plain, named)
     self._set_ids()
-    self.template = _specials.template(self._files, plain, self.specials)
+    self.template = _specials.template(self._files, plain)
+    self.pair_template = _specials.pair_template(self._files, plain)
     _specials.hide(plain, description, np.flatnonzero(self.special), _library())
     plain.encode_special_tokens = True
     spelled = _spelling.spellings(description, plain, self.vocab_size)
@@ -87,6 +89,7 @@ class Tokenizer:
     self.cls_id, self.sep_id = ids['cls'], ids['sep']
     self.bos_id, self.eos_id = ids['bos'], ids['eos']
     self.mask_id = ids.get('mask')
+    self.eos_ids = _specials.ends(self._files, self.eos_id, self.vocab_size)
     self.special = np.ones(self.vocab_size, bool)  # an id without a token is no text either
     self.special[list(vocab.values())] = False
     self.special[[*self.specials.values(), *_specials.flagged(self._plain).values()]] = True
@@ -130,13 +133,15 @@ class Tokenizer:
     """
     _export.write(directory, self._files)
 
-  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
+  def export(
+    self, directory: str, *, causal: bool, max_len: int, token_types: bool, closed: bool = False
+  ) -> None:
     """Writes what `transformers.AutoTokenizer` opens: the folder's own files, which say themselves
     what stands around a text.
 
     Args:
       directory: is made if needed.
-      causal: not used, the folder says it.
+      causal, closed: not used, the folder says it.
       max_len: the longest row that the model takes; written where the folder does not say it.
       token_types: not used, the folder says it.
     """
@@ -191,10 +196,10 @@ def _read(directory: str) -> dict[str, str]:
   for name in files:
     if name.endswith('.json'):
       _check_json(files, name, directory)
-  if 'config.json' in files:
-    config = sorted(_specials.read_json(files, 'config.json').items())
+  for name in files.keys() & set(_specials.CONFIGS):
+    config = sorted(_specials.read_json(files, name).items())
     ids = {key: value for key, value in config if key.endswith('_token_id')}
-    files['config.json'] = json.dumps(ids)
+    files[name] = json.dumps(ids)
   if 'tokenizer.json' not in files:
     return _vocabulary.with_tokenizer_json(directory, files)
   return files

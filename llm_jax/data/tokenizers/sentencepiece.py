@@ -44,7 +44,7 @@ class Tokenizer:
     ValueError: `model` is not a SentencePiece model.
   """
 
-  template = None
+  template = pair_template = None
 
   def __init__(self, model: bytes, specials: Mapping[str, int] | None = None):
     self._model = model
@@ -53,6 +53,7 @@ class Tokenizer:
     self.pad_id, self.unk_id = self.specials['pad'], self.specials['unk']
     self.cls_id, self.sep_id = self.specials['cls'], self.specials['sep']
     self.bos_id, self.eos_id = self.specials['bos'], self.specials['eos']
+    self.eos_ids = (self.eos_id,)
     self.mask_id = self.specials['mask']
     pieces = processor.vocab_size()
     self.added = [name for name, number in self.specials.items() if number >= pieces]
@@ -154,7 +155,9 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
       json.dump({'name': 'sentencepiece', 'specials': self.specials}, file, indent=2)
 
-  def export(self, directory: str, *, causal: bool, max_len: int, token_types: bool) -> None:
+  def export(
+    self, directory: str, *, causal: bool, max_len: int, token_types: bool, closed: bool = False
+  ) -> None:
     """Writes what `transformers.AutoTokenizer` opens, with the same ids; `_convert` says in which
     texts they may differ.
 
@@ -163,6 +166,7 @@ class Tokenizer:
       causal: BOS before each text, else CLS before and SEP after.
       max_len: the longest row that the model takes.
       token_types: whether the model tells the texts of a pair apart by an embedding.
+      closed: a causal model's texts end with EOS, as its classifier reads them.
 
     Raises:
       ValueError: a model that is neither unigram nor BPE.
@@ -171,7 +175,7 @@ class Tokenizer:
       self._model, self.specials, sign_is_space=self._space_sign is None
     )
     specials = {name: (number, self._texts[number]) for name, number in self.specials.items()}
-    options = dict(causal=causal, max_len=max_len, token_types=token_types)
+    options = dict(causal=causal, max_len=max_len, token_types=token_types, closed=closed)
     _export.write(directory, _export.folder(description, specials, **options))
 
   def __reduce__(self):

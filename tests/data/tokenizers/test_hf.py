@@ -248,21 +248,21 @@ def test_where_special_tokens_come_from(tmp_path, config, mapping, model, want):
 @pytest.mark.parametrize(
   'config, want',
   [
-    ({'add_bos_token': True, 'bos_token': '<|x|>'}, ((1,), ())),
-    (
-      {'add_bos_token': True, 'add_eos_token': True, 'bos_token': '<|x|>', 'eos_token': '<|y|>'},
-      ((1,), (2,)),
-    ),
-    ({'add_bos_token': False, 'bos_token': '<|x|>'}, ((), ())),
-    ({'bos_token': '<|x|>'}, ((1,), (2,))),
+    ({'add_bos_token': True, 'add_eos_token': False}, 'add_eos_token=False'),
+    ({'add_bos_token': False}, 'add_bos_token=False'),
+    ({'add_bos_token': True, 'add_eos_token': True}, None),
+    ({}, None),
   ],
 )
-def test_the_config_has_the_last_word_on_the_template(tmp_path, config, want):
+def test_the_post_processor_has_the_last_word_on_the_template(tmp_path, caplog, config, want):
   own = byte_level(('<pad>', '<|x|>', '<|y|>'))
   own.post_processor = processors.TemplateProcessing(
     '<|x|> $A <|y|>', special_tokens=[('<|x|>', 1), ('<|y|>', 2)]
   )
-  assert hf.create(path=folder(tmp_path, own, tokenizer_config=config)).template == want
+  config = config | {'bos_token': '<|x|>', 'eos_token': '<|y|>'}
+  opened = hf.create(path=folder(tmp_path, own, tokenizer_config=config))
+  assert opened.template == ((1,), (2,))
+  assert ('not obeyed' in caplog.text) == (want is not None) and (want or '') in caplog.text
 
 
 def test_berts_options_stand_in_its_config(tmp_path):
