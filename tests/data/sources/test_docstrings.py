@@ -30,8 +30,9 @@ def test_labelled(labelled):
 
 @pytest.mark.slow
 def test_parsed_docstrings_travel_with_a_pickle(labelled):
+  parsed = labelled[7]
   copy = pickle.loads(pickle.dumps(labelled))
-  assert '_texts' in vars(copy) and copy[7] == labelled[7]
+  assert '_texts' in vars(copy) and copy[7] == parsed
 
 
 def test_docstrings():
