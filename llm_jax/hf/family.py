@@ -79,6 +79,8 @@ class Family:
     copies: second names of a tensor -> the first. A folder may hold both, if they are equal.
     ignored: patterns of names of tensors that are no parameters.
     rank: where several families hold a model, it is exported as the one with the lowest rank.
+    classifier: options of the objective `classify` that its classifiers have, where they are not
+      BERT's; `write` gets the objective's section.
   """
 
   prefix: str
@@ -92,6 +94,7 @@ class Family:
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
   rank: int = 1000
+  classifier: Rule | None = None
 
   def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
     """Options of our model, from a config.json.

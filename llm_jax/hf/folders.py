@@ -105,6 +105,19 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
   return tuple(str(names[str(i)]) for i in range(len(names)))
 
 
+def classifier(path: str | os.PathLike[str], families: Families) -> dict[str, Any]:
+  """Options of the objective `classify` that the folder's classifier has, where they are not BERT's
+  or a decoder's.
+
+  Args:
+    path: the folder.
+    families: as `families.known` gives them.
+  """
+  config = read_config(path)
+  _, family = _family(path, config, families)
+  return {} if family.classifier is None else family.classifier.read(config)
+
+
 def _numbered(config: Mapping[str, Any]) -> dict[str, str]:
   """The names of classes where id2label is not there: those of label2id, else transformers' own."""
   count = config.get('num_labels', 2)
@@ -169,6 +182,7 @@ def save(
   classes: Sequence[str] | None = None,
   dtype: str = 'float32',
   extra: Mapping[str, Any] | None = None,
+  objective: Mapping[str, Any] | None = None,
   also: Callable[[str], None] | None = None,
 ) -> tuple[str, ...]:
   """Writes a folder that `transformers` opens, whole or not at all.
@@ -185,6 +199,7 @@ def save(
     classes: names of the classes, where there is a classifier.
     dtype: the type of the tensors, one of `DTYPES`.
     extra: further keys of config.json: ids of special tokens (pad_token_id, ...), problem_type.
+    objective: the section of the objective, for what a family's config.json says of a classifier.
     also: writes further files (a tokenizer) into the folder before it gets its name; called on the
       first process only.
 
@@ -218,6 +233,7 @@ def save(
     **_NO_IDS,
     **family.write(values(model)),
     **writing.class_names(architecture, params, classes),
+    **writing.classifier_keys(architecture, family, objective or {}),
     **extra,
     'architectures': [architecture],
     'model_type': kind,

@@ -102,7 +102,8 @@ def class_of(
   if 'classifier' in heads and 'classifier' not in held:
     raise ValueError(
       f'transformers has no {kind} that classifies as this model does. Classifiers can be exported '
-      "that were trained with objective.pool='cls' (BERT, RoBERTa, bert_tiny) or 'last' (decoders)."
+      "that were trained with objective.pool='cls' (BERT, RoBERTa, bert_tiny), with 'last' "
+      "(decoders), or with objective.transform='norm' (ModernBERT)."
     )
   return name
 
@@ -127,6 +128,15 @@ def class_names(
   if binary:
     config['problem_type'] = 'multi_label_classification'  # transformers then takes the sigmoid
   return config
+
+
+def classifier_keys(
+  architecture: str, family: Family, objective: Mapping[str, Any]
+) -> dict[str, Any]:
+  """What config.json says of a classifier beside its classes."""
+  if 'ForSequenceClassification' not in architecture or family.classifier is None:
+    return {}
+  return family.classifier.write(objective)
 
 
 def pieces(

@@ -52,6 +52,7 @@ def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> No
     classes=None if predictor is None else predictor.classes,
     dtype=dtype,
     extra=extra,
+    objective=config.objective,
     also=write_tokenizer,
   )
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)

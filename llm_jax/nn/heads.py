@@ -59,11 +59,8 @@ class MLMHead(nn.Module):
   @nn.compact
   def __call__(self, x_BMD: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What the vocabulary projection is applied to, [B, M, D], and the bias of the logits, [V]."""
-    options = self.options
-    shape = options.dim, options.dim
-    x_BMD = Linear('...D,DF->...F', shape, options, options.bias, name='dense')(x_BMD)
-    x_BMD = Norm(options, name='norm')(ACTIVATIONS[options.activation](x_BMD))
-    return x_BMD, vector(self, 'bias', 'V', (self.vocab_size,), options)
+    x_BMD = _transformed(x_BMD, self.options)
+    return x_BMD, vector(self, 'bias', 'V', (self.vocab_size,), self.options)
 
 
 class Pooler(nn.Module):
@@ -76,6 +73,17 @@ class Pooler(nn.Module):
     """The pooled vectors, [B, G, D]; any axes may stand before the last one."""
     shape = self.options.dim, self.options.dim
     return jnp.tanh(Linear('...D,DF->...F', shape, self.options, True, name='dense')(x_BGD))
+
+
+class Transform(nn.Module):
+  """What ModernBERT has in place of a pooler (arXiv:2412.13663): linear, activation, norm."""
+
+  options: Options
+
+  @nn.compact
+  def __call__(self, x_BGD: jax.Array) -> jax.Array:
+    """The pooled vectors, [B, G, D]; any axes may stand before the last one."""
+    return _transformed(x_BGD, self.options)
 
 
 class ClassifierHead(nn.Module):
@@ -116,3 +124,10 @@ class PairHead(nn.Module):
     shape = self.options.dim, 2
     dense = Linear('...D,DC->...C', shape, self.options, True, accumulated=True, name='dense')
     return dense(x_BD)
+
+
+def _transformed(x: jax.Array, options: Options) -> jax.Array:
+  """Linear, activation, norm, as submodules `dense` and `norm` of the module that calls it."""
+  shape = options.dim, options.dim
+  x = Linear('...D,DF->...F', shape, options, options.bias, name='dense')(x)
+  return Norm(options, name='norm')(ACTIVATIONS[options.activation](x))

@@ -28,6 +28,7 @@ from llm_jax.objectives import _labels
 from llm_jax.objectives._text_rows import TextRows
 
 PACKINGS = ('best_fit', 'none')
+TRANSFORMS = {'pooler': ('pooler', heads.Pooler), 'norm': ('transform', heads.Transform)}
 TOKENS_PER_TEXT = 4  # slots are enough for texts of so many on average, special ones included
 MOST_TEXTS = (
   128  # of a row, so that what is kept per slot stays small beside what is kept per token
@@ -53,6 +54,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     pool: 'cls' reads the first token through a pooler, as BERT does; 'mean' the mean of all tokens,
       for encoders that were trained by masked LM alone (arXiv:1908.10084, section 3); 'last' the
       last token, for decoders.
+    transform: what stands between pool and last layer: 'pooler', BERT's; 'norm', ModernBERT's
+      linear map, activation and norm; 'none'. None: a pooler where the first token is read.
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
     packing: 'best_fit' puts several texts in a row, the longest first, each where least room is
       left; at most one for every 4 tokens, and 128. 'none': one text per row.
@@ -71,10 +74,13 @@ class Objective(contracts.Objective, contracts.Predictor):
     pool: str = 'cls',
     unlabelled: str = 'error',
     packing: str = 'best_fit',
+    transform: str | None = None,
   ):
+    transform = transform or ('pooler' if pool == 'cls' else 'none')
     for name, value, allowed in (
       ('task', task, _labels.TASKS),
       ('pool', pool, heads.POOLS),
+      ('transform', transform, (*TRANSFORMS, 'none')),
       ('packing', packing, PACKINGS),
       ('unlabelled', unlabelled, ('error', 'ignore')),
     ):
@@ -85,6 +91,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.labels = _labels.Labels(classes, task)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
+    self.transform_name = transform
     self.frame = pairs.frame(tokenizer, causal=pool == 'last')
     self.predictor = self
 
@@ -173,12 +180,13 @@ class Objective(contracts.Objective, contracts.Predictor):
     return row
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
-    """The last linear layer, after BERT's pooler where the first token is read."""
+    """The last linear layer, and what stands before it."""
     outputs = len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
     bias = self.pool != 'last'
     found: dict[str, Any] = {}
-    if self.pool == 'cls':
-      found['pooler'] = heads.Pooler(model.options)
+    if self.transform_name != 'none':
+      name, module = TRANSFORMS[self.transform_name]
+      found[name] = module(model.options)
     found['classifier'] = heads.ClassifierHead(model.options, outputs, self.dropout, bias=bias)
     return found
 
@@ -191,8 +199,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     has no text g.
     """
     x_BGD = heads.pool(hidden_BPD, batch, self.pool)
-    if self.pool == 'cls':
-      x_BGD = net.heads['pooler'](x_BGD)
+    if self.transform_name != 'none':
+      x_BGD = net.heads[TRANSFORMS[self.transform_name][0]](x_BGD)
     logits_BGC = net.heads['classifier'](x_BGD)
     return logits_BGC.astype(jnp.promote_types(logits_BGC.dtype, jnp.float32))
 

@@ -118,7 +118,8 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   objective = config.objective
   if not objective.get('name'):
     causal = assemble.model_module(found['name']).Model.causal
-    objective = _objective(folder, causal) | _set(config.objective)
+    given = _set(config.objective)
+    objective = _objective(folder, causal, hf.classifier(str(folder), families(config))) | given
   return dataclasses.replace(
     config,
     model=_decided(config.model, found, folder),
@@ -186,19 +187,19 @@ def _named_or(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
   return dict(given) if given.get('name') else dict(saved) | _set(given)
 
 
-def _objective(folder: pathlib.Path, causal: bool) -> dict[str, Any]:
+def _objective(folder: pathlib.Path, causal: bool, classifier: Mapping[str, Any]) -> dict[str, Any]:
   """The objective that the class of a Hugging Face checkpoint was trained for; without a head, the
   one that suits the model.
   """
   labels = hf.labels(str(folder))
   if labels is None:
     return {'name': 'clm' if causal else 'mlm'}
-  pool = 'last' if causal else 'cls'
+  read = {'pool': 'last' if causal else 'cls'} | dict(classifier)
   if len(labels) == 1:
-    return {'name': 'classify', 'task': 'regression', 'pool': pool}
+    return {'name': 'classify', 'task': 'regression', **read}
   several = hf.read_config(str(folder)).get('problem_type') == 'multi_label_classification'
   task = 'multilabel' if several else 'multiclass'
-  return {'name': 'classify', 'task': task, 'classes': labels, 'pool': pool}
+  return {'name': 'classify', 'task': task, 'classes': labels, **read}
 
 
 def _set(section: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from llm_jax.hf.fields import ACTIVATIONS, field, rope
 from llm_jax.hf.tensors import HEADS_IN, bias, linear, norm, table, vocabulary
 
 MODEL = 'encoder'
+POOLS = {'cls': 'cls', 'mean': 'mean'}
 
 _GLOBAL, _LOCAL = 'full_attention', 'sliding_attention'
 
@@ -73,6 +74,19 @@ def _bases(config: Mapping[str, Any]) -> tuple[float, float]:
   return bases[0], bases[1]
 
 
+def _read_classifier(config: Mapping[str, Any]) -> dict[str, Any]:
+  return {'pool': field(config, 'classifier_pooling', POOLS, 'cls'), 'transform': 'norm'}
+
+
+def _write_classifier(objective: Mapping[str, Any]) -> dict[str, Any]:
+  pool = objective.get('pool', 'cls')
+  if pool not in POOLS:
+    raise ValueError(
+      f"objective.pool={pool!r} is none of ModernBERT's classifiers; they have cls or mean."
+    )
+  return {'classifier_pooling': pool}
+
+
 _BODY = (
   *table('embeddings.tok_embeddings', 'model/embedder/token'),
   *norm('embeddings.norm', 'model/embedder/embedding_norm'),
@@ -91,6 +105,9 @@ _BODY = (
   *norm('final_norm', 'model/final_norm'),
 )
 _HEADS = (
+  *linear('head.dense', 'heads_transform/dense'),  # the same tensors in both classes
+  *norm('head.norm', 'heads_transform/norm'),
+  *linear('classifier', 'heads_classifier/dense'),
   *linear('head.dense', 'heads_mlm/dense'),
   *norm('head.norm', 'heads_mlm/norm'),
   *bias('decoder.bias', 'heads_mlm/bias'),
@@ -127,6 +144,11 @@ FAMILIES = {
     ),
     body=_BODY,
     heads=_HEADS,
-    classes={'ModernBertForMaskedLM': ('mlm',), 'ModernBertModel': ()},
+    classes={
+      'ModernBertForSequenceClassification': ('transform', 'classifier'),
+      'ModernBertForMaskedLM': ('mlm',),
+      'ModernBertModel': (),
+    },
+    classifier=Rule(_read_classifier, _write_classifier),
   )
 }
