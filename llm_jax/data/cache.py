@@ -12,7 +12,7 @@ chunks:
 | NAME.jsonl | documents | other values `NAME`, as JSON; null where a document has none |
 | hashes.bin | documents | uint64 of the text and its pair: the validation split |
 | bytes.bin | documents | UTF-8 bytes of the text and its pair |
-| meta.json | | counts, types, and the size that each file must have |
+| meta.json | | counts, types, and the size and checksum that each file must have |
 
 Ids (`tokens`, `pair_tokens`) are stored in the smallest type that holds the vocabulary.
 """
@@ -36,6 +36,7 @@ from llm_jax.core.contracts import Record, Source, Tokenizer
 from llm_jax.data import cache_writer, encoding
 from llm_jax.data.documents import Arrays, Ragged
 
+MOST_CHECKED = 1 << 31  # bytes of a cache that is read at each start to see whether it is whole
 FORMAT = 2  # 1: texts, pairs and labels only
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -247,18 +248,25 @@ def _column(directory: str, name: str, dtype: npt.DTypeLike) -> np.ndarray:
 
 
 def _damage(directory: str) -> str:
-  """What is wrong with a cache, or an empty string."""
+  """What is wrong with a cache, or an empty string. Of one above `MOST_CHECKED` bytes only the
+  sizes are looked at, for reading it would take longer than starting.
+  """
   try:
     with open(os.path.join(directory, 'meta.json')) as file:
-      sizes = json.load(file)['files']
+      meta = json.load(file)
+    sizes, checksums = meta['files'], meta.get('checksums', {})
     found = {name: os.path.getsize(os.path.join(directory, name)) for name in sizes}
   except (FileNotFoundError, ValueError, KeyError) as error:
     return f'{type(error).__name__}: {error}'
-  return '; '.join(
-    f'{name} has {found[name]} bytes, not {size}'
-    for name, size in sizes.items()
-    if found[name] != size
-  )
+  for name, size in sizes.items():
+    if found[name] != size:
+      return f'{name} has {found[name]} bytes, not {size}'
+  if sum(sizes.values()) > MOST_CHECKED:
+    return ''
+  for name, value in checksums.items():
+    if cache_writer.checksum(os.path.join(directory, name)) != value:
+      return f'{name} is not what was written'
+  return ''
 
 
 def _build(job: cache_writer.Job, final: str, workers: int) -> None:

@@ -13,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
@@ -212,7 +213,17 @@ def _described(job: Job, directory: str, files: _Files, counts: Counts) -> dict[
     values=sorted(files.values),
     digests=_digests(directory, names, job.encoder),
     files={name: os.path.getsize(os.path.join(directory, name)) for name in names},
+    checksums={name: checksum(os.path.join(directory, name)) for name in names},
   )
+
+
+def checksum(path: str) -> int:
+  """CRC-32 of a file."""
+  value = 0
+  with open(path, 'rb') as file:
+    while block := file.read(1 << 22):
+      value = zlib.crc32(block, value)
+  return value
 
 
 def _digests(directory: str, names: list[str], encoder: encoding.Encoder) -> dict[str, str]:

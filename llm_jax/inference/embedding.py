@@ -44,12 +44,12 @@ class Embedder:
 
     Args:
       params: of the network.
-      texts: none without a token.
+      texts: any texts.
       pool: one of `heads.POOLS`.
       normalize: whether the vectors have length 1, so that inner products are cosines.
 
     Raises:
-      ValueError: a text without tokens, a model that cannot pool so.
+      ValueError: a model that cannot pool so.
     """
     run = self._function(pool, normalize)
     model = self._program.network.model
@@ -147,12 +147,11 @@ def _ids(
   before, after = template(tokenizer, causal)
   room = seq_len - len(before) - len(after)
   found, cut = [], 0
-  for number, text in enumerate(texts):
+  for text in texts:
     ids = tokenizer.encode(text)
     cut += len(ids) > room
-    found.append(np.concatenate([before, ids[:room], after]).astype(np.int32))
-    if not len(found[-1]):
-      raise ValueError(f'text {number} of the input is empty: there is nothing to embed.')
+    whole = [*before, *ids[:room], *after] or [tokenizer.bos_id]  # there must be something
+    found.append(np.array(whole, np.int32))
   if cut:
     logging.warning(
       '%d of %d texts are longer than seq_len=%d allows; their ends were not read.',

@@ -22,6 +22,7 @@ from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.hf import folders as hf
+from llm_jax.hf import sentences
 from llm_jax.inference import prediction
 from llm_jax.inference.completion import Completer, Stream
 from llm_jax.inference.decoding import Generator
@@ -87,13 +88,16 @@ class Session:
     self._require(tuple(labeller.heads))
     return labeller(self.params, records)
 
-  def embed(self, texts: Sequence[str], pool: str = 'mean', normalize: bool = True) -> np.ndarray:
+  def embed(
+    self, texts: Sequence[str], pool: str | None = None, normalize: bool | None = None
+  ) -> np.ndarray:
     """[texts, D] float32: a vector for each text.
 
     Args:
-      texts: each with at least one token.
-      pool: 'mean' of all positions, 'cls' the first, 'last' the last.
-      normalize: whether the vectors have length 1.
+      texts: any texts.
+      pool: 'mean' of all positions, 'cls' the first, 'last' the last; None for what the folder of
+        a sentence-transformers model says, else the mean.
+      normalize: whether the vectors have length 1; None likewise, else they have.
 
     Example:
       >>> vectors = session.embed(['a text', 'another one', 'a third'])
@@ -102,7 +106,18 @@ class Session:
     """
     if not len(texts):
       return np.zeros((0, self.program.network.model.options.dim), np.float32)
+    said = self._sentences
+    if said is not None and said.lower:
+      texts = [text.lower() for text in texts]
+    if pool is None:
+      pool = said.pool if said is not None else 'mean'
+    if normalize is None:
+      normalize = said.normalize if said is not None else True
     return self._embedder(self.params, texts, pool, normalize)
+
+  @functools.cached_property
+  def _sentences(self) -> sentences.Sentences | None:
+    return sentences.read(self.origin)
 
   def complete(
     self,

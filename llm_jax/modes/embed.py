@@ -16,9 +16,17 @@ if TYPE_CHECKING:
   from llm_jax.inference.session import Session
 
 POOL = flags.DEFINE_enum(
-  'pool', 'mean', ['mean', 'cls', 'last'], 'embed: what of a text its vector is.'
+  'pool',
+  None,
+  ['mean', 'cls', 'last'],
+  'embed: what of a text its vector is; by default what a sentence-transformers folder says, else '
+  'the mean.',
 )
-NORMALIZE = flags.DEFINE_bool('normalize', True, 'embed: vectors of length 1.')
+NORMALIZE = flags.DEFINE_bool(
+  'normalize',
+  None,
+  'embed: vectors of length 1; by default what a sentence-transformers folder says, else yes.',
+)
 OUTPUTS = ('.npy', '.jsonl')
 
 
@@ -38,8 +46,8 @@ def embed(
   session: 'Session',
   source: pathlib.Path,
   target: pathlib.Path,
-  pool: str = 'mean',
-  normalize: bool = True,
+  pool: str | None = None,
+  normalize: bool | None = None,
 ) -> None:
   """Writes the vectors of a file's texts, whole or not at all.
 
@@ -51,7 +59,7 @@ def embed(
     pool, normalize: as in `Session.embed`.
 
   Raises:
-    ValueError: files that are not possible, a text without tokens, a model that cannot pool so.
+    ValueError: files that are not possible, a model that cannot pool so.
   """
   from llm_jax.parallel import hosts
 

@@ -19,6 +19,7 @@ from llm_jax.core.state import Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
+from llm_jax.hf import sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, checkpoints, workdir
@@ -52,8 +53,9 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     else:
       config = _from_run(config, origin)
   if config.seq_len is None:
-    longest = config.model.get('max_len') or SEQ_LEN
-    config = dataclasses.replace(config, seq_len=min(SEQ_LEN, longest))
+    limits = [SEQ_LEN, config.model.get('max_len')]
+    limits += [sentences.max_len(config.init_from)] if config.init_from else []
+    config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
   return config
 
 

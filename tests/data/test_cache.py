@@ -167,6 +167,19 @@ def test_a_second_run_opens_the_cache_and_other_inputs_get_their_own(tmp_path):
   assert len({first.fingerprint, *(c.fingerprint for c in others)}) == 3 == len(_entries(tmp_path))
 
 
+def test_damage_of_the_right_size_is_seen(tmp_path, caplog):
+  source = Listed(_texts(5))
+  whole = cache.build(source, Letters(), TEXT, str(tmp_path))
+  written = _raw(whole)
+  path = os.path.join(whole.directory, 'tokens.values.bin')
+  with open(path, 'r+b') as file:
+    first = file.read(1)
+    file.seek(0)
+    file.write(bytes([first[0] ^ 1]))
+  assert _raw(cache.build(source, Letters(), TEXT, str(tmp_path))) == written
+  assert 'tokens.values.bin is not what was written' in caplog.text
+
+
 @pytest.mark.parametrize(
   'name, content', [('tokens.values.bin', b'short'), ('meta.json', b''), ('hashes.bin', None)]
 )

@@ -156,6 +156,13 @@ def test_labels(tmp_path):
   assert hf.labels(folder(tmp_path, config | {'id2label': names})) == ('yes', 'no', 'both')
   with pytest.raises(ValueError, match='must name the classes 0, 1'):
     hf.labels(folder(tmp_path, config | {'id2label': {'1': 'no'}}))
+  assert hf.labels(folder(tmp_path, config | {'num_labels': 3})) == (
+    'LABEL_0',
+    'LABEL_1',
+    'LABEL_2',
+  )
+  numbers = {'no': 1, 'yes': 0}
+  assert hf.labels(folder(tmp_path, config | {'label2id': numbers})) == ('yes', 'no')
 
 
 @pytest.mark.parametrize(

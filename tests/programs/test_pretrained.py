@@ -10,6 +10,7 @@ import shutil
 import numpy as np
 import pytest
 
+import llm_jax
 from configs import base, hf
 from llm_jax.core import config as config_lib
 from llm_jax.core import tree
@@ -264,6 +265,44 @@ def test_what_cannot_be_embedded(folder, tmp_path, source, target, pool, message
       pool,
     )
   assert not (tmp_path / 'v.npy').exists()
+
+
+@pytest.mark.slow
+def test_a_folder_of_sentence_transformers_says_how_its_vectors_are_made(folder, tmp_path):
+  shutil.copytree(folder / 'hf-mlm', tmp_path / 'hf')
+  texts = ['one', 'A longer text of SEVERAL words', '']
+
+  def vectors(modules, pooling, options):
+    write = lambda name, content: (tmp_path / 'hf' / name).write_text(json.dumps(content))
+    (tmp_path / 'hf' / '1_Pooling').mkdir(exist_ok=True)
+    paths = {'Pooling': '1_Pooling'}
+    write(
+      'modules.json',
+      [
+        {'idx': i, 'path': paths.get(name, ''), 'type': f'sentence_transformers.models.{name}'}
+        for i, name in enumerate(modules)
+      ],
+    )
+    write('1_Pooling/config.json', {'word_embedding_dimension': 16, **dict.fromkeys(pooling, True)})
+    write('sentence_bert_config.json', options)
+    return llm_jax.open(tmp_path / 'hf').embed(texts)
+
+  plain = llm_jax.open(folder / 'hf-mlm')
+  found = vectors(['Transformer', 'Pooling'], ['pooling_mode_cls_token'], {'max_seq_length': 12})
+  whole = plain.embed(texts, 'cls', False)
+  np.testing.assert_allclose(found[[0, 2]], whole[[0, 2]], atol=1e-5)
+  np.testing.assert_allclose(found[1], plain.embed([texts[1][:10]], 'cls', False)[0], atol=1e-5)
+  assert np.abs(found[1] - whole[1]).max() > 1e-3
+  lower = {'do_lower_case': True}
+  modules = ['Transformer', 'Pooling', 'Normalize']
+  found = vectors(modules, ['pooling_mode_mean_tokens'], lower)
+  wanted = plain.embed([text.lower() for text in texts])
+  np.testing.assert_allclose(found, wanted, atol=1e-5)
+  assert np.abs(found[1] - plain.embed(texts)[1]).max() > 1e-3
+  with pytest.raises(ValueError, match='modules.json: Dense is not supported'):
+    vectors(['Transformer', 'Pooling', 'Dense'], ['pooling_mode_mean_tokens'], {})
+  with pytest.raises(ValueError, match='pooling by pooling_mode_max_tokens is not supported'):
+    vectors(modules, ['pooling_mode_max_tokens'], {})
 
 
 def test_every_line_of_a_file_is_a_text(tmp_path):

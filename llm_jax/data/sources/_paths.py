@@ -42,14 +42,18 @@ def find(path: str, suffixes: tuple[str, ...]) -> list[str]:
 
 
 def fingerprint(paths: Sequence[str], *options: object) -> str:
-  """Hash of the files' names (from their common folder on), sizes and modification times, and of
-  `options`; reads no content.
+  """Hash of the files' names (from their common folder on), of what the file system says of them,
+  and of `options`; reads no content, which takes long for a large corpus.
+
+  Beside size and modification time, which a copy or an archive can bring along, it is the time of
+  the last change of the file itself (ctime) that tells another content: no program can set it.
   """
   base = os.path.commonpath([os.path.dirname(path) for path in paths])
   files = []
   for path in paths:
     stat = os.stat(path)
-    files.append((os.path.relpath(path, base), stat.st_size, stat.st_mtime_ns))
+    times = stat.st_mtime_ns, stat.st_ctime_ns
+    files.append((os.path.relpath(path, base), stat.st_size, *times))
   return hashlib.sha256(repr((files, options)).encode()).hexdigest()
 
 

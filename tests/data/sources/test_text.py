@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import os
 import pickle
 
 import pytest
@@ -121,6 +122,16 @@ def test_a_broken_gzip_file_is_an_error(tmp_path):
   for name in ('cut.gz', 'fake.gz'):
     with pytest.raises(ValueError, match=f'{name}: not a whole gzip'):
       len(text.Source(str(tmp_path / name)))
+
+
+def test_another_content_of_the_same_name_size_and_time_is_seen(tmp_path):
+  path = tmp_path / 'x.txt'
+  path.write_text('one and two')
+  os.utime(path, ns=(10**18, 10**18))
+  before = text.Source(str(path)).fingerprint
+  path.write_text('two and one')
+  os.utime(path, ns=(10**18, 10**18))
+  assert text.Source(str(path)).fingerprint != before
 
 
 def test_the_fingerprint_follows_files_and_options(folder):

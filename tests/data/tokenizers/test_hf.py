@@ -196,6 +196,29 @@ def test_special_ids_and_template(opened):
 
 
 @pytest.mark.parametrize(
+  'model, generation, want',
+  [
+    ({'eos_token_id': [2, 1]}, None, (1, 2)),
+    ({'eos_token_id': 2}, {'eos_token_id': [0, 2]}, (1, 0, 2)),
+    ({'eos_token_id': [2, 999]}, {'pad_token_id': 0}, (1, 2)),
+    ({}, None, (1,)),
+  ],
+)
+def test_every_end_that_a_folder_names_is_one(tmp_path, model, generation, want):
+  more = {} if generation is None else {'generation_config': generation}
+  path = folder(
+    tmp_path,
+    byte_level(('<|start|>', '<|end|>', '<|x|>')),
+    tokenizer_config={'eos_token': '<|end|>'},
+    config=model | {'model_type': 'gpt2'},
+    **more,
+  )
+  assert hf.create(path=path).eos_ids == want
+  hf.load(path).save(str(tmp_path / 'saved'))
+  assert hf.load(str(tmp_path / 'saved')).eos_ids == want
+
+
+@pytest.mark.parametrize(
   'config, mapping, model, want',
   [
     ({'eos_token': '<|end|>'}, {}, {}, dict(eos=1, sep=1, pad=1, unk=1, bos=1, cls=1)),
