@@ -113,7 +113,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
     ValueError: there is no label, labels are fractional numbers, or lists of zeros and ones.
   """
   first: dict[str, str] = {}  # class -> where it stands first
-  lists = []
+  lists: list[tuple[Sequence[Any], Callable[[], str]]] = []
   for label, where in _labelled(documents):
     if isinstance(label, float):
       raise ValueError(
@@ -122,8 +122,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
       )
     several = isinstance(label, list | tuple)
     if several:
-      lists.append(label)
-      _warn_of_repeats(label, where)
+      lists.append((label, where))
     for name in map(str, label if several else [label]):
       if name not in first:
         first[name] = where()
@@ -133,6 +132,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
       'config.data.label.'
     )
   _check_lists(lists, first)
+  _warn_of_repeats(lists)
   _warn_of_names(first)
   numbers = {name: _finite(name) for name in first}
   if None in numbers.values():
@@ -148,22 +148,24 @@ def _labelled(documents: Sequence[Documents]) -> Iterator[tuple[Any, Callable[[]
         yield label, functools.partial(split.where, index)
 
 
-def _check_lists(lists: Sequence[Sequence[Any]], first: Mapping[str, str]) -> None:
+def _check_lists(
+  lists: Sequence[tuple[Sequence[Any], Callable[[], str]]], first: Mapping[str, str]
+) -> None:
   """Raises ValueError where all labels are lists of zeros and ones, all as long."""
-  if not lists or not set(first) <= {'0', '1'} or len(set(map(len, lists))) > 1:
-    return
-  if len(lists[0]) > 1:
+  lengths = {len(label) for label, _ in lists}
+  if len(lengths) == 1 and max(lengths) > 1 and set(first) <= {'0', '1'}:
+    label, where = lists[0]
     raise ValueError(
-      f'{next(iter(first.values()))}: the label {list(lists[0])} says by zeros and ones which '
-      'classes apply; give the names of those that do, such as ["sport", "news"].'
+      f'{where()}: the label {list(label)} says by zeros and ones which classes apply; give the '
+      'names of those that do, such as ["sport", "news"].'
     )
 
 
-def _warn_of_repeats(names: Sequence[Any], where: Callable[[], str]) -> None:
-  if len(set(map(str, names))) < len(names):
-    logging.log_first_n(
-      logging.WARNING, '%s: the label %s names a class twice; it counts once.', 1, where(), names
-    )
+def _warn_of_repeats(lists: Sequence[tuple[Sequence[Any], Callable[[], str]]]) -> None:
+  for label, where in lists:
+    if len(set(map(str, label))) < len(label):
+      logging.warning('%s: the label %s names a class twice; it counts once.', where(), label)
+      return
 
 
 def _warn_of_names(first: Mapping[str, str]) -> None:

@@ -72,7 +72,7 @@ class Meter:
   def _report(self, step: int, values: dict[str, float], due: bool) -> None:
     steps = step - self._since
     speed = self._speed(steps) if steps else {}
-    if steps and not self._estimated:
+    if steps and not self._estimated and step < self._program.config.steps:
       self._estimated = True
       self._log.say('%s', estimate(self._program, speed['seconds_per_step'], step))
     if not due:
