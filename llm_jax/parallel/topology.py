@@ -2,7 +2,8 @@
 takes.
 
 `v5e:4x4` is a slice of 4 x 4 chips, `v5e:4x4*2` two of them joined by the data centre's network,
-`cpu:8` eight devices of this machine's CPU. The TPU compiler (package libtpu) needs no TPU.
+`v5e-16` (or `v5litepod-16`) and `v5p-64` are slices as Google Cloud names them, `cpu:8` is eight
+devices of this machine's CPU. The TPU compiler (package libtpu) needs no TPU.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -50,6 +52,7 @@ KINDS = {
   'v5p': _Kind('v5', 3, True),
   'v6e': _Kind('v6e', 2, False),
 }
+CHIPS_OF_A_HOST = 4  # a slice may have fewer, on a host of its own
 # libtpu looks for the TPU that it is on, complains where there is none, and locks it for itself;
 # here it only compiles.
 _NO_TPU = {
@@ -59,7 +62,30 @@ _NO_TPU = {
   'TPU_WORKER_ID': '0',
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
 }
-EXAMPLES = 'v5e:4x4, v5p:4x4x4, v5e:4x4*2 (two slices), cpu:8'
+# Slices by their chips, as Google Cloud makes them where only a number is given.
+_FLAT = {
+  1: '1x1',
+  4: '2x2',
+  8: '2x4',
+  16: '4x4',
+  32: '4x8',
+  64: '8x8',
+  128: '8x16',
+  256: '16x16',
+}
+_CUBES = {
+  4: '2x2x1',
+  8: '2x2x2',
+  16: '2x2x4',
+  32: '2x4x4',
+  64: '4x4x4',
+  128: '4x4x8',
+  256: '4x8x8',
+  512: '8x8x8',
+  1024: '8x8x16',
+  2048: '8x16x16',
+}
+EXAMPLES = 'v5e:4x4, v5e-16, v5p:4x4x4, v5e:4x4*2 (two slices), cpu:8'
 
 
 def parse(topology: str) -> tuple[str, tuple[int, ...], int]:
@@ -68,7 +94,7 @@ def parse(topology: str) -> tuple[str, tuple[int, ...], int]:
   Raises:
     ValueError: a name of another form, or an unknown generation.
   """
-  match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?', topology)
+  match = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)(?:\*(\d+))?', _by_shape(topology))
   if not match:
     raise ValueError(
       f'--topology={topology} is not the name of a machine; give one such as {EXAMPLES}.'
@@ -86,6 +112,31 @@ def parse(topology: str) -> tuple[str, tuple[int, ...], int]:
     example = {1: 'cpu:8', 2: f'{kind}:4x4', 3: f'{kind}:4x4x4'}[wanted]
     raise ValueError(f'--topology={topology}: {kind} has {wanted} dimension(s), as in {example}.')
   return kind, shape, slices
+
+
+def _by_shape(topology: str) -> str:
+  """The name with a slice's shape for one of Google Cloud, which counts: chips of v5e and v6e,
+  cores of v4 and v5p, two to a chip. Other names are as they are.
+
+  Raises:
+    ValueError: a count of which there is no slice.
+  """
+  match = re.fullmatch(r'(v\w+?)(?:litepod)?-(\d+)((?:\*\d+)?)', topology)
+  if not match:
+    return topology
+  kind = {'v5': 'v5e'}.get(match[1], match[1]) if 'litepod' in topology else match[1]
+  if kind not in KINDS:
+    return topology  # which `parse` refuses
+  flat = KINDS[kind].dimensions == 2
+  shapes = _FLAT if flat else _CUBES
+  chips = int(match[2]) if flat else int(match[2]) / 2
+  if chips not in shapes:
+    counts = [count if flat else 2 * count for count in shapes]
+    raise ValueError(
+      f'--topology={topology}: there is no such slice; the numbers of {kind} are '
+      f'{", ".join(map(str, counts))}.'
+    )
+  return f'{kind}:{shapes[chips]}{match[3]}'
 
 
 def prepare(topologies: Sequence[str]) -> None:
@@ -113,9 +164,11 @@ def devices(topology: str) -> list[jax.Device]:
   chip = KINDS[kind]
   for name, value in _NO_TPU.items():
     os.environ.setdefault(name, value)
-  options = {}
+  options: dict[str, Any] = {}
   if chip.megacore:
     options = {'chip_config_name': 'megacore', 'chips_per_host_bounds': (2, 2, 1)}
+  if math.prod(shape) < CHIPS_OF_A_HOST:
+    options['chips_per_host_bounds'] = (*shape, 1)[:3]
   try:
     described = topologies.get_topology_desc(
       platform='tpu',

@@ -70,24 +70,33 @@ def run(config: Config, names: str, folder: pathlib.Path) -> Report:
   """
   every = names.split(',')
   per_chip = [topology.chips(name) for name in every]
-  found = []
+  for name in every[1:]:
+    topology.devices(name)  # one that does not exist is refused before the first is planned for
+  folder.mkdir(parents=True, exist_ok=True)
+  found: list[Report] = []
   for name, count in zip(every, per_chip, strict=True):
     size = config.batch_size * count // per_chip[0]
     found.append(plan(dataclasses.replace(config, batch_size=size), name))
+    report, text = _together(found)
+    _write(folder, report, text)  # each time: what is done stays if a later one is refused
+  print(text)
+  logging.info('Also in %s and %s.', folder / 'plan.json', folder / 'plan.md')
+  return report
+
+
+def _together(found: Sequence[Report]) -> tuple[Report, str]:
   texts = [reports.describe(one) for one in found]
-  report = found[0]
-  if len(found) > 1:
-    texts.append(reports.describe_scaling(found))
-    report = report | {'scaling': found}
-  text = '\n\n'.join(texts)
-  folder.mkdir(parents=True, exist_ok=True)
+  if len(found) == 1:
+    return found[0], texts[0]
+  texts.append(reports.describe_scaling(found))
+  return found[0] | {'scaling': list(found)}, '\n\n'.join(texts)
+
+
+def _write(folder: pathlib.Path, report: Report, text: str) -> None:
   with files.whole_file(folder / 'plan.json') as file:
     file.write(json.dumps(report, indent=2) + '\n')
   with files.whole_file(folder / 'plan.md') as file:
     file.write(text + '\n')
-  print(text)
-  logging.info('Also in %s and %s.', folder / 'plan.json', folder / 'plan.md')
-  return report
 
 
 def plan(config: Config, name: str) -> Report:

@@ -15,6 +15,12 @@ from llm_jax.parallel import topology
     ('v6e:4x4', 'TPU v6 lite', 16, 4, 1),
     ('v5p:4x4x4', 'TPU v5', 64, 16, 1),
     ('v4:2x2x4', 'TPU v4', 16, 4, 1),
+    ('v5e:1x1', 'TPU v5 lite', 1, 1, 1),
+    ('v6e-1', 'TPU v6 lite', 1, 1, 1),
+    ('v5p:1x1x1', 'TPU v5', 1, 1, 1),
+    ('v5e-16', 'TPU v5 lite', 16, 4, 1),
+    ('v5litepod-8*2', 'TPU v5 lite', 16, 4, 2),
+    ('v5p-64', 'TPU v5', 32, 8, 1),
   ],
 )
 def test_slices_of_tpus(name, kind, chips, hosts, slices):
@@ -35,6 +41,9 @@ def test_slices_of_tpus(name, kind, chips, hosts, slices):
       r'known: v4, v5e, v5p, v6e, cpu\.',
     ),
     ('v5p:4x4', r'v5p has 3 dimension\(s\), as in v5p:4x4x4'),
+    ('v5e-12', r'no such slice; the numbers of v5e are 1, 4, 8, 16, '),
+    ('v5p-4', r'no such slice; the numbers of v5p are 8, 16, '),
+    ('v5q-16', r'is not the name of a machine'),
     ('cpu:8*2', r'cpu has 1 dimension\(s\)'),
     ('v5e:3x5', r'the TPU compiler knows no such slice'),
     ('cpu:4096', r'JAX has started with \d+ CPU devices'),
