@@ -19,7 +19,7 @@ def model(name: str, variant: str) -> dict:
   return dict(
     name=name,
     variant=variant,
-    dtype='float32',
+    dtype='auto',  # bfloat16 on TPUs and GPUs, float32 on CPUs
     remat='none',
     unroll=unset(int),
     attention=unset(str),

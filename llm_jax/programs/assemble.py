@@ -56,9 +56,11 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   _check_section('model', {'vocab_size': 1} | _set(config.model), 'Model')
   for path, part in _objective_sections(config.objective):
     _check_section('objective', part, 'Objective', ('tokenizer', 'parts'), f'objective{path}')
-  micro_batches(config, create_layout(config, devices).mesh)
+  layout = create_layout(config, devices)
+  micro_batches(config, layout.mesh)
   tokenizer = byte_tokenizer()
   config = with_stand_ins(resolve(config, 1), tokenizer)
+  config = with_compute_type(config, layout.platform)
   model = create_model(config)
   if config.seq_len > model.max_len:
     way_out = 'lower it' if config.init_from else 'lower it, or raise max_len'
@@ -171,6 +173,14 @@ def byte_tokenizer() -> Tokenizer:
 def model_module(name: str) -> types.ModuleType:
   """The module of a model by its name."""
   return plugins.load('model', name)
+
+
+def with_compute_type(config: Config, platform: str) -> Config:
+  """The config with `model.dtype='auto'` decided: bfloat16 on TPUs and GPUs, float32 on CPUs."""
+  if config.model.get('dtype') != 'auto':
+    return config
+  dtype = 'float32' if platform == 'cpu' else 'bfloat16'
+  return dataclasses.replace(config, model=config.model | {'dtype': dtype})
 
 
 def create_model(config: Config) -> nn.Module:

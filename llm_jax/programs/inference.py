@@ -109,6 +109,7 @@ def build(
     ValueError, TypeError: whatever in the config is not possible, before anything is compiled.
   """
   layout = assemble.create_layout(config, devices)
+  config = assemble.with_compute_type(config, layout.platform)
   model = assemble.create_model(config)
   heads = {}
   if objective is not None:

@@ -20,7 +20,7 @@ from llm_jax.core.contracts import Example, Hook
 from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
-from llm_jax.programs import pretrained, workdir
+from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import corpora, evaluation, logs, memory, meter
 from llm_jax.training import program as programs
@@ -104,6 +104,7 @@ def prepare(config: Config, folder: pathlib.Path) -> Run:
     ValueError, TypeError: whatever in the config, the data or the workdir is not possible.
   """
   config = pretrained.fill_in(config, folder)
+  config = assemble.with_compute_type(config, jax.default_backend())
   programs.check(config)
   workdir.open_workdir(folder)
   return start(corpora.load(config, folder), folder)

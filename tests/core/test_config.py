@@ -23,7 +23,12 @@ def tiny(**changes):
 def test_every_config_passes_the_checks(name):
   parsed = config.parse(importlib.import_module(f'configs.{name}').get_config().to_dict())
   program.check(parsed)
-  model = assemble.create_model(assemble.resolve(parsed, 7))
+  resolved = assemble.resolve(parsed, 7)
+  model = assemble.create_model(assemble.with_compute_type(resolved, 'cpu'))
+  assert model.dtype == 'float32'
+  assert assemble.with_compute_type(resolved, 'tpu').model['dtype'] == 'bfloat16'
+  given = dataclasses.replace(resolved, model=resolved.model | {'dtype': 'float16'})
+  assert assemble.with_compute_type(given, 'tpu') is given
   assert model.vocab_size == (parsed.model['vocab_size'] or 7)
   assert model.dim > model.heads > 0 and model.dim % model.heads == 0
   assert parsed.seq_len <= model.max_len
