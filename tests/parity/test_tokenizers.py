@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_jax.data import pairs
 from llm_jax.data.sources import stdlib
 from llm_jax.data.tokenizers import _convert, _training, byte, hf, sentencepiece
 
@@ -234,6 +235,13 @@ def test_folders_give_the_same_places_specials_and_template(pair):
   assert [*before, *ours.encode('a cat'), *after] == reference('a cat', truncation=False)[
     'input_ids'
   ]
+  texts = ours.encode('a cat'), ours.encode('the dog')
+  row = pairs.row(*texts, 64, pairs.frame(ours))
+  together = reference('a cat', 'the dog', truncation=False)
+  count = len(together['input_ids'])
+  assert row['tokens'][:count].tolist() == together['input_ids'] and row['segments'].sum() == count
+  types = together.get('token_type_ids', [0] * count)  # not there: the model gets zeros
+  assert row['token_types'][:count].tolist() == types
 
 
 def test_folders_go_through_an_export(pair, tmp_path):
@@ -251,6 +259,7 @@ def test_folders_go_through_an_export(pair, tmp_path):
     reference.model_max_length == 99
     and ours.specials == again.specials
     and ours.template == again.template
+    and ours.pair_template == again.pair_template
   )
 
 

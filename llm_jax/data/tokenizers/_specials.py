@@ -186,7 +186,7 @@ def _reads_types(config: Mapping[str, Any]) -> bool:
   """Whether transformers gives token types to the model of a folder."""
   inputs = config.get('model_input_names')
   if inputs is None:
-    return config.get('tokenizer_class', 'BertTokenizer').startswith('Bert')
+    return (config.get('tokenizer_class') or 'BertTokenizer').startswith('Bert')
   return 'token_type_ids' in inputs
 
 

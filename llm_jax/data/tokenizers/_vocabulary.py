@@ -34,6 +34,7 @@ def with_tokenizer_json(directory: str, files: Mapping[str, str]) -> dict[str, s
       options['added_tokens'] = json.load(file)
   models = [name for name in SENTENCEPIECE if name in there]
   if 'vocab.txt' in there:
+    options.setdefault('model_input_names', ['input_ids', 'token_type_ids', 'attention_mask'])
     description, names = _wordpiece(os.path.join(directory, 'vocab.txt'), options)
   elif {'vocab.json', 'merges.txt'} <= there:
     description, names = _byte_level(directory, options)
