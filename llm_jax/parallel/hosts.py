@@ -229,9 +229,7 @@ def preemption() -> Iterator[Callable[[], bool]]:
   All processes get True at the same call, whichever of them got the signal; a call takes less than
   a microsecond.
   """
-  if threading.current_thread() is not threading.main_thread():
-    yield lambda: False  # only the main thread gets signals
-  elif several():
+  if several():
     calls = itertools.count(1)  # JAX counts the calls from 1, at whatever step the run goes on
     with _on_signals(lambda: os.kill(os.getpid(), signal.SIGTERM), signal.SIGINT):
       yield lambda: multihost_utils.reached_preemption_sync_point(next(calls))
@@ -243,7 +241,12 @@ def preemption() -> Iterator[Callable[[], bool]]:
 
 @contextlib.contextmanager
 def _on_signals(react: Callable[[], None], *numbers: signal.Signals) -> Iterator[None]:
-  """Calls `react` at any of these signals; one that is ignored stays so."""
+  """Calls `react` at any of these signals; one that is ignored stays so. Only the main thread gets
+  signals, so in any other nothing is done.
+  """
+  if threading.current_thread() is not threading.main_thread():
+    yield
+    return
 
   def note(number: int, _: object) -> None:
     if number == signal.SIGINT:

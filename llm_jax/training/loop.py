@@ -134,7 +134,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     patience = Patience(config.evaluation.patience)
   else:
     _check_corpus(restored.meta, splits, restored.step, folder)
-    if not bool(hosts.compiled(program.finite)(restored.state)):
+    if not bool(program.finite(restored.state)):
       raise ValueError(
         f'{folder}/checkpoints/{restored.step} holds numbers that are not finite; remove that '
         'folder, and the run goes on from the checkpoint before it.'
@@ -168,8 +168,8 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
   )
   with contextlib.ExitStack() as stack:
     stack.callback(workdir.leave, run.workdir)
-    stack.enter_context(contextlib.closing(run.checkpoints))
     stack.enter_context(contextlib.closing(log))
+    stack.enter_context(contextlib.closing(run.checkpoints))
     if run.over:
       log.say(
         'This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.',
@@ -259,7 +259,7 @@ def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -
 
 def _check_finite(run: Run, step: int) -> None:
   """Raises FloatingPointError rather than save a state that nothing can go on from."""
-  if bool(hosts.compiled(run.program.finite)(run.state)):
+  if bool(run.program.finite(run.state)):
     return
   saved = run.checkpoints.steps()
   newest = f'that of step {saved[-1]} is the newest' if saved else 'there is none yet'

@@ -16,7 +16,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
-from llm_jax.parallel import fsdp, sharding
+from llm_jax.parallel import fsdp, hosts, sharding
 from llm_jax.programs import assemble, inference
 from llm_jax.programs import network as networks
 from llm_jax.programs.inference import Inference
@@ -54,7 +54,7 @@ class Training(Inference):
       numbers = [x for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
       return jnp.stack([jnp.all(jnp.isfinite(x)) for x in numbers]).all()
 
-    return jax.jit(check, out_shardings=sharding.replicated(self.mesh))
+    return hosts.compiled(jax.jit(check, out_shardings=sharding.replicated(self.mesh)))
 
 
 def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
