@@ -42,6 +42,11 @@ def call(*arguments, cwd=ROOT):
     (['--wrkdir=x'], 'Did you mean: workdir'),
     (['--workdir=gs://bucket/run'], '--workdir=gs://bucket/run is an address'),
     (['--config.stepz=None'], "config has no 'stepz'; did you mean 'steps'?"),
+    (
+      ['--config.optimizer.warmup_fraction=None', '--config.data.source=text'],
+      'config.data needs path',
+    ),
+    (["--config.data.fields=('words',)"], 'config.data.fields is not an option; allowed: none'),
     (['--config.optimizer.name=None'], "config.optimizer needs a 'name'"),
   ],
 )

@@ -36,7 +36,7 @@ NOT_IDENTITY = (
 )
 
 # Options of a source that may change, since the documents themselves are compared.
-PLACES = ('path', 'data_dir')
+LOCATIONS = ('path', 'data_dir')
 # Options that may change, but not to or from the value that leaves out a part of the optimizer,
 # whose state would then be another: option -> (default, that value).
 SWITCHES = {'optimizer.clip_norm': (1.0, 0.0), 'optimizer.layer_decay': (1.0, 1.0)}
@@ -199,7 +199,7 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
 
 def _may_change(path: str) -> bool:
   section, _, option = path.rpartition('.')
-  return _under(path, NOT_IDENTITY) or (_under(section, ('data',)) and option in PLACES)
+  return _under(path, NOT_IDENTITY) or (_under(section, ('data',)) and option in LOCATIONS)
 
 
 def _switched(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:

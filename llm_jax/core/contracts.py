@@ -320,8 +320,8 @@ class Objective:
 
     The result is cached by source, tokenizer and the source code of this function, and read in
     any order by other processes: it must depend on its arguments alone. Arrays named `tokens` or
-    `..._tokens` hold ids of the vocabulary. By default `tokens` of
-    `text`, `pair_tokens` of `pair`, and `label` as it is.
+    `..._tokens` hold ids of the vocabulary. By default `tokens` of `text`, `pair_tokens` of
+    `pair`, and `label` as it is.
     """
     if 'text' not in record:
       raise ValueError(

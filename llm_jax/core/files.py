@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and paths that are none.
+"""Files and folders that are there whole or not at all, and paths that options give.
 
 `whole_file` and `whole_folder` write beside the target, as `NAME.partial`, and rename when the
 block has ended without an error. A process that is killed in between leaves the partial one, which

@@ -120,9 +120,9 @@ def classifier(path: str | os.PathLike[str], families: Families) -> dict[str, An
 
 def _numbered(config: Mapping[str, Any]) -> dict[str, str]:
   """The names of classes where id2label is not there: those of label2id, else transformers' own."""
-  count = config.get('num_labels', 2)
+  count = config.get('num_labels') or 2
   named = {str(number): name for name, number in (config.get('label2id') or {}).items()}
-  if named and len(named) == config.get('num_labels', len(named)):
+  if named and len(named) == (config.get('num_labels') or len(named)):
     return named
   return {str(number): f'LABEL_{number}' for number in range(count)}
 

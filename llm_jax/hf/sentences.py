@@ -2,9 +2,10 @@
 vector of a text is made, and how long a text may be.
 """
 
-import json
 import os
 from typing import Any, NamedTuple
+
+from llm_jax.hf import safetensors
 
 MODULES = 'modules.json'
 _OPTIONS = 'sentence_bert_config.json'
@@ -70,7 +71,4 @@ def _pool(file: str) -> str:
 
 
 def _json(file: str) -> Any:
-  if not os.path.isfile(file):
-    return None
-  with open(file, encoding='utf-8') as opened:
-    return json.load(opened)
+  return safetensors.read_json(file) if os.path.isfile(file) else None

@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
     ValueError: there is no label, labels are fractional numbers, or lists of zeros and ones.
   """
   first: dict[str, str] = {}  # class -> where it stands first
-  lists: list[tuple[Sequence[Any], Callable[[], str]]] = []
+  lists = _Lists()
   for label, where in _labelled(documents):
     if isinstance(label, float):
       raise ValueError(
@@ -122,7 +122,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
       )
     several = isinstance(label, list | tuple)
     if several:
-      lists.append((label, where))
+      lists.add(label, where)
     for name in map(str, label if several else [label]):
       if name not in first:
         first[name] = where()
@@ -131,8 +131,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
       'objective classify needs labels and this corpus has none; name their field by '
       'config.data.label.'
     )
-  _check_lists(lists, first)
-  _warn_of_repeats(lists)
+  lists.check(set(first))
   _warn_of_names(first)
   numbers = {name: _finite(name) for name in first}
   if None in numbers.values():
@@ -148,24 +147,36 @@ def _labelled(documents: Sequence[Documents]) -> Iterator[tuple[Any, Callable[[]
         yield label, functools.partial(split.where, index)
 
 
-def _check_lists(
-  lists: Sequence[tuple[Sequence[Any], Callable[[], str]]], first: Mapping[str, str]
-) -> None:
-  """Raises ValueError where all labels are lists of zeros and ones, all as long."""
-  lengths = {len(label) for label, _ in lists}
-  if len(lengths) == 1 and max(lengths) > 1 and set(first) <= {'0', '1'}:
-    label, where = lists[0]
-    raise ValueError(
-      f'{where()}: the label {list(label)} says by zeros and ones which classes apply; give the '
-      'names of those that do, such as ["sport", "news"].'
-    )
+class _Lists:
+  """What is to be said of labels that are lists of classes."""
 
+  def __init__(self) -> None:
+    self._lengths: set[int] = set()
+    self._first: tuple[list[Any], str] | None = None
+    self._repeat: tuple[list[Any], str] | None = None
 
-def _warn_of_repeats(lists: Sequence[tuple[Sequence[Any], Callable[[], str]]]) -> None:
-  for label, where in lists:
-    if len(set(map(str, label))) < len(label):
-      logging.warning('%s: the label %s names a class twice; it counts once.', where(), label)
-      return
+  def add(self, label: Sequence[Any], where: Callable[[], str]) -> None:
+    """Takes note of one."""
+    self._lengths.add(len(label))
+    if self._first is None:
+      self._first = list(label), where()
+    if self._repeat is None and len(set(map(str, label))) < len(label):
+      self._repeat = list(label), where()
+
+  def check(self, classes: Set[str]) -> None:
+    """Raises ValueError where all are lists of zeros and ones, all as long; warns of the first that
+    names a class twice.
+    """
+    alike = len(self._lengths) == 1 and max(self._lengths) > 1
+    if self._first and alike and classes <= {'0', '1'}:
+      label, where = self._first
+      raise ValueError(
+        f'{where}: the label {label} says by zeros and ones which classes apply; give the names of '
+        'those that do, such as ["sport", "news"].'
+      )
+    if self._repeat:
+      label, where = self._repeat
+      logging.warning('%s: the label %s names a class twice; it counts once.', where, label)
 
 
 def _warn_of_names(first: Mapping[str, str]) -> None:
@@ -174,7 +185,7 @@ def _warn_of_names(first: Mapping[str, str]) -> None:
   for name, where in first.items():
     if name.strip().lower() in MISSING:
       logging.warning(
-        '%s: the class %r often means that there is no label; such a document has an empty one.',
+        '%s: the class %r often means that there is no label; where so, leave the label empty.',
         where,
         name,
       )

@@ -121,22 +121,20 @@ def _by_shape(topology: str) -> str:
   Raises:
     ValueError: a count of which there is no slice.
   """
-  match = re.fullmatch(r'(v\w+?)(?:litepod)?-(\d+)((?:\*\d+)?)', topology)
-  if not match:
-    return topology
-  kind = {'v5': 'v5e'}.get(match[1], match[1]) if 'litepod' in topology else match[1]
+  match = re.fullmatch(r'(\w+)-(\d+)((?:\*\d+)?)', topology)
+  kind = match and {'v5litepod': 'v5e'}.get(match[1], match[1])
   if kind not in KINDS:
-    return topology  # which `parse` refuses
-  flat = KINDS[kind].dimensions == 2
-  shapes = _FLAT if flat else _CUBES
-  chips = int(match[2]) if flat else int(match[2]) / 2
-  if chips not in shapes:
-    counts = [count if flat else 2 * count for count in shapes]
+    return topology
+  shapes = _FLAT
+  if KINDS[kind].dimensions == 3:
+    shapes = {2 * chips: shape for chips, shape in _CUBES.items()}
+  count = int(match[2])
+  if count not in shapes:
     raise ValueError(
       f'--topology={topology}: there is no such slice; the numbers of {kind} are '
-      f'{", ".join(map(str, counts))}.'
+      f'{", ".join(map(str, shapes))}.'
     )
-  return f'{kind}:{shapes[chips]}{match[3]}'
+  return f'{kind}:{shapes[count]}{match[3]}'
 
 
 def prepare(topologies: Sequence[str]) -> None:
@@ -181,7 +179,8 @@ def devices(topology: str) -> list[jax.Device]:
   except Exception as error:
     raise ValueError(
       f'--topology={topology}: the TPU compiler knows no such slice '
-      f'({str(error).splitlines()[0]}); shapes are multiples of the 2x2 chips of a host.'
+      f'({str(error).splitlines()[0]}); shapes are multiples of the 2x2 chips of a host, or parts '
+      'of one.'
     ) from error
   return list(described.devices)
 

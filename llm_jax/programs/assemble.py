@@ -70,6 +70,7 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
     )
   objective = create_objective(config, tokenizer)
   objective.check(model)
+  objective.heads(model)
   create_adapter(config)
   _check_patience(config, create_evaluators(config, objective))
   for key, section in config.hooks.items():
@@ -113,8 +114,9 @@ def without_replaced_options(
       )
     settings[kind] = _without(section, *dropped)
   for section, options in ALTERNATIVES.items():
-    said = [option for option in options if f'{section}.{option}' in overrides]
-    if said and settings.get(section):
+    given = _set(settings.get(section) or {})
+    said = [option for option in options if option in given and f'{section}.{option}' in overrides]
+    if said:
       settings[section] = _without(settings[section], *(set(options) - set(said)))
   return settings
 

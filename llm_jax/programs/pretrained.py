@@ -134,12 +134,13 @@ def _continued(config: Config, saved: Config) -> Config:
   """The config of a run that continues; what it sets otherwise than the run did is left in it, to
   be refused or taken.
   """
-  of_hf = saved.init_from and saved.tokenizer.get('path') == saved.init_from
+  if saved.init_from and saved.tokenizer.get('path') == saved.init_from:  # a Hugging Face folder
+    model = _decided(config.model, saved.model, saved.init_from)
+  else:
+    model = _named_or(config.model, saved.model)
   return dataclasses.replace(
     config,
-    model=_decided(config.model, saved.model, saved.init_from)
-    if of_hf
-    else _named_or(config.model, saved.model),
+    model=model,
     tokenizer=saved.tokenizer,
     seq_len=config.seq_len or saved.seq_len,
     objective=_named_or(config.objective, saved.objective),

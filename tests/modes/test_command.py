@@ -73,6 +73,17 @@ def test_a_plug_in_named_by_a_flag_drops_what_the_file_sets_for_the_old_one():
       program.check(kept)
 
 
+def test_of_two_options_that_exclude_each_other_the_flag_counts():
+  settings = bert_tiny.get_config().to_dict()
+  settings['optimizer']['warmup_steps'] = 3  # beside the file's share of all steps
+  named = Command('train', settings, None, frozenset({'optimizer.warmup_steps'})).parsed()
+  assert optimizers.parse(named.optimizer).warmup_steps == 3
+  assert optimizers.parse(named.optimizer).warmup_fraction is None
+  settings['optimizer']['warmup_steps'] = None  # a flag that empties one leaves the other
+  emptied = Command('train', settings, None, frozenset({'optimizer.warmup_steps'})).parsed()
+  assert optimizers.parse(emptied.optimizer).warmup_fraction == 0.05
+
+
 def test_an_optimizer_named_by_a_flag_drops_the_options_of_the_old_one():
   """LLaMA's config sets b1, b2 and eps of AdamW."""
   settings = llama.get_config('3.2-1b').to_dict()

@@ -149,33 +149,26 @@ def test_a_folder_answers_from_text_as_transformers_and_so_does_its_export(folde
   check(tmp_path / 'out', session)
 
 
-@pytest.mark.parametrize('paired', [False, True])
-def test_a_decoder_that_was_trained_here_is_exported_with_the_ends_of_its_texts(paired, tmp_path):
+def test_a_decoder_that_was_trained_here_is_exported_with_the_ends_of_its_texts(tmp_path):
+  rows = [dict(text=f'{text} {i}', pair=text, label='ab'[i % 2]) for i, text in enumerate(TEXTS)]
+  (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, rows * 3)))
   config = base.get_config().to_dict() | dict(steps=1, batch_size=2, seq_len=64, eval_every=1)
-  rows = [dict(text=text, pair=text[::-1], label=text[0]) for text in TEXTS * 2]
-  (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  pair = dict(pair='pair') if paired else {}
   config |= dict(
     data=dict(
-      source='jsonl', path=str(tmp_path / 'x.jsonl'), label='label', validation=0.1, **pair
+      source='jsonl',
+      path=str(tmp_path / 'x.jsonl'),
+      pair='pair',
+      label='label',
+      validation=0.1,
+      cache=str(tmp_path),
     ),
     tokenizer=dict(name='byte'),
     model=dict(name='decoder', variant='gpt_tiny', dim=32, layers=1, heads=2, max_len=128),
     objective=dict(name='classify', pool='last', task='multiclass'),
     logging=dict(tensorboard=False),
   )
-  config['data']['cache'] = str(tmp_path)
-  config['model']['init_std'] = 0.5
-  rows = [dict(text=f'{text} {i}', pair=text, label='ab'[i % 2]) for i, text in enumerate(TEXTS)]
-  (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, rows * 3)))
+  config['model']['init_std'] = 0.5  # so that texts differ in their answers
   loop.train(loop.prepare(config_lib.parse(config), tmp_path / 'w'))
   session = llm_jax.open(tmp_path / 'w')
   export(session, tmp_path / 'out')
-  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'out')
-  model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'out').eval()
-  for texts in PAIRS if paired else [(text,) for text, _ in PAIRS]:
-    with torch.no_grad():
-      logits = model(**tokenizer(*texts, return_tensors='pt')).logits[0]
-    (answer,) = session.predict([texts if paired else texts[0]])
-    found = list(answer['probabilities'].values())
-    np.testing.assert_allclose(found, torch.softmax(logits, -1).numpy(), atol=1e-4)
+  check(tmp_path / 'out', session)

@@ -299,10 +299,6 @@ def test_a_folder_of_sentence_transformers_says_how_its_vectors_are_made(folder,
   wanted = plain.embed([text.lower() for text in texts])
   np.testing.assert_allclose(found, wanted, atol=1e-5)
   assert np.abs(found[1] - plain.embed(texts)[1]).max() > 1e-3
-  with pytest.raises(ValueError, match='modules.json: Dense is not supported'):
-    vectors(['Transformer', 'Pooling', 'Dense'], ['pooling_mode_mean_tokens'], {})
-  with pytest.raises(ValueError, match='pooling by pooling_mode_max_tokens is not supported'):
-    vectors(modules, ['pooling_mode_max_tokens'], {})
 
 
 def test_every_line_of_a_file_is_a_text(tmp_path):

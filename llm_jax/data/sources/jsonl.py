@@ -51,16 +51,15 @@ class Source:
   def values(self, index: int) -> dict[str, Any]:
     """All fields of one line as they are; ValueError for a line that is no object."""
     file, _, start, stop = (int(value) for value in self._index[index])
-    where = self.where(index)
     data = _paths.read(self.files[file], start, stop)
     try:
       values = json.loads(data.decode('utf-8-sig'))
     except ValueError as error:
-      raise ValueError(f'{where}: not a JSON object in UTF-8 ({error}).') from error
+      raise ValueError(f'{self.where(index)}: not a JSON object in UTF-8 ({error}).') from error
     if not isinstance(values, dict):
       raise ValueError(
-        f'{where}: a {type(values).__name__}, not a JSON object; each line must be like '
-        f'{{"{self.fields.names[0]}": "..."}}.'
+        f'{self.where(index)}: a {type(values).__name__}, not a JSON object; each line must be '
+        f'like {{"{self.fields.names[0]}": "..."}}.'
       )
     return values
 
