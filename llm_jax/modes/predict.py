@@ -61,7 +61,10 @@ def predict(session: 'Session', source: pathlib.Path, target: pathlib.Path) -> N
       for line in lines.answered(answers):
         file.write(_encoded(line))
   except BaseException:
-    logging.error('Interrupted: the answers so far are in %s; the same call goes on.', partial)
+    if partial.stat().st_size:
+      logging.error('Interrupted: the answers so far are in %s; the same call goes on.', partial)
+    else:
+      partial.unlink()
     raise
   if lines.faults and len(lines.faults) == len(lines) - done:
     partial.unlink()
@@ -91,15 +94,15 @@ class _Lines:
     data = session.config.data
     self._as_it_is = assemble.encoder(session.config).identity != (encoding.TEXT,)
     self._lines = jsonl.Source(str(source), data.get('text') or 'text', data.get('pair'))
-    self._first = first
+    self._first, self._count = first, len(self._lines)  # an error for an empty file
     self.faults: dict[int, str] = {}
 
   def __len__(self) -> int:
-    return len(self._lines)
+    return self._count
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
     read = self._lines.values if self._as_it_is else self._lines.__getitem__
-    for index in range(self._first, len(self._lines)):
+    for index in range(self._first, self._count):
       try:
         record = read(index)
       except ValueError as error:
@@ -116,7 +119,7 @@ class _Lines:
         index += 1
       yield _merged(self._lines.values(index), answer)
       index += 1
-    for rest in range(index, len(self._lines)):
+    for rest in range(index, self._count):
       yield self._faulty(rest)
 
   def log_faults(self) -> None:

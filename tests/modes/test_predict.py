@@ -67,15 +67,25 @@ def test_a_line_that_cannot_be_read_costs_itself_alone(source, tmp_path, caplog)
   assert sorted(path.name for path in tmp_path.iterdir()) == ['x.jsonl', 'y.jsonl']
 
 
+@pytest.mark.parametrize('content, message', [(b'', 'empty corpus'), (b'{"text"', 'no line of')])
+def test_a_file_without_an_answer_leaves_nothing(tmp_path, caplog, content, message):
+  (tmp_path / 'x.jsonl').write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    predict.predict(Session(tmp_path), tmp_path / 'x.jsonl', tmp_path / 'y.jsonl')
+  assert [path.name for path in tmp_path.iterdir()] == ['x.jsonl']
+  assert 'Interrupted' not in caplog.text
+
+
 @pytest.mark.parametrize('most', [0, 1, 3])
 def test_an_interrupted_call_goes_on(source, tmp_path, most):
   target = tmp_path / 'y.jsonl'
   with pytest.raises(OSError, match='machine is gone'):
     predict.predict(Session(tmp_path, most), source, target)
   assert not target.exists()
-  (partial,) = tmp_path.glob('y.jsonl.*.partial')
-  with open(partial, 'ab') as file:
-    file.write(b'{"half a li')
+  for partial in tmp_path.glob('y.jsonl.*.partial'):
+    with open(partial, 'ab') as file:
+      file.write(b'{"half a li')
+  assert bool(list(tmp_path.glob('*.partial'))) == (most > 0)
   session = Session(tmp_path)
   predict.predict(session, source, target)
   check(target)

@@ -60,7 +60,7 @@ class Fields:
       if field is not None and field not in known:
         raise ValueError(
           f'{where}: no field {field!r}{plugins.nearest(field, known)}; it has: '
-          f'{", ".join(known)}. The option `{option}` names the field.'
+          f'{", ".join(known) or "none at all"}. The option `{option}` names the field.'
         )
 
   def record(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
