@@ -11,6 +11,12 @@ def unset(kind: type) -> config_dict.FieldReference:
   return config_dict.placeholder(kind)
 
 
+def documents() -> dict:
+  """The section of a source whose documents are given beside those of `data`."""
+  names = ('source', 'path', 'name', 'split', 'text', 'pair', 'label', 'unit', 'delimiter')
+  return {name: unset(str) for name in (*names, 'data_dir')} | dict(fields=unset(tuple))
+
+
 def model(name: str, variant: str) -> dict:
   """The section of a model; an option that is None is what the variant has.
 
@@ -65,6 +71,17 @@ def bert() -> dict:
   )
 
 
+def fine_tuning() -> dict:
+  """The recipe of BERT for pretrained weights (arXiv:1810.04805, appendix A.3), in a section
+  `pretrained`: it is laid over the others where `init_from` is given.
+  """
+  return dict(
+    optimizer=dict(
+      name='adamw', learning_rate='auto', weight_decay=0.01, warmup_fraction=0.1, schedule='linear'
+    )
+  )
+
+
 def get_config() -> config_dict.ConfigDict:
   """The sections that all configs share, with the standard library of Python as the corpus.
 
@@ -72,10 +89,11 @@ def get_config() -> config_dict.ConfigDict:
   """
   return config_dict.ConfigDict(
     dict(
+      epochs=unset(float),  # passes over the training rows, in place of steps
       seed=0,
       micro_batches=unset(int),  # None: the fewest with a moderate number of tokens per device
       log_every=10,
-      eval_every=500,
+      eval_every=500,  # 0: an epoch
       init_from=unset(str),
       data=dict(
         # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' with a section for
@@ -96,6 +114,8 @@ def get_config() -> config_dict.ConfigDict:
         cache=unset(str),  # None: ~/.cache/llm_jax
         workers=0,  # processes that tokenize; 0: one per core
       ),
+      validation=documents(),  # in place of a share of the data
+      test=documents(),  # scored once, by the best checkpoint
       tokenizer=dict(
         name='sentencepiece',
         vocab_size=8192,

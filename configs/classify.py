@@ -33,4 +33,9 @@ def get_config():
   config.optimizer.learning_rate = 1e-2
   config.checkpoint.every = 50
   config.evaluation.rows = 0
+  config.pretrained = base.fine_tuning() | dict(
+    epochs=4.0,
+    eval_every=0,
+    objective=dict(pool=base.unset(str)),  # as the folder has it
+  )
   return config

@@ -16,7 +16,6 @@ def get_config():
   config.data.validation = 0.0  # eval reads all documents; set a share to train
   config.model = base.model(base.unset(str), base.unset(str))
   config.objective = dict(name=base.unset(str))
-  config.optimizer.learning_rate = 5e-5
-  config.optimizer.warmup_fraction = 0.1
+  config.pretrained = base.fine_tuning()
   config.evaluation.rows = 0
   return config

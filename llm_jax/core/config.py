@@ -8,6 +8,7 @@ level, and says what may change between two runs of one workdir.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from llm_jax.core.tree import PyTree
 IDENTITY = (
   'model',
   'data',
+  'validation',
   'tokenizer',
   'objective',
   'adapter',
@@ -35,6 +37,8 @@ NOT_IDENTITY = (
   'model.attention',
 )
 
+# Sections that name documents of their own, beside `data`.
+SPLITS = ('validation', 'test')
 # Options of a source that may change, since the documents themselves are compared.
 LOCATIONS = ('path', 'data_dir')
 # Options that may change, but not to or from the value that leaves out a part of the optimizer,
@@ -103,15 +107,18 @@ class Config:
   """The top level of a config file.
 
   Attributes:
-    steps: optimizer steps of the whole run.
+    steps: optimizer steps of the whole run; where `epochs` is given, they follow from it.
     batch_size: sequences per optimizer step, over all hosts and micro-batches.
     tokenizer, model, objective: sections, each with the `name` of its plug-in.
     data, optimizer: likewise (`data`: the `source`); {} where nothing is read or trained.
+    validation, test: a source each, for documents that are given beside those of `data`: what a
+      section leaves open is as in `data`; {} for none.
+    epochs: passes over the training rows, in place of steps.
     seq_len: tokens of a row. Where `init_from` is given, it and the sections without a name are
       filled in from there.
     seed: of parameters, data order and dropout.
     micro_batches: in how many parts a batch is run; None for as few as keep memory moderate.
-    log_every, eval_every: steps between two log lines, and between two evaluations.
+    log_every, eval_every: steps between two log lines, and between two evaluations (0: an epoch).
     init_from: the folder of a run or of a Hugging Face model whose parameters the run starts from.
     mesh: sizes of the mesh axes, and the name of the sharding rules.
     adapter: what is trained beside a frozen base; {} trains all parameters.
@@ -127,6 +134,9 @@ class Config:
   objective: dict
   data: dict = dataclasses.field(default_factory=dict)
   optimizer: dict = dataclasses.field(default_factory=dict)
+  validation: dict = dataclasses.field(default_factory=dict)
+  test: dict = dataclasses.field(default_factory=dict)
+  epochs: float | None = None
   seq_len: int | None = None
   seed: int = 0
   micro_batches: int | None = None
@@ -162,6 +172,8 @@ def parse(tree: Mapping[str, Any]) -> Config:
   for name, section in sections.items():
     if name in tree:
       tree[name] = plugins.construct(name, section, tree[name])
+  if given(tree.get('validation') or {}) and tree.get('data'):
+    tree['data'] = dict(tree['data']) | {'validation': 0.0}  # nothing is held out of the data then
   return plugins.construct('', Config, tree)
 
 
@@ -199,7 +211,8 @@ def differences(old: Config, new: Config) -> tuple[list[str], list[str]]:
 
 def _may_change(path: str) -> bool:
   section, _, option = path.rpartition('.')
-  return _under(path, NOT_IDENTITY) or (_under(section, ('data',)) and option in LOCATIONS)
+  located = _under(section, ('data', *SPLITS)) and option in LOCATIONS
+  return located or _under(path, NOT_IDENTITY)
 
 
 def _switched(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
@@ -210,10 +223,12 @@ def _switched(path: str, before: Mapping[str, Any], after: Mapping[str, Any]) ->
 
 
 def _check_positive(config: Config) -> None:
-  for name in ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every', 'eval_every'):
+  for name in ('steps', 'batch_size', 'seq_len', 'micro_batches', 'log_every'):
     value = getattr(config, name)
     if value is not None and value < 1:
       raise ValueError(f'config.{name}={value} must be at least 1.')
+  if config.epochs is not None and not 0 < config.epochs < math.inf:
+    raise ValueError(f'config.epochs={config.epochs} must be a number of passes, above 0.')
   if config.checkpoint.every < 1 or config.checkpoint.keep < 1:
     raise ValueError(
       f'config.checkpoint needs every and keep of at least 1, not {config.checkpoint}.'
@@ -229,6 +244,16 @@ def _check_names(config: Config) -> None:
       raise ValueError(f"config.{section} needs a 'name'{_INIT_FROM}.")
   if config.seq_len is None:
     raise ValueError(f'config.seq_len must be given, the tokens of a row{_INIT_FROM}.')
+
+
+def given(section: Mapping[str, Any]) -> dict[str, Any]:
+  """The options of a section that are set."""
+  return {key: value for key, value in section.items() if value is not None}
+
+
+def validates(config: Config) -> bool:
+  """Whether there are validation documents: given ones, or a share of the data."""
+  return bool(given(config.validation) or config.data.get('validation'))
 
 
 def require(config: Config, *sections: str) -> None:
@@ -267,9 +292,11 @@ def _check_data(config: Config) -> None:
 
 
 def _check_not_negative(config: Config) -> None:
-  numbers = dataclasses.astuple(config.evaluation)
-  if config.seed < 0 or min(numbers) < 0:
-    raise ValueError(f'config.seed={config.seed} and {config.evaluation} must not be negative.')
+  if min(config.seed, config.eval_every, *dataclasses.astuple(config.evaluation)) < 0:
+    raise ValueError(
+      f'config.seed={config.seed}, config.eval_every={config.eval_every} and {config.evaluation} '
+      'must not be negative.'
+    )
   if min(config.profile.start, config.profile.steps) < 0:
     raise ValueError(
       f'config.profile needs start and steps of at least 0, not {config.profile}; steps=0 is for '

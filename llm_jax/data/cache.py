@@ -207,6 +207,11 @@ class Split:
   def __len__(self) -> int:
     return len(self.ids)
 
+  @property
+  def hashes(self) -> np.ndarray:
+    """[documents] uint64, of the text and pair of each document."""
+    return self.corpus.hashes[self.ids]
+
   @functools.cached_property
   def tokens_total(self) -> int:
     return sum(int(self.lengths(name).sum()) for name in encoding.counted(self.names))

@@ -26,39 +26,48 @@ _TRAIN, _VALIDATION, _CHOICE, _SHUFFLE = 1, 2, 3, 4
 _AHEAD = 3  # batches that are made before they are asked for
 
 
-def train_examples(
-  splits: Sequence[Documents],
-  weights: Sequence[float],
-  objective: Objective,
-  seq_len: int,
-  seed: int,
-  batch_size: int,
-) -> grain.MapDataset:
-  """The endless training stream.
-
-  Each corpus is laid out in rows by the objective, shuffled anew each epoch, and repeated; the
-  corpora are interleaved so that the first n examples hold n * share of each, give or take fewer
-  than there are corpora. What an objective draws (masking, say) depends on (seed, i), so that a row
-  looks different each time it comes.
+def training_rows(
+  splits: Sequence[Documents], objective: Objective, seq_len: int, batch_size: int
+) -> list[Rows]:
+  """The rows of each training corpus, as the objective lays them out.
 
   Args:
     splits: training documents of each corpus.
-    weights: share of examples of each corpus, in any unit.
-    objective: lays out and transforms rows.
+    objective: lays out rows.
     seq_len: tokens of a row.
-    seed: not negative.
     batch_size: rows of one optimizer step; the corpora together must have at least so many.
+
+  Raises:
+    ValueError: fewer rows than a batch in all corpora together, or none in one of them.
+  """
+  rows = [objective.rows(split, seq_len) for split in splits]
+  _check_rows([len(r) for r in rows], batch_size, seq_len)
+  return rows
+
+
+def train_examples(
+  rows: Sequence[Rows], weights: Sequence[float], objective: Objective, seed: int
+) -> grain.MapDataset:
+  """The endless training stream.
+
+  The rows of each corpus are shuffled anew each epoch, and repeated; the corpora are interleaved so
+  that the first n examples hold n * share of each, give or take fewer than there are corpora. What
+  an objective draws (masking, say) depends on (seed, i), so that a row looks different each time it
+  comes.
+
+  Args:
+    rows: of each corpus, as `training_rows` gives them.
+    weights: share of examples of each corpus, in any unit.
+    objective: transforms rows.
+    seed: not negative.
 
   Returns:
     Dataset of length sys.maxsize; element i is a dict of arrays, a row of the batch.
 
   Raises:
-    ValueError: weights that are not positive or not one per corpus, a negative seed, fewer rows
-      than a batch in all corpora together or none in one of them.
+    ValueError: weights that are not positive or not one per corpus, a negative seed.
   """
-  shares = _shares(weights, len(splits))
-  rows = [objective.rows(split, seq_len) for split in splits]
-  _check_rows([len(r) for r in rows], batch_size, seq_len)
+  shares = _shares(weights, len(rows))
   streams = []
   for corpus, laid_out in enumerate(rows):
     order = grain.MapDataset.range(len(laid_out))

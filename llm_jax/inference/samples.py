@@ -45,10 +45,11 @@ class Samples:
     documents: Sequence[Documents],
     count: int,
     path: pathlib.Path,
+    every: int,
     say: Callable[..., None],
   ):
     model, adapter = program.network.model, program.network.adapter
-    self.every = program.config.eval_every
+    self.every = every
     self._tokenizer, self._path, self._say = tokenizer, path, say
     generator = Generator(model, program.model_infos, program.layout, adapter)
     self._completer = Completer(generator, tokenizer, rows=count)
@@ -68,7 +69,8 @@ class Samples:
     if not count or not program.network.model.causal or 'clm' not in program.objective.terms:
       return None
     path = run.workdir / FILE
-    return cls(program, data.tokenizer, data.splits.validation, count, path, log.say)
+    documents = data.splits.validation or data.splits.train
+    return cls(program, data.tokenizer, documents, count, path, run.eval_every, log.say)
 
   def __call__(self, step: int, state: TrainState, values: Mapping[str, float]) -> None:
     """Shows the samples of a step; all processes call it."""

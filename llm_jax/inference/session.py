@@ -280,7 +280,11 @@ def _with_data_of(given: Config, config: Config) -> Config:
       f'config.data.pair={theirs!r}; both need pairs, or neither.'
     )
   chosen = dataclasses.replace(
-    config, data=given.data, evaluation=given.evaluation, batch_size=given.batch_size
+    config,
+    data=given.data,
+    validation=given.validation,
+    evaluation=given.evaluation,
+    batch_size=given.batch_size,
   )
   forbidden, allowed = config_lib.differences(chosen, given)
   for line in [*forbidden, *allowed]:

@@ -66,14 +66,15 @@ class Command:
     Where a flag names another plug-in than the file, the old one's options are dropped.
     """
     from llm_jax.core import config as config_lib
-    from llm_jax.programs import assemble
+    from llm_jax.programs import assemble, recipes
 
     takes = {}
     if 'optimizer.name' in self.overrides:
       from llm_jax.training import optimizers
 
       takes['optimizer'] = optimizers.options
-    return config_lib.parse(assemble.without_replaced_options(self.settings, self.overrides, takes))
+    settings = recipes.chosen(self.settings, self.overrides)
+    return config_lib.parse(assemble.without_replaced_options(settings, self.overrides, takes))
 
   def config(self) -> 'Config':
     """The config, with what `init_from` decides filled in."""

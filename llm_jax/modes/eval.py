@@ -35,7 +35,7 @@ def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str
   tokenizer = session.tokenizer
   documents = corpora.documents(session.config, tokenizer)
   config = assemble.derive(session.config, documents.train)
-  chosen = documents.validation if config.data['validation'] else documents.train
+  chosen = documents.validation or documents.train
   objective = assemble.create_objective(config, tokenizer)
   examples = pipeline.validation_examples(
     chosen, objective, config.seq_len, config.seed, config.evaluation.rows

@@ -31,7 +31,16 @@ def run(command: Command) -> Callable[[], Any]:
   config = command.parsed()
   command.use_compilation_cache(command.workdir)
   started = loop.prepare(config, command.workdir)
-  return lambda: loop.train(started, [samples, *configured(started)])
+  return lambda: _train(started)
+
+
+def _train(run: 'loop.Run') -> dict[str, float]:
+  from llm_jax.inference import testing
+  from llm_jax.training import loop
+
+  values = loop.train(run, [samples, *configured(run)])
+  testing.score(run)
+  return values
 
 
 def samples(run: 'loop.Run', log: 'logs.Log') -> Any:

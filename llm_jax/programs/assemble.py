@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from llm_jax.core import config as config_lib
 from llm_jax.core import plugins
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import (
@@ -35,6 +36,8 @@ from llm_jax.parallel import sharding
 DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts')
 # By section, options of which only one can be set.
 ALTERNATIVES = {'optimizer': ('warmup_steps', 'warmup_fraction')}
+# What a source of validation or test documents shares with another kind of source in `data`.
+FIELDS = ('text', 'pair', 'label', 'fields')
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
 
@@ -52,8 +55,11 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   """
   for section, options in data_parts(config):
     _check_source(section, options)
+  for name in config_lib.SPLITS if config.data else ():
+    if (options := split_section(config, name)) is not None:
+      _check_source(name, options)
   _check_section('tokenizer', config.tokenizer, 'create', ('texts', 'texts_fingerprint', 'cache'))
-  _check_section('model', {'vocab_size': 1} | _set(config.model), 'Model')
+  _check_section('model', {'vocab_size': 1} | config_lib.given(config.model), 'Model')
   for path, part in _objective_sections(config.objective):
     _check_section('objective', part, 'Objective', ('tokenizer', 'parts'), f'objective{path}')
   layout = create_layout(config, devices)
@@ -106,15 +112,16 @@ def without_replaced_options(
     options = takes.get(kind, functools.partial(_plugin_options, kind))(section['name'])
     taken = {'name', 'variant', 'parts', *options}
     said = {key for key in section if f'{kind}.{key}' in overrides}
-    dropped = sorted(key for key in _set(section) if key not in taken | said)
+    dropped = sorted(key for key in config_lib.given(section) if key not in taken | said)
     if dropped:
       names = ', '.join(f'config.{kind}.{key}' for key in dropped)
       logging.info(
         '%s: not an option of %s; what the config file says is dropped.', names, section['name']
       )
     settings[kind] = _without(section, *dropped)
+  _settle(settings, overrides)
   for section, options in ALTERNATIVES.items():
-    given = _set(settings.get(section) or {})
+    given = config_lib.given(settings.get(section) or {})
     said = [option for option in options if option in given and f'{section}.{option}' in overrides]
     if said:
       settings[section] = _without(settings[section], *(set(options) - set(said)))
@@ -143,6 +150,44 @@ def sources(config: Config) -> tuple[list[Source], list[float]]:
     made.append(plugins.construct(section, factory, _without(part, *DATA_OPTIONS, 'weight')))
     weights.append(float(part.get('weight', 1.0)))
   return made, weights
+
+
+def split_section(config: Config, name: str) -> dict[str, Any] | None:
+  """The section of the source of `config.validation` or `config.test`; None where none is given.
+
+  What it leaves open is as in `config.data`: everything where it reads the same kind of source,
+  else the names of fields.
+
+  Raises:
+    ValueError: no source can be meant, or just the documents of `config.data`.
+  """
+  given = config_lib.given(getattr(config, name))
+  if not given:
+    return None
+  data = config_lib.given(config.data)
+  kind = given.get('source') or data.get('source')
+  if kind in (None, 'mixture'):
+    raise ValueError(f"config.{name} needs a 'source', since config.data names no single one.")
+  takes = set(plugins.signature(plugins.load('source', kind).Source))
+  shared = takes if kind == data.get('source') else takes.intersection(FIELDS)
+  section = {key: data[key] for key in sorted(shared & data.keys())} | given | {'source': kind}
+  if kind == data.get('source') and all(
+    section[key] == data.get(key) for key in shared & given.keys()
+  ):
+    raise ValueError(
+      f'config.{name} names the documents that config.data trains on; give it a path, name or '
+      'split of its own.'
+    )
+  return section
+
+
+def split_source(config: Config, name: str) -> Source | None:
+  """The source of `config.validation` or `config.test`; None where none is given."""
+  section = split_section(config, name)
+  if section is None:
+    return None
+  factory = plugins.load('source', section['source']).Source
+  return plugins.construct(name, factory, _without(section, *DATA_OPTIONS))
 
 
 def create_tokenizer(
@@ -277,7 +322,7 @@ def resolve(config: Config, vocab_size: int) -> Config:
 
 def model_options(config: Config, vocab_size: int) -> dict[str, Any]:
   """The model section with its variant's published shape; what the section says goes first."""
-  section = _set(config.model)
+  section = config_lib.given(config.model)
   variants = getattr(model_module(section['name']), 'VARIANTS', {})
   variant = section.get('variant')
   if variant is not None and variant not in variants:
@@ -334,6 +379,24 @@ def _fewest_micro_batches(config: Config, mesh: jax.sharding.Mesh) -> int:
   return 1
 
 
+def _settle(settings: dict[str, Any], overrides: Collection[str]) -> None:
+  """Drops the number of passes where a flag gives that of steps.
+
+  Raises:
+    ValueError: flags give both, or two validation sets.
+  """
+  if 'steps' in overrides and settings.get('epochs') is not None:
+    if 'epochs' in overrides:
+      raise ValueError('config.steps and config.epochs both say how long to train; give one.')
+    settings['epochs'] = None
+  given = sorted(option for option in overrides if option.startswith('validation.'))
+  if given and 'data.validation' in overrides and settings['data']['validation']:
+    raise ValueError(
+      f'config.{given[0]} gives validation documents and config.data.validation holds some of the '
+      'training documents out; give one of the two.'
+    )
+
+
 def _check_source(section: str, options: Section) -> None:
   factory = plugins.load('source', options['source']).Source
   plugins.check(section, factory, _without(options, *DATA_OPTIONS, 'weight'))
@@ -345,6 +408,12 @@ def _check_source(section: str, options: Section) -> None:
 
 
 def _check_patience(config: Config, evaluators: Mapping[str, Evaluator]) -> None:
+  if config.evaluation.patience and config.data and not config_lib.validates(config):
+    raise ValueError(
+      f'config.evaluation.patience={config.evaluation.patience} waits for a better validation '
+      'loss, and there are no validation documents; set config.data.validation or '
+      'config.validation.'
+    )
   has_loss = any(isinstance(evaluator, loss.Evaluator) for evaluator in evaluators.values())
   if config.evaluation.patience and not has_loss:
     raise ValueError(
@@ -414,7 +483,7 @@ def _with_objective_options(
   new = {path: options(path, part) for path, part in sections.items()}
   if not any(new.values()):
     return config
-  filled = {path: new[path] | _set(part) for path, part in sections.items()}
+  filled = {path: new[path] | config_lib.given(part) for path, part in sections.items()}
   objective = filled.pop('')
   if filled:
     objective['parts'] = {path.removeprefix('.parts.'): part for path, part in filled.items()}
@@ -426,10 +495,6 @@ def _objective(section: str, options: Section, tokenizer: Tokenizer, **given: An
   return plugins.construct(
     section, factory, _without(options, 'name'), tokenizer=tokenizer, **given
   )
-
-
-def _set(options: Section) -> dict[str, Any]:
-  return {key: value for key, value in options.items() if value is not None}
 
 
 def _without(options: Section, *keys: str) -> dict[str, Any]:

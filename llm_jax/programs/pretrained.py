@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 
+from llm_jax.core import config as config_lib
 from llm_jax.core import files
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
@@ -22,8 +23,10 @@ from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
-from llm_jax.programs import assemble, checkpoints, workdir
+from llm_jax.programs import assemble, checkpoints, recipes, workdir
 
+CLASSIFY = 'classify'
+FIRST_TOKEN = {'nsp', 'sop'}  # objectives that train what the first token says
 SEQ_LEN = 512  # where neither the config nor the model's own limit says less
 
 
@@ -56,7 +59,7 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     limits = [SEQ_LEN, config.model.get('max_len')]
     limits += [sentences.max_len(config.init_from)] if config.init_from else []
     config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
-  return config
+  return recipes.with_rate(config)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -117,11 +120,15 @@ def missing_folder(config: Config) -> bool:
 
 def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   found = hf.model_options(str(folder), families(config))
-  objective = config.objective
-  if not objective.get('name'):
-    causal = assemble.model_module(found['name']).Model.causal
-    given = _set(config.objective)
-    objective = _objective(folder, causal, hf.classifier(str(folder), families(config))) | given
+  causal = assemble.model_module(found['name']).Model.causal
+  read = _reading(folder, causal, hf.classifier(str(folder), families(config)))
+  given = config_lib.given(config.objective)
+  objective = given
+  if not given.get('name'):
+    objective = _objective(folder, causal, read) | given
+  elif given['name'] == CLASSIFY and 'pool' not in given:
+    objective = read | given
+    logging.info('objective.pool=%s, as %s has it.', objective['pool'], folder)
   return dataclasses.replace(
     config,
     model=_decided(config.model, found, folder),
@@ -155,7 +162,7 @@ def _decided(
   """
   model = assemble.model_module(found['name']).Model
   shape = decisive(model)
-  given = _set(section)
+  given = config_lib.given(section)
   for key in (name for name in shape if name in given):
     has = found.get(key, getattr(model, key, None))  # or else the model's default
     if _as_in_json(given[key]) != _as_in_json(has):
@@ -177,33 +184,52 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
       'config.json.'
     )
   saved = workdir.read_config(folder)
+  objective = _named_or(config.objective, saved.objective)
+  if objective['name'] == CLASSIFY and objective.get('pool') is None:
+    objective |= {'pool': _pool(saved)}
+    logging.info('objective.pool=%s, as %s was trained.', objective['pool'], folder)
   return dataclasses.replace(
     config,
     tokenizer=saved.tokenizer,
     seq_len=config.seq_len or saved.seq_len,
     model=_named_or(config.model, saved.model),
-    objective=_named_or(config.objective, saved.objective),
+    objective=objective,
   )
 
 
+def _pool(saved: Config) -> str:
+  """What a classifier reads of a run's model: the first token where the run learned from it."""
+  names = {saved.objective['name'], *(saved.objective.get('parts') or {})}
+  if CLASSIFY in names:
+    return saved.objective.get('pool') or 'cls'
+  if names & FIRST_TOKEN:
+    return 'cls'
+  return 'last' if assemble.model_module(saved.model['name']).Model.causal else 'mean'
+
+
 def _named_or(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
-  return dict(given) if given.get('name') else dict(saved) | _set(given)
+  return dict(given) if given.get('name') else dict(saved) | config_lib.given(given)
 
 
-def _objective(folder: pathlib.Path, causal: bool, classifier: Mapping[str, Any]) -> dict[str, Any]:
+def _reading(folder: pathlib.Path, causal: bool, classifier: Mapping[str, Any]) -> dict[str, Any]:
+  """How a classifier reads the model of a Hugging Face folder: as the family's own does, or as the
+  folder of a sentence-transformers model says.
+  """
+  said = sentences.read(folder)
+  if said is not None:
+    return {'pool': said.pool}
+  return {'pool': 'last' if causal else 'cls'} | dict(classifier)
+
+
+def _objective(folder: pathlib.Path, causal: bool, read: Mapping[str, Any]) -> dict[str, Any]:
   """The objective that the class of a Hugging Face checkpoint was trained for; without a head, the
   one that suits the model.
   """
   labels = hf.labels(str(folder))
   if labels is None:
     return {'name': 'clm' if causal else 'mlm'}
-  read = {'pool': 'last' if causal else 'cls'} | dict(classifier)
   if len(labels) == 1:
     return {'name': 'classify', 'task': 'regression', **read}
   several = hf.read_config(str(folder)).get('problem_type') == 'multi_label_classification'
   task = 'multilabel' if several else 'multiclass'
   return {'name': 'classify', 'task': task, 'classes': labels, **read}
-
-
-def _set(section: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: value for key, value in section.items() if value is not None}

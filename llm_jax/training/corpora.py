@@ -7,9 +7,10 @@ import errno
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from llm_jax.core import config as config_lib
@@ -42,14 +43,21 @@ class Data:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-  """Training and validation documents of each source, the sources' weights, and a hash of what the
-  documents say.
+  """The documents of a run.
+
+  Attributes:
+    train: of each source.
+    validation: of each source, or those that are given; none where nothing is held out.
+    weights: of the sources.
+    fingerprint: a hash of what training and validation documents say.
+    test: those that are given.
   """
 
   train: Sequence[Documents]
   validation: Sequence[Documents]
   weights: Sequence[float]
   fingerprint: str
+  test: Sequence[Documents] = ()
 
 
 def load(config: Config, folder: pathlib.Path) -> Data:
@@ -76,6 +84,11 @@ def load(config: Config, folder: pathlib.Path) -> Data:
       'library. Your own text is one flag: --config.data.source=text '
       "--config.data.path='/data/*.txt'"
     )
+  if not config_lib.validates(config):
+    logging.warning(
+      'NO VALIDATION: config.data.validation is 0 and config.validation is not given, so nothing '
+      'is evaluated, and the last checkpoint stands for the best.'
+    )
   tokenizer = _tokenizer(config, folder, saved is not None)
   splits = documents(config, tokenizer)
   config = assemble.derive(config, splits.train)
@@ -90,19 +103,45 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
   """
   config_lib.require(config, 'data')
   sources, weights = assemble.sources(config)
+  given = {name: assemble.split_source(config, name) for name in config_lib.SPLITS}
   encoder = assemble.encoder(config)
   folder = str(cache_directory(config) / 'tokens')
   workers = config.data.get('workers') or 0
 
-  def build() -> list[cache.Corpus]:
+  def build(sources: Sequence[Source]) -> list[cache.Corpus]:
     return [cache.build(source, tokenizer, encoder, folder, workers) for source in sources]
 
-  corpora = hosts.first(build)
+  corpora = hosts.first(lambda: build(sources))
+  others = {
+    name: hosts.first(lambda source=source: build([source]))
+    for name, source in given.items()
+    if source
+  }
   share = config.data['validation']
   train, validation = zip(*(corpus.split(share) for corpus in corpora), strict=True)
-  fingerprint = ' '.join(corpus.content for corpus in corpora)
-  hosts.check_same('documents of config.data', fingerprint)
-  return Splits(train, validation, weights, fingerprint)
+  splits = {name: [corpus.split(0)[0] for corpus in found] for name, found in others.items()}
+  validation = splits.get('validation', validation if share else ())
+  _warn_of_copies(train, splits)
+  fingerprint = ' '.join(corpus.content for corpus in [*corpora, *others.get('validation', ())])
+  tested = ' '.join(corpus.content for corpus in others.get('test', ()))
+  hosts.check_same('documents of config.data', f'{fingerprint} {tested}')
+  return Splits(train, validation, weights, fingerprint, splits.get('test', ()))
+
+
+def _warn_of_copies(
+  train: Sequence[cache.Split], splits: Mapping[str, Sequence[cache.Split]]
+) -> None:
+  """Says how many of the documents that are given for a measurement are trained on too."""
+  for name, parts in splits.items():
+    seen = np.concatenate([split.hashes for split in train])
+    copies = sum(int(np.isin(part.hashes, seen).sum()) for part in parts)
+    if copies:
+      logging.warning(
+        '%d of the %d documents of config.%s are among the training documents, word for word.',
+        copies,
+        sum(map(len, parts)),
+        name,
+      )
 
 
 def cache_directory(config: Config) -> pathlib.Path:
@@ -129,6 +168,8 @@ def _continued(config: Config, saved: Config, folder: pathlib.Path) -> Config:
   """
   config = dataclasses.replace(config, tokenizer=saved.tokenizer)
   config = assemble.with_derived(config, saved)
+  if config.epochs and config.epochs == saved.epochs:
+    config = dataclasses.replace(config, steps=saved.steps)  # as they follow from the data
   resolved = assemble.resolve(config, saved.model['vocab_size'])
   forbidden, allowed = config_lib.differences(saved, resolved)
   if forbidden:
@@ -144,17 +185,18 @@ def _continued(config: Config, saved: Config, folder: pathlib.Path) -> Config:
 
 def _with_absolute_paths(config: Config) -> Config:
   """The config with its paths made absolute, so that a run can be used from any folder."""
-  data = _absolute_section(config.data)
+  data = _absolute_section('data', config.data)
   if data.get('parts'):
-    data['parts'] = {name: _absolute_section(part) for name, part in data['parts'].items()}
-  return dataclasses.replace(config, data=data, init_from=_absolute(config.init_from))
+    data['parts'] = {name: _absolute_section('data', part) for name, part in data['parts'].items()}
+  splits = {name: _absolute_section(name, getattr(config, name)) for name in config_lib.SPLITS}
+  return dataclasses.replace(config, data=data, init_from=_absolute(config.init_from), **splits)
 
 
-def _absolute_section(section: dict[str, Any]) -> dict[str, Any]:
-  paths = {key: section[key] for key in ('path', 'data_dir') if section.get(key)}
+def _absolute_section(name: str, section: dict[str, Any]) -> dict[str, Any]:
+  paths = {key: section[key] for key in config_lib.LOCATIONS if section.get(key)}
   for key, value in paths.items():
     for part in value.split(','):
-      files.local(f'config.data.{key}', part.strip())
+      files.local(f'config.{name}.{key}', part.strip())
   return section | {key: _absolute(path) for key, path in paths.items()}
 
 

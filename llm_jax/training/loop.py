@@ -5,6 +5,7 @@ Numbers of step n are fetched after step n + 1 is dispatched.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -61,7 +62,9 @@ class Run:
     workdir: its folder.
     checkpoints: what it has saved.
     train: the endless training stream.
-    validation: the validation set.
+    validation: the validation set; empty where there is none.
+    test: what is scored once, at the end; likewise.
+    epoch: steps of a pass over the training rows.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -73,6 +76,8 @@ class Run:
   checkpoints: Checkpoints
   train: Sequence[Example]
   validation: Sequence[Example]
+  test: Sequence[Example]
+  epoch: int
   state: TrainState
   position: int
   patience: Patience
@@ -86,6 +91,11 @@ class Run:
   def over(self) -> bool:
     """Whether there is nothing left to train."""
     return self.step >= self.program.config.steps or self.patience.over
+
+  @property
+  def eval_every(self) -> int:
+    """Steps between two evaluations."""
+    return self.program.config.eval_every or self.epoch
 
 
 MakeHook = Callable[[Run, logs.Log], Hook | None]
@@ -118,12 +128,16 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
       not possible.
   """
   config, objective, splits = data.config, data.objective, data.splits
-  train = pipeline.train_examples(
-    splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size
+  rows = pipeline.training_rows(splits.train, objective, config.seq_len, config.batch_size)
+  config, epoch = _with_steps(config, sum(map(len, rows)))
+  train = pipeline.train_examples(rows, splits.weights, objective, config.seed)
+  held_out = functools.partial(
+    pipeline.validation_examples, objective=objective, seq_len=config.seq_len, seed=config.seed
   )
-  validation = pipeline.validation_examples(
-    splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows
+  validation = (
+    held_out(splits.validation, limit=config.evaluation.rows) if splits.validation else []
   )
+  test = held_out(splits.test) if splits.test else []
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -142,7 +156,21 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     state, position = restored.state, restored.position
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
-  return Run(program, data, folder, checkpoints, train, validation, state, position, patience)
+  return Run(
+    program, data, folder, checkpoints, train, validation, test, epoch, state, position, patience
+  )
+
+
+def _with_steps(config: Config, rows: int) -> tuple[Config, int]:
+  """The config with the steps that `epochs` asks for, and the steps of one epoch."""
+  epoch = -(-rows // config.batch_size)
+  if config.epochs is None:
+    return config, epoch
+  steps = max(1, math.ceil(config.epochs * rows / config.batch_size))
+  logging.info(
+    '%g epochs of %d rows, %d a step: %d steps.', config.epochs, rows, config.batch_size, steps
+  )
+  return dataclasses.replace(config, steps=steps), epoch
 
 
 def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
@@ -186,7 +214,9 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
 
 def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, float]:
   program, config = run.program, run.program.config
-  baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
+  baselines = {}
+  if len(run.validation):
+    baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
@@ -222,7 +252,7 @@ def _loop(
     gauge.dispatched(step, metrics)
     profiler.after(step, gauge)
     stopping = preempted()
-    evaluated = _due(step, config.eval_every, config.steps)
+    evaluated = len(run.validation) > 0 and _due(step, run.eval_every, config.steps)
     saving = _due(step, config.checkpoint.every, config.steps) or stopping
     called = [] if stopping else [hook for hook in hooks if _due(step, hook.every, config.steps)]
     if not (evaluated or saving or called):
@@ -298,7 +328,8 @@ def _say_how_it_ended(run: Run, log: logs.Log) -> None:
   steps = ', '.join(map(str, run.checkpoints.steps()))
   best = run.checkpoints.best_step()
   picture = run.workdir / logs.PLOT
-  log.say('Done. Checkpoints of steps %s; the best is %s. %s shows the loss.', steps, best, picture)
+  best_is = 'the newest is the best' if best is None else f'the best is {best}'
+  log.say('Done. Checkpoints of steps %s; %s. %s shows the loss.', steps, best_is, picture)
 
 
 def _check_corpus(

@@ -39,7 +39,9 @@ FEEDS = {  # what is fed: objective, tokens of a row, rows of a batch
 def feed(documents, tokenizer, name, tokens=1_000_000):
   """Tokens per second; all positions of rows count, padding included."""
   objective, length, size = FEEDS[name]
-  examples = pipeline.train_examples([documents], [1.0], objective(tokenizer), length, 0, size)
+  made = objective(tokenizer)
+  rows = pipeline.training_rows([documents], made, length, size)
+  examples = pipeline.train_examples(rows, [1.0], made, 0)
   load = pipeline._loader(examples, range(size))
   load(0)
   steps = -(-tokens // (size * length))

@@ -80,11 +80,10 @@ class Side:
     settings = dataclasses.replace(data.config, objective=options)
     objective = assemble.create_objective(settings, data.tokenizer)
     seq_len, splits = settings.seq_len, data.splits
-    self.texts, self.used = _fill(objective.rows(splits.train[0], seq_len), seq_len)
+    rows = pipeline.training_rows(splits.train, objective, seq_len, settings.batch_size)
+    self.texts, self.used = _fill(rows[0], seq_len)
     self.validation = _fill(objective.rows(splits.validation[0], seq_len), seq_len)
-    examples = pipeline.train_examples(
-      splits.train, splits.weights, objective, seq_len, 0, settings.batch_size
-    )
+    examples = pipeline.train_examples(rows, splits.weights, objective, 0)
     self._program = program.build(settings, objective, examples[0])
     self._batches = pipeline.batches(examples, settings.batch_size)
     self._state = self._program.init(0)

@@ -202,9 +202,10 @@ def finetune(folder):
   data = corpora.load(pretrained.fill_in(settings, run), run)
   documents = Short(data.splits.train[0])
   objective = assemble.create_objective(data.config, data.tokenizer)
-  rows = round(TEXTS * len(objective.rows(documents, LENGTH)) / len(documents))
+  laid_out = objective.rows(documents, LENGTH)
+  rows = round(TEXTS * len(laid_out) / len(documents))
   settings = dataclasses.replace(data.config, batch_size=rows)
-  examples = pipeline.train_examples([documents], [1.0], objective, LENGTH, 0, rows)
+  examples = pipeline.train_examples([laid_out], [1.0], objective, 0)
   shape = transformers.BertConfig(
     vocab_size=data.tokenizer.vocab_size, num_labels=len(objective.classes)
   )

@@ -52,7 +52,9 @@ class Failing(Objective):
 
 def _train(counts=(23, 11), weights=(2.0, 1.0), seed=0, batch_size=4, objective=None):
   splits = [Numbers(1000 * i, n) for i, n in enumerate(counts)]
-  return pipeline.train_examples(splits, weights, objective or Objective(), 3, seed, batch_size)
+  objective = objective or Objective()
+  rows = pipeline.training_rows(splits, objective, 3, batch_size)
+  return pipeline.train_examples(rows, weights, objective, seed)
 
 
 def _valid(counts=(7, 4), seed=0, limit=0):
@@ -300,9 +302,9 @@ def test_one_epoch_of_windows_over_a_cache_spells_the_corpus(tmp_path):
   train, _ = cache.build(texts, Bytes(), encoder, str(tmp_path)).split(0.0)
   rows = len(pack.windows(train.lengths('tokens'), 16))
   whole = list(pipeline.padded_batches(pipeline.validation_examples([train], Windows(), 16, 0), 8))
-  shuffled = _take(
-    pipeline.batches(pipeline.train_examples([train], [1.0], Windows(), 16, 0, 8), 1), rows
-  )
+  laid_out = pipeline.training_rows([train], Windows(), 16, 8)
+  examples = pipeline.train_examples(laid_out, [1.0], Windows(), 0)
+  shuffled = _take(pipeline.batches(examples, 1), rows)
   order = np.argsort([int(b['row'][0]) for b in shuffled])
   for found in (
     np.concatenate([b['tokens'] for b in whole]),

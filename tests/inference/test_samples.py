@@ -32,7 +32,7 @@ def test_samples_are_the_same_each_time_and_stand_in_log_and_file(small, tmp_pat
   texts = [[], TOKENIZER.encode('hello world'), TOKENIZER.encode('bye')]
   lines, path = [], tmp_path / 'samples.txt'
   samples = Samples(
-    made, TOKENIZER, [small.Documents(texts)], 3, path, lambda *line: lines.append(line)
+    made, TOKENIZER, [small.Documents(texts)], 3, path, 2, lambda *line: lines.append(line)
   )
   first = samples.texts(params)
   assert [beginning for beginning, _ in first] == ['', 'hello wo', 'bye']

@@ -1,0 +1,48 @@
+"""The test set of a run, `config.test`: scored once, at the end, by the best checkpoint."""
+
+import json
+import pathlib
+
+from absl import logging
+
+from llm_jax.core import config as config_lib
+from llm_jax.core import files, tree
+from llm_jax.parallel import hosts
+from llm_jax.programs import checkpoints
+from llm_jax.training import evaluation
+from llm_jax.training.loop import Run
+
+NUMBERS, REPORT = 'test.json', 'test_report.txt'
+
+
+def score(run: Run) -> None:
+  """Writes the numbers of the test set to `test.json` of the workdir, and what evaluators say to
+  people to `test_report.txt`; nothing where there is no test set, the run is not over, or the same
+  checkpoint was scored on the same documents before.
+  """
+  if not run.over or not len(run.test):
+    return
+  program, folder = run.program, run.workdir / 'checkpoints'
+  loaded = checkpoints.restore_params(folder, program.params)
+  scored = {'step': loaded.step, 'data': config_lib.given(program.config.test)}
+  path = run.workdir / NUMBERS
+  if hosts.agree(lambda: _holds(path, scored)):
+    return
+  params, report = tree.nest(loaded.params), run.workdir / REPORT
+  values = evaluation.scores(program, params, run.data.tokenizer, run.test, report)
+  if not hosts.primary():
+    return
+  with files.whole_file(path) as file:
+    json.dump(scored | values, file, indent=2)
+  numbers = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
+  logging.info(
+    'Test set, by the checkpoint of step %d: %s. Also in %s.', loaded.step, numbers, path
+  )
+
+
+def _holds(path: pathlib.Path, scored: dict[str, object]) -> bool:
+  """Whether the file was written for this checkpoint and these documents."""
+  if not path.exists():
+    return False
+  found = json.loads(path.read_text())
+  return all(found.get(key) == value for key, value in json.loads(json.dumps(scored)).items())
