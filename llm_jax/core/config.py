@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from llm_jax.core import plugins
+from llm_jax.core import plugins, recipes
 from llm_jax.core.tree import PyTree
 
 # What a resumed run must share with the run that it continues; steps, intervals, rates and mesh may
@@ -162,7 +162,7 @@ class Config:
 
 def parse(tree: Mapping[str, Any]) -> Config:
   """A checked Config from nested dictionaries, such as `ConfigDict.to_dict()` or config.json."""
-  tree = dict(tree)
+  tree = recipes.chosen(tree, ())
   sections = {
     'checkpoint': Checkpoint,
     'evaluation': Evaluation,

@@ -66,7 +66,8 @@ class Command:
     Where a flag names another plug-in than the file, the old one's options are dropped.
     """
     from llm_jax.core import config as config_lib
-    from llm_jax.programs import assemble, recipes
+    from llm_jax.core import recipes
+    from llm_jax.programs import assemble
 
     takes = {}
     if 'optimizer.name' in self.overrides:

@@ -23,10 +23,15 @@ from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
-from llm_jax.programs import assemble, checkpoints, recipes, workdir
+from llm_jax.programs import assemble, checkpoints, workdir
 
 CLASSIFY = 'classify'
+READING = ('pool', 'transform')  # options of a classifier that a folder decides
 FIRST_TOKEN = {'nsp', 'sop'}  # objectives that train what the first token says
+AUTO = 'auto'
+# AdamW's rate for fine-tuning: 1e-4 at the width of MiniLM (arXiv:2002.10957), 3e-5 at that of
+# BERT-base and 2e-5 at that of BERT-large (arXiv:1810.04805, appendix A.3), and a power between.
+RATE, WIDTH, POWER, LEAST = 1e-4, 384, 1.6, 2e-5
 SEQ_LEN = 512  # where neither the config nor the model's own limit says less
 
 
@@ -59,7 +64,7 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     limits = [SEQ_LEN, config.model.get('max_len')]
     limits += [sentences.max_len(config.init_from)] if config.init_from else []
     config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
-  return recipes.with_rate(config)
+  return _with_rate(config)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -118,16 +123,33 @@ def missing_folder(config: Config) -> bool:
   return not is_run and not hf.is_folder(str(folder))
 
 
+def _with_rate(config: Config) -> Config:
+  """The config with `optimizer.learning_rate='auto'` decided by the width of its model.
+
+  Raises:
+    ValueError: the model does not say how wide it is.
+  """
+  if config.optimizer.get('learning_rate') != AUTO:
+    return config
+  dim = assemble.model_options(config, 1).get('dim')
+  if dim is None:
+    raise ValueError(
+      "config.optimizer.learning_rate='auto' goes by config.model.dim, which this model does not "
+      'have; give a number.'
+    )
+  rate = float(f'{max(LEAST, RATE * (WIDTH / dim) ** POWER):.1e}')
+  logging.info('Learning rate: %g, for a model that is %d wide.', rate, dim)
+  return dataclasses.replace(config, optimizer=config.optimizer | {'learning_rate': rate})
+
+
 def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   found = hf.model_options(str(folder), families(config))
   causal = assemble.model_module(found['name']).Model.causal
-  read = _reading(folder, causal, hf.classifier(str(folder), families(config)))
-  given = config_lib.given(config.objective)
-  objective = given
-  if not given.get('name'):
-    objective = _objective(folder, causal, read) | given
-  elif given['name'] == CLASSIFY and 'pool' not in given:
-    objective = read | given
+  objective = config_lib.given(config.objective)
+  if 'name' not in objective:
+    objective = _objective(folder, causal) | objective
+  if objective['name'] == CLASSIFY and 'pool' not in objective:
+    objective |= _reading(folder, causal, families(config)) | objective
     logging.info('objective.pool=%s, as %s has it.', objective['pool'], folder)
   return dataclasses.replace(
     config,
@@ -145,12 +167,15 @@ def _continued(config: Config, saved: Config) -> Config:
     model = _decided(config.model, saved.model, saved.init_from)
   else:
     model = _named_or(config.model, saved.model)
+  objective = _named_or(config.objective, saved.objective)
+  if objective['name'] == CLASSIFY and objective.get('pool') is None:
+    objective |= {key: saved.objective[key] for key in READING if key in saved.objective}
   return dataclasses.replace(
     config,
     model=model,
     tokenizer=saved.tokenizer,
     seq_len=config.seq_len or saved.seq_len,
-    objective=_named_or(config.objective, saved.objective),
+    objective=objective,
   )
 
 
@@ -211,17 +236,19 @@ def _named_or(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
   return dict(given) if given.get('name') else dict(saved) | config_lib.given(given)
 
 
-def _reading(folder: pathlib.Path, causal: bool, classifier: Mapping[str, Any]) -> dict[str, Any]:
-  """How a classifier reads the model of a Hugging Face folder: as the family's own does, or as the
-  folder of a sentence-transformers model says.
+def _reading(
+  folder: pathlib.Path, causal: bool, known: Mapping[str, tuple[str, Family]]
+) -> dict[str, Any]:
+  """How a classifier reads the model of a Hugging Face folder: as a sentence-transformers model
+  makes its vectors, or as the classifiers of the family do.
   """
-  said = sentences.read(folder)
+  said = sentences.read(folder) if hf.labels(str(folder)) is None else None
   if said is not None:
     return {'pool': said.pool}
-  return {'pool': 'last' if causal else 'cls'} | dict(classifier)
+  return {'pool': 'last' if causal else 'cls'} | hf.classifier(str(folder), known)
 
 
-def _objective(folder: pathlib.Path, causal: bool, read: Mapping[str, Any]) -> dict[str, Any]:
+def _objective(folder: pathlib.Path, causal: bool) -> dict[str, Any]:
   """The objective that the class of a Hugging Face checkpoint was trained for; without a head, the
   one that suits the model.
   """
@@ -229,7 +256,7 @@ def _objective(folder: pathlib.Path, causal: bool, read: Mapping[str, Any]) -> d
   if labels is None:
     return {'name': 'clm' if causal else 'mlm'}
   if len(labels) == 1:
-    return {'name': 'classify', 'task': 'regression', **read}
+    return {'name': 'classify', 'task': 'regression'}
   several = hf.read_config(str(folder)).get('problem_type') == 'multi_label_classification'
   task = 'multilabel' if several else 'multiclass'
-  return {'name': 'classify', 'task': task, 'classes': labels, **read}
+  return {'name': 'classify', 'task': task, 'classes': labels}

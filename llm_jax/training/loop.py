@@ -200,7 +200,7 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
     stack.enter_context(contextlib.closing(run.checkpoints))
     if run.over:
       log.say(
-        'This run is over: it is at step %d, and config.steps=%d. Raise config.steps to train on.',
+        'This run is over: step %d of %d. Raise config.steps or config.epochs to train on.',
         run.step,
         config.steps,
       )

@@ -42,7 +42,16 @@ def test_placeholders_of_one_section_are_not_tied_together():
 
 
 def test_a_config_survives_json():
-  sections = ('data', 'tokenizer', 'model', 'objective', 'optimizer', 'adapter')
+  sections = (
+    'data',
+    'validation',
+    'test',
+    'tokenizer',
+    'model',
+    'objective',
+    'optimizer',
+    'adapter',
+  )
   stored = {name: config._without_none(getattr(tiny(), name)) for name in sections}
   assert config.from_json(config.to_json(tiny())) == dataclasses.replace(tiny(), **stored)
 

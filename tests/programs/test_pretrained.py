@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import llm_jax
-from configs import base, hf
+from configs import base, classify, hf
 from llm_jax.core import config as config_lib
-from llm_jax.core import tree
+from llm_jax.core import recipes, tree
 from llm_jax.data.tokenizers import byte
 from llm_jax.inference import completion, session
 from llm_jax.inference.export import export
@@ -190,6 +190,39 @@ def test_a_folder_that_is_none(tmp_path, path):
     ValueError, match='is the folder neither of a run nor of a Hugging Face model'
   ):
     of_folder(tmp_path / path)
+
+
+@pytest.mark.slow
+def test_a_classifier_reads_a_model_as_its_folder_says(folder, tmp_path):
+  shutil.copytree(folder / 'hf-mlm', tmp_path / 'sentences')
+  (tmp_path / 'sentences' / '1_Pooling').mkdir()
+  pooling = {'pooling_mode_mean_tokens': True}
+  (tmp_path / 'sentences' / '1_Pooling' / 'config.json').write_text(json.dumps(pooling))
+  modules = [{'idx': 0, 'path': '1_Pooling', 'type': 'sentence_transformers.models.Pooling'}]
+  (tmp_path / 'sentences' / 'modules.json').write_text(json.dumps(modules))
+
+  def pool(path, **objective):
+    tree = classify.get_config().to_dict() | dict(init_from=str(path))
+    tree['model'] |= dict(name=None, variant=None)
+    tree = recipes.chosen(tree, ())
+    tree['objective'] |= objective
+    filled = pretrained.fill_in(config_lib.parse(tree))
+    assert filled.optimizer['learning_rate'] == pytest.approx(1e-4 * (384 / 16) ** 1.6, rel=0.05)
+    return filled.objective['pool']
+
+  assert pool(tmp_path / 'sentences') == 'mean' and pool(folder / 'hf-mlm') == 'cls'
+  assert pool(folder / 'hf-clm') == 'last' and pool(folder / 'run-clm') == 'last'
+  assert pool(folder / 'run-mlm') == 'mean' and pool(tmp_path / 'sentences', pool='cls') == 'cls'
+
+
+@pytest.mark.parametrize(
+  'width, rate', [(128, 5.8e-4), (384, 1e-4), (768, 3.3e-5), (1024, 2.1e-5), (4096, 2e-5)]
+)
+def test_the_rate_of_fine_tuning_goes_by_width(width, rate):
+  tree = base.get_config().to_dict() | dict(steps=1, batch_size=1, seq_len=8)
+  tree |= dict(model=dict(name='encoder', dim=width), objective=dict(name='mlm'))
+  tree['optimizer']['learning_rate'] = 'auto'
+  assert pretrained.fill_in(config_lib.parse(tree)).optimizer['learning_rate'] == rate
 
 
 @pytest.mark.slow

@@ -3,22 +3,16 @@ from scratch.
 
 A config file sets the recipe from scratch in its sections. What it sets otherwise for pretrained
 weights stands in a section `pretrained` with the same keys, which is laid over the others where
-`config.init_from` is given. Flags go before both.
+`config.init_from` is given. A run that was trained by the optimizer of the recipe from scratch goes
+on by that one: weights that Muon trained, AdamW fine-tunes badly. Flags go before all of them.
 """
 
-import dataclasses
+import json
+import pathlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from absl import logging
-
-from llm_jax.core.config import Config
-from llm_jax.programs import assemble
-
-AUTO = 'auto'
-# AdamW's rate for fine-tuning: 1e-4 at the width of MiniLM (arXiv:2002.10957), 3e-5 at that of
-# BERT-base and 2e-5 at that of BERT-large (arXiv:1810.04805, appendix A.3), and a power between.
-RATE, WIDTH, POWER, LEAST = 1e-4, 384, 1.6, 2e-5
 
 
 def chosen(settings: Mapping[str, Any], overrides: Collection[str]) -> dict[str, Any]:
@@ -32,8 +26,9 @@ def chosen(settings: Mapping[str, Any], overrides: Collection[str]) -> dict[str,
   recipe = settings.pop('pretrained', None)
   if not recipe:
     return settings
-  if not settings.get('init_from'):
-    logging.info('Recipe: from scratch, for config.init_from is not set.')
+  why_not = _from_scratch(settings)
+  if why_not:
+    logging.info('Recipe: from scratch, for %s.', why_not)
     return settings
   taken = {path: value for path, value in _leaves(recipe) if path not in overrides}
   for path, value in taken.items():
@@ -43,23 +38,19 @@ def chosen(settings: Mapping[str, Any], overrides: Collection[str]) -> dict[str,
   return settings
 
 
-def with_rate(config: Config) -> Config:
-  """The config with `optimizer.learning_rate='auto'` decided by the width of its model.
-
-  Raises:
-    ValueError: the model does not say how wide it is.
-  """
-  if config.optimizer.get('learning_rate') != AUTO:
-    return config
-  dim = assemble.model_options(config, 1).get('dim')
-  if dim is None:
-    raise ValueError(
-      "config.optimizer.learning_rate='auto' goes by config.model.dim, which this model does not "
-      'have; give a number.'
-    )
-  rate = float(f'{max(LEAST, RATE * (WIDTH / dim) ** POWER):.1e}')
-  logging.info('Learning rate: %g, for a model that is %d wide.', rate, dim)
-  return dataclasses.replace(config, optimizer=config.optimizer | {'learning_rate': rate})
+def _from_scratch(settings: Mapping[str, Any]) -> str:
+  """Why the recipe from scratch is the right one; an empty string where it is not."""
+  if not settings.get('init_from'):
+    return 'config.init_from is not set'
+  path = pathlib.Path(settings['init_from']).expanduser() / 'config.json'
+  try:
+    origin = json.loads(path.read_text())['optimizer']['name']
+  except (OSError, ValueError, KeyError):  # no run: whoever reads the folder says what is wrong
+    return ''
+  ours = settings['optimizer'].get('name')
+  return (
+    f'the run of config.init_from was trained by its optimizer, {ours}' if origin == ours else ''
+  )
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = '') -> Iterator[tuple[str, Any]]:
