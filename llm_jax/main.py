@@ -55,13 +55,13 @@ def main(argv: Sequence[str]) -> None:
     raise UsageError(f'{" ".join(argv[1:])}: not a flag. Usage: {_usage()}')
   mode = _mode(MODE.value)
   _check_flags(mode)
+  if hasattr(mode, 'prepare') and _is_the_program():
+    mode.prepare()
   with usage_errors():
     command = _command()
   from llm_jax.training import logs
 
   logs.show()
-  if hasattr(mode, 'prepare'):
-    mode.prepare()
   alone = getattr(mode, 'ALONE', False)
   with usage_errors():
     if not alone:
@@ -111,6 +111,14 @@ def _check_flags(mode: types.ModuleType) -> None:
     raise UsageError(f'--workdir is needed{way_out}. Usage: {_usage()}')
   if CONFIG.value is None and getattr(mode, 'NEEDS_CONFIG', False):
     raise UsageError(f'--config is needed. Usage: {_usage()}')
+
+
+def _is_the_program() -> bool:
+  """Whether the process was started for this module, and not for one that calls it."""
+  main = sys.modules['__main__']
+  return main.__dict__.get('_command') is _command or (
+    pathlib.Path(getattr(main, '__file__', None) or '').stem == 'llm_jax'
+  )
 
 
 def _join_processes(saves: bool) -> None:

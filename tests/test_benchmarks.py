@@ -82,14 +82,14 @@ def test_loads_and_calls_what_is_there(script, monkeypatch):
 
 def test_the_check_finds_what_has_gone_or_changed():
   module = types.SimpleNamespace(memory=memory)
-  assert list(complaints(module, 'memory.keep()')) == []
-  gone, changed = complaints(module, 'memory.kept\nmemory.keep(1)')
+  assert list(complaints(module, 'memory.release()')) == []
+  gone, changed = complaints(module, 'memory.kept\nmemory.release(1)')
   assert gone == 'memory.kept is not there'
-  assert changed == 'memory.keep: too many positional arguments'
+  assert changed == 'memory.release: too many positional arguments'
 
 
 def test_the_check_looks_into_functions():
-  code = 'def f():\n  from llm_jax.parallel.cpu import memory as kept\n  kept.keep(1)'
+  code = 'def f():\n  from llm_jax.parallel.cpu import memory as kept\n  kept.release(1)'
   assert list(complaints(types.SimpleNamespace(), code)) == [
-    'kept.keep: too many positional arguments'
+    'kept.release: too many positional arguments'
   ]

@@ -14,10 +14,10 @@ SAVES = True
 
 
 def prepare() -> None:
-  """Before JAX starts: keeps freed memory, where the run computes on a CPU."""
+  """Before anything else, in a process of the program's own: huge pages for what a CPU computes."""
   from llm_jax.parallel.cpu import memory
 
-  memory.keep()
+  memory.use_huge_pages()
 
 
 def run(command: Command) -> Callable[[], Any]:

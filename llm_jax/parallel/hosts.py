@@ -34,6 +34,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from llm_jax.parallel import cluster, sharding
+from llm_jax.parallel.cpu import memory
 
 CONNECT_SECONDS = 300  # machines of a pod start minutes apart
 HEARTBEAT_SECONDS = 30  # after which a process that says nothing is dead
@@ -205,18 +206,23 @@ def rows(mesh: Mesh, batch_size: int, process: int | None = None) -> np.ndarray:
 def compiled(function: Callable[..., _Result]) -> Callable[..., _Result]:
   """A jitted function whose first call runs when all processes have compiled it.
 
-  They compile at paces of their own, and a collective on CPUs fails when it has waited for 30 s.
+  They compile at paces of their own, and a collective on CPUs fails when it has waited for 30 s. On
+  CPUs a call also waits for its result: the next one, dispatched meanwhile, would take memory for
+  its temporaries beside that of this one, and there is no device that would stand idle.
   """
-  waiting = several()
+  waiting, cpu = True, jax.default_backend() == 'cpu'
 
   @functools.wraps(function)
   def call(*args: Any) -> _Result:
     nonlocal waiting
-    if waiting:
-      function.lower(*args).compile()  # a jitted function, wherever there are several processes
-      barrier()
-      waiting = False
-    return function(*args)
+    if waiting and hasattr(function, 'lower'):
+      function.lower(*args).compile()  # the call finds what was compiled
+      memory.release()  # what the compiler took
+      if several():
+        barrier()
+    waiting = False
+    result = function(*args)
+    return jax.block_until_ready(result) if cpu else result
 
   return call
 

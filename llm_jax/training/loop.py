@@ -21,6 +21,7 @@ from llm_jax.core.contracts import Example, Hook
 from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
+from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import corpora, evaluation, logs, memory, meter
@@ -218,6 +219,7 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
   if len(run.validation):
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
+  host_memory.release()
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]
@@ -265,8 +267,11 @@ def _loop(
     if saving:
       _check_finite(run, step)
       run.checkpoints.save(step, run.state, run.position, _meta(run), values if evaluated else None)
+      if program.layout.platform == 'cpu':
+        run.checkpoints.wait()  # beside the next steps it would take as long, and memory
     for hook in called:
       hook(step, run.state, gauge.values | (values if evaluated else {}))
+    host_memory.release()
     gauge.restart(step)
   return values | (baselines if values else {})
 

@@ -28,7 +28,7 @@ import time
 from llm_jax.parallel.cpu import memory
 
 if '--serve=ours' in sys.argv:
-  memory.keep()  # as `llm_jax.main` does, before JAX
+  memory.use_huge_pages()  # as `llm_jax.main` does, before JAX
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

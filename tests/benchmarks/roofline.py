@@ -19,7 +19,8 @@ import time
 
 from llm_jax.parallel.cpu import memory
 
-memory.keep()  # as `llm_jax.main` does, before JAX
+if __name__ == '__main__':
+  memory.use_huge_pages()  # as `llm_jax.main` does, before JAX
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
