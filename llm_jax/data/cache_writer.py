@@ -11,23 +11,21 @@ import json
 import multiprocessing
 import os
 import signal
-import sys
 import time
 import zlib
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-import tqdm
 from absl import logging
 
+from llm_jax.core import progress
 from llm_jax.core.contracts import Source, Tokenizer
 from llm_jax.data import encoding
 
 IN_PROCESS_SECONDS = 2.0  # a corpus that is encoded sooner is not worth starting processes for
 CHUNK_SECONDS = 0.1
 CHUNK_DOCUMENTS = 256  # at most, whatever their speed: later ones may be far longer than the first
-LOG_SECONDS = 10.0
 
 
 class Job(NamedTuple):
@@ -100,10 +98,12 @@ def write(job: Job, directory: str, workers: int, counts: Counts, version: int) 
   began = time.monotonic()
   with contextlib.ExitStack() as stack:
     files = _Files(directory, stack)
-    for chunk in _shown(_chunks(job, workers), len(job.source), counts):
+    bar = stack.enter_context(progress.Progress('Tokenizing', len(job.source), 'documents'))
+    for chunk in _chunks(job, workers):
       before = counts.documents
       counts.add(chunk)
       files.write(chunk, before)
+      bar.advance(len(chunk.hashes))
   if not any(counts.entries.values()):
     raise ValueError(
       f'empty corpus: {counts.documents} documents with {counts.bytes} bytes of text hold no '
@@ -237,22 +237,6 @@ def _digests(directory: str, names: list[str], encoder: encoding.Encoder) -> dic
     with open(os.path.join(directory, name), 'rb') as file:
       digests[name] = hashlib.file_digest(file, 'blake2b').hexdigest()
   return digests
-
-
-def _shown(chunks: Iterator[Chunk], documents: int, counts: Counts) -> Iterator[Chunk]:
-  """The same chunks, with a progress bar on a terminal and a log line now and then elsewhere."""
-  logged = time.monotonic()
-  hidden = not sys.stderr.isatty()
-  with tqdm.tqdm(total=documents, desc='tokenizing', unit='doc', disable=hidden) as bar:
-    for chunk in chunks:
-      yield chunk
-      bar.update(len(chunk.hashes))
-      bar.set_postfix_str(f'{counts.tokens:,} tokens', refresh=False)
-      if hidden and time.monotonic() - logged > LOG_SECONDS:
-        logged = time.monotonic()
-        logging.info(
-          'Tokenizing: %d of %d documents, %d tokens.', counts.documents, documents, counts.tokens
-        )
 
 
 def _chunks(job: Job, workers: int) -> Iterator[Chunk]:

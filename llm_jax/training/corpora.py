@@ -14,7 +14,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import files
+from llm_jax.core import files, progress
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Objective, Source, Tokenizer
 from llm_jax.data import cache
@@ -229,7 +229,8 @@ def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[st
   and its pair.
   """
   for source in sources:
-    for index in range(len(source)):
+    indices = range(len(source))
+    for index in progress.shown(indices, 'Reading for the tokenizer', len(source), 'records'):
       record = source[index]
       if not cache.held_out(record, validation):
         yield from _strings(record)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 
+from llm_jax.core import progress
 from llm_jax.core.contracts import Batch, Example, Objective, Tokenizer, Validation
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pipeline
@@ -36,7 +37,7 @@ def scores(
     objective=program.objective,
     terms=program.network.terms,
     tokenizer=tokenizer,
-    batches=functools.partial(batches, program, examples),
+    batches=functools.partial(_shown_batches, program, examples),
     losses=lambda batch: eval_step(params, program.put(batch)),
     predict=predictions(program, params),
   )
@@ -49,6 +50,12 @@ def scores(
   if report and reports and hosts.primary():
     report.write_text('\n\n'.join(reports) + '\n')
   return hosts.agree(lambda: values)  # decisions by them are then the same, to the last bit
+
+
+def _shown_batches(program: Inference, examples: Sequence[Example]) -> Iterator[Example]:
+  total = -(-len(examples) // program.config.batch_size)
+  found = batches(program, examples)
+  return progress.shown(found, 'Evaluating', total, 'batches', hosts.primary())
 
 
 def predictions(

@@ -101,21 +101,31 @@ class Log:
   def progress(
     self, step: int, loss: float, tokens_per_second: float, seconds_per_step: float
   ) -> None:
-    """Shows how far the run is: on a terminal in the bar, elsewhere in a line of the log."""
+    """Shows how far the run is: a line of the log, on a terminal above the bar.
+
+    Args:
+      step: optimizer steps taken.
+      loss: mean since the last line.
+      tokens_per_second: likewise.
+      seconds_per_step: likewise.
+    """
+    self.say(
+      'step %d/%d  loss %.4f  %s tokens/s  %s left',
+      step,
+      self._steps,
+      loss,
+      f'{tokens_per_second:,.0f}',
+      duration(seconds_per_step * (self._steps - step)),
+    )
     if self._bar is not None:
-      rate = f'loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s'
-      self._bar.set_postfix_str(rate, refresh=False)
+      self._bar.set_postfix_str(f'loss {loss:.4f}', refresh=False)
       self._bar.update(step - self._bar.n)
-    elif self._primary:
-      left = duration(seconds_per_step * (self._steps - step))
-      logging.info(
-        'step %d/%d  loss %.4f  %s tokens/s  %s left',
-        step,
-        self._steps,
-        loss,
-        f'{tokens_per_second:,.0f}',
-        left,
-      )
+
+  def text(self, step: int, name: str, text: str) -> None:
+    """Puts a text, such as a report, into TensorBoard."""
+    if self._board is not None:
+      lines = text.splitlines()
+      self._board.add_text(name, '\n'.join(f'    {line}' for line in lines), step)  # as it stands
 
   def say(self, message: str, *args: Any) -> None:
     """A line of the log (with `logging`'s arguments) that does not tear the progress bar."""

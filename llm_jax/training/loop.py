@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -69,6 +69,7 @@ class Run:
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
+    unlogged: sums of the metrics since the last line of the log.
   """
 
   program: Training
@@ -82,6 +83,7 @@ class Run:
   state: TrainState
   position: int
   patience: Patience
+  unlogged: Mapping[str, Sequence[float]]
 
   @property
   def step(self) -> int:
@@ -145,7 +147,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
   restored = checkpoints.restore(program.state)
   if restored is None:
-    state, position = _first_state(program), 0
+    state, position, unlogged = _first_state(program), 0, {}
     patience = Patience(config.evaluation.patience)
   else:
     _check_corpus(restored.meta, splits, restored.step, folder)
@@ -155,10 +157,22 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
         'folder, and the run goes on from the checkpoint before it.'
       )
     state, position = restored.state, restored.position
+    unlogged = restored.meta.get('unlogged', {})
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
   return Run(
-    program, data, folder, checkpoints, train, validation, test, epoch, state, position, patience
+    program=program,
+    data=data,
+    workdir=folder,
+    checkpoints=checkpoints,
+    train=train,
+    validation=validation,
+    test=test,
+    epoch=epoch,
+    state=state,
+    position=position,
+    patience=patience,
+    unlogged=unlogged,
   )
 
 
@@ -242,9 +256,13 @@ def _loop(
   hooks: Sequence[Hook],
 ) -> dict[str, float]:
   program, config, step = run.program, run.program.config, run.step
-  train_step, gauge = hosts.compiled(program.train_step), meter.Meter(program, log, step)
+  train_step, gauge = (
+    hosts.compiled(program.train_step),
+    meter.Meter(program, log, step, run.unlogged),
+  )
   values: dict[str, float] = {}
-  stopping = False
+  stopping, peaks = False, meter.Peaks()
+  peaks.over('the data')
   while step < config.steps and not run.patience.over and not stopping:
     profiler.before(step, gauge)
     with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
@@ -259,20 +277,25 @@ def _loop(
     called = [] if stopping else [hook for hook in hooks if _due(step, hook.every, config.steps)]
     if not (evaluated or saving or called):
       continue
+    peaks.over('the steps')
     gauge.flush()  # what is said about a step stands in the log before the step is saved
     if evaluated:
       values = _evaluate(run, log, step, baselines)
+      peaks.over('evaluation')
       if 'loss' in values:  # the evaluators that were chosen may give none
         saving |= run.patience.better(values['loss']) or run.patience.over
     if saving:
       _check_finite(run, step)
+      run.unlogged = gauge.unlogged
       run.checkpoints.save(step, run.state, run.position, _meta(run), values if evaluated else None)
       if program.layout.platform == 'cpu':
         run.checkpoints.wait()  # beside the next steps it would take as long, and memory
+      peaks.over('saving')
     for hook in called:
       hook(step, run.state, gauge.values | (values if evaluated else {}))
     host_memory.release()
     gauge.restart(step)
+  peaks.say(log)
   return values | (baselines if values else {})
 
 
@@ -286,6 +309,8 @@ def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -
   values = evaluation.scores(program, params, tokenizer, run.validation, report)
   shown = values | baselines
   log.write(step, 'validation', shown)
+  if hosts.primary() and report.exists():
+    log.text(step, 'report', report.read_text())
   log.say(
     'step %d  validation: %s', step, '  '.join(f'{name} {x:.4f}' for name, x in shown.items())
   )
@@ -312,6 +337,7 @@ def _meta(run: Run) -> dict[str, Any]:
     'corpus': run.data.splits.fingerprint,
     'tokenizer': workdir.pack_tokenizer(run.workdir),
     'patience': {'best': run.patience.best, 'waited': run.patience.waited},
+    'unlogged': run.unlogged,
   }
 
 

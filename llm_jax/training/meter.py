@@ -3,6 +3,7 @@
 import math
 import pathlib
 import time
+from collections.abc import Mapping, Sequence
 
 import jax
 from absl import logging
@@ -11,10 +12,13 @@ from llm_jax.core import metrics as metrics_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Metrics
 from llm_jax.parallel import chips, hosts
+from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.training import logs
 from llm_jax.training.program import Training
 
 PROFILE = 'profile'
+OF_A_STEP = {'gradient_norm', 'learning_rate', 'tokens'}  # what no line gives as a mean
+MOMENT = 5  # seconds
 STEPS_TO_ESTIMATE = 3  # after the first, which compiles
 # What to try where a run would take days, by whether the model is causal.
 TINY = {False: 'configs/bert_tiny.py', True: 'configs/gpt_tiny.py'}
@@ -25,11 +29,22 @@ class Meter:
 
   Attributes:
     values: the numbers of the last step that was waited for.
+    unlogged: (sum, weight) of each metric over the steps since the last line.
   """
 
-  def __init__(self, program: Training, log: logs.Log, step: int):
-    """Starts counting at `step`; the first step, which compiles, is not part of any speed."""
+  def __init__(
+    self, program: Training, log: logs.Log, step: int, unlogged: Mapping[str, Sequence[float]]
+  ):
+    """Starts counting at `step`; the first step, which compiles, is not part of any speed.
+
+    Args:
+      program: what is run.
+      log: of the run.
+      step: that it goes on from.
+      unlogged: as it was at that step.
+    """
     self.values: dict[str, float] = {}
+    self.unlogged = {name: tuple(pair) for name, pair in unlogged.items()}
     self._program, self._log, self._first = program, log, step + 1
     self._waiting: tuple[int, Metrics] | None = None
     self._estimated = False
@@ -54,7 +69,8 @@ class Meter:
     if self._waiting is None:
       return
     (step, metrics), self._waiting = self._waiting, None
-    self.values = values = metrics_lib.divide(jax.device_get(metrics))
+    fetched = jax.device_get(metrics)
+    self.values = values = metrics_lib.divide(fetched)
     if not math.isfinite(values['loss']):
       raise FloatingPointError(
         f'the loss of step {step} is {values["loss"]}: training cannot continue. The last '
@@ -62,6 +78,7 @@ class Meter:
         'usual way out.'
       )
     self._tokens += values.pop('tokens')
+    self._add(fetched)
     if step == self._first:
       self.restart(step)
     config = self._program.config
@@ -72,16 +89,23 @@ class Meter:
   def _report(self, step: int, values: dict[str, float], due: bool) -> None:
     steps = step - self._since
     speed = self._speed(steps) if steps else {}
-    if steps and not self._estimated and step < self._program.config.steps:
+    if steps and not self._estimated:
       self._estimated = True
-      self._log.say('%s', estimate(self._program, speed['seconds_per_step'], step))
+      _say_estimate(self._program, self._log, '%s', speed['seconds_per_step'], step)
     if not due:
       return
-    self._log.write(step, 'train', values | speed)
+    means = metrics_lib.divide(self.unlogged)
+    self.unlogged = {}
+    self._log.write(step, 'train', values | means | speed)
     if steps:
       rate = speed['tokens_per_second']
-      self._log.progress(step, values['loss'], rate, speed['seconds_per_step'])
+      self._log.progress(step, means['loss'], rate, speed['seconds_per_step'])
     self.restart(step)
+
+  def _add(self, metrics: Metrics) -> None:
+    for name in metrics.keys() - OF_A_STEP:
+      value, weight = self.unlogged.get(name, (0.0, 0.0))
+      self.unlogged[name] = value + float(metrics[name][0]), weight + float(metrics[name][1])
 
   def _speed(self, steps: int) -> dict[str, float]:
     seconds = time.perf_counter() - self._clock
@@ -89,6 +113,26 @@ class Meter:
     if self._peak and self._program.flops:
       speed['model_flops_utilization'] = self._program.flops * steps / seconds / self._peak
     return speed
+
+
+class Peaks:
+  """The most memory that this process has held when each phase of a run was first over."""
+
+  def __init__(self) -> None:
+    self._peaks: dict[str, int] = {}
+
+  def over(self, phase: str) -> None:
+    """Takes note of it; nothing where the system does not say."""
+    held = host_memory.held('VmHWM')
+    if held is not None:
+      self._peaks.setdefault(phase, held)
+
+  def say(self, log: logs.Log) -> None:
+    """One line with all of them."""
+    self.over('the end')
+    if self._peaks:
+      phases = ', '.join(f'{held / 2**30:.2f} by {name}' for name, held in self._peaks.items())
+      log.say('The most memory that this process has held, GiB: %s.', phases)
 
 
 class Profiler:
@@ -153,17 +197,17 @@ def announce(program: Training, log: logs.Log, step: int) -> None:
   )
   together = 1 if devices[0].platform == 'cpu' else len(devices)  # CPU devices share the cores
   seconds = program.flops / (chips.peak_flops(kind) or _matmul_rate()) / together
-  if seconds:
-    log.say(
-      'At least, with nothing but matrix products at full speed: %s',
-      estimate(program, seconds, step),
-    )
+  message = 'At least, with nothing but matrix products at full speed: %s'
+  _say_estimate(program, log, message, seconds, step)
 
 
-def estimate(program: Training, seconds_per_step: float, step: int) -> str:
-  """How long the rest of a run takes at this speed."""
+def _say_estimate(
+  program: Training, log: logs.Log, message: str, seconds_per_step: float, step: int
+) -> None:
+  """Says how long the rest of a run takes at this speed, unless it is over in a moment."""
   left = program.config.steps - step
-  return logs.estimate(seconds_per_step, left, TINY[program.network.model.causal])
+  if left * seconds_per_step > MOMENT:
+    log.say(message, logs.estimate(seconds_per_step, left, TINY[program.network.model.causal]))
 
 
 def log_found(origin: str | None, loaded: int, new: list[str], unused: list[str]) -> None:

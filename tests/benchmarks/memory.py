@@ -21,16 +21,11 @@ import sys
 import tempfile
 from unittest import mock
 
+from llm_jax.parallel.cpu import memory
+
 ROOT = pathlib.Path(__file__).parents[2]
 MIB = 2**20
 WARM = 3  # steps before the peak is reset
-
-
-def held(field):
-  """Bytes of this process: VmRSS now, VmHWM at most."""
-  lines = pathlib.Path('/proc/self/status').read_text().splitlines()
-  (line,) = (line for line in lines if line.startswith(f'{field}:'))
-  return int(line.split()[1]) * 1024
 
 
 def measure(case, steps, changes):
@@ -48,7 +43,7 @@ def measure(case, steps, changes):
     workdirs.open_workdir(workdir)
     # `loop.prepare` in two parts: what is held between them is not the step's.
     data = corpora.load(pretrained.fill_in(parsed, workdir), workdir)
-    before = held('VmRSS')
+    before = memory.held('VmRSS')
     compilation.keep(pathlib.Path(tempfile.gettempdir()) / 'llm_jax_benchmark')
     run = loop.start(data, workdir)
     program, gauge = run.program, Gauge(steps)
@@ -88,7 +83,7 @@ class Gauge:
       pathlib.Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM to what is held now
     over = self.iteration == WARM + self.steps
     if over:
-      self.peak = held('VmHWM')
+      self.peak = memory.held('VmHWM')
     return over
 
 
@@ -116,6 +111,7 @@ def main(argv):
   options, rest = parser.parse_known_args(argv)
   changes = dict(flag.removeprefix('--config.').split('=', 1) for flag in rest)
   if options.here:
+    memory.use_huge_pages()  # as `llm_jax.main` does, before JAX
     print(json.dumps(measure(options.cases, options.steps, changes)))
     return
   found = {}

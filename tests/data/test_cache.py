@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.core import contracts
+from llm_jax.core import contracts, progress
 from llm_jax.data import cache, cache_writer, encoding
 
 TEXT = encoding.Encoder([contracts.Objective.encode])
@@ -207,11 +207,11 @@ def test_an_error_in_a_document_names_it_and_leaves_nothing(tmp_path):
 
 
 def test_progress_is_logged_where_there_is_no_terminal(tmp_path, monkeypatch, caplog):
-  monkeypatch.setattr(cache_writer, 'LOG_SECONDS', 0.0)
+  monkeypatch.setattr(progress, 'LOG_SECONDS', 0.0)
   monkeypatch.setattr(sys, 'stderr', io.StringIO())
   caplog.set_level('INFO')
   cache.build(Listed(_texts(40)), Letters(), TEXT, str(tmp_path), workers=1)
-  assert 'Tokenizing: 16 of 40 documents, 278 tokens.' in caplog.text
+  assert 'Tokenizing: 16 of 40 documents, 0 s left.' in caplog.text
   assert 'Tokenized 40 documents: 710 tokens of 710 bytes' in caplog.text
 
 

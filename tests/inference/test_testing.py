@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 
 import pytest
 
@@ -97,6 +98,15 @@ def test_without_validation_nothing_is_evaluated(tables, tmp_path, caplog):
   said = caplog.text
   assert said.count('NO VALIDATION') == 1 and 'the newest is the best' in said
   assert not (tmp_path / testing.NUMBERS).exists()
+  phases = re.search(r'has held, GiB: (.*)\.', said)[1].split(', ')
+  assert [phase.split(' by ')[1] for phase in phases] == [
+    'the data',
+    'the steps',
+    'saving',
+    'the end',
+  ]
+  peaks = [float(phase.split(' by ')[0]) for phase in phases]
+  assert peaks == sorted(peaks) and peaks[0] > 0.1
   assert {line['split'] for line in logs.read(tmp_path)} == {'train'}
 
 

@@ -140,9 +140,9 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(tmp_path, monkeypa
   log.say('%d kept', 3)
   log.close()
   shown = sys.stderr.getvalue()
-  assert '40/100' in shown and 'loss 3.2500, 12,346 tokens/s' in shown
+  assert '40/100' in shown and 'loss 3.2500' in shown
   assert caplog.messages[-1] == '3 kept'
-  assert len([message for message in caplog.messages if 'tokens/s' in message]) == 1
+  assert len([message for message in caplog.messages if 'tokens/s' in message]) == 2
 
 
 def test_parameter_overview():

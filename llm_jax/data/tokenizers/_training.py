@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from collections.abc import Iterable, Iterator, Mapping
 
 import sentencepiece
@@ -40,7 +41,7 @@ def sample(texts: Iterable[str], limit: int) -> list[str]:
   if held > limit:
     kept, held = _below(kept, threshold * limit // held)
   logging.info(
-    'Tokenizer: trained on %d of %d lines, %.1f of %.1f MB.',
+    'Tokenizer: training on %d of %d lines, %.1f of %.1f MB.',
     len(kept),
     seen,
     held / 1e6,
@@ -94,7 +95,7 @@ def train(lines: list[str], options: Mapping[str, object]) -> bytes:
       'the tokenizer has an empty corpus to train on; give texts that are not empty.'
     )
   names = {name: pieces[0] for name, pieces in PIECES.items()}
-  writer = io.BytesIO()
+  writer, began = io.BytesIO(), time.monotonic()
   try:
     sentencepiece.SentencePieceTrainer.Train(
       sentence_iterator=iter(lines),
@@ -121,6 +122,7 @@ def train(lines: list[str], options: Mapping[str, object]) -> bytes:
     )
   except RuntimeError as error:
     raise ValueError(_training_error(str(error), options)) from error
+  logging.info('Tokenizer: trained in %.0f s.', time.monotonic() - began)
   return _convert.rounded(writer.getvalue())
 
 

@@ -41,6 +41,15 @@ def release() -> None:
     libc.malloc_trim(0)
 
 
+def held(field: str) -> int | None:
+  """Bytes of this process: `VmRSS` now, `VmHWM` at most so far; None where there is no /proc."""
+  status = pathlib.Path('/proc/self/status')
+  if not status.exists():
+    return None
+  found = re.search(rf'^{field}:\s+(\d+) kB', status.read_text(), re.MULTILINE)
+  return int(found[1]) * 1024 if found else None
+
+
 def _settings(environment: dict[str, str] | os._Environ[str]) -> str | None:
   """The value of the variable with our settings added to the user's; None where it has been set for
   huge pages already, or another device is computed on.
