@@ -65,11 +65,18 @@ class Evaluation:
     rows: how many rows of the validation set to use; 0 for all.
     patience: after how many evaluations without a better loss to stop; 0 for never.
     samples: how many texts a decoder writes, into the log and samples.txt; 0 for none.
+    slices: fields of the records; a classifier's answers are also scored per value of each. A flag
+      gives them with commas between them.
   """
 
   rows: int = 512
   patience: int = 0
   samples: int = 2
+  slices: tuple[str, ...] = ()
+
+  def __post_init__(self) -> None:
+    names = tuple(name for part in self.slices for name in part.split(','))
+    object.__setattr__(self, 'slices', names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +274,7 @@ def _check_data(config: Config) -> None:
 
 
 def _check_not_negative(config: Config) -> None:
-  numbers = dataclasses.astuple(config.evaluation)
+  numbers = (config.evaluation.rows, config.evaluation.patience, config.evaluation.samples)
   if config.seed < 0 or min(numbers) < 0:
     raise ValueError(f'config.seed={config.seed} and {config.evaluation} must not be negative.')
   if min(config.profile.start, config.profile.steps) < 0:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora, evaluation, logs, memory, meter
+from llm_jax.training import corpora, evaluation, logs, memory, meter, slices
 from llm_jax.training import program as programs
 from llm_jax.training.program import Training
 
@@ -62,6 +62,7 @@ class Run:
     checkpoints: what it has saved.
     train: the endless training stream.
     validation: the validation set.
+    slices: groups of its texts, as `slices.read` gives them.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -73,6 +74,7 @@ class Run:
   checkpoints: Checkpoints
   train: Sequence[Example]
   validation: Sequence[Example]
+  slices: Mapping[str, Sequence[Sequence[str]]]
   state: TrainState
   position: int
   patience: Patience
@@ -106,6 +108,7 @@ def prepare(config: Config, folder: pathlib.Path) -> Run:
   config = pretrained.fill_in(config, folder)
   config = assemble.with_compute_type(config, jax.default_backend())
   programs.check(config)
+  slices.check(config)
   workdir.open_workdir(folder)
   return start(corpora.load(config, folder), folder)
 
@@ -121,9 +124,9 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   train = pipeline.train_examples(
     splits.train, splits.weights, objective, config.seq_len, config.seed, config.batch_size
   )
-  validation = pipeline.validation_examples(
-    splits.validation, objective, config.seq_len, config.seed, config.evaluation.rows
-  )
+  rows = pipeline.validation_rows(splits.validation, objective, config.seq_len)
+  validation = pipeline.validation_examples(rows, objective, config.seed, config.evaluation.rows)
+  groups = slices.read(config, splits.validation, rows)
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -142,7 +145,9 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     state, position = restored.state, restored.position
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
-  return Run(program, data, folder, checkpoints, train, validation, state, position, patience)
+  return Run(
+    program, data, folder, checkpoints, train, validation, groups, state, position, patience
+  )
 
 
 def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
@@ -248,7 +253,7 @@ def _due(step: int, every: int, last: int) -> bool:
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
   params, tokenizer = run.state.network_params, run.data.tokenizer
-  values = evaluation.scores(program, params, tokenizer, run.validation, report)
+  values = evaluation.scores(program, params, tokenizer, run.validation, report, run.slices)
   shown = values | baselines
   log.write(step, 'validation', shown)
   log.say(
