@@ -22,7 +22,7 @@ from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora, evaluation, logs, memory, meter, slices
+from llm_jax.training import corpora, evaluation, logs, memory, meter, page, slices
 from llm_jax.training import program as programs
 from llm_jax.training.program import Training
 
@@ -185,6 +185,9 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
     if hosts.primary():
       workdir.write_config(run.workdir, config)
     values = _train(run, log, hooks)
+    if run.over:
+      params, tokenizer = run.state.network_params, run.data.tokenizer
+      page.write(run.workdir, run.step, values, run.program, params, tokenizer, run.validation)
     _say_how_it_ended(run, log)
     return values
 
