@@ -24,6 +24,7 @@ from llm_jax.core.contracts import Tokenizer
 from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.inference import explanation, prediction
+from llm_jax.inference.attention_maps import AttentionMaps
 from llm_jax.inference.completion import Completer, Stream
 from llm_jax.inference.decoding import Generator
 from llm_jax.inference.embedding import Embedder, rounded_rows
@@ -153,6 +154,26 @@ class Session:
       normalize = said.normalize if said is not None else True
     return self._embedder(self.params, texts, pool, normalize)
 
+  def attention(self, text: str) -> tuple[list[str], np.ndarray]:
+    """Where each token of a text looks.
+
+    Args:
+      text: its end is cut off where the model takes no row so long.
+
+    Returns:
+      The T tokens, special ones by name, and [L, N, T, T] float32: layer, head, from, to; each row
+      adds up to 1.
+
+    Raises:
+      ValueError: the layers of the model are not those of this package.
+
+    Example:
+      >>> tokens, maps = session.attention('a text')
+      >>> maps.shape[2:] == (len(tokens), len(tokens))
+      True
+    """
+    return self._maps(self.params, text)
+
   @functools.cached_property
   def _sentences(self) -> sentences.Sentences | None:
     return sentences.read(self.origin)
@@ -234,6 +255,10 @@ class Session:
   @functools.cached_property
   def _embedder(self) -> Embedder:
     return Embedder(self.program, self.tokenizer)
+
+  @functools.cached_property
+  def _maps(self) -> AttentionMaps:
+    return AttentionMaps(self.program, self.tokenizer)
 
   @functools.cached_property
   def _filler(self) -> Filler:
