@@ -109,7 +109,7 @@ class Explainer:
   ) -> list[dict[str, Any]]:
     seq_len = self._row_length(records)
     texts = [self._text(record, seq_len, options.unit) for record in records]
-    said_NC = self._said(params, (text.row for text in texts), len(texts))
+    said_NC = self._said(params, (text.row for text in texts))
     labels = np.argmax(said_NC, -1).astype(np.int32)  # in regression the only column
     whole = said_NC[np.arange(len(texts)), labels]
     run = functools.partial(self._scores, params, texts, labels)
@@ -152,12 +152,11 @@ class Explainer:
     places = np.flatnonzero((row['segments'] > 0) & ~special)
     return _Text(row, places, self._mask_id, record, tokenizer, unit)
 
-  def _said(self, params: PyTree, rows: Iterable[Example], count: int) -> np.ndarray:
-    """[count, C] float32: what is said of each row."""
-    parts = [
-      np.asarray(self._answers(params, batch))[:n] for batch, n in self._batches(rows, count)
-    ]
-    return np.concatenate(parts)
+  def _said(self, params: PyTree, rows: Iterable[Example]) -> np.ndarray:
+    """[rows, C] float32: what is said of each row."""
+    # In batches of one size, that of a deletion curve: each size is compiled for.
+    batches = self._batches(rows, len(DELETIONS) * (1 + RANDOM_ORDERS))
+    return np.concatenate([np.asarray(self._answers(params, batch))[:n] for batch, n in batches])
 
   def _name(self, label: int) -> str | None:
     return None if self._predictor.task == 'regression' else self._predictor.classes[label]
@@ -172,7 +171,7 @@ class Explainer:
     """[variants] float32: what is said of each variant, a text by its number and its tokens."""
     rows = (texts[number].row | {'tokens': tokens} for number, tokens in variants)
     chosen = labels[[number for number, _ in variants]]
-    return self._said(params, rows, len(variants))[np.arange(len(variants)), chosen]
+    return self._said(params, rows)[np.arange(len(variants)), chosen]
 
   def _integrated(
     self,
@@ -200,11 +199,13 @@ class Explainer:
       self._gradients[steps] = self._compiled(run)
     return self._gradients[steps]
 
-  def _batches(self, rows: Iterable[Example], count: int) -> Iterator[tuple[Batch, int]]:
-    """Rows in batches on the mesh, and how many of each count: the last is filled up."""
+  def _batches(self, rows: Iterable[Example], most: int) -> Iterator[tuple[Batch, int]]:
+    """Rows in batches on the mesh of at most about `most`, and how many of each count: the last is
+    filled up.
+    """
     program, rows = self._program, iter(rows)
     shards = sharding.row_shards(program.mesh)
-    size = min(program.config.batch_size, rounded_rows(count, shards))
+    size = min(program.config.batch_size, rounded_rows(most, shards))
     by_row = sharding.batch_sharding(program.mesh)
     while part := list(itertools.islice(rows, size)):
       full = part + [part[0]] * (size - len(part))
