@@ -26,7 +26,7 @@ def model(name: str, variant: str) -> dict:
     name=name,
     variant=variant,
     dtype='auto',  # bfloat16 on TPUs and GPUs, float32 on CPUs
-    remat='none',
+    remat='auto',  # the least recomputation with which a step fits the device
     unroll=unset(int),
     attention=unset(str),
     dim=unset(int),
@@ -145,7 +145,7 @@ def get_config() -> config_dict.ConfigDict:
       # `llm_jax/parallel/sharding.py` says what each axis cuts
       mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),
       checkpoint=dict(every=1000, keep=2),
-      evaluation=dict(rows=512, patience=0, samples=2),
+      evaluation=dict(rows=512, patience=0, samples=2, slices=unset(tuple)),
       logging=dict(tensorboard=True, wandb=unset(str)),
       # Traces `steps` steps after the first `start`, into WORKDIR/profile
       profile=dict(start=0, steps=0),

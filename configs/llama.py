@@ -34,7 +34,6 @@ def get_config(size: str = '3.2-1b'):
   config.tokenizer.kind = 'bpe'
   config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', VARIANTS[size])
-  config.model.remat = 'full'
   config.objective = base.clm()
   config.optimizer.learning_rate = 3e-4
   config.optimizer.schedule = 'cosine'

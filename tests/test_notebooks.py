@@ -19,7 +19,7 @@ from llm_jax.core import config
 from llm_jax.training import logs
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu')
+NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu', 'inspect')
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -190,6 +190,20 @@ def test_fine_tuning(tmp_path, texts, monkeypatch):
     lines = [line for line in logs.read(folder) if line['split'] == 'validation']
     assert all(0 <= line['accuracy'] <= 1 for line in lines)
   assert re.search(r' accuracy 0\.\d+\n +macro_f1', said) and 'weighted avg' in said
+
+
+@pytest.mark.slow
+def test_inspecting(tmp_path, monkeypatch):
+  book = execute('inspect', tmp_path, monkeypatch, STEPS=16, TEXTS=60, EXPLAINED=2)
+  said = printed(book)
+  assert len(figures(book)) == 6
+  assert losses(tmp_path / 'runs' / 'classify', 'train')[0] > 3
+  right = int(re.search(r'(\d+) of 60 held-out texts are answered', said)[1])
+  assert 6 < right <= 60  # of some 30 packages
+  assert len(re.findall(r'\d\.\d\d nats  \w+, answered \w+: ', said)) == 5
+  added, changes = re.search(r'integrated gradients: .* to (\S+), .* changes (\S+)', said).groups()
+  assert float(added) == pytest.approx(float(changes), abs=0.01)
+  assert re.search(r'occlusion: the scores add up to', said)
 
 
 @pytest.mark.parametrize(

@@ -69,11 +69,18 @@ class Evaluation:
     rows: how many rows of the validation set to use; 0 for all.
     patience: after how many evaluations without a better loss to stop; 0 for never.
     samples: how many texts a decoder writes, into the log and samples.txt; 0 for none.
+    slices: fields of the records; a classifier's answers are also scored per value of each. A flag
+      gives them with commas between them.
   """
 
   rows: int = 512
   patience: int = 0
   samples: int = 2
+  slices: tuple[str, ...] = ()
+
+  def __post_init__(self) -> None:
+    names = tuple(name for part in self.slices for name in part.split(','))
+    object.__setattr__(self, 'slices', names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -292,7 +299,8 @@ def _check_data(config: Config) -> None:
 
 
 def _check_not_negative(config: Config) -> None:
-  if min(config.seed, config.eval_every, *dataclasses.astuple(config.evaluation)) < 0:
+  numbers = (config.evaluation.rows, config.evaluation.patience, config.evaluation.samples)
+  if min(config.seed, config.eval_every, *numbers) < 0:
     raise ValueError(
       f'config.seed={config.seed}, config.eval_every={config.eval_every} and {config.evaluation} '
       'must not be negative.'

@@ -467,6 +467,8 @@ class Validation(NamedTuple):
       rows.
     predict: (this host's rows of a batch, keys) -> what the objective's predictor says of all
       hosts' rows, and the batch's arrays `keys` of them.
+    slices: field of the records -> for each row of all hosts', its value for each text of the row;
+      the fields of `config.evaluation.slices`.
   """
 
   objective: Objective
@@ -475,6 +477,7 @@ class Validation(NamedTuple):
   batches: Callable[[], Iterable[Batch]]
   losses: Callable[[Batch], Metrics]
   predict: Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
+  slices: Mapping[str, Sequence[Sequence[str]]] = {}
 
 
 class Evaluator(Protocol):

@@ -78,41 +78,52 @@ def train_examples(
   return chosen.random_map(make, seed=_derive(seed, _TRAIN))
 
 
+def validation_rows(splits: Sequence[Documents], objective: Objective, seq_len: int) -> list[Rows]:
+  """The rows of the validation documents of each corpus, which may be none but not everywhere.
+
+  Raises:
+    ValueError: no rows at all.
+  """
+  rows = [objective.rows(split, seq_len) for split in splits]
+  if not sum(map(len, rows)):
+    raise ValueError(
+      f'the validation documents give no row of seq_len={seq_len}; hold out a larger share of the '
+      'corpus.'
+    )
+  return rows
+
+
 def validation_examples(
-  splits: Sequence[Documents], objective: Objective, seq_len: int, seed: int, limit: int = 0
+  rows: Sequence[Rows], objective: Objective, seed: int, limit: int = 0
 ) -> grain.MapDataset:
   """The validation set: finite, always in the same order and with the same random draws per row,
   whatever the limit.
 
   Args:
-    splits: validation documents of each corpus.
-    objective: lays out and transforms rows.
-    seq_len: tokens of a row.
+    rows: of each corpus.
+    objective: transforms rows.
     seed: not negative.
     limit: at most so many rows, a fixed random choice; 0 takes all.
 
   Raises:
-    ValueError: a negative limit or seed, or no rows at all.
+    ValueError: a negative limit or seed.
   """
-  if limit < 0:
-    raise ValueError(f'limit={limit} must be a number of validation rows, or 0 for all of them.')
-  rows = [objective.rows(split, seq_len) for split in splits]
-  total = sum(map(len, rows))
-  if not total:
-    raise ValueError(
-      f'the validation documents give no row of seq_len={seq_len}; hold out a larger share of the '
-      'corpus.'
-    )
   tags = []
   for corpus, laid_out in enumerate(rows):
     tags.append(grain.MapDataset.range(len(laid_out)).map(functools.partial(_tag, corpus)))
   make = functools.partial(_example, rows, objective)
   examples = grain.MapDataset.concatenate(tags).random_map(make, seed=_derive(seed, _VALIDATION))
-  if not 0 < limit < total:
+  chosen = _chosen(sum(map(len, rows)), seed, limit)
+  if chosen is None:
     return examples
-  rng = np.random.default_rng(_derive(seed, _CHOICE))
-  chosen = np.sort(rng.choice(total, limit, replace=False))
   return grain.MapDataset.source(chosen.tolist()).map(examples.__getitem__)
+
+
+def validation_places(rows: Sequence[Rows], seed: int, limit: int = 0) -> list[tuple[int, int]]:
+  """Which row of which corpus each of `validation_examples` is."""
+  places = [(corpus, row) for corpus, laid_out in enumerate(rows) for row in range(len(laid_out))]
+  chosen = _chosen(len(places), seed, limit)
+  return places if chosen is None else [places[index] for index in chosen]
 
 
 def batches(
@@ -235,6 +246,16 @@ def _derive(seed: int, stream: int) -> int:
   if seed < 0:
     raise ValueError(f'seed={seed} must not be negative.')
   return int(np.random.SeedSequence((stream, seed)).generate_state(1)[0])
+
+
+def _chosen(total: int, seed: int, limit: int) -> np.ndarray | None:
+  """The rows of the validation set that are used, sorted; None for all."""
+  if limit < 0:
+    raise ValueError(f'limit={limit} must be a number of validation rows, or 0 for all of them.')
+  if not 0 < limit < total:
+    return None
+  rng = np.random.default_rng(_derive(seed, _CHOICE))
+  return np.sort(rng.choice(total, limit, replace=False))
 
 
 def _tag(corpus: int, row: int) -> tuple[int, int]:

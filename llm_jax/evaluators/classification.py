@@ -1,12 +1,14 @@
 """Scores of a classifier or a regressor over a validation set, by scikit-learn and SciPy."""
 
-from collections.abc import Callable, Iterable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from llm_jax.core.contracts import Batch, Predictor, Validation
+from llm_jax.evaluators import _slices
 
 TASKS = ('multiclass', 'binary', 'multilabel', 'regression')
 KEYS = ('label', 'label_weight')  # what is read of a batch beside the predictions
@@ -25,13 +27,14 @@ class Evaluator:
         f'one of {", ".join(TASKS)}; name other evaluators in config.evaluators.'
       )
     predict = lambda batch: validation.predict(batch, KEYS)
-    return evaluate(predict, validation.batches(), predictor)
+    return evaluate(predict, validation.batches(), predictor, validation.slices)
 
 
 def evaluate(
   predict: Callable[[Batch], Mapping[str, Any]],
   batches: Iterable[Batch],
   predictor: Predictor,
+  slices: Mapping[str, Sequence[Sequence[str]]] = types.MappingProxyType({}),
 ) -> tuple[dict[str, float], str]:
   """Scores predictions against labels, text by text; those of label_weight 0 are left out.
 
@@ -40,28 +43,40 @@ def evaluate(
       [B, G, ...], with the rows' `label` and `label_weight`.
     batches: this host's rows of the validation set.
     predictor: of one of the `TASKS`.
+    slices: field -> for each row, its value for each text of the row.
 
   Returns:
     Scores by name, and a report for people. Multiclass, binary: accuracy, macro_f1 (over the
     classes that occur), mcc. Multilabel: accuracy (all classes of a text right), micro_f1,
     macro_f1. Regression: pearson, spearman, mse; a correlation with constant values is NaN.
+    Of each slice the gaps between its groups (`_slices.score`).
 
   Raises:
     ValueError: no text has a label.
   """
-  if predictor.task == 'regression':
-    return _regression(*_gather(predict, batches, 'values'))
-  predicted, labels = _gather(predict, batches, 'probabilities')
-  if predictor.task == 'multilabel':
-    return _multilabel(predicted > 0.5, labels > 0.5, predictor.classes)
-  return _classes(np.argmax(predicted, -1), labels, predictor.classes)
+  task, classes = predictor.task, predictor.classes
+  key = 'values' if task == 'regression' else 'probabilities'
+  predicted, labels, places = _gather(predict, batches, key)
+  if task == 'regression':
+    scores, report = _regression(predicted, labels)
+  elif task == 'multilabel':
+    predicted, labels = predicted > 0.5, labels > 0.5
+    scores, report = _multilabel(predicted, labels, classes)
+  else:
+    predicted = np.argmax(predicted, -1)
+    scores, report = _classes(predicted, labels, classes)
+  for field, rows in slices.items():
+    groups = [rows[row][slot] for row, slot in places]
+    gaps, text = _slices.score(field, groups, predicted, labels, task, classes)
+    scores, report = scores | gaps, f'{report}\n{text}'
+  return scores, report
 
 
 def _gather(
   predict: Callable[[Batch], Mapping[str, Any]], batches: Iterable[Batch], key: str
-) -> tuple[np.ndarray, np.ndarray]:
-  """Predictions and labels of the texts that count, [texts, ...]; slots are many, so that no
-  batch's stay longer than needed.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Predictions and labels of the texts that count, [texts, ...], and the row and the slot of each,
+  [texts, 2]; slots are many, so that no batch's stay longer than needed.
   """
   kept, waiting = [], None
   for batch in batches:
@@ -69,19 +84,27 @@ def _gather(
     kept += _labelled(waiting, key)  # one batch late, so that the device does not wait
     waiting = rows
   kept += _labelled(waiting, key)
-  if not sum(len(label) for _, label in kept):
+  predicted, labels, places = ([part[i] for part in kept] for i in range(3))
+  if not sum(map(len, labels)):
     raise ValueError(
       'no text of the validation set has a label; give labels, or raise config.data.validation or '
       'config.evaluation.rows.'
     )
-  return np.concatenate([p for p, _ in kept]), np.concatenate([label for _, label in kept])
+  firsts = np.cumsum([0, *(part[3] for part in kept[:-1])])
+  whole = [part + [first, 0] for part, first in zip(places, firsts, strict=True)]
+  return np.concatenate(predicted), np.concatenate(labels), np.concatenate(whole)
 
 
-def _labelled(rows: Mapping[str, Any] | None, key: str) -> list[tuple[np.ndarray, np.ndarray]]:
+def _labelled(
+  rows: Mapping[str, Any] | None, key: str
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray, int]]:
+  """Predictions and labels of a batch, the row and the slot of each, and how many rows it has."""
   if rows is None:
     return []
   predicted, label, weight = jax.device_get((rows[key], rows['label'], rows['label_weight']))
-  return [(np.asarray(predicted)[weight > 0], np.asarray(label)[weight > 0])]
+  counts = weight > 0
+  chosen = np.asarray(predicted)[counts], np.asarray(label)[counts]
+  return [(*chosen, np.argwhere(counts), len(weight))]
 
 
 def _classes(

@@ -23,7 +23,8 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
-from llm_jax.inference import prediction
+from llm_jax.inference import explanation, prediction
+from llm_jax.inference.attention_maps import AttentionMaps
 from llm_jax.inference.completion import Completer, Stream
 from llm_jax.inference.decoding import Generator
 from llm_jax.inference.embedding import Embedder, rounded_rows
@@ -88,6 +89,44 @@ class Session:
     self._require(tuple(labeller.heads))
     return labeller(self.params, records)
 
+  def explain(
+    self, texts: Sequence[Text], method: str = 'integrated_gradients', **options: Any
+  ) -> list[dict[str, Any]]:
+    """Which tokens the answer to each text rests on.
+
+    Args:
+      texts: as in `predict`.
+      method: 'integrated_gradients' or 'occlusion'.
+      **options: further fields of `explanation.Options`: unit='word', ig_steps=64.
+
+    Returns:
+      For each text `label`, the most likely class (None in regression); `score`, its probability
+      (the value); `parts`, the tokens of the text with `text`, `field` ('text' or 'pair'), the
+      `span` of its characters where it is known, and `score`; `sum` of these scores, by integrated
+      gradients nearly `score` - `baseline`, more so with more steps; `baseline`, the answer where
+      all tokens are masked; and `deletion`: the answer `by_score`, while the `masked` share of the
+      tokens grows, the highest scores first, and in `random` orders.
+
+    Raises:
+      ValueError: the model gives no labels, its head is missing, or an option is not possible.
+
+    Example:
+      >>> (explained,) = session.explain(['a text'], method='occlusion')
+      >>> sorted(explained['parts'][0])
+      ['field', 'score', 'span', 'text']
+    """
+    return list(
+      self.explanations(map(prediction.record, texts), explanation.Options(method, **options))
+    )
+
+  def explanations(
+    self, records: Iterable[Mapping[str, Any]], options: explanation.Options
+  ) -> Iterator[dict[str, Any]]:
+    """The same for a stream of records, block by block."""
+    explainer = self._explainer
+    self._require(tuple(self._labeller.heads))
+    return explainer(self.params, records, options)
+
   def embed(
     self, texts: Sequence[str], pool: str | None = None, normalize: bool | None = None
   ) -> np.ndarray:
@@ -114,6 +153,26 @@ class Session:
     if normalize is None:
       normalize = said.normalize if said is not None else True
     return self._embedder(self.params, texts, pool, normalize)
+
+  def attention(self, text: str) -> tuple[list[str], np.ndarray]:
+    """Where each token of a text looks.
+
+    Args:
+      text: its end is cut off where the model takes no row so long.
+
+    Returns:
+      The T tokens, special ones by name, and [L, N, T, T] float32: layer, head, from, to; each row
+      adds up to 1.
+
+    Raises:
+      ValueError: the layers of the model are not those of this package.
+
+    Example:
+      >>> tokens, maps = session.attention('a text')
+      >>> maps.shape[2:] == (len(tokens), len(tokens))
+      True
+    """
+    return self._maps(self.params, text)
 
   @functools.cached_property
   def _sentences(self) -> sentences.Sentences | None:
@@ -190,8 +249,16 @@ class Session:
     return prediction.Labeller(self.program, self.tokenizer, assemble.encoder(self.config))
 
   @functools.cached_property
+  def _explainer(self) -> explanation.Explainer:
+    return explanation.Explainer(self.program, self.tokenizer, assemble.encoder(self.config))
+
+  @functools.cached_property
   def _embedder(self) -> Embedder:
     return Embedder(self.program, self.tokenizer)
+
+  @functools.cached_property
+  def _maps(self) -> AttentionMaps:
+    return AttentionMaps(self.program, self.tokenizer)
 
   @functools.cached_property
   def _filler(self) -> Filler:

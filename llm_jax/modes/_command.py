@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 INPUT = flags.DEFINE_string(
   'input',
   None,
-  'predict, embed, generate: a .jsonl file, its texts in the field `text` unless the config names '
-  'another; embed, generate: also a .txt file, one text per line.',
+  'predict, explain, embed, generate: a .jsonl file, its texts in the field `text` unless the '
+  'config names another; embed, generate: also a .txt file, one text per line.',
 )
 OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'predict: a .jsonl file; embed: .npy or .jsonl; generate: .jsonl; export: a folder.',
+  'predict, explain: a .jsonl file; embed: .npy or .jsonl; generate: .jsonl; export: a folder.',
 )
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 

@@ -30,20 +30,21 @@ def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str
   from llm_jax.inference.session import load_params
   from llm_jax.parallel import hosts
   from llm_jax.programs import assemble, inference
-  from llm_jax.training import corpora, evaluation
+  from llm_jax.training import corpora, evaluation, slices
 
   tokenizer = session.tokenizer
+  slices.check(session.config)
   documents = corpora.documents(session.config, tokenizer)
   config = assemble.derive(session.config, documents.train)
   chosen = documents.validation or documents.train
   objective = assemble.create_objective(config, tokenizer)
-  examples = pipeline.validation_examples(
-    chosen, objective, config.seq_len, config.seed, config.evaluation.rows
-  )
+  rows = pipeline.validation_rows(chosen, objective, config.seq_len)
+  examples = pipeline.validation_examples(rows, objective, config.seed, config.evaluation.rows)
+  groups = slices.read(config, chosen, rows)
   program = inference.build(config, objective, examples[0])
   params = load_params(program, session.origin, heads=True)
   report = folder and folder / 'eval_report.txt'
-  values = evaluation.scores(program, params, tokenizer, examples, report)
+  values = evaluation.scores(program, params, tokenizer, examples, report, groups)
   values |= evaluation.baselines(program, tokenizer, examples)
   if hosts.primary():
     for name, value in values.items():

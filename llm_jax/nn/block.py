@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn.attention.cache import KeyValues, extended, recall
 from llm_jax.nn.attention.dispatch import attention
-from llm_jax.nn.attention.xla import attention_at
+from llm_jax.nn.attention.xla import attention_at, probabilities
 from llm_jax.nn.dropout import drop
 from llm_jax.nn.linear import Linear, Norm
 from llm_jax.nn.options import ACTIVATIONS, Options
@@ -23,6 +23,8 @@ from llm_jax.parallel.sharding import constrain, current
 # What a layer's matrix products give that is as wide as the model, by `checkpoint_name`: the names
 # that `stack.REMAT` goes by.
 PROJECTIONS = 'projections'
+# Where attention leaves its probabilities, [B, N, T, S], if a caller makes this collection mutable.
+MAPS = 'attention_maps'
 
 
 @flax.struct.dataclass
@@ -119,6 +121,10 @@ class Attention(nn.Module):
       dropout_rng=self.make_rng('dropout') if drops else None,
     )
     if context.read_BP is None:
+      if self.is_mutable_collection(MAPS) and not self.is_initializing():
+        masks = {name: given[name] for name in ('segments_BT', 'causal', 'window')}
+        maps_BNTS = probabilities(q_BTNH, k_BTKH, **masks)
+        self.sow(MAPS, 'probabilities', maps_BNTS, lambda _, new: new, lambda: None)
       return attention(q_BTNH, k_BTKH, v_BTKH, **given, implementation=options.attention)
     return attention_at(q_BTNH, k_BTKH, v_BTKH, context.read_BP, **given)
 

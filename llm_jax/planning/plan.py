@@ -40,6 +40,13 @@ ASSUMPTIONS = (
   'transfers that the schedule does not put beside computation are added to the time',
   'input, evaluation and checkpoints take no time',
 )
+NOT_KNOWN = (
+  'how fast the hosts read, tokenize and pack, and how much of their memory that takes',
+  'how long the first step compiles on the machine itself; later starts read it from the cache',
+  'what evaluation, samples and the writing of checkpoints take of memory and time',
+  'kernels, clocks and neighbours slower than the published figures: a measured step is longer',
+)
+_NOT_SHAPE = 'name variant dtype remat unroll attention dropout attention_dropout'.split()
 UNKNOWN = '-'  # what a model's section does not say
 _NOT_COMPILED = (
   'executed_flops',
@@ -100,13 +107,13 @@ def _write(folder: pathlib.Path, report: Report, text: str) -> None:
 
 
 def plan(config: Config, name: str) -> Report:
-  """The report of one config on one topology; where it does not fit, with the first change found
-  that does.
+  """The report of one config on one topology; where it does not fit, with the changes that were
+  tried: of each kind up to the nearest that fits.
   """
   devices = topology.devices(name)
   report = measure(config, name, devices)
   suggestions = [] if report['fits'] else _suggestions(config, name, devices, report)
-  return report | {'suggestions': suggestions}
+  return report | {'suggestions': suggestions, 'not_known': list(NOT_KNOWN)}
 
 
 def measure(config: Config, name: str, devices: Sequence[jax.Device]) -> Report:
@@ -129,7 +136,7 @@ def _measure(config: Config, name: str, devices: Sequence[jax.Device]) -> Report
   began = time.perf_counter()
   program = programs.outline(config, devices)
   limit, state = memory.limit(devices), _state_bytes(program)
-  known = _known(program, name, devices)
+  known = _known(program, name, devices) | {'model': _model(config)}
   least = sum(state.values())
   if state['parameters_bytes'] + state['optimizer_bytes'] > limit:  # no need to ask the compiler
     return known | _not_fitting(state, least, limit, began)
@@ -167,8 +174,8 @@ def _known(program: Training, name: str, devices: Sequence[jax.Device]) -> Repor
     'device_kind': devices[0].device_kind,
     'mesh': dict(mesh.shape),
     'rules': config.mesh.get('rules', 'fsdp'),
-    'model': config.model.get('variant') or config.model['name'],
     'dtype': config.model.get('dtype', UNKNOWN),
+    'parameters_dtype': _dtypes(program.params),
     'remat': config.model.get('remat', UNKNOWN),
     'micro_batches': program.micro_batches,
     'optimizer': config.optimizer['name'],
@@ -181,6 +188,23 @@ def _known(program: Training, name: str, devices: Sequence[jax.Device]) -> Repor
     'device_batch_tokens': rows * config.seq_len // parts,
     'model_flops': program.flops / len(devices) if program.flops else None,
   }
+
+
+def _model(config: Config) -> str:
+  """The variant, and what the config changes of its shape."""
+  variant = config.model.get('variant')
+  if not variant:
+    return config.model['name']
+  changed = [
+    f'{option}={value}'
+    for option, value in config.model.items()
+    if option not in _NOT_SHAPE and value is not None
+  ]
+  return f'{variant} with {", ".join(changed)}' if changed else variant
+
+
+def _dtypes(params: PyTree) -> str:
+  return ' and '.join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(params)}))
 
 
 def _state_bytes(program: Training) -> dict[str, int]:
@@ -205,7 +229,7 @@ def _state_bytes(program: Training) -> dict[str, int]:
 
 
 def _not_fitting(state: Mapping[str, int], total: float, limit: float, began: float) -> Report:
-  hbm = dict(state) | {
+  hbm = dict(state) | {  # without temporaries the total is a lower bound, or what the compiler said
     'arguments_bytes': sum(state.values()) - state['gradients_bytes'],
     'temporaries_bytes': None,
     'total_bytes': int(total),
@@ -268,9 +292,13 @@ def _roofline(
 def _suggestions(
   config: Config, name: str, devices: Sequence[jax.Device], report: Report
 ) -> list[Report]:
-  """Changes that were compiled, up to the first that fits."""
-  tried = []
-  for changes in _changes(config, report):
+  """Changes that were compiled: of each kind up to the first that fits. Those that fit come first,
+  the nearest before the others.
+  """
+  tried, done = [], set()
+  for kind, changes in _changes(config, report):
+    if kind in done:
+      continue
     flags = ' '.join(f'--config.{key}={value}' for key, value in changes.items())
     logging.info('Does not fit. Trying %s', flags)
     try:
@@ -289,13 +317,13 @@ def _suggestions(
       }
     )
     if found['fits']:
-      break
-  return tried
+      done.add(kind)
+  return sorted(tried, key=lambda one: not one['fits'])
 
 
-def _changes(config: Config, report: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-  """Settings that take less memory, from the one that costs least; only those that cut the state
-  where the state is too large.
+def _changes(config: Config, report: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+  """Settings that take less memory, by kind, from the one that costs least; only those that cut the
+  state where the state is too large.
   """
   hbm = report['hbm']
   least = hbm['parameters_bytes'] + hbm['optimizer_bytes'] + hbm['gradients_bytes']
@@ -305,16 +333,20 @@ def _changes(config: Config, report: Mapping[str, Any]) -> Iterator[dict[str, An
   optional = [as_it_is] if report['remat'] == UNKNOWN else []  # the model may not know the option
   if least <= hbm['limit_bytes']:
     for remat in remats:
-      yield {'model.remat': remat}
+      yield 'remat', {'model.remat': remat}
     for count, kept in itertools.product(counts, [full if remats else as_it_is, *optional]):
-      yield kept | {'micro_batches': count}
-  if report['mesh']['fsdp'] > 1:
+      yield 'micro_batches', kept | {'micro_batches': count}
+    shards = config.batch_size // report['device_batch_sequences']
+    for rows in _smaller(report['device_batch_sequences']):
+      for kept in [full if remats else as_it_is, *optional]:
+        yield 'batch', kept | {'batch_size': shards * rows, 'micro_batches': 1}
+  if report['mesh']['fsdp'] > 1 or report['devices'] == 1:
     return
   sharded = {'mesh.data': 1, 'mesh.fsdp': -1}
   for kept in [full, *optional]:
-    yield sharded | kept
+    yield 'fsdp', sharded | kept
   for count, kept in itertools.product(counts, [full, *optional]):
-    yield sharded | kept | {'micro_batches': count}
+    yield 'fsdp', sharded | kept | {'micro_batches': count}
 
 
 def _cheaper_remats(remat: str) -> tuple[str, ...]:
@@ -331,6 +363,11 @@ def _larger_counts(used: int, rows: int) -> list[int]:
   return sorted(
     {count for count in (2 * used, 4 * used, rows) if used < count and rows % count == 0}
   )
+
+
+def _smaller(rows: int) -> list[int]:
+  """Rows of a device in smaller batches: half, a quarter, one."""
+  return sorted({count for count in (rows // 2, rows // 4, 1) if 0 < count < rows}, reverse=True)
 
 
 def _changed(config: Config, changes: Mapping[str, Any]) -> Config:

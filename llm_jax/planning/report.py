@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Report = dict[str, Any]  # as `plan.plan` makes it
+_KEPT = ('parameters', 'optimizer', 'batch')
 
 
 def describe(report: Mapping[str, Any]) -> str:
@@ -21,7 +22,7 @@ def describe(report: Mapping[str, Any]) -> str:
     lines += _roofline_table(report)
   if report['suggestions']:
     lines += _suggestions_table(report['suggestions'])
-  return '\n'.join([*lines, f'Compiled in {report["compile_seconds"]:.0f} s.'])
+  return '\n'.join([*lines, *_reservations(report), _compiled(report)])
 
 
 def describe_scaling(reports: Sequence[Mapping[str, Any]]) -> str:
@@ -47,7 +48,9 @@ def _verdict(report: Mapping[str, Any]) -> str:
     return 'fits'
   short = gib(report['hbm']['total_bytes'] - report['hbm']['limit_bytes'])
   fitting = [tried['flags'] for tried in report['suggestions'] if tried['fits']]
-  way = 'none of the changes tried fits; take more chips, or a smaller batch'
+  way = 'take a smaller model, or more chips with --config.mesh.data=1 --config.mesh.fsdp=-1'
+  if report['suggestions']:
+    way = f'none of the changes tried fits; {way}'
   if fitting:
     way = f'this change would fit: `{fitting[0]}`'
   return f'does not fit: short by {short} GiB; {way}'
@@ -55,12 +58,14 @@ def _verdict(report: Mapping[str, Any]) -> str:
 
 def _header(report: Mapping[str, Any]) -> list[str]:
   sizes = [f'{axis} {size}' for axis, size in report['mesh'].items() if size > 1]
-  mesh = ' x '.join(sizes) or 'one device'
+  mesh = f'mesh {" x ".join(sizes)} ({report["rules"]})' if sizes else 'one device'
+  chips = '1 chip' if report['chips'] == 1 else f'{report["chips"]:,} chips'
   return [
-    f'{report["parameters"]:,} parameters, {report["dtype"]}, {report["optimizer"]}, '
+    f'{report["parameters"]:,} parameters, computed in {report["dtype"]}, kept in '
+    f'{report["parameters_dtype"]}; optimizer {report["optimizer"]}, objective '
     f'{report["objective"]}; remat {report["remat"]}, {report["micro_batches"]} micro-batch(es).',
     '',
-    f'{report["chips"]:,} chips ({report["device_kind"]}), mesh {mesh} ({report["rules"]}). '
+    f'{chips} ({report["device_kind"]}), {mesh}. '
     f'Per step: {report["global_batch_sequences"]:,} sequences of {report["seq_len"]:,}, '
     f'{report["global_batch_tokens"]:,} tokens; per device: '
     f'{report["device_batch_sequences"]:,} sequences, {report["device_batch_tokens"]:,} tokens.',
@@ -69,14 +74,25 @@ def _header(report: Mapping[str, Any]) -> list[str]:
 
 
 def _memory_table(hbm: Mapping[str, Any]) -> list[str]:
-  rows = [(key, gib(hbm[f'{key}_bytes'])) for key in ('parameters', 'optimizer', 'batch')]
-  rows += [
-    ('temporaries: gradients, activations and all else', gib(hbm['temporaries_bytes'])),
-    ('of these gradients, where all are held at once', gib(hbm['gradients_bytes'])),
-    ('**total**', gib(hbm['total_bytes'])),
+  rest, alone = _rest(hbm), _state_alone(hbm)
+  rows = [
+    *((key, gib(hbm[f'{key}_bytes'])) for key in _KEPT),
+    ('gradients' if alone else 'gradients, activations and all else', gib(rest)),
+    ('**total, before activations**' if alone else '**total**', gib(hbm['total_bytes'])),
     ('limit', gib(hbm['limit_bytes'])),
   ]
+  if not alone:
+    rows.append(('gradients, where all are held at once', gib(hbm['gradients_bytes'])))
   return _table(('memory per device', 'GiB'), rows)
+
+
+def _rest(hbm: Mapping[str, Any]) -> int:
+  return hbm['total_bytes'] - sum(hbm[f'{key}_bytes'] for key in _KEPT)
+
+
+def _state_alone(hbm: Mapping[str, Any]) -> bool:
+  """Whether the total is that of the state, which was too large to ask the compiler."""
+  return _rest(hbm) == hbm['gradients_bytes']
 
 
 def _work_table(report: Mapping[str, Any]) -> list[str]:
@@ -113,20 +129,48 @@ def _roofline_table(report: Mapping[str, Any]) -> list[str]:
   mfu = report['mfu_roofline']
   share = '' if mfu is None else f'{mfu:.0%} of the peak FLOP/s (MFU), '
   rate = report['global_batch_tokens'] / step
-  assumed = '; '.join(roofline['assumptions'])
   return [
     *_table(('roofline of a step', 'ms'), rows),
-    f'At best {share}{rate:,.0f} tokens/s. Assumed: {assumed}.',
+    f'At best {share}{rate:,.0f} tokens/s.',
     '',
   ]
 
 
 def _suggestions_table(suggestions: Iterable[Mapping[str, Any]]) -> list[str]:
   rows = [
-    (f'`{tried["flags"]}`', 'yes' if tried['fits'] else 'no', gib(tried['total_bytes']))
+    (
+      f'`{tried["flags"]}`',
+      'yes' if tried['fits'] else 'no',
+      gib(tried['total_bytes']),
+      _milliseconds(tried['step_seconds_roofline']),
+    )
     for tried in suggestions
   ]
-  return _table(('changes', 'fits', 'total GiB'), rows)
+  return _table(('change', 'fits', 'total GiB', 'step at least, ms'), rows)
+
+
+def _milliseconds(seconds: float | None) -> str:
+  return '-' if seconds is None else f'{seconds * 1e3:.1f}'
+
+
+def _reservations(report: Mapping[str, Any]) -> list[str]:
+  """What the figures rest on, and what they say nothing about."""
+  parts = {
+    'Assumed for the times:': (report['roofline'] or {}).get('assumptions', ()),
+    'Not known here:': report['not_known'],
+  }
+  return [
+    line
+    for title, items in parts.items()
+    if items
+    for line in (title, '', *(f'- {item}' for item in items), '')
+  ]
+
+
+def _compiled(report: Mapping[str, Any]) -> str:
+  if _state_alone(report['hbm']):
+    return 'Nothing was compiled: parameters and optimizer alone are more than the limit.'
+  return f'This plan compiled in {report["compile_seconds"]:.0f} s on the machine that made it.'
 
 
 def _scaling_row(report: Mapping[str, Any], kinds: Iterable[str]) -> list[str]:

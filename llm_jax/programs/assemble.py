@@ -79,6 +79,7 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   objective.heads(model)
   create_adapter(config)
   _check_patience(config, create_evaluators(config, objective))
+  _check_slices(config, objective)
   for key, section in config.hooks.items():
     factory, options = _named('hook', key, section, 'Hook')
     plugins.check(f'hooks.{key}', factory, options, ('run', 'log'))
@@ -420,6 +421,14 @@ def _check_patience(config: Config, evaluators: Mapping[str, Evaluator]) -> None
       f'config.evaluation.patience={config.evaluation.patience} waits for a better loss, which '
       f'none of the evaluators {", ".join(evaluators)} gives; add config.evaluators.loss, or set '
       'patience to 0.'
+    )
+
+
+def _check_slices(config: Config, objective: Objective) -> None:
+  if config.evaluation.slices and objective.predictor is None:
+    raise ValueError(
+      f'config.evaluation.slices={config.evaluation.slices} are groups of texts that are answered, '
+      f'and the objective {config.objective["name"]} gives no answers; leave it empty.'
     )
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -22,6 +22,7 @@ def scores(
   tokenizer: Tokenizer,
   examples: Sequence[Example],
   report: pathlib.Path | None,
+  groups: Mapping[str, Sequence[Sequence[str]]],
 ) -> dict[str, float]:
   """The numbers of all evaluators over a validation set, the same on all processes.
 
@@ -31,6 +32,7 @@ def scores(
     tokenizer: for evaluators that look at texts.
     examples: the validation set, as `pipeline.validation_examples` gives it.
     report: a file for what evaluators say to people; None for none.
+    groups: those of the validation set, as `slices.read` gives them.
   """
   eval_step = hosts.compiled(program.eval_step)
   validation = Validation(
@@ -40,6 +42,7 @@ def scores(
     batches=functools.partial(_shown_batches, program, examples),
     losses=lambda batch: eval_step(params, program.put(batch)),
     predict=predictions(program, params),
+    slices=groups,
   )
   values: dict[str, float] = {}
   reports = []

@@ -13,13 +13,16 @@ import math
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from tqdm import tqdm
 
 from llm_jax.core import files, tree
 from llm_jax.core.tree import PyTree
+
+if TYPE_CHECKING:
+  from matplotlib.figure import Figure
 
 METRICS = 'metrics.jsonl'
 PLOT = 'loss.png'
@@ -164,9 +167,12 @@ def read(workdir: str | pathlib.Path) -> list[dict[str, Any]]:
 
 
 def plot(workdir: str | pathlib.Path) -> None:
-  """Draws loss.png: training and validation loss over steps, and the unigram loss where it was
-  measured.
-  """
+  """Draws loss.png."""
+  loss_figure(workdir).savefig(pathlib.Path(workdir) / PLOT)
+
+
+def loss_figure(workdir: str | pathlib.Path) -> 'Figure':
+  """Training and validation loss over steps, and the unigram loss where it was measured."""
   import matplotlib
   from matplotlib.figure import Figure
 
@@ -187,7 +193,7 @@ def plot(workdir: str | pathlib.Path) -> None:
     axes.grid(alpha=0.25)
     if axes.get_legend_handles_labels()[0]:
       axes.legend(frameon=False)
-    figure.savefig(pathlib.Path(workdir) / PLOT)
+  return figure
 
 
 def parameter_overview(params: PyTree) -> str:

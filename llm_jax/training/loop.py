@@ -5,7 +5,6 @@ Numbers of step n are fetched after step n + 1 is dispatched.
 
 import contextlib
 import dataclasses
-import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,14 +16,14 @@ from absl import logging
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Example, Hook
+from llm_jax.core.contracts import Example, Hook, Objective, Rows
 from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora, evaluation, logs, memory, meter
+from llm_jax.training import corpora, evaluation, logs, memory, meter, page, slices
 from llm_jax.training import program as programs
 from llm_jax.training.program import Training
 
@@ -66,6 +65,7 @@ class Run:
     validation: the validation set; empty where there is none.
     test: what is scored once, at the end; likewise.
     epoch: steps of a pass over the training rows.
+    slices: groups of the validation texts, as `slices.read` gives them.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -80,6 +80,7 @@ class Run:
   validation: Sequence[Example]
   test: Sequence[Example]
   epoch: int
+  slices: Mapping[str, Sequence[Sequence[str]]]
   state: TrainState
   position: int
   patience: Patience
@@ -119,6 +120,7 @@ def prepare(config: Config, folder: pathlib.Path) -> Run:
   config = pretrained.fill_in(config, folder)
   config = assemble.with_compute_type(config, jax.default_backend())
   programs.check(config)
+  slices.check(config)
   workdir.open_workdir(folder)
   return start(corpora.load(config, folder), folder)
 
@@ -134,13 +136,11 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   rows = pipeline.training_rows(splits.train, objective, config.seq_len, config.batch_size)
   config, epoch = _with_steps(config, sum(map(len, rows)))
   train = pipeline.train_examples(rows, splits.weights, objective, config.seed)
-  held_out = functools.partial(
-    pipeline.validation_examples, objective=objective, seq_len=config.seq_len, seed=config.seed
-  )
-  validation = (
-    held_out(splits.validation, limit=config.evaluation.rows) if splits.validation else []
-  )
-  test = held_out(splits.test) if splits.test else []
+  held_out = pipeline.validation_rows(splits.validation, objective, config.seq_len)
+  validation = _held_out(config, objective, held_out, config.evaluation.rows)
+  groups = slices.read(config, splits.validation, held_out)
+  tested = pipeline.validation_rows(splits.test, objective, config.seq_len)
+  test = _held_out(config, objective, tested)
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -168,12 +168,20 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     train=train,
     validation=validation,
     test=test,
+    slices=groups,
     epoch=epoch,
     state=state,
     position=position,
     patience=patience,
     unlogged=unlogged,
   )
+
+
+def _held_out(
+  config: Config, objective: Objective, rows: Sequence[Rows], limit: int = 0
+) -> Sequence[Example]:
+  """The examples of a validation or test set; none where there are no documents."""
+  return pipeline.validation_examples(rows, objective, config.seed, limit) if rows else []
 
 
 def _with_steps(config: Config, rows: int) -> tuple[Config, int]:
@@ -223,6 +231,9 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
     if hosts.primary():
       workdir.write_config(run.workdir, config)
     values = _train(run, log, hooks)
+    if run.over:
+      params, tokenizer = run.state.network_params, run.data.tokenizer
+      page.write(run.workdir, run.step, values, run.program, params, tokenizer, run.validation)
     _say_how_it_ended(run, log)
     return values
 
@@ -306,7 +317,7 @@ def _due(step: int, every: int, last: int) -> bool:
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
   params, tokenizer = run.state.network_params, run.data.tokenizer
-  values = evaluation.scores(program, params, tokenizer, run.validation, report)
+  values = evaluation.scores(program, params, tokenizer, run.validation, report, run.slices)
   shown = values | baselines
   log.write(step, 'validation', shown)
   if hosts.primary() and report.exists():

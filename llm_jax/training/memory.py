@@ -12,7 +12,7 @@ import jax
 from absl import logging
 
 from llm_jax.core.config import Config
-from llm_jax.parallel import chips
+from llm_jax.parallel import chips, hosts
 from llm_jax.training.program import Training
 
 # What `model.remat` may be, from the policy that recomputes least to the one that keeps least.
@@ -92,8 +92,8 @@ def fitting(config: Config, make: Callable[[Config], Training]) -> Training:
   """The program of a config; where `model.remat` is 'auto', with the first of `REMATS` with which a
   step fits.
 
-  What is compiled on the way stays in the compilation cache, so the first step does not compile it
-  again.
+  The step that was compiled to find out is the one that runs, so where the first of them fits, this
+  costs nothing. Of several processes, process 0 decides.
 
   Args:
     config: resolved.
@@ -108,10 +108,11 @@ def fitting(config: Config, make: Callable[[Config], Training]) -> Training:
   def measure(config: Config) -> Trial[Training]:
     program = make(config)
     need, most = needed(program), limit(list(program.mesh.devices.flat))
-    fits = need.compiled is not None and need.total_bytes <= most
+    fits = hosts.agree(lambda: need.compiled is not None and need.total_bytes <= most)
     return Trial(program, need.total_bytes, most, fits)
 
   found = first_fitting(config, measure)
+  hosts.barrier()  # they compile at paces of their own
   if not found.fits:
     program = found.value
     raise ValueError(

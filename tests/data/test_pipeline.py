@@ -58,9 +58,21 @@ def _train(counts=(23, 11), weights=(2.0, 1.0), seed=0, batch_size=4, objective=
 
 
 def _valid(counts=(7, 4), seed=0, limit=0):
-  return pipeline.validation_examples(
-    [Numbers(1000 * i, n) for i, n in enumerate(counts)], Objective(), 3, seed, limit
-  )
+  return pipeline.validation_examples(_valid_rows(counts), Objective(), seed, limit)
+
+
+def _valid_rows(counts):
+  splits = [Numbers(1000 * i, n) for i, n in enumerate(counts)]
+  return pipeline.validation_rows(splits, Objective(), 3)
+
+
+def test_places_say_which_row_an_example_is():
+  for limit in (0, 5):
+    places = pipeline.validation_places(_valid_rows((7, 4)), 0, limit)
+    examples = _valid(limit=limit)
+    assert len(places) == len(examples) == (limit or 11)
+    ids = _ids(examples, range(len(examples)))
+    assert [1000 * corpus + row for corpus, row in places] == ids
 
 
 def _ids(examples, indices):
@@ -301,8 +313,8 @@ def test_one_epoch_of_windows_over_a_cache_spells_the_corpus(tmp_path):
   encoder = encoding.Encoder([contracts.Objective.encode])
   train, _ = cache.build(texts, Bytes(), encoder, str(tmp_path)).split(0.0)
   rows = len(pack.windows(train.lengths('tokens'), 16))
-  whole = list(pipeline.padded_batches(pipeline.validation_examples([train], Windows(), 16, 0), 8))
   laid_out = pipeline.training_rows([train], Windows(), 16, 8)
+  whole = list(pipeline.padded_batches(pipeline.validation_examples(laid_out, Windows(), 0), 8))
   examples = pipeline.train_examples(laid_out, [1.0], Windows(), 0)
   shuffled = _take(pipeline.batches(examples, 1), rows)
   order = np.argsort([int(b['row'][0]) for b in shuffled])

@@ -9,7 +9,7 @@ from llm_jax.core import contracts
 from llm_jax.evaluators import classification
 
 
-def run(task, classes, predictions, labels, weights, each=2):
+def run(task, classes, predictions, labels, weights, each=2, slices=None):
   """Scores in batches of `each` rows of two texts, the last row filled up; the step gives device
   arrays.
   """
@@ -32,7 +32,7 @@ def run(task, classes, predictions, labels, weights, each=2):
     'label_weight': b['label_weight'],
   }
   return classification.evaluate(
-    predict, batches, types.SimpleNamespace(task=task, classes=classes)
+    predict, batches, types.SimpleNamespace(task=task, classes=classes), slices or {}
   )
 
 
@@ -128,6 +128,22 @@ def test_as_a_plug_in():
   for other in (None, types.SimpleNamespace(task='spans')):
     with pytest.raises(ValueError, match="'classification' scores labels.*not one of multiclass"):
       classification.Evaluator().evaluate(validation(other))
+
+
+def test_slices_follow_their_texts():
+  """Each group's texts are found in the rows and slots where they stand, past those without a
+  label.
+  """
+  truth = np.arange(50) % 2
+  groups = np.array(['ab'[(i // 3) % 2] for i in range(50)])
+  guess = np.where(groups == 'a', truth, 0)  # right in one group, half right in the other
+  weights = (np.arange(50) % 5 > 0).astype(np.float32)
+  scores, report = run(
+    'binary', ('n', 'y'), np.eye(2)[guess], truth, weights, slices={'g': groups.reshape(-1, 2)}
+  )
+  right = (guess == truth)[(groups == 'b') & (weights > 0)]
+  assert scores['g_accuracy_gap'] == pytest.approx(1 - np.mean(right)) and len(right) < 25
+  assert scores['g_true_positive_rate_gap'] == 1 and 'by g, with intervals' in report
 
 
 def test_nothing_labelled():

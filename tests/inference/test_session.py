@@ -111,6 +111,8 @@ def test_blocks_of_a_stream_are_answered_as_they_are_read(runs, monkeypatch):
 def test_a_second_call_compiles_nothing(runs):
   calls = [
     lambda: runs['pairs'].predict([('a', 'b')]),
+    lambda: runs['pairs'].explain([('a', 'b')]),
+    lambda: runs['pairs'].explain([('a', 'b')], method='occlusion'),
     lambda: runs['masked'].embed(['a b', 'c']),
     lambda: runs['masked'].fill(['a [MASK]']),
     lambda: runs['decoder'].complete(['a', 'bc'], max_new_tokens=4, temperature=0.0),
@@ -147,6 +149,8 @@ def test_completions_are_those_of_each_prompt_alone(runs):
   ('name', 'call', 'message'),
   [
     ('masked', lambda s: s.predict(['a']), 'gives no labels to texts; fine-tune the run first'),
+    ('masked', lambda s: s.explain(['a']), 'gives no label or value that could be explained'),
+    ('pairs', lambda s: s.explain(['a'], method='lime'), "method='lime' must be one of"),
     ('masked', lambda s: s.complete(['a']), 'this model is an encoder'),
     ('decoder', lambda s: s.fill(['a [MASK]']), 'has no masked-LM head'),
     ('decoder', lambda s: s.embed(['a'], pool='cls'), 'has seen nothing'),

@@ -62,7 +62,9 @@ def test_the_smallest_plan_by_the_tpu_compiler(tmp_path):
   assert 1.9 * found['parameters'] < sent < 6.5 * found['parameters']
   assert 0 < found['step_seconds_roofline'] < 0.1 and found['suggestions'] == []
   text = (tmp_path / 'plan.md').read_text()
-  assert text.strip() in done.stdout and text.startswith('# bert_tiny on v5e:2x2: fits')
+  assert text.strip() in done.stdout and text.startswith(
+    '# bert_tiny with layers=3 on v5e:2x2: fits'
+  )
 
 
 @pytest.mark.slow
@@ -79,7 +81,7 @@ def test_on_a_tpu_too_no_step_holds_the_logits_of_all_positions():
 
 @pytest.mark.slow
 def test_what_does_not_fit_says_what_would(monkeypatch):
-  asked = settings(model=TINY, batch_size=8, seq_len=128, micro_batches=1)
+  asked = settings(model=TINY | {'remat': 'none'}, batch_size=8, seq_len=128, micro_batches=1)
   devices = topology.devices('cpu:1')
   none, full = (
     plan.measure(plan._changed(asked, {'model.remat': remat}), 'cpu:1', devices)
@@ -90,7 +92,9 @@ def test_what_does_not_fit_says_what_would(monkeypatch):
   limit = (none['hbm']['total_bytes'] + full['hbm']['total_bytes']) / 2
   monkeypatch.setattr(memory, 'limit', lambda *_: limit)
   found = plan.plan(asked, 'cpu:1')
-  last = found['suggestions'][-1]
+  last = found['suggestions'][0]
+  kinds = {key for one in found['suggestions'] for key in one['changes']}
+  assert kinds == {'model.remat', 'micro_batches', 'batch_size'}  # one device: no mesh.fsdp
   assert not found['fits'] and last['fits'] and last['changes']['model.remat'] in memory.REMATS[1:]
   assert plan.plan(plan._changed(asked, last['changes']), 'cpu:1')['fits']
   assert f'this change would fit: `{last["flags"]}`' in report.describe(found)
@@ -103,11 +107,12 @@ def test_a_state_that_is_too_large_is_not_compiled(monkeypatch):
   monkeypatch.setattr(memory, 'needed', lambda *_: pytest.fail('compiled'))
   found = plan.plan(settings(model=TINY, micro_batches=None), 'cpu:1')
   assert not found['fits'] and found['executed_flops'] is None and found['compile_seconds'] < 30
-  assert 'none of the changes tried fits' in report.describe(found)
+  assert 'take a smaller model, or more chips' in report.describe(found)
 
 
 ROOMY = {  # a report as far as `_changes` reads it
   'device_batch_sequences': 8,
+  'devices': 2,
   'micro_batches': 1,
   'remat': 'none',
   'mesh': {'fsdp': 1},
@@ -117,17 +122,22 @@ FULL, SHARDED = {'model.remat': 'full'}, {'mesh.data': 1, 'mesh.fsdp': -1}
 
 
 def test_changes_begin_with_those_that_cost_least():
-  changes = list(plan._changes(settings(), ROOMY))
+  pairs = list(plan._changes(settings(batch_size=16), ROOMY))
+  kinds, changes = [kind for kind, _ in pairs], [change for _, change in pairs]
   remats = ('dots', 'narrow', 'attention', 'full')
   assert changes[:4] == [{'model.remat': remat} for remat in remats]
   assert changes[4] == FULL | {'micro_batches': 2}
   assert changes[-1] == SHARDED | FULL | {'micro_batches': 8}
+  smaller = [change['batch_size'] for change in changes if 'batch_size' in change]
+  assert smaller == [8, 4, 2]  # 4, 2 and 1 rows on each of two devices
+  assert list(dict.fromkeys(kinds)) == ['remat', 'micro_batches', 'batch', 'fsdp']
   tight = ROOMY | {'hbm': ROOMY['hbm'] | {'limit_bytes': 3}}  # the state itself must be cut
-  assert all('mesh.fsdp' in change for change in plan._changes(settings(), tight))
+  assert {kind for kind, _ in plan._changes(settings(), tight)} == {'fsdp'}
+  assert not list(plan._changes(settings(), tight | {'devices': 1}))
 
 
 def test_changes_of_a_model_that_may_know_no_remat():
-  changes = list(plan._changes(settings(), ROOMY | {'remat': '-'}))
+  changes = [change for _, change in plan._changes(settings(), ROOMY | {'remat': '-'})]
   assert changes[0] == {'model.remat': 'dots'}
   assert {'micro_batches': 2} in changes and SHARDED in changes
   assert changes[-1] == SHARDED | {'micro_batches': 8}

@@ -56,8 +56,10 @@ def corpus(tmp_path_factory):
   (folder / 'letters.txt').write_text('\n'.join(f'{i} {line}' for i, line in enumerate(letters)))
   with open(folder / 'labelled.jsonl', 'w') as file:
     for number, (count, letter) in enumerate(zip(counts, letters, strict=True)):
-      file.write(json.dumps({'text': f'{number} {count}', 'kind': 'count'}) + '\n')
-      file.write(json.dumps({'text': f'{number} {letter}', 'kind': 'letter'}) + '\n')
+      half = ['first', 'second'][number // 200]
+      for text, kind in ((count, 'count'), (letter, 'letter')):
+        record = {'text': f'{number} {text}', 'kind': kind, 'half': half}
+        file.write(json.dumps(record) + '\n')
   return folder
 
 
@@ -198,6 +200,7 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
     'checkpoints',
     'metrics.jsonl',
     'loss.png',
+    'report.html',
     '.owner',
   }
   assert workdir_lib.read_config(tmp_path) == config_lib.from_json(
@@ -355,6 +358,7 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatc
     steps=25,
     init_from=str(tmp_path / 'pretrained'),
     eval_every=25,
+    evaluation=dict(rows=0, slices=('half',)),
     tokenizer=dict(
       name='sentencepiece', vocab_size=999
     ),  # not used: the tokenizer comes along with the weights
@@ -369,7 +373,10 @@ def test_fine_tuning_takes_the_weights_and_predicts(corpus, tmp_path, monkeypatc
   loop.train(started)
   scores = logs.read(tmp_path / 'w')[-1]
   assert scores['accuracy'] > 0.9 and scores['macro_f1'] > 0.9 and scores['mcc'] > 0.8
-  assert 'letter' in (tmp_path / 'w' / 'report.txt').read_text()
+  report = (tmp_path / 'w' / 'report.txt').read_text()
+  assert 'letter' in report and re.search(r' first +\d+ texts', report)
+  page = (tmp_path / 'w' / 'report.html').read_text()
+  assert page.count('data:image/png') == 2 and ' second ' in page and 'half_accuracy_gap' in page
 
   lines = [
     {'text': '5 6 7 8 9 10', 'id': 1},

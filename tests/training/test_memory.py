@@ -1,6 +1,7 @@
 """What a step takes, and the choice of what backpropagation keeps."""
 
 import jax
+import numpy as np
 import pytest
 
 from configs import bert_tiny
@@ -54,6 +55,19 @@ def test_where_none_fits_auto_says_what_may_help(monkeypatch, totals):
     match=r"even with remat='full' a step takes 2.00 of 0.00 GiB .*config.micro_batches from 1",
   ):
     memory.fitting(tiny(remat='auto'), make)
+
+
+def test_the_step_that_was_measured_is_the_one_that_runs(caplog):
+  made = memory.fitting(tiny(remat='auto', layers=1, dim=32), make)
+  assert made.config.model['remat'] == 'none'
+  state, batch = jax.tree.map(
+    lambda x: jax.device_put(np.zeros(x.shape, x.dtype), x.sharding), (made.state, made.batch)
+  )
+  with jax.log_compiles():
+    made.train_step(state, batch)
+    seen = caplog.text
+    jax.jit(lambda x: x + 1).lower(np.float32(1)).compile()
+  assert 'XLA compilation' in caplog.text.removeprefix(seen) and 'train_step' not in seen
 
 
 def test_offload_is_not_for_cpus():

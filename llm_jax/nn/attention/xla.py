@@ -64,6 +64,22 @@ def attention_at(
   return run(q_BPNH, k_BTKH, v_BTKH, indices_BP, segments, dropout_rng if drops else None)
 
 
+def probabilities(
+  q_BTNH: jax.Array,
+  k_BSKH: jax.Array,
+  *,
+  segments_BT: jax.Array | None = None,
+  causal: bool = False,
+  window: int | None = None,
+) -> jax.Array:
+  """How much of each value `attention` takes, [B, N, T, S], at least float32."""
+  indices_1T = jnp.arange(q_BTNH.shape[1])[None]
+  segments = None if segments_BT is None else (segments_BT, segments_BT)
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_1T, segments, causal, window)
+  B, K, G, T, S = weights_BKGTS.shape
+  return weights_BKGTS.reshape(B, K * G, T, S)
+
+
 def _mix(causal, window, dropout_rate):
   """The equation, its scores kept for the backward pass on a CPU alone."""
   run = functools.partial(_equation, causal=causal, window=window, dropout_rate=dropout_rate)
@@ -77,6 +93,14 @@ def _mix(causal, window, dropout_rate):
 def _equation(
   q_BTNH, k_BSKH, v_BSKH, indices_BT, segments, dropout_rng, *, causal, window, dropout_rate
 ):
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window)
+  weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
+  if dropout_rng is not None:
+    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_rng)
+  return jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
+
+
+def _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window):
   """Query heads of one key head side by side, so that nothing is repeated in memory."""
   (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
   dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
@@ -87,7 +111,4 @@ def _equation(
   if mask is not None:
     # Finite, so that no gradient is NaN; low enough for an exact zero after the softmax.
     scores_BKGTS = jnp.where(mask, scores_BKGTS, jnp.finfo(dtype).min / 2)
-  weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-  if dropout_rng is not None:
-    weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_rng)
-  return jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, v_BSKH).reshape(B, T, N, H)
+  return jax.nn.softmax(scores_BKGTS, axis=-1)

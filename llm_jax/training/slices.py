@@ -1,0 +1,92 @@
+"""Groups of validation texts, by fields of their records: `config.evaluation.slices`.
+
+The fields are read from the source itself, not from the token cache: other slices make no other
+run, and nothing is encoded again.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llm_jax.core.config import Config
+from llm_jax.core.contracts import Documents, Rows, Source
+from llm_jax.data import pipeline
+from llm_jax.programs import assemble
+
+MOST_GROUPS = 100  # of a field
+MISSING = '(none)'  # the group of texts whose field is null or empty
+
+
+def check(config: Config) -> None:
+  """Raises ValueError where the first record of a source has no such field."""
+  if config.evaluation.slices:
+    _sources(config)
+
+
+def read(
+  config: Config, splits: Sequence[Documents], rows: Sequence[Rows]
+) -> dict[str, list[list[str]]]:
+  """Field -> for each row of the validation set, the value of each of its texts.
+
+  Args:
+    config: names the fields.
+    splits: the validation documents of each corpus.
+    rows: as `pipeline.validation_rows` lays them out; whole texts.
+
+  Raises:
+    ValueError: rows of pieces of texts, a record without a field, a field with too many values.
+  """
+  fields = config.evaluation.slices
+  if not fields:
+    return {}
+  if not all(hasattr(laid_out, 'texts') for laid_out in rows):
+    raise ValueError(
+      f'config.evaluation.slices={fields} needs rows of whole texts, and the objective '
+      f'{config.objective["name"]} lays out pieces of them; leave it empty.'
+    )
+  sources = _sources(config)
+  found: dict[str, list[list[str]]] = {field: [] for field in fields}
+  for corpus, row in pipeline.validation_places(rows, config.seed, config.evaluation.rows):
+    ids = [int(splits[corpus].ids[text]) for text in rows[corpus].texts(row)]
+    records = [sources[corpus][index] for index in ids]
+    for field, values in found.items():
+      values.append([_group(record[field]) for record in records])
+  for field, values in found.items():
+    _check_groups(field, {value for row in values for value in row})
+  return found
+
+
+def _sources(config: Config) -> list[Source]:
+  """The sources of the data, whose records also hold the fields."""
+  data, fields = config.data, config.evaluation.slices
+  if data.get('parts'):
+    parts = {name: _with_fields(part, fields) for name, part in data['parts'].items()}
+    data = data | {'parts': parts}
+  else:
+    data = _with_fields(data, fields)
+  try:
+    sources, _ = assemble.sources(dataclasses.replace(config, data=data))
+    for source in sources:
+      source[0]  # some know their fields by their records alone
+    return sources
+  except ValueError as error:
+    raise ValueError(
+      f'config.evaluation.slices={fields} names fields of records: {error}'
+    ) from error
+
+
+def _with_fields(section: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
+  known = section.get('fields') or ()
+  return dict(section) | {'fields': tuple(dict.fromkeys((*known, *fields)))}
+
+
+def _group(value: Any) -> str:
+  return MISSING if value is None or value == '' else str(value)
+
+
+def _check_groups(field: str, groups: set[str]) -> None:
+  if len(groups) > MOST_GROUPS:
+    raise ValueError(
+      f'config.evaluation.slices: the field {field!r} has {len(groups)} values in the validation '
+      f'set, such as {min(groups)!r}; a slice may have {MOST_GROUPS}: name a field of few values.'
+    )

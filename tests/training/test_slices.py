@@ -1,0 +1,69 @@
+"""Groups of validation texts: each text has its own field, and refusals come before any work."""
+
+import json
+import types
+
+import numpy as np
+import pytest
+
+from configs import classify
+from llm_jax.core import config
+from llm_jax.programs import assemble
+from llm_jax.training import slices
+
+
+class Rows:
+  """Rows of the texts of a plan."""
+
+  def __init__(self, plan):
+    self.texts, self._count = plan.__getitem__, len(plan)
+
+  def __len__(self):
+    return self._count
+
+
+def settings(path, fields, **changes):
+  tree = classify.get_config().to_dict()
+  tree['data'] |= dict(source='jsonl', path=str(path), label='label')
+  tree['evaluation'] = dict(rows=0, slices=fields)
+  return config.parse(tree | changes)
+
+
+@pytest.fixture
+def path(tmp_path):
+  with open(tmp_path / 'x.jsonl', 'w') as file:
+    for number in range(200):
+      group = [None, '', 7, 'mail'][number % 4]
+      record = {'text': 'a', 'label': 'u', 'kind': group, 'number': number}
+      file.write(json.dumps(record) + '\n')
+  return tmp_path / 'x.jsonl'
+
+
+def test_each_text_has_its_own_field(path):
+  split = types.SimpleNamespace(ids=np.array([3, 6, 9, 12, 101, 0]))
+  rows = [Rows([[1, 0], [4], [2, 5, 3]])]
+  found = slices.read(settings(path, ['kind,number']), [split], rows)
+  assert found == {
+    'kind': [['7', 'mail'], ['(none)'], ['(none)'] * 3],
+    'number': [['6', '3'], ['101'], ['9', '0', '12']],
+  }
+  part = {'source': 'jsonl', 'path': str(path), 'label': 'label'}
+  data = dict(source='mixture', parts=dict(a=part, b=part | {'weight': 2.0}), validation=0.1)
+  two = settings(path, ['kind'], data=data)
+  assert slices.read(two, [split, split], [Rows([[0]]), Rows([[1]])]) == {'kind': [['mail'], ['7']]}
+  assert slices.read(settings(path, []), [split], rows) == {}
+
+
+def test_what_is_refused(path):
+  slices.check(settings(path, ['kind']))
+  with pytest.raises(ValueError, match="slices=.'knid',.*no field 'knid' .did you mean 'kind'"):
+    slices.check(settings(path, ['knid']))
+  with pytest.raises(ValueError, match='names fields of records: config.data.fields is not an'):
+    slices.check(settings(path, ['kind'], data=dict(source='stdlib', validation=0.1)))
+  with pytest.raises(ValueError, match='needs rows of whole texts, and the objective classify'):
+    slices.read(settings(path, ['kind']), [], [[1, 2]])
+  split = types.SimpleNamespace(ids=np.arange(200))
+  with pytest.raises(ValueError, match="'number' has 200 values .* such as '0'; .* may have 100"):
+    slices.read(settings(path, ['number']), [split], [Rows([list(range(200))])])
+  with pytest.raises(ValueError, match='and the objective mlm gives no answers'):
+    assemble.check(settings(path, ['kind'], objective=dict(name='mlm')))
