@@ -79,13 +79,14 @@ def train_examples(
 
 
 def validation_rows(splits: Sequence[Documents], objective: Objective, seq_len: int) -> list[Rows]:
-  """The rows of the validation documents of each corpus, which may be none but not everywhere.
+  """The rows of the validation documents of each corpus, which may be none but not everywhere;
+  nothing where there are no corpora.
 
   Raises:
     ValueError: no rows at all.
   """
   rows = [objective.rows(split, seq_len) for split in splits]
-  if not sum(map(len, rows)):
+  if rows and not sum(map(len, rows)):
     raise ValueError(
       f'the validation documents give no row of seq_len={seq_len}; hold out a larger share of the '
       'corpus.'

@@ -29,7 +29,8 @@ def score(run: Run) -> None:
   if hosts.agree(lambda: _holds(path, scored)):
     return
   params, report = tree.nest(loaded.params), run.workdir / REPORT
-  values = evaluation.scores(program, params, run.data.tokenizer, run.test, report)
+  tokenizer, groups = run.data.tokenizer, run.slices['test']
+  values = evaluation.scores(program, params, tokenizer, run.test, report, groups)
   if not hosts.primary():
     return
   with files.whole_file(path) as file:

@@ -40,7 +40,7 @@ def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str
   objective = assemble.create_objective(config, tokenizer)
   rows = pipeline.validation_rows(chosen, objective, config.seq_len)
   examples = pipeline.validation_examples(rows, objective, config.seed, config.evaluation.rows)
-  groups = slices.read(config, chosen, rows)
+  groups = slices.read(config, 'validation', chosen, rows, config.evaluation.rows)
   program = inference.build(config, objective, examples[0])
   params = load_params(program, session.origin, heads=True)
   report = folder and folder / 'eval_report.txt'

@@ -65,7 +65,8 @@ class Run:
     validation: the validation set; empty where there is none.
     test: what is scored once, at the end; likewise.
     epoch: steps of a pass over the training rows.
-    slices: groups of the validation texts, as `slices.read` gives them.
+    slices: of the validation and the test set, the groups of their texts, as `slices.read` gives
+      them.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -80,7 +81,7 @@ class Run:
   validation: Sequence[Example]
   test: Sequence[Example]
   epoch: int
-  slices: Mapping[str, Sequence[Sequence[str]]]
+  slices: Mapping[str, Mapping[str, Sequence[Sequence[str]]]]
   state: TrainState
   position: int
   patience: Patience
@@ -137,10 +138,14 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   config, epoch = _with_steps(config, sum(map(len, rows)))
   train = pipeline.train_examples(rows, splits.weights, objective, config.seed)
   held_out = pipeline.validation_rows(splits.validation, objective, config.seq_len)
-  validation = _held_out(config, objective, held_out, config.evaluation.rows)
-  groups = slices.read(config, splits.validation, held_out)
+  limit = config.evaluation.rows
+  validation = _held_out(config, objective, held_out, limit)
   tested = pipeline.validation_rows(splits.test, objective, config.seq_len)
   test = _held_out(config, objective, tested)
+  groups = {
+    'validation': slices.read(config, 'validation', splits.validation, held_out, limit),
+    'test': slices.read(config, 'test', splits.test, tested),
+  }
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -316,8 +321,8 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
-  params, tokenizer = run.state.network_params, run.data.tokenizer
-  values = evaluation.scores(program, params, tokenizer, run.validation, report, run.slices)
+  params, tokenizer, groups = run.state.network_params, run.data.tokenizer, run.slices['validation']
+  values = evaluation.scores(program, params, tokenizer, run.validation, report, groups)
   shown = values | baselines
   log.write(step, 'validation', shown)
   if hosts.primary() and report.exists():

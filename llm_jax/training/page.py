@@ -92,11 +92,12 @@ def write(
     program: of the run.
     params: of its network.
     tokenizer: spells texts.
-    examples: the validation set.
+    examples: the validation set; may be empty.
   """
   predictor = getattr(program.objective, 'predictor', None)
   found = None
-  if getattr(predictor, 'task', None) in classification.TASKS and 'label' in examples[0]:
+  labelled = len(examples) > 0 and 'label' in examples[0]
+  if labelled and getattr(predictor, 'task', None) in classification.TASKS:
     found = answers(program, params, tokenizer, examples)
   if hosts.primary():
     body = '\n'.join(_body(workdir, step, values, found, predictor))
@@ -166,9 +167,9 @@ def _body(
   curves = _curves(logs.read(workdir))
   if curves is not None:
     yield '<h2>Validation</h2>' + _picture(curves, 'validation numbers over steps')
-  yield '<h2>Numbers</h2>' + _table(
-    ('', 'last evaluation'), [(name, f'{value:.4f}') for name, value in values.items()]
-  )
+  if values:
+    rows = [(name, f'{value:.4f}') for name, value in values.items()]
+    yield '<h2>Numbers</h2>' + _table(('', 'last evaluation'), rows)
   if found is not None and found.confusion_CC is not None:
     picture = _confusion(found.confusion_CC, predictor.classes)
     yield '<h2>Confusion matrix</h2>' + _picture(picture, 'labels against answers')

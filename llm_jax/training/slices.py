@@ -1,4 +1,4 @@
-"""Groups of validation texts, by fields of their records: `config.evaluation.slices`.
+"""Groups of validation and test texts, by fields of their records: `config.evaluation.slices`.
 
 The fields are read from the source itself, not from the token cache: other slices make no other
 run, and nothing is encoded again.
@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from llm_jax.core import config as config_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Rows, Source
 from llm_jax.data import pipeline
@@ -19,19 +20,24 @@ MISSING = '(none)'  # the group of texts whose field is null or empty
 
 def check(config: Config) -> None:
   """Raises ValueError where the first record of a source has no such field."""
-  if config.evaluation.slices:
-    _sources(config)
+  if not config.evaluation.slices:
+    return
+  for name in config_lib.SPLITS:
+    if name == 'validation' or config_lib.given(config.test):
+      _sources(config, name)
 
 
 def read(
-  config: Config, splits: Sequence[Documents], rows: Sequence[Rows]
+  config: Config, name: str, splits: Sequence[Documents], rows: Sequence[Rows], limit: int = 0
 ) -> dict[str, list[list[str]]]:
-  """Field -> for each row of the validation set, the value of each of its texts.
+  """Field -> for each row of a validation or test set, the value of each of its texts.
 
   Args:
     config: names the fields.
-    splits: the validation documents of each corpus.
+    name: of the set, 'validation' or 'test'.
+    splits: its documents, of each corpus.
     rows: as `pipeline.validation_rows` lays them out; whole texts.
+    limit: as for `pipeline.validation_examples`.
 
   Raises:
     ValueError: rows of pieces of texts, a record without a field, a field with too many values.
@@ -44,9 +50,9 @@ def read(
       f'config.evaluation.slices={fields} needs rows of whole texts, and the objective '
       f'{config.objective["name"]} lays out pieces of them; leave it empty.'
     )
-  sources = _sources(config)
+  sources = _sources(config, name) if rows else []
   found: dict[str, list[list[str]]] = {field: [] for field in fields}
-  for corpus, row in pipeline.validation_places(rows, config.seed, config.evaluation.rows):
+  for corpus, row in pipeline.validation_places(rows, config.seed, limit):
     ids = [int(splits[corpus].ids[text]) for text in rows[corpus].texts(row)]
     records = [sources[corpus][index] for index in ids]
     for field, values in found.items():
@@ -56,16 +62,22 @@ def read(
   return found
 
 
-def _sources(config: Config) -> list[Source]:
-  """The sources of the data, whose records also hold the fields."""
+def _sources(config: Config, name: str) -> list[Source]:
+  """The sources of a set, whose records also hold the fields: a given one, or those of the data."""
   data, fields = config.data, config.evaluation.slices
   if data.get('parts'):
     parts = {name: _with_fields(part, fields) for name, part in data['parts'].items()}
     data = data | {'parts': parts}
   else:
     data = _with_fields(data, fields)
+  given = config_lib.given(getattr(config, name))
   try:
-    sources, _ = assemble.sources(dataclasses.replace(config, data=data))
+    if given:
+      section = _with_fields(assemble.split_section(config, name) or {}, fields)
+      found = assemble.split_source(dataclasses.replace(config, **{name: section}), name)
+      sources = [found] if found else []
+    else:
+      sources, _ = assemble.sources(dataclasses.replace(config, data=data))
     for source in sources:
       source[0]  # some know their fields by their records alone
     return sources
