@@ -26,7 +26,6 @@ def get_config(size: str = 'small'):
   config.tokenizer.vocab_size = 50_257
   config.tokenizer.sample_bytes = 50_000_000
   config.tokenizer.kind = 'bpe'
-  config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', f'gpt2_{size}')
   config.objective = base.clm()
   config.optimizer.learning_rate = dict(small=6e-4, medium=3e-4, large=2.5e-4, xl=2e-4)[size]

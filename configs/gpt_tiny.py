@@ -16,7 +16,6 @@ def get_config():
   config.log_every = 20
   config.eval_every = 100
   config.tokenizer.vocab_size = 4096
-  config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', 'gpt_tiny')
   config.objective = base.clm()
   config.optimizer.name = 'muon'

@@ -32,7 +32,6 @@ def get_config(size: str = '3.2-1b'):
   config.tokenizer.vocab_size = {'3.2-1b': 128_256, '2-7b': 32_000}[size]
   config.tokenizer.sample_bytes = 50_000_000
   config.tokenizer.kind = 'bpe'
-  config.tokenizer.normalization = 'identity'
   config.model = base.model('decoder', VARIANTS[size])
   config.objective = base.clm()
   config.optimizer.learning_rate = 3e-4

@@ -12,7 +12,7 @@ from llm_jax.data.tokenizers import _convert, _export
 
 PIECES = _export.NAMES
 KINDS = ('unigram', 'bpe')
-NORMALIZATIONS = ('nfkc', 'identity')
+NORMALIZATIONS = ('identity', 'nfkc')
 _LINE_CHARACTERS = 1000  # at most 4000 bytes: the trainer drops a sentence of more than 4192
 
 
@@ -108,6 +108,8 @@ def train(lines: list[str], options: Mapping[str, object]) -> bytes:
       add_dummy_prefix=False,
       remove_extra_whitespaces=False,
       allow_whitespace_only_pieces=True,
+      # Without a piece a space would be spelled in the bytes of the sign that stands for it.
+      required_chars='\u2581',
       user_defined_symbols=['\n', '\t'],
       pad_id=0,
       unk_id=1,

@@ -19,7 +19,7 @@ PIECES = _export.NAMES
 # To be raised with any change to how text becomes ids; part of every fingerprint and cache key.
 _LAYOUT = 1
 # To be raised with any change to the models that training makes; part of every cache key.
-_TRAINING = 2
+_TRAINING = 3
 _SPACE = '\u2581'  # SentencePiece writes a space as this sign
 
 
@@ -202,7 +202,7 @@ def create(
   *,
   vocab_size: int = 8192,
   kind: str = 'unigram',
-  normalization: str = 'nfkc',
+  normalization: str = 'identity',
   character_coverage: float = 0.9995,
   sample_bytes: int = 4_000_000,
   path: str | None = None,
@@ -217,8 +217,8 @@ def create(
       options.
     vocab_size: ids in all: 7 special tokens, newline and tab, 256 bytes, then pieces.
     kind: 'unigram' or 'bpe'.
-    normalization: 'nfkc' (Unicode compatibility forms folded, as SentencePiece does it) or
-      'identity' (text stays as it is).
+    normalization: 'identity' (text stays as it is) or 'nfkc' (Unicode compatibility forms folded,
+      as SentencePiece does it: a full-width comma becomes ',').
     character_coverage: share of the sample's characters that get a piece of their own; the rest is
       spelled in bytes.
     sample_bytes: UTF-8 bytes of lines, spread evenly over the corpus, to train on. 4 MB take about
