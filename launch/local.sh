@@ -1,23 +1,26 @@
 #!/usr/bin/env bash
 # N processes on this machine, joined like the hosts of a cluster, to try out what a pod will do.
 #
-#   launch/local.sh -n 2 --config=configs/bert_tiny.py --workdir=/tmp/run [any other flag of llm_jax.main]
+#   launch/local.sh [--dry_run] -n 2 --config=configs/bert_tiny.py --workdir=/tmp/run [any other flag of llm_jax.main]
 #
+# --dry_run prints the command of each process and runs nothing.
 # The log shown is that of process 0. The others write to WORKDIR/process-I.log, the end of which is
 # shown if one fails. SIGTERM or Ctrl-C makes all processes save the step and stop. A process that
 # fails ends the others, and its exit status is that of the launcher. JAX_PLATFORMS is cpu unless it is
 # set: one process drives all accelerators of a machine and needs no launcher.
 set -euo pipefail
 
-usage() { echo "usage: launch/local.sh -n PROCESSES --config=FILE --workdir=DIR [flags of llm_jax.main]" >&2; exit 2; }
+usage() { echo "usage: launch/local.sh [--dry_run] -n PROCESSES --config=FILE --workdir=DIR [flags of llm_jax.main]" >&2; exit 2; }
 
+dry_run=
+if [[ ${1:-} == --dry_run ]]; then dry_run=1; shift; fi
 [[ $# -ge 2 && $1 == -n && $2 =~ ^[1-9][0-9]*$ ]] || usage
 count=$2
 shift 2
 workdir=
 for flag in "$@"; do [[ $flag == --workdir=* ]] && workdir=${flag#--workdir=}; done
 [[ -n $workdir ]] || usage
-mkdir -p "$workdir"
+[[ -n $dry_run ]] || mkdir -p "$workdir"
 
 python=${PYTHON:-python}
 export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
@@ -40,9 +43,11 @@ for ((i = 0; i < count; i++)); do
   command=("$python" -m llm_jax.main "$@")
   ((count > 1)) && command+=("--coordinator=127.0.0.1:$port" "--num_processes=$count" "--process_id=$i")
   if command -v taskset > /dev/null && command -v nproc > /dev/null; then command=(taskset -c "$(pin "$i")" "${command[@]}"); fi
+  if [[ -n $dry_run ]]; then printf '%q ' "${command[@]}"; echo; continue; fi
   if ((i == 0)); then "${command[@]}" & else "${command[@]}" > "$workdir/process-$i.log" 2>&1 & fi
   pids+=($!)
 done
+[[ -z $dry_run ]] || exit 0
 trap 'kill -TERM "${pids[@]}" 2> /dev/null || true' TERM INT
 
 # The first failure counts. The other processes stop by themselves (llm_jax/parallel/hosts.py); those

@@ -189,6 +189,18 @@ def printed(done):
   )
 
 
+def test_local_dry(tmp_path):
+  flags = ['--config=configs/bert_tiny.py', f'--workdir={tmp_path / "a run"}', *HARD]
+  python = str(fake_python(tmp_path))
+  done = bash(LAUNCH / 'local.sh', '--dry_run', '-n', '2', *flags, PYTHON=python)
+  assert done.returncode == 0 and not (tmp_path / 'a run').exists()
+  lines = [shlex.split(line) for line in done.stdout.splitlines()]
+  assert len(lines) == 2
+  for i, words in enumerate(lines):
+    assert words[words.index('-m') :][: 2 + len(flags)] == ['-m', 'llm_jax.main', *flags]
+    assert words[-2:] == ['--num_processes=2', f'--process_id={i}']
+
+
 # ---- Slurm
 
 

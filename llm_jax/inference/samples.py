@@ -2,7 +2,7 @@
 
 import itertools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -24,7 +24,8 @@ TEMPERATURE = 0.8
 
 class Samples:
   """Texts that a decoder writes at each evaluation: first after nothing, then after the beginnings
-  of validation documents; in the log, and after those of earlier evaluations in samples.txt.
+  of validation documents; in the log, in TensorBoard, and after those of earlier evaluations in
+  samples.txt.
 
   Attributes:
     every: steps between two evaluations.
@@ -35,7 +36,8 @@ class Samples:
     documents: where the beginnings come from.
     count: how many samples.
     path: of samples.txt.
-    say: writes to the log, as `Log.say`.
+    every: steps between two evaluations.
+    log: of the run.
   """
 
   def __init__(
@@ -46,11 +48,11 @@ class Samples:
     count: int,
     path: pathlib.Path,
     every: int,
-    say: Callable[..., None],
+    log: Log,
   ):
     model, adapter = program.network.model, program.network.adapter
     self.every = every
-    self._tokenizer, self._path, self._say = tokenizer, path, say
+    self._tokenizer, self._path, self._log = tokenizer, path, log
     generator = Generator(model, program.model_infos, program.layout, adapter)
     self._completer = Completer(generator, tokenizer, rows=count)
     begin = min(PROMPT_TOKENS, model.max_len // 4)
@@ -70,14 +72,15 @@ class Samples:
       return None
     path = run.workdir / FILE
     documents = data.splits.validation or data.splits.train
-    return cls(program, data.tokenizer, documents, count, path, run.eval_every, log.say)
+    return cls(program, data.tokenizer, documents, count, path, run.eval_every, log)
 
   def __call__(self, step: int, state: TrainState, values: Mapping[str, float]) -> None:
     """Shows the samples of a step; all processes call it."""
     del values
-    lines = [f'{prompt!r} -> {text!r}' for prompt, text in self.texts(state.network_params)]
+    lines = [_shown(*sample) for sample in self.texts(state.network_params)]
     for line in lines:
-      self._say('step %d  sample: %s', step, line)
+      self._log.say('step %d  sample: %s', step, line)
+    self._log.text(step, 'samples', '\n'.join(lines))
     if hosts.primary():
       with open(self._path, 'a', encoding='utf-8') as file:
         file.write(f'step {step}\n' + ''.join(f'  {line}\n' for line in lines))
@@ -89,6 +92,11 @@ class Samples:
     texts = self._completer.from_ids(weights, prompts, self._sampling)
     beginnings = [self._tokenizer.decode(ids) for ids in self._beginnings]
     return list(zip(beginnings, texts, strict=True))
+
+
+def _shown(prompt: str, text: str) -> str:
+  """A beginning and what follows, as they are; further lines are indented."""
+  return f'{prompt} -> {text}'.replace('\n', '\n    ')
 
 
 def _beginnings(documents: Sequence[Documents], length: int, count: int) -> list[np.ndarray]:

@@ -1,5 +1,7 @@
 """Samples: what a decoder in training shows."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,10 +32,11 @@ def program(module, **changes):
 def test_samples_are_the_same_each_time_and_stand_in_log_and_file(small, tmp_path):
   made, params = program(gpt_tiny)
   texts = [[], TOKENIZER.encode('hello world'), TOKENIZER.encode('bye')]
-  lines, path = [], tmp_path / 'samples.txt'
-  samples = Samples(
-    made, TOKENIZER, [small.Documents(texts)], 3, path, 2, lambda *line: lines.append(line)
+  lines, boards, path = [], [], tmp_path / 'samples.txt'
+  log = types.SimpleNamespace(
+    say=lambda *line: lines.append(line), text=lambda *text: boards.append(text)
   )
+  samples = Samples(made, TOKENIZER, [small.Documents(texts)], 3, path, 2, log)
   first = samples.texts(params)
   assert [beginning for beginning, _ in first] == ['', 'hello wo', 'bye']
   assert samples.texts(params) == first
@@ -42,6 +45,9 @@ def test_samples_are_the_same_each_time_and_stand_in_log_and_file(small, tmp_pat
   samples(2, state, {})
   samples(4, state, {})
   assert [line[1] for line in lines] == [2] * 3 + [4] * 3
-  written = path.read_text().splitlines()
-  assert written[0] == 'step 2' and written[4] == 'step 4' and len(written) == 8
-  assert written[2] == f'  {first[1][0]!r} -> {first[1][1]!r}'
+  shown = [f'{prompt} -> {text}'.replace('\n', '\n    ') for prompt, text in first]
+  assert [line[2] for line in lines[:3]] == shown
+  assert boards == [(i, 'samples', '\n'.join(shown)) for i in (2, 4)]
+  assert path.read_text() == ''.join(
+    f'step {i}\n' + ''.join(f'  {s}\n' for s in shown) for i in (2, 4)
+  )
