@@ -62,9 +62,15 @@ class Completer:
     Raises:
       ValueError: an empty stop string; whatever `Generator.tokens` raises.
     """
+    return self.from_ids(weights, [self._ids(text) for text in prompts], sampling, stop, stream)
+
+  def check(self, prompt: str, sampling: Sampling) -> None:
+    """Raises ValueError for a prompt that is too long."""
+    self.generator.check([self._ids(prompt)], [sampling])
+
+  def _ids(self, prompt: str) -> list[int]:
     before = template(self._tokenizer, causal=True)[0]
-    ids = [[*before, *self._tokenizer.encode(text)] or [self._tokenizer.bos_id] for text in prompts]
-    return self.from_ids(weights, ids, sampling, stop, stream)
+    return [*before, *self._tokenizer.encode(prompt)] or [self._tokenizer.bos_id]
 
   def from_ids(
     self,

@@ -123,7 +123,7 @@ class Generator:
       samplings = [sampling] * len(prompts)
     else:
       samplings = list(sampling)
-    self._check(prompts, samplings)
+    self.check(prompts, samplings)
     batch = self._prompts(prompts, samplings, range(len(prompts)) if rows is None else rows)
     pairs = zip(prompts, samplings, strict=True)
     slots = _rounded(max(len(prompt) + s.max_new_tokens for prompt, s in pairs))
@@ -185,7 +185,7 @@ class Generator:
       raise ValueError(
         f'beams={sampling.beams}: beam search runs whole batches; use Generator.tokens, or beams=1.'
       )
-    self._check([prompt], [sampling])
+    self.check([prompt], [sampling])
     length = len(prompt) + sampling.max_new_tokens
     if length > state.slots:
       raise ValueError(
@@ -206,7 +206,8 @@ class Generator:
     key = 'step', len(state.ids_B), state.slots
     return self._together(key, self._next, weights, state=state)
 
-  def _check(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
+  def check(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
+    """Raises ValueError for prompts that cannot be continued so."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not min(lengths):
       raise ValueError(

@@ -175,6 +175,13 @@ class Session:
     self._require(('mlm',))
     return filler(self.params, texts, self._rows(len(texts)), top) if texts else []
 
+  def check_prompt(self, prompt: str, sampling: Sampling) -> None:
+    """Raises ValueError for a prompt that `complete`, or of an encoder `fill`, would refuse."""
+    if self.causal:
+      Completer(self._generator, self.tokenizer).check(prompt, sampling)
+    else:
+      self._filler.ids(prompt)
+
   @property
   def causal(self) -> bool:
     """Whether the model is a decoder."""
