@@ -10,8 +10,8 @@ import numpy as np
 
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.tree import PyTree
-from llm_jax.inference.decoding import Generator
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation.decoding import Generator
+from llm_jax.inference.generation.sampling import Sampling
 
 CONTEXT = 8  # prompt tokens that new ones are decoded with: a space may depend on what precedes it
 BROKEN = '\ufffd'  # what bytes that are no character are decoded to
@@ -45,6 +45,7 @@ class Completer:
     sampling: Sampling,
     stop: Sequence[str] = (),
     stream: Stream | None = None,
+    numbers: Sequence[int] | None = None,
   ) -> list[str]:
     """The completion of each prompt; the prompts themselves are left out.
 
@@ -58,13 +59,21 @@ class Completer:
       stop: strings before which a completion ends, wherever tokens begin and end.
       stream: called with the number of a prompt and the next piece of its completion, as soon as
         that is certain.
+      numbers: of the prompts, on which what is drawn depends; counted from 0 by default.
 
     Raises:
       ValueError: an empty stop string; whatever `Generator.tokens` raises.
     """
+    ids = [self._ids(text) for text in prompts]
+    return self.from_ids(weights, ids, sampling, stop, stream, numbers)
+
+  def check(self, prompt: str, sampling: Sampling) -> None:
+    """Raises ValueError for a prompt that is too long."""
+    self.generator.check([self._ids(prompt)], [sampling])
+
+  def _ids(self, prompt: str) -> list[int]:
     before = template(self._tokenizer, causal=True)[0]
-    ids = [[*before, *self._tokenizer.encode(text)] or [self._tokenizer.bos_id] for text in prompts]
-    return self.from_ids(weights, ids, sampling, stop, stream)
+    return [*before, *self._tokenizer.encode(prompt)] or [self._tokenizer.bos_id]
 
   def from_ids(
     self,
@@ -73,26 +82,28 @@ class Completer:
     sampling: Sampling,
     stop: Sequence[str] = (),
     stream: Stream | None = None,
+    numbers: Sequence[int] | None = None,
   ) -> list[str]:
     """The same for prompts that are ids already."""
     if '' in stop:
       raise ValueError('an empty stop string would end every text before it begins; leave it out.')
+    self.generator.check(prompts, [sampling] * len(prompts))  # all, before the first is continued
     stream = stream or (lambda *_: None)
     completions = [_Completion(self._tokenizer, prompt, stop) for prompt in prompts]
     for first in range(0, len(completions), self._rows):
-      numbers = list(range(first, min(first + self._rows, len(completions))))
-      if first:
+      batch = list(range(first, min(first + self._rows, len(completions))))
+      if first or numbers is not None:
         # The last batch is filled up with its own last row: another number of rows would have to
         # be compiled.
-        numbers += numbers[-1:] * (self._rows - len(numbers))
+        batch += batch[-1:] * (self._rows - len(batch))
       columns = self.generator.tokens(
         weights,
-        [prompts[i] for i in numbers],
+        [prompts[i] for i in batch],
         sampling,
         self._tokenizer.eos_ids,
-        rows=numbers,
+        rows=[numbers[i] for i in batch] if numbers is not None else batch,
       )
-      _write(columns, {i: completions[i] for i in numbers}, stream)
+      _write(columns, {i: completions[i] for i in batch}, stream)
     return [completion.text for completion in completions]
 
 

@@ -70,8 +70,7 @@ class Filler:
     Raises:
       ValueError: a text without a mask, or one longer than the model takes.
     """
-    tokenizer = self._tokenizer
-    ids = [_masked(text, tokenizer, self._program.network.model.max_len) for text in texts]
+    tokenizer, ids = self._tokenizer, list(map(self.ids, texts))
     run = self._function(min(top, tokenizer.vocab_size))
     filled = []
     for first in range(0, len(ids), rows):
@@ -80,6 +79,10 @@ class Filler:
       found = zip(part, np.asarray(p_BMC), np.asarray(ids_BMC), strict=False)
       filled += [_filled(row, tokenizer, p_MC, ids_MC) for row, p_MC, ids_MC in found]
     return filled
+
+  def ids(self, text: str) -> np.ndarray:
+    """The ids of a text; ValueError for one without a mask, or longer than the model takes."""
+    return _masked(text, self._tokenizer, self._program.network.model.max_len)
 
   def _function(self, top: int) -> Any:
     if top not in self._functions:

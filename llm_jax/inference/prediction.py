@@ -17,7 +17,7 @@ from llm_jax.training import evaluation
 
 # Texts that are laid out together: at least so many, and of so many batches if each had a row of
 # its own.
-LEAST_BLOCK, BLOCK_BATCHES = 4096, 64
+LEAST_BLOCK, BLOCK_BATCHES = 1024, 16
 
 
 class Labeller:

@@ -9,6 +9,7 @@ Nothing is trained here, and no optimizer is made. What a call compiles is kept 
 
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,10 +27,10 @@ from llm_jax.hf import sentences
 from llm_jax.inference import explanation, prediction
 from llm_jax.inference.attention_maps import AttentionMaps
 from llm_jax.inference.completion import Completer, Stream
-from llm_jax.inference.decoding import Generator
 from llm_jax.inference.embedding import Embedder, rounded_rows
 from llm_jax.inference.filling import Filled, Filler
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation.decoding import Generator
+from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.parallel import sharding
 from llm_jax.programs import assemble, inference, pretrained, workdir
 from llm_jax.programs.inference import Inference
@@ -234,10 +235,42 @@ class Session:
     self._require(('mlm',))
     return filler(self.params, texts, self._rows(len(texts)), top) if texts else []
 
+  def completions(
+    self, prompts: Iterable[tuple[int, str]], sampling: Sampling, stop: Sequence[str] = ()
+  ) -> Iterator[str]:
+    """The same for a stream of prompts, batch by batch; the number that comes with a prompt is what
+    its draws depend on.
+    """
+    for block, rows in self._batches(prompts):
+      completer = Completer(self._generator, self.tokenizer, rows)
+      numbers, texts = zip(*block, strict=True)
+      yield from completer(self._weights, texts, sampling, stop, numbers=numbers)
+
+  def fillings(self, texts: Iterable[str], top: int = 5) -> Iterator[Filled]:
+    """As `fill`, for a stream of texts, batch by batch."""
+    filler = self._filler
+    self._require(('mlm',))
+    for block, rows in self._batches(texts):
+      yield from filler(self.params, block, rows, top)
+
+  def check_prompt(self, prompt: str, sampling: Sampling) -> None:
+    """Raises ValueError for a prompt that `complete`, or of an encoder `fill`, would refuse."""
+    if self.causal:
+      Completer(self._generator, self.tokenizer).check(prompt, sampling)
+    else:
+      self._filler.ids(prompt)
+
   @property
   def causal(self) -> bool:
     """Whether the model is a decoder."""
     return bool(self.program.network.model.causal)
+
+  def _batches(self, items: Iterable[Any]) -> Iterator[tuple[list[Any], int]]:
+    """A batch of items at a time, and how many rows they are run in."""
+    items, rows = iter(items), 0
+    while block := list(itertools.islice(items, self.config.batch_size)):
+      rows = rows or self._rows(len(block))  # the last batch is filled up
+      yield block, rows
 
   def _rows(self, count: int) -> int:
     """Texts that are run at once."""

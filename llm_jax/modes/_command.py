@@ -3,6 +3,8 @@
 import contextlib
 import dataclasses
 import pathlib
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,13 +19,27 @@ if TYPE_CHECKING:
 INPUT = flags.DEFINE_string(
   'input',
   None,
-  'predict, explain, embed, generate: a .jsonl file, its texts in the field `text` unless the '
-  'config names another; embed, generate: also a .txt file, one text per line.',
+  'predict, explain, embed, generate: a .jsonl, .csv, .tsv or .txt file (a text per line), these '
+  'with .gz, or a .parquet file; - for standard input: JSON lines, plain ones, or, with --text, a '
+  'table.',
 )
 OUTPUT = flags.DEFINE_string(
   'output',
   None,
-  'predict, explain: a .jsonl file; embed: .npy or .jsonl; generate: .jsonl; export: a folder.',
+  'predict, explain, embed, generate: a .jsonl, .csv, .tsv or .parquet file, embed also .npy; '
+  'export: a folder.',
+)
+TEXT = flags.DEFINE_string(
+  'text',
+  None,
+  'predict, explain, embed, generate: the field of --input with the text; by default that of the '
+  'run, else `text`, else the only one that holds words.',
+)
+PAIR = flags.DEFINE_string(
+  'pair',
+  None,
+  'predict, explain: the field of --input with the second text; by default that of the run, else '
+  '`pair`.',
 )
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
@@ -112,9 +128,23 @@ class Command:
       raise ValueError(f'--mode={self.mode} needs {wanted}.')
 
 
-def input_file() -> pathlib.Path | None:
-  """The file of --input."""
-  return files.local('--input', INPUT.value)
+@contextlib.contextmanager
+def input_file() -> Iterator[pathlib.Path | None]:
+  """The file of --input; of standard input, `-`, a copy that is there inside the block.
+
+  Raises:
+    ValueError: an address, or standard input where there are several processes.
+  """
+  if INPUT.value != '-':
+    yield files.local('--input', INPUT.value)
+    return
+  from llm_jax.inference import records
+  from llm_jax.parallel import hosts
+
+  if hosts.several():
+    raise ValueError('--input=- is read by one process; with several, give a file that all see.')
+  with tempfile.TemporaryDirectory() as folder:
+    yield records.spool(sys.stdin.buffer, pathlib.Path(folder), TEXT.value)
 
 
 def output_path() -> pathlib.Path | None:
@@ -122,12 +152,27 @@ def output_path() -> pathlib.Path | None:
   return files.local('--output', OUTPUT.value)
 
 
-def check_output(target: pathlib.Path, suffixes: Sequence[str] = ()) -> None:
-  """Raises ValueError unless a file of this name can be written."""
-  right = not suffixes or target.suffix in suffixes
-  if not right or target.is_dir() or not target.absolute().parent.is_dir():
-    kind = f'a {" or ".join(suffixes)} file' if suffixes else 'a file'
-    raise ValueError(f'--output={target} must be {kind} in a folder that exists.')
+def check_input(source: pathlib.Path) -> None:
+  """Raises ValueError unless the records of this file can be read."""
+  from llm_jax.inference import records
+
+  if not source.name.endswith(records.SUFFIXES) or not source.is_file():
+    raise ValueError(
+      f'--input={source} must be a file that exists, one of {" ".join(records.SUFFIXES)}, or - for '
+      'standard input.'
+    )
+
+
+def check_output(
+  target: pathlib.Path, suffixes: Sequence[str], source: pathlib.Path | None = None
+) -> None:
+  """Raises ValueError unless a file of this name can be written without losing `source`."""
+  folder = target.absolute().parent
+  if target.suffix not in suffixes or target.is_dir() or not folder.is_dir():
+    kind = ' or '.join(suffixes)
+    raise ValueError(f'--output={target} must be a {kind} file in a folder that exists.')
+  if source is not None and target.exists() and target.samefile(source):
+    raise ValueError(f'--output={target} is --input too; give another name.')
 
 
 def _flag(name: str) -> Any:

@@ -1,14 +1,13 @@
 """`--mode=explain`: which tokens of each text of a file the answer rests on."""
 
-import json
 import pathlib
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
-from llm_jax.modes import _command
+from llm_jax.modes import _command, predict
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
@@ -33,60 +32,47 @@ def run(command: Command) -> None:
   from llm_jax.inference.explanation import Options
 
   options = Options(METHOD.value, UNIT.value, IG_STEPS.value)
-  source, target = _command.input_file(), _command.output_path()
-  _check(source, target)  # before a model is opened
-  explain(command.session(), source, target, options)
+  target = _command.output_path()
+  with _command.input_file() as source:
+    predict.check(source, target)  # before a model is opened
+    explain(command.session(), source, target, options, _command.TEXT.value, _command.PAIR.value)
 
 
 def explain(
-  session: 'Session', source: pathlib.Path, target: pathlib.Path, options: 'Options'
+  session: 'Session',
+  source: pathlib.Path,
+  target: pathlib.Path,
+  options: 'Options',
+  text: str | None = None,
+  pair: str | None = None,
 ) -> None:
-  """Writes an explanation per line of a file, whole or not at all, and logs what they are worth.
+  """Writes an explanation per record of a file, and logs what they are worth; a call that is
+  interrupted is gone on with by the same call (`answers.write_answers`).
 
   Args:
     session: a classifier or regressor.
-    source: .jsonl, texts and pairs in the fields that the run was trained on.
-    target: .jsonl, what `Session.explain` says of each line.
+    source: one of `records.SUFFIXES`.
+    target: one of `answers.OUTPUTS`: each record with what `Session.explain` says of it.
     options: how texts are explained.
+    text, pair: the fields with the texts, as `records.Records` has them.
 
   Raises:
-    ValueError: files that are not possible, a line that cannot be read, a model that gives no
-      labels.
+    ValueError: files that are not possible, a model that gives no labels.
   """
-  from llm_jax.core import files
-  from llm_jax.parallel import hosts
+  from llm_jax.inference import answers
 
-  _check(source, target)
-  explanations = session.explanations(_records(session, source), options)
-  if not hosts.primary():
-    for _ in explanations:  # the devices of all processes are needed for each
-      pass
-    return
-  kept = []
-  with files.whole_file(target) as file:
-    for explained in explanations:
-      file.write(json.dumps(explained, ensure_ascii=False) + '\n')
-      kept.append({key: explained[key] for key in ('score', 'baseline', 'sum', 'deletion')})
-  logging.info('%d explanations in %s.', len(kept), target)
-  _log_worth(kept, options.method)
+  predict.check(source, target)
+  worth: list[dict[str, Any]] = []
 
+  def ask(numbered: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    for explained in session.explanations((record for _, record in numbered), options):
+      worth.append({key: explained[key] for key in ('score', 'baseline', 'sum', 'deletion')})
+      yield explained
 
-def _records(session: 'Session', source: pathlib.Path) -> Iterator[dict[str, Any]]:
-  from llm_jax.data import encoding
-  from llm_jax.data.sources import jsonl
-  from llm_jax.programs import assemble
-
-  data = session.config.data
-  lines = jsonl.Source(str(source), data.get('text') or 'text', data.get('pair'))
-  as_it_is = assemble.encoder(session.config).identity != (encoding.TEXT,)
-  read = lines.values if as_it_is else lines.__getitem__
-  return (read(index) for index in range(len(lines)))
-
-
-def _check(source: pathlib.Path, target: pathlib.Path) -> None:
-  if source.suffix != '.jsonl' or not source.is_file():
-    raise ValueError(f'--input={source} must be one .jsonl file that exists.')
-  _command.check_output(target, ('.jsonl',))
+  made_by = answers.model_key(session.origin, session.config, options)
+  answers.write_answers(predict.read(session, source, text, pair), ask, target, made_by)
+  if worth:  # there is nothing to say of those that an interrupted call wrote
+    _log_worth(worth, options.method)
 
 
 def _log_worth(explained: list[dict[str, Any]], method: str) -> None:
@@ -96,8 +82,9 @@ def _log_worth(explained: list[dict[str, Any]], method: str) -> None:
     for name in ('by_score', 'random')
   )
   logging.info(
-    'Deletion curve, mean answer: %.4f with the highest scores masked first, %.4f in random '
-    'orders; the lower, the more the scores say.',
+    'Deletion curve of %d texts, mean answer: %.4f with the highest scores masked first, %.4f in '
+    'random orders; the lower, the more the scores say.',
+    len(explained),
     by_score,
     random,
   )

@@ -1,9 +1,10 @@
 """`--mode=generate`: a decoder continues prompts, an encoder fills in what is masked."""
 
+import collections
 import dataclasses
-import json
+import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -12,7 +13,8 @@ from llm_jax.modes import _command
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
-  from llm_jax.inference.sampling import Sampling
+  from llm_jax.inference.generation.sampling import Sampling
+  from llm_jax.inference.records import Records
   from llm_jax.inference.session import Session
 
 PROMPT = flags.DEFINE_multi_string(
@@ -48,17 +50,14 @@ flags.DEFINE_integer('seed', 0, 'generate: the same seed draws the same text.')
 
 def run(command: Command) -> None:
   """Prints texts, or writes them to --output."""
-  from llm_jax.inference.sampling import Sampling
+  from llm_jax.inference.generation.sampling import Sampling
 
   numbers = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)}
-  generate(
-    command.session(),
-    PROMPT.value,
-    _command.input_file(),
-    _command.output_path(),
-    Sampling(**numbers),
-    STOP.value,
-  )
+  prompts, sampling = PROMPT.value, Sampling(**numbers)
+  target = _command.output_path()
+  with _command.input_file() as source:
+    _check(prompts, source, target)  # before a model is opened
+    generate(command.session(), prompts, source, target, sampling, STOP.value, _command.TEXT.value)
 
 
 def generate(
@@ -68,38 +67,95 @@ def generate(
   target: pathlib.Path | None,
   sampling: 'Sampling',
   stop: Sequence[str] = (),
+  text: str | None = None,
 ) -> None:
   """Prints what a model makes of each prompt, as it comes where there is but one, or writes it.
 
   Args:
     session: a model.
     prompts: the texts to continue, or, for an encoder, to fill in; None: they stand in `source`.
-    source: .txt, a prompt per line; or .jsonl, in the field `config.data.text` ('text').
-    target: .jsonl, {"prompt": ..., "text": ...} per line, for an encoder also "masks"; None to
-      print.
+    source: one of `records.SUFFIXES`. A prompt of it that is not possible has `error`.
+    target: one of `answers.OUTPUTS`: each record again, its text as `prompt`, with the new `text`,
+      for an encoder also `masks`; None to print.
     sampling: how tokens are chosen.
     stop: strings before which a text ends.
+    text: the field of `source` with the prompt, as `records.Records` has it.
 
   Raises:
     ValueError: prompts in both places or in none, files that are not possible, or what
       `Session.complete` or `Session.fill` raises.
   """
+  from llm_jax.inference.records import Records
   from llm_jax.parallel import hosts
 
-  prompts = _prompts(session, prompts, source, target)
-  if not session.causal:
-    filled = session.fill(prompts)
-    answers = [{'text': text.text, 'masks': text.masks} for text in filled]
-  else:
-    live = target is None and len(prompts) == 1 and hosts.primary()
-    stream = _terminal(prompts[0]) if live else None
-    texts = session.complete(prompts, sampling=sampling, stop=stop, stream=stream)
-    if live:
-      print('' if texts[0] else prompts[0])
-      return
-    answers = [{'text': text} for text in texts]
+  _check(prompts, source, target)
+  if source is not None:
+    own = {key: value for key, value in session.config.data.items() if key != 'pair'}
+    _answer_file(session, Records(source, own, text), target, sampling, stop)
+    return
+  live = session.causal and target is None and len(prompts) == 1 and hosts.primary()
+  if live:
+    stream = _terminal(prompts[0])
+    (completion,) = session.complete(prompts, sampling=sampling, stop=stop, stream=stream)
+    print('' if completion else prompts[0])
+    return
+  lines = list(_answers(session, enumerate(prompts), sampling, stop))
   if hosts.primary():
-    _give(prompts, answers, target)
+    _give(lines, target)
+
+
+def _answer_file(
+  session: 'Session',
+  records: 'Records',
+  target: pathlib.Path | None,
+  sampling: 'Sampling',
+  stop: Sequence[str],
+) -> None:
+  from llm_jax.inference import answers
+  from llm_jax.parallel import hosts
+
+  def ask(numbered: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    prompts = ((number, record['text']) for number, record in numbered)
+    return _answers(session, prompts, sampling, stop)
+
+  check = lambda record: session.check_prompt(record['text'], sampling)
+  change = functools.partial(_without_prompt, field=records.fields.text)
+  if target is not None:
+    made_by = answers.model_key(session.origin, session.config, sampling, tuple(stop))
+    answers.write_answers(records, ask, target, made_by, check, change)
+    return
+  for line in records.answered(ask, check=check):
+    if hosts.primary():
+      _print(change(line))
+  records.log_faults()
+
+
+def _answers(
+  session: 'Session',
+  prompts: Iterable[tuple[int, str]],
+  sampling: 'Sampling',
+  stop: Sequence[str],
+) -> Iterator[dict[str, Any]]:
+  """What becomes of each prompt; it comes with the number that its draws depend on."""
+  asked: collections.deque[str] = collections.deque()
+
+  def noted() -> Iterator[tuple[int, str]]:
+    for number, prompt in prompts:
+      asked.append(prompt)
+      yield number, prompt
+
+  if session.causal:
+    for text in session.completions(noted(), sampling, stop):
+      yield {'prompt': asked.popleft(), 'text': text}
+    return
+  for filled in session.fillings(prompt for _, prompt in noted()):
+    yield {'prompt': asked.popleft(), 'text': filled.text, 'masks': filled.masks}
+
+
+def _without_prompt(line: dict[str, Any], field: str) -> dict[str, Any]:
+  """A record without the field that its answer has as `prompt`."""
+  dropped = f'input_{field}' if field in line else field
+  return {key: value for key, value in line.items() if key != dropped or 'error' in line}
 
 
 def _terminal(prompt: str) -> Callable[[int, str], None]:
@@ -113,35 +169,34 @@ def _terminal(prompt: str) -> Callable[[int, str], None]:
   return show
 
 
-def _prompts(
-  session: 'Session',
-  prompts: Sequence[str] | None,
-  source: pathlib.Path | None,
-  target: pathlib.Path | None,
-) -> list[str]:
-  from llm_jax.modes.embed import read_texts
+def _check(
+  prompts: Sequence[str] | None, source: pathlib.Path | None, target: pathlib.Path | None
+) -> None:
+  from llm_jax.inference import answers
 
   if (prompts is None) == (source is None):
     raise ValueError("--mode=generate needs either --prompt='...' or --input=prompts.txt.")
+  if source is not None:
+    _command.check_input(source)
   if target is not None:
-    _command.check_output(target, ('.jsonl',))
-  if prompts is not None:
-    return list(prompts)
-  return read_texts(source, session.config.data.get('text') or 'text')
+    _command.check_output(target, answers.OUTPUTS, source)
 
 
-def _give(
-  prompts: Sequence[str], answers: Sequence[dict[str, Any]], target: pathlib.Path | None
-) -> None:
+def _give(lines: Sequence[Mapping[str, Any]], target: pathlib.Path | None) -> None:
   """Prints prompts and answers, or writes them, whole or not at all."""
-  from llm_jax.core import files
+  from llm_jax.inference import answers
 
   if target is not None:
-    with files.whole_file(target) as file:
-      for prompt, answer in zip(prompts, answers, strict=True):
-        file.write(json.dumps({'prompt': prompt} | answer, ensure_ascii=False) + '\n')
+    answers.write(target, lines)
     return
-  for prompt, answer in zip(prompts, answers, strict=True):
-    print(answer['text'] if 'masks' in answer else prompt + answer['text'])
-    for candidates in answer.get('masks', ()):
-      print('  ' + '  '.join(f'{token} {p:.3f}' for token, p in candidates))
+  for line in lines:
+    _print(line)
+
+
+def _print(line: Mapping[str, Any]) -> None:
+  if 'error' in line:
+    print(f'error: {line["error"]}')
+    return
+  print(line['text'] if 'masks' in line else line['prompt'] + line['text'])
+  for candidates in line.get('masks', ()):
+    print('  ' + '  '.join(f'{token} {p:.3f}' for token, p in candidates))

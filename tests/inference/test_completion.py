@@ -11,8 +11,8 @@ from configs import gpt_tiny
 from llm_jax.core import config
 from llm_jax.data.tokenizers import byte
 from llm_jax.inference import completion
-from llm_jax.inference.decoding import Generator
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation.decoding import Generator
+from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.training import program as programs
 
 SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=24, max_len=64, dropout=0.0, attention_dropout=0.0)
@@ -38,6 +38,9 @@ class Said:
       for text in texts
     ]
     self.asked, self.taken = [], 0
+
+  def check(self, prompts, samplings):
+    assert len(prompts) == len(samplings)
 
   def tokens(self, weights, prompts, sampling, eos_ids, rows):
     self.asked.append(
@@ -138,6 +141,13 @@ class Spaced:
 
   def decode(self, ids):
     return ''.join(self.words[i] for i in ids).replace('\u2581', ' ').removeprefix(' ')
+
+
+def test_prompts_draw_by_their_numbers():
+  generator = Said(*'abcdefgh')
+  complete = completion.Completer(generator, TOKENIZER, rows=3)
+  found = complete(None, ['x', 'y'], GREEDY, numbers=[4, 7])
+  assert found == ['e', 'h'] and generator.asked[0].rows == [4, 7, 7]  # filled up
 
 
 def test_a_space_after_the_prompt_stays():

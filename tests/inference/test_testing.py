@@ -77,6 +77,11 @@ def test_the_test_set_is_scored_once_by_the_best_checkpoint(trained, tables, mon
   answers = session.open_model(trained.workdir).predict([row['words'] for row in rows])
   right = [answer['label'] == row['kind'] for answer, row in zip(answers, rows, strict=True)]
   assert found['accuracy'] == pytest.approx(sum(right) / len(right)) and 0.5 < sum(right) / 17 < 1
+  lines = [json.loads(line) for line in open(trained.workdir / testing.ANSWERS)]
+  for line, row, answer in zip(lines, rows, answers, strict=True):
+    assert (line['text'], line['input_label']) == (row['words'], row['kind'])
+    assert line['label'] == answer['label']
+    assert line['probability'] == pytest.approx(answer['probability'], abs=1e-5)
   assert 'precision' in (trained.workdir / testing.REPORT).read_text()
   monkeypatch.setattr(testing.evaluation, 'scores', lambda *_: pytest.fail('scored twice'))
   testing.score(trained)

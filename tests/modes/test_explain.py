@@ -1,6 +1,8 @@
 """`--mode=explain`: what the session says of each line, and what it is worth."""
 
+import csv
 import json
+import pathlib
 import types
 
 import pytest
@@ -13,6 +15,7 @@ class Session:
   """Each text's only token has the score 1, and the sum of scores is off by 0.25."""
 
   config = types.SimpleNamespace(data={'text': 'review'}, objective={'name': 'classify'})
+  origin = pathlib.Path('nowhere')
 
   def explanations(self, records, options):
     for record in records:
@@ -36,13 +39,15 @@ def test_an_explanation_per_line(tmp_path, caplog):
   assert 'Deletion' in caplog.text and 'Completeness' not in caplog.text
 
 
-def test_files_that_are_not_possible(tmp_path):
-  source = tmp_path / 'x.jsonl'
+def test_a_line_that_cannot_be_read_and_files_that_are_not_possible(tmp_path, caplog):
+  source, target = tmp_path / 'x.jsonl', tmp_path / 'y.csv'
   source.write_text('{"review": "a"}\n{"words": "b"}\n')
-  with pytest.raises(ValueError, match=r"x.jsonl:2: no field 'review'"):
-    explain.explain(Session(), source, tmp_path / 'y.jsonl', Options())
-  assert [path.name for path in tmp_path.iterdir()] == ['x.jsonl']
-  with pytest.raises(ValueError, match='y.npy must be a .jsonl file'):
+  explain.explain(Session(), source, target, Options(), text='review')
+  with open(target, newline='') as file:
+    first, second = csv.DictReader(file)
+  assert first['label'] == 'integrated_gradients' and json.loads(first['parts'])[0]['text'] == 'a'
+  assert "x.jsonl:2: no field 'review'" in second['error'] and second['label'] == ''
+  with pytest.raises(ValueError, match='y.npy must be a .jsonl or .csv'):
     explain.explain(Session(), source, tmp_path / 'y.npy', Options())
-  with pytest.raises(ValueError, match='--input=.*x.txt must be one .jsonl file that exists'):
+  with pytest.raises(ValueError, match='--input=.*x.txt must be a file that exists, one of .jsonl'):
     explain.explain(Session(), tmp_path / 'x.txt', tmp_path / 'y.jsonl', Options())

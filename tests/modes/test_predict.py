@@ -63,11 +63,14 @@ def check(target):
 def test_a_line_that_cannot_be_read_costs_itself_alone(source, tmp_path, caplog):
   predict.predict(Session(tmp_path), source, tmp_path / 'y.jsonl')
   check(tmp_path / 'y.jsonl')
-  assert '3 lines could not be read, the first: ' in caplog.text and 'x.jsonl:5' in caplog.text
+  assert (
+    '3 records have no answer but `error`, the first: ' in caplog.text
+    and 'x.jsonl:5' in caplog.text
+  )
   assert sorted(path.name for path in tmp_path.iterdir()) == ['x.jsonl', 'y.jsonl']
 
 
-@pytest.mark.parametrize('content, message', [(b'', 'empty corpus'), (b'{"text"', 'no line of')])
+@pytest.mark.parametrize('content, message', [(b'', 'empty corpus'), (b'{"text"', 'no record of')])
 def test_a_file_without_an_answer_leaves_nothing(tmp_path, caplog, content, message):
   (tmp_path / 'x.jsonl').write_bytes(content)
   with pytest.raises(ValueError, match=message):

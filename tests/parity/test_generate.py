@@ -19,9 +19,9 @@ from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.hf import families
 from llm_jax.hf import folders as hf
-from llm_jax.inference import sampling
-from llm_jax.inference.decoding import Generator
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation import sampling
+from llm_jax.inference.generation.decoding import Generator
+from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.models import decoder
 
 torch = pytest.importorskip('torch')

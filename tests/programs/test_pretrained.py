@@ -17,8 +17,8 @@ from llm_jax.core import recipes, tree
 from llm_jax.data.tokenizers import byte
 from llm_jax.inference import completion, session
 from llm_jax.inference.export import export
-from llm_jax.inference.sampling import Sampling
-from llm_jax.modes.embed import embed, read_texts
+from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.modes.embed import embed
 from llm_jax.modes.eval import evaluate
 from llm_jax.modes.generate import generate
 from llm_jax.programs import pretrained
@@ -282,8 +282,8 @@ def test_vectors_are_those_of_each_text_alone(folder, objective, pool, tmp_path)
 @pytest.mark.parametrize(
   ('source', 'target', 'pool', 'message'),
   [
-    ('nothing.jsonl', 'v.npy', 'mean', 'must be a .jsonl or .txt file that exists'),
-    ('x.txt', 'v.csv', 'mean', 'must be a .npy or .jsonl file'),
+    ('nothing.jsonl', 'v.npy', 'mean', 'must be a file that exists'),
+    ('x.txt', 'v.doc', 'mean', 'must be a .npy or .jsonl'),
     ('x.txt', 'no/v.npy', 'mean', 'in a folder that exists'),
     ('x.txt', 'v.npy', 'cls', "pool='cls' reads the first position, which in a causal model"),
   ],
@@ -334,17 +334,6 @@ def test_a_folder_of_sentence_transformers_says_how_its_vectors_are_made(folder,
   assert np.abs(found[1] - plain.embed(texts)[1]).max() > 1e-3
 
 
-def test_every_line_of_a_file_is_a_text(tmp_path):
-  (tmp_path / 'x.txt').write_bytes('\ufeffthe cat\r\n\n   \nthe dog\n'.encode())
-  assert read_texts(tmp_path / 'x.txt', 'text') == ['the cat', '', '   ', 'the dog']
-  (tmp_path / 'x.txt').write_bytes(b'fine\nl\xe4ngst\n')
-  with pytest.raises(ValueError, match='x.txt:2: not UTF-8'):
-    read_texts(tmp_path / 'x.txt', 'text')
-  (tmp_path / 'x.txt').write_bytes(b'')
-  with pytest.raises(ValueError, match='x.txt has no line'):
-    read_texts(tmp_path / 'x.txt', 'text')
-
-
 @pytest.mark.slow
 def test_texts_go_on_from_prompts(folder, tmp_path, capsys):
   opened = session.open_model(None, of_folder(folder / 'hf-clm'))
@@ -386,8 +375,8 @@ def test_masks_are_filled_in(folder, tmp_path, capsys):
   [
     (None, None, None, "needs either --prompt='...' or --input=prompts.txt"),
     (['a'], 'x.txt', None, 'needs either'),
-    (None, 'x.csv', None, 'must be a .jsonl or .txt file'),
-    (['a'], None, 'y.txt', 'must be a .jsonl file in a folder'),
+    (None, 'x.csv', None, 'must be a file that exists'),
+    (['a'], None, 'y.txt', 'must be a .jsonl or .csv'),
     (['a' * 60], None, None, 'max_new_tokens=128 are 189'),
   ],
 )

@@ -1,20 +1,107 @@
 """Tables of text, CSV and TSV: a header line, then rows; plain or gzip."""
 
 import csv
-import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import numpy as np
-
-from llm_jax.data.sources import _paths, _record
+from llm_jax.data.sources import _lines, _paths, _record
 
 SUFFIXES = ('.csv', '.csv.gz', '.tsv', '.tsv.gz')
 csv.field_size_limit(2**31 - 1)  # Python's default refuses a text of more than 128 KiB
 
 
-class Source:
+class Table(_lines.Lines):
+  """The rows of CSV and TSV files as they are; one that is malformed is an error when it is read.
+
+  Args:
+    path: as that of `Source`.
+    delimiter: likewise.
+  """
+
+  strict = False  # whether a malformed row is an error as soon as rows are asked for
+
+  def __init__(self, path: str, delimiter: str | None = None):
+    delimiter = '\t' if delimiter == r'\t' else delimiter  # as a shell hands it over
+    if delimiter is not None and len(delimiter) != 1:
+      raise ValueError(f'delimiter={delimiter!r} must be one character, such as "," or ";".')
+    super().__init__(path, SUFFIXES)
+    self.delimiter = delimiter
+    self.headers = [self._header(file) for file in self.files]
+
+  def columns(self) -> list[str]:
+    return list(dict.fromkeys(itertools.chain(*self.headers)))
+
+  def values(self, index: int) -> dict[str, Any]:
+    """The columns of one row as strings; ValueError for a row that is malformed."""
+    file, line, _, _ = (int(value) for value in self._index[index])
+    row, *_ = next(self._rows(self.files[file], [self.data(index)], line - 1))
+    return dict(zip(self.headers[file], self._checked(row, file, line), strict=True))
+
+  def _header(self, path: str) -> list[str]:
+    header, *_ = next(self._rows(path, _paths.lines(path)), ([], 0, 0, 0))
+    if isinstance(header, ValueError):
+      raise header
+    return header
+
+  def _scan(self) -> Iterator[tuple[int, int, int, int]]:
+    for file, path in enumerate(self.files):
+      for row, line, start, stop in itertools.islice(self._rows(path, _paths.lines(path)), 1, None):
+        if self.strict:
+          self._checked(row, file, line)
+        yield file, line, start, stop
+
+  def _checked(self, row: list[str] | ValueError, file: int, line: int) -> list[str]:
+    if isinstance(row, ValueError):
+      raise row
+    wanted = len(self.headers[file])
+    if len(row) != wanted:
+      raise ValueError(
+        f'{self.files[file]}:{line}: {len(row)} fields where the header has {wanted}; check quotes '
+        'and delimiter.'
+      )
+    return row
+
+  def _rows(
+    self, path: str, lines: Iterable[bytes], number: int = 0
+  ) -> Iterator[tuple[list[str] | ValueError, int, int, int]]:
+    """Yields the fields of each record that is not blank, or what is wrong with it, its first
+    line's number, first byte, and the byte after the last; `number` lines stand before them.
+    """
+    offset, fault = 0, None  # bytes so far
+
+    def decoded() -> Iterator[str]:
+      nonlocal offset, number, fault
+      for line in lines:
+        offset += len(line)
+        number += 1
+        encoding = 'utf-8-sig' if number == 1 else 'utf-8'
+        try:
+          yield line.decode(encoding)
+        except UnicodeDecodeError as error:
+          fault = ValueError(f'{path}:{number}: not UTF-8 ({error.reason}).')
+          yield line.decode(encoding, 'replace')
+
+    reader = csv.reader(decoded(), **self._dialect(path))
+    while True:
+      start, first, fault = offset, number + 1, None
+      try:
+        row = next(reader, None)
+      except csv.Error as error:
+        row = ValueError(f'{path}:{first}: malformed record ({error}).')
+      if row is None:
+        return
+      if row:
+        yield fault or row, first, start, offset
+
+  def _dialect(self, path: str) -> dict[str, Any]:
+    tsv = path.removesuffix('.gz').endswith('.tsv')
+    delimiter = self.delimiter or ('\t' if tsv else ',')
+    quoting = csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL
+    return dict(delimiter=delimiter, strict=True, quoting=quoting)
+
+
+class Source(Table):
   """The rows of CSV and TSV files as records, by index over byte offsets.
 
   Fields of a comma-separated file may be quoted with " and then hold line ends; in a tab-separated
@@ -35,6 +122,8 @@ class Source:
       number, or no record at all.
   """
 
+  strict = True
+
   def __init__(
     self,
     path: str,
@@ -44,13 +133,8 @@ class Source:
     fields: tuple[str, ...] = (),
     delimiter: str | None = None,
   ):
-    delimiter = '\t' if delimiter == r'\t' else delimiter  # as a shell hands it over
-    if delimiter is not None and len(delimiter) != 1:
-      raise ValueError(f'delimiter={delimiter!r} must be one character, such as "," or ";".')
-    self.path, self.delimiter = path, delimiter
+    super().__init__(path, delimiter)
     self.fields = _record.Fields(text, pair, label, fields)
-    self.files = _paths.find(path, SUFFIXES)
-    self.headers = [next((row for row, *_ in self._records(file)), []) for file in self.files]
     for file, header in zip(self.files, self.headers, strict=True):
       self.fields.check(f'{file}, header', header)
       for column in self.fields.names:
@@ -59,74 +143,7 @@ class Source:
             f'{file}, header: {header.count(column)} columns are named {column!r}; rename all but '
             'one.'
           )
-    self.fingerprint = _paths.fingerprint(self.files, 'csv', *self.fields.key, delimiter)
-
-  def __len__(self) -> int:
-    return len(self._index)
+    self.fingerprint = _paths.fingerprint(self.files, 'csv', *self.fields.key, self.delimiter)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
-    file, _, start, stop = (int(value) for value in self._index[index])
-    text = _paths.read(self.files[file], start, stop).decode('utf-8')
-    row = next(csv.reader([text], **self._dialect(self.files[file])))
-    values = dict(zip(self.headers[file], row, strict=True))
-    return self.fields.record(values, self.where(index))
-
-  def where(self, index: int) -> str:
-    """File and line of a record."""
-    file, line, _, _ = (int(value) for value in self._index[index])
-    return f'{self.files[file]}:{line}'
-
-  @functools.cached_property
-  def _index(self) -> np.ndarray:
-    """[records, 4] int64: which file, line number from 1, first byte, byte after the last."""
-    index = np.fromiter(self._scan(), np.dtype((np.int64, 4)))
-    if not len(index):
-      raise ValueError(
-        f'path={self.path!r} is an empty corpus: {len(self.files)} files without a record below '
-        'their header.'
-      )
-    return index
-
-  def _scan(self) -> Iterator[tuple[int, int, int, int]]:
-    for file, (path, header) in enumerate(zip(self.files, self.headers, strict=True)):
-      for row, line, start, stop in itertools.islice(self._records(path), 1, None):
-        if len(row) != len(header):
-          raise ValueError(
-            f'{path}:{line}: {len(row)} fields where the header has {len(header)}; check quotes '
-            'and delimiter.'
-          )
-        yield file, line, start, stop
-
-  def _records(self, path: str) -> Iterator[tuple[list[str], int, int, int]]:
-    """Yields the fields of each record that is not blank, its first line's number, first byte, and
-    the byte after the last.
-    """
-    offset, number = 0, 0  # bytes and lines so far
-
-    def decoded() -> Iterator[str]:
-      nonlocal offset, number
-      for line in _paths.lines(path):
-        offset += len(line)
-        number += 1
-        try:
-          yield line.decode('utf-8-sig' if number == 1 else 'utf-8')
-        except UnicodeDecodeError as error:
-          raise ValueError(f'{path}:{number}: not UTF-8 ({error.reason}).') from error
-
-    reader = csv.reader(decoded(), **self._dialect(path))
-    while True:
-      start, first = offset, number + 1
-      try:
-        row = next(reader, None)
-      except csv.Error as error:
-        raise ValueError(f'{path}:{first}: malformed record ({error}).') from error
-      if row is None:
-        return
-      if row:
-        yield row, first, start, offset
-
-  def _dialect(self, path: str) -> dict[str, Any]:
-    tsv = path.removesuffix('.gz').endswith('.tsv')
-    delimiter = self.delimiter or ('\t' if tsv else ',')
-    quoting = csv.QUOTE_NONE if delimiter == '\t' else csv.QUOTE_MINIMAL
-    return dict(delimiter=delimiter, strict=True, quoting=quoting)
+    return self.fields.record(self.values(index), self.where(index))

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from absl import logging
 
-from llm_jax.data.sources import _paths
+from llm_jax.data.sources import _lines, _paths
 
 SUFFIXES = ('.txt', '.md', '.py', '.gz')
 UNITS = ('file', 'line', 'block')
@@ -97,6 +97,27 @@ class Source:
         return np.fromiter(scan(file, self.unit, self.max_document_bytes), np.dtype((np.int64, 3)))
       except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise _paths.broken_gzip(path, error) from error
+
+
+class Table(_lines.Lines):
+  """Every line of text files as a text, those of white space too.
+
+  Args:
+    path: as that of `Source`.
+  """
+
+  def __init__(self, path: str):
+    super().__init__(path, SUFFIXES)
+
+  def columns(self) -> list[str]:
+    return ['text']
+
+  def values(self, index: int) -> dict[str, Any]:
+    data = self.data(index).removesuffix(b'\n').removesuffix(b'\r')
+    try:
+      return {'text': data.decode('utf-8-sig' if self._index[index][1] == 1 else 'utf-8')}
+    except UnicodeDecodeError as error:
+      raise ValueError(f'{self.where(index)}: not UTF-8 ({error.reason}).') from error
 
 
 def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool]]:

@@ -3,7 +3,7 @@
 Prompts are filled up on the right, and each row has its own length, so a row gets what it would get
 alone, whichever rows run beside it. Prefill and step are compiled once for each shape: row counts,
 prompt lengths and cache slots are rounded up so that there are few, and how tokens are chosen is no
-part of a compiled program (`inference.sampling`).
+part of a compiled program (`inference.generation.sampling`).
 
 Whole batches go through `Generator.tokens`, which gives the new tokens of a position as soon as
 they are there; the next position is then on its way already. A batch that rows join and leave:
@@ -25,10 +25,10 @@ import numpy as np
 from llm_jax.core.contracts import Adapter, Model
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
-from llm_jax.inference import beams as beam_search
-from llm_jax.inference import forward
-from llm_jax.inference.forward import Forward, Weights
-from llm_jax.inference.sampling import GREEDY, Numbers, Sampling, choose, numbers
+from llm_jax.inference.generation import beams as beam_search
+from llm_jax.inference.generation import forward
+from llm_jax.inference.generation.forward import Forward, Weights
+from llm_jax.inference.generation.sampling import GREEDY, Numbers, Sampling, choose, numbers
 from llm_jax.parallel import hosts, sharding
 
 SHORTEST = 16  # positions that a row has at least
@@ -70,7 +70,7 @@ class Generator:
   All processes that share the mesh must make the same calls.
 
   Args:
-    model: the decoder (`core.contracts.Model`; see `inference.forward.Forward` for its cache).
+    model: the decoder (`core.contracts.Model`; see `forward.Forward` for its cache).
     infos: what each of its parameters is, by path.
     layout: the mesh that its parameters lie on; None for one device.
     adapter: what was trained beside it, if anything was.
@@ -123,7 +123,7 @@ class Generator:
       samplings = [sampling] * len(prompts)
     else:
       samplings = list(sampling)
-    self._check(prompts, samplings)
+    self.check(prompts, samplings)
     batch = self._prompts(prompts, samplings, range(len(prompts)) if rows is None else rows)
     pairs = zip(prompts, samplings, strict=True)
     slots = _rounded(max(len(prompt) + s.max_new_tokens for prompt, s in pairs))
@@ -185,7 +185,7 @@ class Generator:
       raise ValueError(
         f'beams={sampling.beams}: beam search runs whole batches; use Generator.tokens, or beams=1.'
       )
-    self._check([prompt], [sampling])
+    self.check([prompt], [sampling])
     length = len(prompt) + sampling.max_new_tokens
     if length > state.slots:
       raise ValueError(
@@ -206,7 +206,8 @@ class Generator:
     key = 'step', len(state.ids_B), state.slots
     return self._together(key, self._next, weights, state=state)
 
-  def _check(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
+  def check(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
+    """Raises ValueError for prompts that cannot be continued so."""
     lengths = [len(prompt) for prompt in prompts]
     if not lengths or not min(lengths):
       raise ValueError(

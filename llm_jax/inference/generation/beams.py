@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.tree import PyTree
-from llm_jax.inference import forward
-from llm_jax.inference.sampling import penalized
+from llm_jax.inference.generation import forward
+from llm_jax.inference.generation.sampling import penalized
 from llm_jax.parallel import sharding
 
 LOWEST = -1e9  # a score below all others

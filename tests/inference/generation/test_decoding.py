@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.inference import decoding
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation import decoding
+from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.nn.stack import unstacked
 
 pytestmark = pytest.mark.usefixtures('little_care_in_compiling')

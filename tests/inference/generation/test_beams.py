@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
 

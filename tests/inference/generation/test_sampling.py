@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.inference import sampling as lib
-from llm_jax.inference.sampling import Sampling
+from llm_jax.inference.generation import sampling as lib
+from llm_jax.inference.generation.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
 

@@ -1,0 +1,1 @@
+"""Generation: tokens after tokens, with a cache."""
