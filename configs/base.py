@@ -50,6 +50,7 @@ def mlm() -> dict:
     mask_token_rate=0.8,
     random_token_rate=0.1,
     packing='best_fit',
+    words=unset(str),
     label_smoothing=0.0,
     z_loss=0.0,
   )

@@ -335,6 +335,12 @@ class Objective:
     return encoded
 
   @classmethod
+  def encoding(cls, options: Mapping[str, Any]) -> Callable[[Record, Tokenizer], Encoded]:
+    """The `encode` that a section of the config asks for; a plain function."""
+    del options
+    return cls.encode
+
+  @classmethod
   def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
     """Options that only the training documents decide (names of classes), by name.
 

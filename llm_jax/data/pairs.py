@@ -22,15 +22,16 @@ class Chunks:
   Args:
     documents: the documents.
     size: tokens per chunk, at least 1.
+    beside: the name of an array with an integer for each token.
   """
 
-  def __init__(self, documents: Documents, size: int):
+  def __init__(self, documents: Documents, size: int, beside: str | None = None):
     if size < 1:
       raise ValueError(
         f'chunks of {size} tokens: the row has no room for text beside its special tokens; use a '
         'longer seq_len.'
       )
-    self.documents, self.size = documents, size
+    self.documents, self.size, self.beside = documents, size, beside
     self.lengths = documents.lengths('tokens')
     chunks = -(-self.lengths // size)  # of each document, rounded up
     self.first = np.append(0, np.cumsum(chunks))  # the first chunk of each document
@@ -43,11 +44,14 @@ class Chunks:
     return int(np.searchsorted(self.first, index, side='right')) - 1
 
   def __getitem__(self, index: int) -> np.ndarray:
-    """The tokens of a chunk, [n] with 1 <= n <= size."""
+    """The tokens of a chunk, [n] with 1 <= n <= size; [n, 2] with what stands beside them."""
     document = self.document(index)
     start = (index - int(self.first[document])) * self.size
     stop = min(start + self.size, int(self.lengths[document]))
-    return self.documents.array('tokens', document, start, stop)
+    tokens = self.documents.array('tokens', document, start, stop)
+    if self.beside is None:
+      return tokens
+    return np.stack([tokens, self.documents.array(self.beside, document, start, stop)], axis=1)
 
   def other(self, index: int, rng: np.random.Generator) -> int:
     """A chunk drawn evenly from all chunks of documents other than the one of chunk `index`."""
@@ -65,7 +69,7 @@ def split(
   Each has at least one token; of a chunk of one token the second text is empty.
 
   Args:
-    tokens: [n] ids.
+    tokens: [n] ids, or [n, 2] with what stands beside them.
     short_rate: how often the chunk is first shortened to a random length from 2 on (BERT's
       short_seq_prob).
     rng: where the randomness comes from.

@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ from llm_jax.training.loop import Run
 FILE = 'samples.txt'
 NEW_TOKENS, PROMPT_TOKENS = 48, 8
 TEMPERATURE = 0.8
+CONTROLS = ('Cc', 'Cs', 'Zl', 'Zp')  # by Unicode's categories
 
 
 class Samples:
@@ -77,7 +79,7 @@ class Samples:
   def __call__(self, step: int, state: TrainState, values: Mapping[str, float]) -> None:
     """Shows the samples of a step; all processes call it."""
     del values
-    lines = [_shown(*sample) for sample in self.texts(state.network_params)]
+    lines = [shown(*sample) for sample in self.texts(state.network_params)]
     for line in lines:
       self._log.say('step %d  sample: %s', step, line)
     self._log.text(step, 'samples', '\n'.join(lines))
@@ -94,9 +96,16 @@ class Samples:
     return list(zip(beginnings, texts, strict=True))
 
 
-def _shown(prompt: str, text: str) -> str:
-  """A beginning and what follows, as they are; further lines are indented."""
-  return f'{prompt} -> {text}'.replace('\n', '\n    ')
+def shown(prompt: str, text: str) -> str:
+  """A beginning and what follows, as they are; further lines are indented, and control characters,
+  which a terminal would obey, escaped.
+  """
+  whole = f'{prompt} -> {text}'.replace('\n', '\n    ')
+  return ''.join(_escaped(c) if unicodedata.category(c) in CONTROLS else c for c in whole)
+
+
+def _escaped(character: str) -> str:
+  return character if character in '\n\t' else character.encode('unicode_escape').decode()
 
 
 def _beginnings(documents: Sequence[Documents], length: int, count: int) -> list[np.ndarray]:

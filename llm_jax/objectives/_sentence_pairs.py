@@ -11,7 +11,10 @@ import optax
 from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
 from llm_jax.data import pairs
+from llm_jax.data.segmenters import WORD_STARTS
 from llm_jax.nn import heads
+
+_NO_WORD = pairs.Frame((0,), (0,), (0,), (0,), (0,))
 
 
 class SentencePairs(contracts.Objective):
@@ -88,7 +91,8 @@ class SentencePairs(contracts.Objective):
 class _Rows:
   def __init__(self, objective: SentencePairs, documents: Documents, seq_len: int):
     self.objective, self.seq_len = objective, seq_len
-    self.chunks = pairs.Chunks(documents, seq_len - 3)
+    beside = WORD_STARTS if WORD_STARTS in documents.names else None  # as masked LM asks for
+    self.chunks = pairs.Chunks(documents, seq_len - 3, beside)
 
   def __len__(self) -> int:
     return len(self.chunks)
@@ -102,7 +106,12 @@ class _Rows:
     label = paired and rng.random() < 0.5
     if label:
       first, second = objective.change(first, second, self.chunks, index, rng)
-    example = pairs.row(first, second, self.seq_len, frame)
+    if self.chunks.beside is None:
+      example = pairs.row(first, second, self.seq_len, frame)
+    else:
+      example = pairs.row(first[:, 0], second[:, 0], self.seq_len, frame)
+      starts = pairs.row(first[:, 1], second[:, 1], self.seq_len, _NO_WORD)
+      example[WORD_STARTS] = starts['tokens']
     example[f'{objective.name}_label'] = np.int32(label)
     example[f'{objective.name}_weight'] = np.float32(paired)
     return example

@@ -8,6 +8,7 @@ masked positions only.
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,7 +17,9 @@ import numpy as np
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
-from llm_jax.data import pack
+from llm_jax.data import pack, segmenters
+from llm_jax.data.encoding import Encode
+from llm_jax.data.segmenters import WORD_STARTS
 from llm_jax.nn import heads, vocabulary
 
 MASKINGS = ('token', 'word', 'span')
@@ -43,6 +46,7 @@ class Objective(contracts.Objective):
       Drawn for each token, with 'span' for each span.
     packing: how documents fill rows: 'windows', 'best_fit' or 'none'. Each piece of a document
       stands as [CLS] piece [SEP].
+    words: 'jieba', where words begin is what this segmenter says; None: what the tokenizer says.
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
 
@@ -56,6 +60,7 @@ class Objective(contracts.Objective):
     mask_token_rate: float = 0.8,
     random_token_rate: float = 0.1,
     packing: str = 'best_fit',
+    words: str | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
   ):
@@ -77,13 +82,24 @@ class Objective(contracts.Objective):
         "objective.name='mlm' needs a mask token, which this tokenizer lacks; take the folder of "
         "an encoder, or objective.name='clm'."
       )
+    segmenters.check(words)
+    if words is not None and masking == 'token':
+      raise ValueError(
+        f'objective.words={words!r} says what a word is, and masking by token masks none as a '
+        "whole; set objective.masking='word' or 'span'."
+      )
     vocabulary.check_loss(label_smoothing, z_loss)
-    self.tokenizer, self.packing = tokenizer, packing
+    self.tokenizer, self.packing, self.words = tokenizer, packing, words
     self.mask_rate, self.masking = mask_rate, masking
     self.mask_token_rate, self.random_token_rate = mask_token_rate, random_token_rate
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
     self.special = np.asarray(tokenizer.special)
     self.ordinary = np.flatnonzero(~self.special).astype(np.int32)
+
+  @classmethod
+  def encoding(cls, options: Mapping[str, Any]) -> Encode:
+    """With where words begin, if a segmenter says so."""
+    return segmenters.encode_with_jieba if options.get('words') == 'jieba' else cls.encode
 
   def check(self, model: contracts.Model) -> None:
     """The model must see both sides."""
@@ -102,9 +118,13 @@ class Objective(contracts.Objective):
     [M].
     """
     tokens = example['tokens']
+    if self.words is None:
+      word_start = np.asarray(self.tokenizer.word_start)[tokens]
+    else:
+      example, word_start = _without_starts(example)
     ordinary = ~self.special[tokens] & (example['segments'] > 0)
     room = math.ceil(self.mask_rate * len(tokens) - 1e-9)
-    positions, group = self.choose(tokens, ordinary, room, rng)
+    positions, group = self.choose(word_start, ordinary, room, rng)
     draw = rng.random(len(tokens))[group]
     masked = tokens.copy()
     hidden = positions[draw < self.mask_token_rate]
@@ -125,12 +145,12 @@ class Objective(contracts.Objective):
     }
 
   def choose(
-    self, tokens: np.ndarray, ordinary: np.ndarray, room: int, rng: np.random.Generator
+    self, word_start: np.ndarray, ordinary: np.ndarray, room: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the positions to predict in a row.
 
     Args:
-      tokens: [T] ids.
+      word_start: [T] bool, True where a token begins a word.
       ordinary: [T] bool, True where a token may be chosen.
       room: M, the most positions there may be.
       rng: where the randomness comes from.
@@ -143,7 +163,8 @@ class Objective(contracts.Objective):
     if self.masking == 'token':
       positions = np.sort(rng.permutation(np.flatnonzero(ordinary))[:count])
       return positions, np.arange(len(positions))
-    start, length = words(ordinary, np.asarray(self.tokenizer.word_start)[tokens])
+    most = LONGEST_WORD if self.words is None else len(ordinary)
+    start, length = words(ordinary, word_start, most)
     if len(length) and length.min() > count:
       count = min(int(length.min()), room)  # no word fits: the shortest, if the row has room for it
     longest = 1 if self.masking == 'word' else LONGEST_SPAN
@@ -196,27 +217,49 @@ class _Rows:
     self.documents, self.seq_len = documents, seq_len
     self.plan = pack.PACKINGS[objective.packing](documents.lengths('tokens'), seq_len, overhead=2)
     self.edges = np.array([[objective.tokenizer.cls_id], [objective.tokenizer.sep_id]], np.int32)
+    self.segmented = objective.words is not None
 
   def __len__(self) -> int:
     return len(self.plan)
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
     begin, end = self.edges
+    row = self._row('tokens', index, begin, end)
+    if self.segmented:
+      none = np.zeros(1, np.int32)
+      row[WORD_STARTS] = self._row(WORD_STARTS, index, none, none)['tokens']
+    return row
+
+  def _row(self, name: str, index: int, begin: np.ndarray, end: np.ndarray) -> Example:
     pieces = []
     for piece in self.plan[index]:
-      pieces.append(np.concatenate([begin, self.documents.array('tokens', *piece), end]))
+      pieces.append(np.concatenate([begin, self.documents.array(name, *piece), end]))
     return pack.assemble(pieces, self.seq_len)
 
 
-def words(ordinary: np.ndarray, word_start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _without_starts(example: Example) -> tuple[Example, np.ndarray]:
+  """A row without the array that says where words begin, and that array, [T] bool."""
+  if WORD_STARTS not in example:
+    raise ValueError(
+      'objective.words needs rows that mlm, nsp or sop lays out; in a mix, config.objective.rows '
+      'says which does.'
+    )
+  rest = {name: array for name, array in example.items() if name != WORD_STARTS}
+  return rest, example[WORD_STARTS] > 0
+
+
+def words(
+  ordinary: np.ndarray, word_start: np.ndarray, longest: int = LONGEST_WORD
+) -> tuple[np.ndarray, np.ndarray]:
   """Finds the words of a row.
 
   A word begins where a token says so and after every special token, and ends before the next one; a
-  run of more than `LONGEST_WORD` tokens is taken token by token.
+  run of more than `longest` tokens is taken token by token.
 
   Args:
     ordinary: [T] bool, True for tokens of text, False for special ones and padding.
     word_start: [T] bool, True where the token begins a word.
+    longest: tokens that a word may have.
 
   Returns:
     Index of each word's first token, and its number of tokens.
@@ -225,7 +268,7 @@ def words(ordinary: np.ndarray, word_start: np.ndarray) -> tuple[np.ndarray, np.
   number = np.cumsum(begin) - 1
   length = np.bincount(number[ordinary], minlength=np.count_nonzero(begin))
   if len(length):
-    begin |= ordinary & (length[number] > LONGEST_WORD)
+    begin |= ordinary & (length[number] > longest)
     length = np.bincount((np.cumsum(begin) - 1)[ordinary])
   return np.flatnonzero(begin), length
 

@@ -279,7 +279,8 @@ def create_hook(config: Config, key: str, **given: Any) -> Hook:
 def encoder(config: Config) -> encoding.Encoder:
   """How the objective of a config, and each of its parts, encode a record."""
   leaves = [part for _, part in _leaf_sections(config.objective)]
-  return encoding.Encoder([_objective_class(part).encode for part in leaves])
+  functions = [_objective_class(part).encoding(_without(part, 'name')) for part in leaves]
+  return encoding.Encoder(functions)
 
 
 def derive(config: Config, documents: Sequence[Documents]) -> Config:

@@ -11,6 +11,7 @@ from configs import gpt_tiny
 from llm_jax.core import config
 from llm_jax.core.state import TrainState
 from llm_jax.data.tokenizers import byte
+from llm_jax.inference import samples as samples_lib
 from llm_jax.inference.samples import Samples
 from llm_jax.training import program as programs
 
@@ -26,6 +27,13 @@ def program(module, **changes):
   rng = np.random.default_rng(0)
   draw = lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, x.dtype)
   return made, jax.tree.map(draw, made.params)
+
+
+def test_text_is_shown_as_it_is():
+  assert (
+    samples_lib.shown('', 'it\'s "学而"\té\n👩\u200d🚀') == ' -> it\'s "学而"\té\n    👩\u200d🚀'
+  )
+  assert samples_lib.shown('a\x1b[2J', 'b\r\x85\u2028') == r'a\x1b[2J -> b\r\x85\u2028'
 
 
 @pytest.mark.slow
@@ -45,7 +53,7 @@ def test_samples_are_the_same_each_time_and_stand_in_log_and_file(small, tmp_pat
   samples(2, state, {})
   samples(4, state, {})
   assert [line[1] for line in lines] == [2] * 3 + [4] * 3
-  shown = [f'{prompt} -> {text}'.replace('\n', '\n    ') for prompt, text in first]
+  shown = [samples_lib.shown(*sample) for sample in first]
   assert [line[2] for line in lines[:3]] == shown
   assert boards == [(i, 'samples', '\n'.join(shown)) for i in (2, 4)]
   assert path.read_text() == ''.join(

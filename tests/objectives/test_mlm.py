@@ -142,7 +142,7 @@ def test_a_span_ends_with_its_segment(small):
   """
   objective = mlm.Objective(small.Tokenizer(), mask_rate=0.5, masking='span')
   spans = lambda tokens: len(
-    set(objective.choose(tokens, tokens >= 7, 300, np.random.default_rng(0))[1].tolist())
+    set(objective.choose(tokens >= 7, tokens >= 7, 300, np.random.default_rng(0))[1].tolist())
   )
   assert spans(np.tile([2, 9, 3], 200)) == 100
   assert spans(np.full(200, 9)) < 70

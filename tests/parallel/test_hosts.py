@@ -723,4 +723,4 @@ def test_local_sh_used_wrongly(arguments):
   done = subprocess.run(
     [ROOT / 'launch' / 'local.sh', *arguments], capture_output=True, text=True, check=False
   )
-  assert done.returncode == 2 and done.stderr.startswith('usage: launch/local.sh -n PROCESSES')
+  assert done.returncode == 2 and done.stderr.startswith('usage: launch/local.sh [--dry_run] -n ')
