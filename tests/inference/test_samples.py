@@ -30,9 +30,8 @@ def program(module, **changes):
 
 
 def test_text_is_shown_as_it_is():
-  assert (
-    samples_lib.shown('', 'it\'s "学而"\té\n👩\u200d🚀') == ' -> it\'s "学而"\té\n    👩\u200d🚀'
-  )
+  text = 'it\'s "学而"\té\n👩\u200d🚀'
+  assert samples_lib.shown('', text) == f' -> {text}'.replace('\n', '\n    ')
   assert samples_lib.shown('a\x1b[2J', 'b\r\x85\u2028') == r'a\x1b[2J -> b\r\x85\u2028'
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from ml_collections import config_dict
 
 from configs import base
 from llm_jax.core import config as config_lib
@@ -79,7 +80,7 @@ def settings(corpus, objective='mlm', **changes):
     },
   )
   tree['model'] = dict(name='encoder', variant='bert_tiny', **SHAPE)
-  tree['objective'] = base.mlm()
+  tree['objective'] = config_dict.ConfigDict(base.mlm()).to_dict()
   if objective == 'clm':
     tree['data'] = tree['data']['parts']['letters'] | dict(
       validation=0.1, cache=str(corpus / 'cache')
