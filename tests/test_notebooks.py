@@ -4,6 +4,8 @@ figures and numbers.
 
 import ast
 import base64
+import collections
+import csv
 import json
 import math
 import pathlib
@@ -19,7 +21,7 @@ from llm_jax.core import config
 from llm_jax.training import logs
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu', 'inspect')
+NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu', 'finetune_bert', 'inspect')
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -190,6 +192,26 @@ def test_fine_tuning(tmp_path, texts, monkeypatch):
     lines = [line for line in logs.read(folder) if line['split'] == 'validation']
     assert all(0 <= line['accuracy'] <= 1 for line in lines)
   assert re.search(r' accuracy 0\.\d+\n +macro_f1', said) and 'weighted avg' in said
+
+
+@pytest.mark.slow
+def test_fine_tuning_on_tables(tmp_path, monkeypatch):
+  book = execute('finetune_bert', tmp_path, monkeypatch, PRETRAINING_STEPS=20, EPOCHS=1.0)
+  said, runs = printed(book), tmp_path / 'runs'
+  pictures = figures(book)
+  assert len(pictures) == 3 and pictures[1] == (runs / 'bert_classify' / 'loss.png').read_bytes()
+  counts = [int(n.replace(',', '')) for n in re.findall(r': ([\d,]+) texts, 8 labels', said)]
+  assert len(counts) == 3 and counts[0] > 4 * counts[1] > 400
+  share, low, high, texts = re.search(
+    r'accuracy (\S+), from (\S+) to (\S+), (\d+) texts', said
+  ).groups()
+  with open(runs / 'tables' / 'test.csv', newline='', encoding='utf-8') as file:
+    labels = [row['label'] for row in csv.DictReader(file)]
+  assert int(texts) == len(labels) == counts[2]
+  most = collections.Counter(labels).most_common(1)[0][1] / len(labels)
+  assert most < float(low) < float(share) < float(high) < 1
+  assert 'weighted avg' in said and ', labelled ' in said
+  assert "'config.json', 'model.safetensors'" in said and 'tokenizer.json' in said
 
 
 @pytest.mark.slow

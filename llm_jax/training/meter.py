@@ -46,19 +46,23 @@ class Meter:
     self.values: dict[str, float] = {}
     self.unlogged = {name: tuple(pair) for name, pair in unlogged.items()}
     self._program, self._log, self._first = program, log, step + 1
-    self._waiting: tuple[int, Metrics] | None = None
+    self._waiting: tuple[int, Metrics, float | None] | None = None
     self._estimated = False
     self._peak = _peak_flops(program)
     self.restart(step)
 
   def restart(self, step: int) -> None:
     """Leaves out of the speed whatever happened since the last step."""
-    self._since, self._clock, self._tokens = step, time.perf_counter(), 0.0
+    self._begin(step, time.perf_counter())
+
+  def _begin(self, step: int, at: float) -> None:
+    self._since, self._clock, self._tokens = step, at, 0.0
 
   def dispatched(self, step: int, metrics: Metrics) -> None:
     """Takes the numbers of the step just dispatched, and logs those of the one before."""
+    over = time.perf_counter() if metrics['loss'][0].is_ready() else None  # as on a CPU
     self.flush()
-    self._waiting = step, metrics
+    self._waiting = step, metrics, over
 
   def flush(self) -> None:
     """Waits for the last step, and logs it where it is time to.
@@ -68,8 +72,9 @@ class Meter:
     """
     if self._waiting is None:
       return
-    (step, metrics), self._waiting = self._waiting, None
+    (step, metrics, over), self._waiting = self._waiting, None
     fetched = jax.device_get(metrics)
+    at = over or time.perf_counter()  # when the step was over
     self.values = values = metrics_lib.divide(fetched)
     if not math.isfinite(values['loss']):
       raise FloatingPointError(
@@ -80,15 +85,15 @@ class Meter:
     self._tokens += values.pop('tokens')
     self._add(fetched)
     if step == self._first:
-      self.restart(step)
+      self._begin(step, at)
     config = self._program.config
     due = step % config.log_every == 0 or step == config.steps
     if due or (not self._estimated and step - self._since >= STEPS_TO_ESTIMATE):
-      self._report(step, values, due)
+      self._report(step, at, values, due)
 
-  def _report(self, step: int, values: dict[str, float], due: bool) -> None:
+  def _report(self, step: int, at: float, values: dict[str, float], due: bool) -> None:
     steps = step - self._since
-    speed = self._speed(steps) if steps else {}
+    speed = self._speed(steps, at) if steps else {}
     if steps and not self._estimated:
       self._estimated = True
       _say_estimate(self._program, self._log, '%s', speed['seconds_per_step'], step)
@@ -100,15 +105,15 @@ class Meter:
     if steps:
       rate = speed['tokens_per_second']
       self._log.progress(step, means['loss'], rate, speed['seconds_per_step'])
-    self.restart(step)
+    self._begin(step, at)
 
   def _add(self, metrics: Metrics) -> None:
     for name in metrics.keys() - OF_A_STEP:
       value, weight = self.unlogged.get(name, (0.0, 0.0))
       self.unlogged[name] = value + float(metrics[name][0]), weight + float(metrics[name][1])
 
-  def _speed(self, steps: int) -> dict[str, float]:
-    seconds = time.perf_counter() - self._clock
+  def _speed(self, steps: int, at: float) -> dict[str, float]:
+    seconds = at - self._clock
     speed = {'tokens_per_second': self._tokens / seconds, 'seconds_per_step': seconds / steps}
     if self._peak and self._program.flops:
       speed['model_flops_utilization'] = self._program.flops * steps / seconds / self._peak
