@@ -121,7 +121,7 @@ def phase(one):
   if 'Training on' not in said:
     if any(cache.glob('tokens/*.building-*')):
       return 'cache'
-    if (cache / 'tokenizers').exists() and not (run / 'tokenizer').exists():
+    if 'Tokenizer: training on' in said and 'Tokenizer: trained in' not in said:
       return 'tokenizer'
     return 'program' if 'Training corpus' in said else 'start'
   if 'Done.' in said:

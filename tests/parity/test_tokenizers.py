@@ -285,10 +285,11 @@ def foreign(**options):
   return sentencepiece.Tokenizer(_convert.rounded(writer.getvalue()))
 
 
-def own(**options):
+def own(spaces=True, **options):
+  texts = corpus() if spaces else [line.replace(' ', '') for line in corpus()]
   return sentencepiece.Tokenizer(
     _training.train(
-      corpus(),
+      texts,
       dict(
         vocab_size=1000,
         model_type=options['kind'],
@@ -311,6 +312,8 @@ OURS = {
   'unigram nfkc': (own, dict(kind='unigram', normalization='nfkc')),
   'bpe identity': (own, dict(kind='bpe', normalization='identity')),
   'bpe nfkc': (own, dict(kind='bpe', normalization='nfkc')),
+  'unigram without spaces': (own, dict(kind='unigram', normalization='identity', spaces=False)),
+  'bpe without spaces': (own, dict(kind='bpe', normalization='identity', spaces=False)),
   'foreign unigram': (foreign, {}),
   'foreign bpe with bytes': (foreign, dict(model_type='bpe', byte_fallback=True, vocab_size=1000)),
   'foreign llama': (
