@@ -60,7 +60,15 @@ class TextRows:
     return first, self.documents.array('pair_tokens', text, 0, int(self.second[text]))
 
   def log_cut(self) -> None:
-    """Warns of what is cut off."""
+    """Warns of what is cut off, and of texts that are empty."""
+    empty = np.flatnonzero(self.given == 0)
+    if len(empty):
+      logging.warning(
+        'classify: %d of %d documents are empty, the first: %s.',
+        len(empty),
+        len(self.sizes),
+        self.documents.where(int(empty[0])),
+      )
     if self.cut:
       logging.warning(
         'classify: %d of %d documents are longer than seq_len=%d allows and lose %d of %d tokens.',

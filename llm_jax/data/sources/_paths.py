@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import BinaryIO
 
+TO_UTF8 = 'convert the file, say with iconv -f latin1 -t utf-8'
 _LOCAL = threading.local()  # the gzip stream that this thread read last
 
 

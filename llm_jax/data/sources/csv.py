@@ -79,7 +79,7 @@ class Table(_lines.Lines):
         try:
           yield line.decode(encoding)
         except UnicodeDecodeError as error:
-          fault = ValueError(f'{path}:{number}: not UTF-8 ({error.reason}).')
+          fault = ValueError(f'{path}:{number}: not UTF-8 ({error.reason}); {_paths.TO_UTF8}.')
           yield line.decode(encoding, 'replace')
 
     reader = csv.reader(decoded(), **self._dialect(path))
@@ -136,6 +136,7 @@ class Source(Table):
     super().__init__(path, delimiter)
     self.fields = _record.Fields(text, pair, label, fields)
     for file, header in zip(self.files, self.headers, strict=True):
+      _check_delimiter(file, header, self.fields.names)
       self.fields.check(f'{file}, header', header)
       for column in self.fields.names:
         if header.count(column) > 1:
@@ -147,3 +148,15 @@ class Source(Table):
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self.fields.record(self.values(index), self.where(index))
+
+
+def _check_delimiter(file: str, header: list[str], wanted: list[str]) -> None:
+  """Raises ValueError for a header that another delimiter cuts."""
+  if len(header) != 1 or header[0] in wanted:
+    return
+  for sign in ';\t|,':
+    if sign in header[0]:
+      raise ValueError(
+        f'{file}, header: one column, {header[0]!r}; where {sign!r} separates columns, set the '
+        f'option delimiter={sign!r}.'
+      )

@@ -117,7 +117,9 @@ class Table(_lines.Lines):
     try:
       return {'text': data.decode('utf-8-sig' if self._index[index][1] == 1 else 'utf-8')}
     except UnicodeDecodeError as error:
-      raise ValueError(f'{self.where(index)}: not UTF-8 ({error.reason}).') from error
+      raise ValueError(
+        f'{self.where(index)}: not UTF-8 ({error.reason}); {_paths.TO_UTF8}.'
+      ) from error
 
 
 def scan(file: BinaryIO, unit: str, limit: int) -> Iterator[tuple[int, int, bool]]:

@@ -213,3 +213,12 @@ def test_several_parquet_files_follow_one_another(tmp_path):
   assert [document['text'] for document in documents(source)] == [
     f'{part} {i}' for part in range(3) for i in range(5)
   ]
+
+
+def test_a_header_that_another_delimiter_cuts(tmp_path):
+  path = tmp_path / 'x.csv'
+  path.write_text('text;label\na;b\n')
+  with pytest.raises(ValueError, match="one column, 'text;label'; where ';' separates columns"):
+    csv.Source(str(path))
+  assert csv.Source(str(path), delimiter=';')[0] == {'text': 'a'}
+  assert csv.Source(str(path), text='text;label')[0] == {'text': 'a;b'}
