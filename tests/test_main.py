@@ -109,7 +109,7 @@ def test_the_configs_work_from_any_folder_and_a_run_predicts(tmp_path):
     json.loads(line)['label'] for line in (tmp_path / 'out.jsonl').read_text().splitlines()
   ] == ['a', 'b']
   for content, message in (
-    ('{"txt": "yes"}', "no field 'text' (did you mean"),
+    ('{"txt": "yes", "other": "no"}', "no field 'text'; name the one to read with --text=FIELD"),
     ('', 'empty'),
     ('{"text"', 'not a JSON object'),
   ):

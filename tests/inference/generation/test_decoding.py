@@ -239,7 +239,7 @@ def measure():
   """Of each case, the tokens on one device and on each mesh of four, and how many compilations came
   after the first tokens.
   """
-  import conftest  # in this file's own folder, where a script looks first
+  import conftest  # that of the room
 
   jax.config.update('jax_disable_most_optimizations', True)
   for name, sampling in CASES:
@@ -296,9 +296,9 @@ def joined(tiny, mesh):
 
 @pytest.mark.slow
 def test_meshes_give_what_one_device_gives():
-  root = pathlib.Path(__file__).parents[2]
+  room, root = pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parents[3]
   env = os.environ | {
-    'PYTHONPATH': str(root),
+    'PYTHONPATH': f'{room}{os.pathsep}{root}',
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
   }
