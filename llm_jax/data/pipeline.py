@@ -120,11 +120,11 @@ def validation_examples(
   return grain.MapDataset.source(chosen.tolist()).map(examples.__getitem__)
 
 
-def validation_places(rows: Sequence[Rows], seed: int, limit: int = 0) -> list[tuple[int, int]]:
+def validation_indices(rows: Sequence[Rows], seed: int, limit: int = 0) -> list[tuple[int, int]]:
   """Which row of which corpus each of `validation_examples` is."""
-  places = [(corpus, row) for corpus, laid_out in enumerate(rows) for row in range(len(laid_out))]
-  chosen = _chosen(len(places), seed, limit)
-  return places if chosen is None else [places[index] for index in chosen]
+  indices = [(corpus, row) for corpus, laid_out in enumerate(rows) for row in range(len(laid_out))]
+  chosen = _chosen(len(indices), seed, limit)
+  return indices if chosen is None else [indices[number] for number in chosen]
 
 
 def batches(

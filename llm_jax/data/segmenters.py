@@ -18,6 +18,7 @@ WORD_STARTS = 'word_starts'  # the array that `encode_with_jieba` adds
 
 def encode_with_jieba(record: Record, tokenizer: Tokenizer) -> Encoded:
   """`tokens` and `word_starts`, [n] each: 1 where a token begins a word of jieba 0.42.1."""
+  # The token cache goes by this source. Rule 1 of `word_starts`, to be raised with any change.
   tokens, spans = tokenizer.offsets(record['text'])
   words = _jieba().tokenize(record['text'])
   starts = word_starts(spans, ((begin, text.isspace()) for text, begin, _ in words))

@@ -56,7 +56,7 @@ def evaluate(
   """
   task, classes = predictor.task, predictor.classes
   key = 'values' if task == 'regression' else 'probabilities'
-  predicted, labels, places = _gather(predict, batches, key)
+  predicted, labels, slots = _gather(predict, batches, key)
   if task == 'regression':
     scores, report = _regression(predicted, labels)
   elif task == 'multilabel':
@@ -66,7 +66,7 @@ def evaluate(
     predicted = np.argmax(predicted, -1)
     scores, report = _classes(predicted, labels, classes)
   for field, rows in slices.items():
-    groups = [rows[row][slot] for row, slot in places]
+    groups = [rows[row][slot] for row, slot in slots]
     gaps, text = _slices.score(field, groups, predicted, labels, task, classes)
     scores, report = scores | gaps, f'{report}\n{text}'
   return scores, report
@@ -84,14 +84,14 @@ def _gather(
     kept += _labelled(waiting, key)  # one batch late, so that the device does not wait
     waiting = rows
   kept += _labelled(waiting, key)
-  predicted, labels, places = ([part[i] for part in kept] for i in range(3))
+  predicted, labels, slots = ([part[i] for part in kept] for i in range(3))
   if not sum(map(len, labels)):
     raise ValueError(
       'no text of the validation set has a label; give labels, or raise config.data.validation or '
       'config.evaluation.rows.'
     )
   firsts = np.cumsum([0, *(part[3] for part in kept[:-1])])
-  whole = [part + [first, 0] for part, first in zip(places, firsts, strict=True)]
+  whole = [part + [first, 0] for part, first in zip(slots, firsts, strict=True)]
   return np.concatenate(predicted), np.concatenate(labels), np.concatenate(whole)
 
 

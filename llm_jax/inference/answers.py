@@ -72,16 +72,16 @@ def write_answers(
     return
   if done:
     logging.info('%d answers are in %s; going on after them.', done, partial)
-  try:
-    with open(partial, 'ab') as file:
+  with open(partial, 'ab') as file:
+    try:
       for answer in answers:
         file.write(form.encoded(change(answer) if change else answer))
-  except BaseException:
-    if partial.stat().st_size:
-      logging.error('Interrupted: the answers so far are in %s; the same call goes on.', partial)
-    else:
-      partial.unlink()
-    raise
+    except BaseException:
+      if file.tell():
+        logging.error('Interrupted: the answers so far are in %s; the same call goes on.', partial)
+      else:
+        partial.unlink()
+      raise
   form.finish(partial, target)
   partial.unlink(missing_ok=True)
   logging.info('%d answers in %s.', len(records) - records.faults, target)

@@ -149,8 +149,8 @@ class Explainer:
     special = tokenizer.special[row['tokens']]
     if tokenizer.unk_id not in frame_ids:  # it is a token of the text
       special = special & (row['tokens'] != tokenizer.unk_id)
-    places = np.flatnonzero((row['segments'] > 0) & ~special)
-    return _Text(row, places, self._mask_id, record, tokenizer, unit)
+    positions = np.flatnonzero((row['segments'] > 0) & ~special)
+    return _Text(row, positions, self._mask_id, record, tokenizer, unit)
 
   def _said(self, params: PyTree, rows: Iterable[Example]) -> np.ndarray:
     """[rows, C] float32: what is said of each row."""
@@ -324,7 +324,7 @@ class _Text:
 
   Args:
     row: as the predictor lays it out.
-    places: indices of the row where tokens of the text, or of a pair, stand.
+    positions: indices of the row where tokens of the text, or of a pair, stand.
     mask_id: what a token is replaced by.
     record: where it comes from.
     tokenizer: made the ids.
@@ -334,16 +334,16 @@ class _Text:
   def __init__(
     self,
     row: Example,
-    places: np.ndarray,
+    positions: np.ndarray,
     mask_id: int,
     record: Record,
     tokenizer: Tokenizer,
     unit: str,
   ):
-    self.row, self._places, self._mask_id = row, places, mask_id
-    ids = row['tokens'][places]
-    gaps = np.flatnonzero(np.diff(places) > 1)
-    second = int(gaps[0]) + 1 if len(gaps) and record.get('pair') is not None else len(places)
+    self.row, self._positions, self._mask_id = row, positions, mask_id
+    ids = row['tokens'][positions]
+    gaps = np.flatnonzero(np.diff(positions) > 1)
+    second = int(gaps[0]) + 1 if len(gaps) and record.get('pair') is not None else len(positions)
     firsts = np.ones(len(ids), bool)
     if unit == 'word':
       firsts = tokenizer.word_start[ids] | np.isin(np.arange(len(ids)), (0, second))
@@ -359,12 +359,12 @@ class _Text:
   def masked(self, parts: Iterable[int]) -> np.ndarray:
     """[T] int32: the row's tokens, those of some parts masked."""
     tokens = self.row['tokens'].copy()
-    tokens[self._places[np.isin(self._part, list(parts))]] = self._mask_id
+    tokens[self._positions[np.isin(self._part, list(parts))]] = self._mask_id
     return tokens
 
   def summed(self, scores_T: np.ndarray) -> np.ndarray:
     """[parts] float64, from scores of the row's positions."""
-    return np.bincount(self._part, scores_T[self._places], minlength=self.count)
+    return np.bincount(self._part, scores_T[self._positions], minlength=self.count)
 
   def described(self, scores: np.ndarray) -> list[dict[str, Any]]:
     """Each part with its score."""

@@ -118,10 +118,11 @@ class Objective(contracts.Objective):
     [M].
     """
     tokens = example['tokens']
-    if self.words is None:
-      word_start = np.asarray(self.tokenizer.word_start)[tokens]
-    else:
+    word_start = None
+    if self.words is not None:
       example, word_start = _without_starts(example)
+    elif self.masking != 'token':
+      word_start = np.asarray(self.tokenizer.word_start)[tokens]
     ordinary = ~self.special[tokens] & (example['segments'] > 0)
     room = math.ceil(self.mask_rate * len(tokens) - 1e-9)
     positions, group = self.choose(word_start, ordinary, room, rng)
@@ -145,12 +146,12 @@ class Objective(contracts.Objective):
     }
 
   def choose(
-    self, word_start: np.ndarray, ordinary: np.ndarray, room: int, rng: np.random.Generator
+    self, word_start: np.ndarray | None, ordinary: np.ndarray, room: int, rng: np.random.Generator
   ) -> tuple[np.ndarray, np.ndarray]:
     """Chooses the positions to predict in a row.
 
     Args:
-      word_start: [T] bool, True where a token begins a word.
+      word_start: [T] bool, True where a token begins a word; not read in masking by token.
       ordinary: [T] bool, True where a token may be chosen.
       room: M, the most positions there may be.
       rng: where the randomness comes from.

@@ -426,6 +426,12 @@ def _check_patience(config: Config, evaluators: Mapping[str, Evaluator]) -> None
 
 
 def _check_slices(config: Config, objective: Objective) -> None:
+  measured = config_lib.validates(config) or config_lib.given(config.test)
+  if config.evaluation.slices and config.data and not measured:
+    raise ValueError(
+      f'config.evaluation.slices={config.evaluation.slices} are groups of validation and test '
+      'texts, and there are none; set config.data.validation, config.validation or config.test.'
+    )
   if config.evaluation.slices and objective.predictor is None:
     raise ValueError(
       f'config.evaluation.slices={config.evaluation.slices} are groups of texts that are answered, '

@@ -74,7 +74,7 @@ class Meter:
       return
     (step, metrics, over), self._waiting = self._waiting, None
     fetched = jax.device_get(metrics)
-    at = over or time.perf_counter()  # when the step was over
+    at = time.perf_counter() if over is None else over  # when the step was over
     self.values = values = metrics_lib.divide(fetched)
     if not math.isfinite(values['loss']):
       raise FloatingPointError(

@@ -52,7 +52,7 @@ def read(
     )
   sources = _sources(config, name) if rows else []
   found: dict[str, list[list[str]]] = {field: [] for field in fields}
-  for corpus, row in pipeline.validation_places(rows, config.seed, limit):
+  for corpus, row in pipeline.validation_indices(rows, config.seed, limit):
     ids = [int(splits[corpus].ids[text]) for text in rows[corpus].texts(row)]
     records = [sources[corpus][index] for index in ids]
     for field, values in found.items():

@@ -66,13 +66,13 @@ def _valid_rows(counts):
   return pipeline.validation_rows(splits, Objective(), 3)
 
 
-def test_places_say_which_row_an_example_is():
+def test_indices_say_which_row_an_example_is():
   for limit in (0, 5):
-    places = pipeline.validation_places(_valid_rows((7, 4)), 0, limit)
+    indices = pipeline.validation_indices(_valid_rows((7, 4)), 0, limit)
     examples = _valid(limit=limit)
-    assert len(places) == len(examples) == (limit or 11)
+    assert len(indices) == len(examples) == (limit or 11)
     ids = _ids(examples, range(len(examples)))
-    assert [1000 * corpus + row for corpus, row in places] == ids
+    assert [1000 * corpus + row for corpus, row in indices] == ids
 
 
 def _ids(examples, indices):

@@ -100,6 +100,12 @@ def test_an_interrupted_call_goes_on(tmp_path, name, caplog):
     np.testing.assert_array_equal(np.load(target), wanted)
 
 
+def test_a_target_that_cannot_be_written_says_so(tmp_path):
+  records = source(tmp_path)
+  with pytest.raises(FileNotFoundError, match='nowhere'):
+    answers.write_answers(records, asking(), tmp_path / 'nowhere' / 'y.jsonl', 'm')
+
+
 def test_another_maker_begins_anew(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     answers.write_answers(source(tmp_path), asking(4), tmp_path / 'y.jsonl', 'm')

@@ -78,5 +78,8 @@ def test_what_is_refused(path):
   split = types.SimpleNamespace(ids=np.arange(200))
   with pytest.raises(ValueError, match="'number' has 200 values .* such as '0'; .* may have 100"):
     slices.read(settings(path, ['number']), 'test', [split], [Rows([list(range(200))])])
+  alone = dict(source='jsonl', path=str(path), label='label', validation=0.0)
+  with pytest.raises(ValueError, match='groups of validation and test texts, and there are none'):
+    assemble.check(settings(path, ['kind'], data=alone))
   with pytest.raises(ValueError, match='and the objective mlm gives no answers'):
     assemble.check(settings(path, ['kind'], objective=dict(name='mlm')))
