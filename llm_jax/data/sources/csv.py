@@ -42,6 +42,8 @@ class Table(_lines.Lines):
     header, *_ = next(self._rows(path, _paths.lines(path)), ([], 0, 0, 0))
     if isinstance(header, ValueError):
       raise header
+    if not header:
+      raise ValueError(f'{path} is empty; its first line must name the columns.')
     return header
 
   def _scan(self) -> Iterator[tuple[int, int, int, int]]:
