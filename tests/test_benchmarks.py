@@ -73,7 +73,7 @@ def refusal(function, call):
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_loads_and_calls_what_is_there(script, monkeypatch):
   pytest.importorskip('transformers')
-  monkeypatch.setattr(memory, 'use_huge_pages', lambda: None)  # would start this process anew
+  monkeypatch.setattr(memory, 'set_up', lambda: None)  # would start this process anew
   monkeypatch.syspath_prepend(FOLDER)
   module = importlib.import_module(script)
   assert list(complaints(module, inspect.getsource(module))) == []

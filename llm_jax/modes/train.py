@@ -14,10 +14,10 @@ SAVES = True
 
 
 def prepare() -> None:
-  """Before anything else, in a process of the program's own: huge pages for what a CPU computes."""
+  """Before anything else, in a process of the program's own: memory on a CPU."""
   from llm_jax.parallel.cpu import memory
 
-  memory.use_huge_pages()
+  memory.set_up()
 
 
 def run(command: Command) -> Callable[[], Any]:

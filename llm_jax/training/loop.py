@@ -250,6 +250,7 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
   host_memory.release()
+  host_memory.keep()
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]

@@ -111,7 +111,7 @@ def main(argv):
   options, rest = parser.parse_known_args(argv)
   changes = dict(flag.removeprefix('--config.').split('=', 1) for flag in rest)
   if options.here:
-    memory.use_huge_pages()  # as `llm_jax.main` does, before JAX
+    memory.set_up()  # as `llm_jax.main` does, before JAX
     print(json.dumps(measure(options.cases, options.steps, changes)))
     return
   found = {}

@@ -28,7 +28,7 @@ import time
 from llm_jax.parallel.cpu import memory
 
 if '--serve=ours' in sys.argv:
-  memory.use_huge_pages()  # as `llm_jax.main` does, before JAX
+  memory.set_up()  # as `llm_jax.main` does, before JAX
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -252,6 +252,8 @@ def serve(case, side):
     ours, theirs = finetune(folder) if case == 'finetune' else language_model(case, folder)
     chosen = ours() if side == 'ours' else theirs()
     del ours, theirs  # and with them the model of the other side
+    if side == 'ours':
+      memory.keep()  # as the loop of `train` does
     losses = [chosen.step()[0] for _ in range(WARM)]
     print(f'loss {losses[0]}', flush=True)
     for line in sys.stdin:

@@ -20,7 +20,7 @@ import time
 from llm_jax.parallel.cpu import memory
 
 if __name__ == '__main__':
-  memory.use_huge_pages()  # as `llm_jax.main` does, before JAX
+  memory.set_up()  # as `llm_jax.main` does, before JAX
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -1,10 +1,12 @@
-"""Large blocks of memory in huge pages.
+"""Large blocks of memory on a CPU: in huge pages, and kept from one step to the next.
 
-On a CPU the activations of a step are one block of some GB. The C library gives it back after each
+The activations of a step are one block of some GB. By itself the C library gives it back after each
 step and asks for it again, and the system hands it out anew, zeroed: page by page that takes a
-fifth of the time of a BERT-base step, in pages of 2 MiB next to nothing. glibc asks for these where
-an environment variable says so when the process starts. Imports nothing that takes long, since it
-must come before JAX.
+fifth of the time of a BERT-base step, in pages of 2 MiB little, unless the machine is virtual and
+its host has to be asked too. So it is kept, while steps are taken (`keep`). For that one step has
+to be over before the next is dispatched, as JAX else takes the block of the next one while the last
+one's is in use, and both would be kept. glibc and JAX read what they are to do from the environment
+(`set_up`). Imports nothing that takes long, since it must come before JAX.
 """
 
 import ctypes
@@ -15,23 +17,36 @@ import re
 import sys
 
 # glibc's manual, "Memory Allocation Tunables": huge pages by madvise; blocks from 1 MiB on are
-# given back when they are freed, and threads share what they keep of smaller ones.
-TUNABLES = {'hugetlb': '1', 'mmap_threshold': str(2**20), 'arena_max': '2'}
+# given back when they are freed, and threads share one store of smaller ones.
+TUNABLES = {'hugetlb': '1', 'mmap_threshold': str(2**20), 'arena_max': '1'}
 _VARIABLE, _HUGE_PAGES = 'GLIBC_TUNABLES', '/sys/kernel/mm/transparent_hugepage/enabled'
+_ASYNCHRONOUS = 'JAX_CPU_ENABLE_ASYNC_DISPATCH'
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
 
-def use_huge_pages() -> None:
-  """Starts this very process anew with glibc's settings for huge pages, where it will compute on a
-  CPU and they are not set; returns where that is not possible or not needed.
+def set_up() -> None:
+  """Starts this very process anew with glibc's settings for huge pages and JAX's for one step after
+  the other, where it will compute on a CPU and they are not set; returns where that is not possible
+  or not needed.
 
   To be called before anything else, by a program whose process is its own.
   """
   settings = _settings(os.environ)
   if settings is not None and _possible():
-    environment = os.environ | {_VARIABLE: settings}
+    environment = {_ASYNCHRONOUS: '0'} | os.environ | {_VARIABLE: settings}
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
+
+
+def keep() -> None:
+  """From now on what is freed stays with this process, where `set_up` has prepared it."""
+  if 'glibc.malloc.hugetlb=1' in os.environ.get(_VARIABLE, '') and (
+    os.environ.get(_ASYNCHRONOUS) == '0'
+  ):
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def release() -> None:

@@ -1,5 +1,5 @@
-"""Huge pages for large blocks, in processes of their own: what is freed and taken again costs few
-page faults.
+"""Large blocks in huge pages and kept, in processes of their own: to free and take them again costs
+few page faults, or none.
 """
 
 import os
@@ -15,18 +15,21 @@ PROGRAM = """
 import os, resource, sys
 from llm_jax.parallel.cpu import memory
 if {wanted}:
-  memory.use_huge_pages()
+  memory.set_up()
+if {kept}:
+  memory.keep()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 bytes([120]) * 200_000_000  # freed at once
 before = faults()
 bytes([120]) * 200_000_000
-print(os.environ.get('GLIBC_TUNABLES'), faults() - before, os.getpid(), sys.argv[1:])
+changed = faults() - before
+print(os.environ.get('GLIBC_TUNABLES'), changed, os.getpid(), sys.argv[1:])
 """
 
 
-def run(wanted, **env):
+def run(wanted, kept=False, **env):
   process = subprocess.Popen(
-    [sys.executable, '-c', PROGRAM.format(wanted=wanted), 'an', 'argument'],
+    [sys.executable, '-c', PROGRAM.format(wanted=wanted, kept=kept), 'an', 'argument'],
     text=True,
     stdout=subprocess.PIPE,
     env=os.environ | env,
@@ -47,6 +50,15 @@ def test_what_is_taken_again_costs_few_faults():
   assert tunables == 'None' and faults > 10_000
 
 
+@pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
+def test_what_is_kept_costs_none_where_steps_follow_each_other():
+  settled = dict(JAX_PLATFORMS='cpu')
+  assert run(True, kept=True, **settled)[1] < 10
+  assert run(True, kept=False, **settled)[1] > 50
+  assert run(True, kept=True, JAX_CPU_ENABLE_ASYNC_DISPATCH='1', **settled)[1] > 50
+  assert run(False, kept=True, **settled)[1] > 10_000
+
+
 def test_what_is_set_once_is_not_set_again(monkeypatch):
   first = memory._settings({'JAX_PLATFORMS': 'cpu'})
   assert memory._settings({'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': first}) is None
@@ -62,7 +74,7 @@ def test_a_system_that_cannot_or_does_it_anyway(monkeypatch, tmp_path, text):
   monkeypatch.setattr(memory, '_HUGE_PAGES', str(pages))
   monkeypatch.setattr(os, 'execve', lambda *_: pytest.fail('started anew'))
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
-  memory.use_huge_pages()
+  memory.set_up()
 
 
 @pytest.mark.skipif(not pathlib.Path('/proc/self/status').exists(), reason='needs Linux')
