@@ -250,7 +250,6 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
   host_memory.release()
-  host_memory.keep()
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]
@@ -278,10 +277,11 @@ def _loop(
     meter.Meter(program, log, step, run.unlogged),
   )
   values: dict[str, float] = {}
-  stopping, peaks = False, meter.Peaks()
+  stopping, peaks, kept = False, meter.Peaks(), host_memory.Kept()
   peaks.over('the data')
   while step < config.steps and not run.patience.over and not stopping:
     profiler.before(step, gauge)
+    kept.wait()
     with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
       run.state, metrics = train_step(run.state, next(batches))
     run.position += config.batch_size

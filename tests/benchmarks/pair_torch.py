@@ -62,9 +62,11 @@ class Ours:
     start = made.init(0)
     params = tree.replace(start.params, loaded.params)  # a head that is not there stays new
     self.state, self.batches = start.replace(params=params), batches
+    self.kept = memory.Kept()  # as the loop of `train` does
 
   def step(self) -> tuple[float, int]:
     """The loss of one step, and how many of the units it learned from."""
+    self.kept.wait()
     batch, count = next(self.batches)
     self.state, metrics = self.program.train_step(self.state, self.program.put(batch))
     value, weight = metrics['loss']
@@ -252,8 +254,6 @@ def serve(case, side):
     ours, theirs = finetune(folder) if case == 'finetune' else language_model(case, folder)
     chosen = ours() if side == 'ours' else theirs()
     del ours, theirs  # and with them the model of the other side
-    if side == 'ours':
-      memory.keep()  # as the loop of `train` does
     losses = [chosen.step()[0] for _ in range(WARM)]
     print(f'loss {losses[0]}', flush=True)
     for line in sys.stdin:

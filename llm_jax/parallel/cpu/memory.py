@@ -3,7 +3,7 @@
 The activations of a step are one block of some GB. By itself the C library gives it back after each
 step and asks for it again, and the system hands it out anew, zeroed: page by page that takes a
 fifth of the time of a BERT-base step, in pages of 2 MiB little, unless the machine is virtual and
-its host has to be asked too. So it is kept, while steps are taken (`keep`). For that one step has
+its host has to be asked too. So it is kept, while steps are taken (`Kept`). For that one step has
 to be over before the next is dispatched, as JAX else takes the block of the next one while the last
 one's is in use, and both would be kept. glibc and JAX read what they are to do from the environment
 (`set_up`). Imports nothing that takes long, since it must come before JAX.
@@ -15,12 +15,15 @@ import os
 import pathlib
 import re
 import sys
+import time
 
 # glibc's manual, "Memory Allocation Tunables": huge pages by madvise; blocks from 1 MiB on are
 # given back when they are freed, and threads share one store of smaller ones.
 TUNABLES = {'hugetlb': '1', 'mmap_threshold': str(2**20), 'arena_max': '1'}
 _VARIABLE, _HUGE_PAGES = 'GLIBC_TUNABLES', '/sys/kernel/mm/transparent_hugepage/enabled'
 _ASYNCHRONOUS = 'JAX_CPU_ENABLE_ASYNC_DISPATCH'
+ROOM = 2**26  # bytes for small blocks beside that of a step
+LONGEST = 0.01  # seconds to wait for that of a step
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
@@ -39,14 +42,59 @@ def set_up() -> None:
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
-def keep() -> None:
+class Kept:
   """From now on what is freed stays with this process, where `set_up` has prepared it."""
-  if 'glibc.malloc.hugetlb=1' in os.environ.get(_VARIABLE, '') and (
-    os.environ.get(_ASYNCHRONOUS) == '0'
-  ):
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_MAX, 0)
-    libc.mallopt(_M_TRIM_THRESHOLD, -1)
+
+  def __init__(self):
+    prepared = 'glibc.malloc.hugetlb=1' in os.environ.get(_VARIABLE, '')
+    self.active = prepared and os.environ.get(_ASYNCHRONOUS) == '0'
+    if self.active:
+      self.libc = ctypes.CDLL(None)
+      self.libc.mallinfo2.restype = _Mallinfo
+      self.libc.mallopt(_M_MMAP_MAX, 0)
+      self.libc.mallopt(_M_TRIM_THRESHOLD, -1)
+      _make_room(self.libc)
+      self.limit = self._in_use() + ROOM
+
+  def wait(self) -> None:
+    """Waits until the block of the last step is free: some microseconds after its results are
+    there. A step that is dispatched before would take another block beside it.
+    """
+    if not self.active:
+      return
+    over = time.monotonic() + LONGEST
+    while self._in_use() > self.limit:
+      if time.monotonic() > over:  # it is something else that has come to stay
+        self.limit = self._in_use() + ROOM
+      time.sleep(LONGEST / 100)
+
+  def _in_use(self) -> int:
+    return self.libc.mallinfo2().uordblks
+
+
+class _Mallinfo(ctypes.Structure):
+  """`struct mallinfo2` of glibc's malloc.h."""
+
+  _fields_ = [
+    (name, ctypes.c_size_t)
+    for name in (
+      *('arena', 'ordblks', 'smblks', 'hblks', 'hblkhd'),
+      *('usmblks', 'fsmblks', 'uordblks', 'fordblks', 'keepcost'),
+    )
+  ]
+
+
+def _make_room(libc: ctypes.CDLL) -> None:
+  """Leaves a hole for smaller blocks. The C library puts a block into the smallest hole that holds
+  it: were there none but that of a step's block, the next step's would no longer fit there.
+  """
+  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  libc.free.argtypes = [ctypes.c_void_p]
+  room, ends = libc.malloc(ROOM), [libc.malloc(2**20)]
+  while ends[-1] < room:  # one that lies behind it, so that it stays a hole of its own
+    ends.append(libc.malloc(2**20))
+  for block in (room, *ends[:-1]):
+    libc.free(block)
 
 
 def release() -> None:

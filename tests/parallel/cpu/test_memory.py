@@ -17,7 +17,7 @@ from llm_jax.parallel.cpu import memory
 if {wanted}:
   memory.set_up()
 if {kept}:
-  memory.keep()
+  memory.Kept()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 bytes([120]) * 200_000_000  # freed at once
 before = faults()
@@ -57,6 +57,71 @@ def test_what_is_kept_costs_none_where_steps_follow_each_other():
   assert run(True, kept=False, **settled)[1] > 50
   assert run(True, kept=True, JAX_CPU_ENABLE_ASYNC_DISPATCH='1', **settled)[1] > 50
   assert run(False, kept=True, **settled)[1] > 10_000
+
+
+BETWEEN = """
+import ctypes, threading, time
+from llm_jax.parallel.cpu import memory
+memory.set_up()
+kept = memory.Kept()
+block = bytes(200_000_000)
+began = time.monotonic()
+def free():
+  global block
+  time.sleep(0.003)
+  block = None
+thread = threading.Thread(target=free)
+thread.start()
+kept.wait()
+print(block is None)
+stays = bytes(200_000_000)
+kept.wait()  # as long as it waits at most: what stays is no longer waited for
+began = time.monotonic()
+kept.wait()
+print(time.monotonic() - began < memory.LONGEST / 2)
+"""
+
+
+@pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
+def test_waits_for_the_block_of_the_last_step_but_not_for_what_stays():
+  said = subprocess.run(
+    [sys.executable, '-c', BETWEEN],
+    text=True,
+    stdout=subprocess.PIPE,
+    env=os.environ | dict(JAX_PLATFORMS='cpu'),
+    check=True,
+  )
+  assert said.stdout.split() == ['True', 'True']
+
+
+HOLES = """
+import ctypes, sys
+from llm_jax.parallel.cpu import memory
+memory.set_up()
+memory.ROOM = int(sys.argv[1])
+memory.Kept()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.malloc.argtypes = libc.free.argtypes = [ctypes.c_size_t]
+blocks = set()
+for step in range(20):
+  block = libc.malloc(300_000_000)
+  blocks.add(block)
+  libc.malloc(1_000_000)  # stays
+  libc.free(block)
+  libc.malloc(1_000_000)
+print(len(blocks))
+"""
+
+
+@pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
+def test_the_block_of_each_step_lies_where_the_last_ones_was():
+  def places(room):
+    command = [sys.executable, '-c', HOLES, str(room)]
+    env = os.environ | dict(JAX_PLATFORMS='cpu')
+    return int(subprocess.check_output(command, text=True, env=env))
+
+  assert places(memory.ROOM) == 1 < places(2**20)
 
 
 def test_what_is_set_once_is_not_set_again(monkeypatch):
