@@ -249,7 +249,6 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
   if len(run.validation):
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
-  host_memory.release()
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]
@@ -310,7 +309,7 @@ def _loop(
       peaks.over('saving')
     for hook in called:
       hook(step, run.state, gauge.values | (values if evaluated else {}))
-    host_memory.release()
+    kept.renew()
     gauge.restart(step)
   peaks.say(log)
   return values | (baselines if values else {})

@@ -53,7 +53,19 @@ class Kept:
       self.libc.mallinfo2.restype = _Mallinfo
       self.libc.mallopt(_M_MMAP_MAX, 0)
       self.libc.mallopt(_M_TRIM_THRESHOLD, -1)
-      _make_room(self.libc)
+      self.libc.malloc.restype, self.libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+      self.libc.free.argtypes = [ctypes.c_void_p]
+      self.end = None
+    self.renew()
+
+  def renew(self) -> None:
+    """Gives back what is not used, and makes room for small blocks anew: after an evaluation, say,
+    whose small blocks may have filled it.
+    """
+    release()
+    if self.active:
+      self.libc.free(self.end)
+      self.end = _make_room(self.libc)
       self.limit = self._in_use() + ROOM
 
   def wait(self) -> None:
@@ -84,17 +96,17 @@ class _Mallinfo(ctypes.Structure):
   ]
 
 
-def _make_room(libc: ctypes.CDLL) -> None:
-  """Leaves a hole for smaller blocks. The C library puts a block into the smallest hole that holds
-  it: were there none but that of a step's block, the next step's would no longer fit there.
+def _make_room(libc: ctypes.CDLL) -> int:
+  """Leaves a hole for smaller blocks, and returns the block at its end. The C library puts a block
+  into the smallest hole that holds it: were there none but that of a step's block, the next step's
+  would no longer fit there.
   """
-  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-  libc.free.argtypes = [ctypes.c_void_p]
   room, ends = libc.malloc(ROOM), [libc.malloc(2**20)]
   while ends[-1] < room:  # one that lies behind it, so that it stays a hole of its own
     ends.append(libc.malloc(2**20))
   for block in (room, *ends[:-1]):
     libc.free(block)
+  return ends[-1]
 
 
 def release() -> None:

@@ -99,7 +99,7 @@ import ctypes, sys
 from llm_jax.parallel.cpu import memory
 memory.set_up()
 memory.ROOM = int(sys.argv[1])
-memory.Kept()
+kept = memory.Kept()
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = libc.free.argtypes = [ctypes.c_size_t]
@@ -107,6 +107,10 @@ blocks = set()
 for step in range(20):
   block = libc.malloc(300_000_000)
   blocks.add(block)
+  if step == 10:  # an evaluation, which fills most of the room
+    libc.malloc(memory.ROOM // 4 * 3)
+    kept.renew()
+    blocks.clear()
   libc.malloc(1_000_000)  # stays
   libc.free(block)
   libc.malloc(1_000_000)
