@@ -14,7 +14,7 @@ SAVES = True
 
 
 def prepare() -> None:
-  """Before anything else, in a process of the program's own: memory on a CPU."""
+  """Before anything else, in a process of the program's own: how a CPU's memory is held."""
   from llm_jax.parallel.cpu import memory
 
   memory.set_up()

@@ -43,11 +43,16 @@ def set_up() -> None:
 
 
 class Kept:
-  """From now on what is freed stays with this process, where `set_up` has prepared it."""
+  """From now on what is freed stays with this process, where `set_up` has prepared it.
+
+  Attributes:
+    active: whether it does; where not, nothing is waited for.
+    limit: bytes in use, by the C library's count, above which the last step's block is still there.
+  """
 
   def __init__(self):
     prepared = 'glibc.malloc.hugetlb=1' in os.environ.get(_VARIABLE, '')
-    self.active = prepared and os.environ.get(_ASYNCHRONOUS) == '0'
+    self.active = prepared and os.environ.get(_ASYNCHRONOUS) == '0' and _possible()
     if self.active:
       self.libc = ctypes.CDLL(None)
       self.libc.mallinfo2.restype = _Mallinfo

@@ -52,20 +52,20 @@ def test_what_is_taken_again_costs_few_faults():
 
 @pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
 def test_what_is_kept_costs_none_where_steps_follow_each_other():
-  settled = dict(JAX_PLATFORMS='cpu')
-  assert run(True, kept=True, **settled)[1] < 10
-  assert run(True, kept=False, **settled)[1] > 50
-  assert run(True, kept=True, JAX_CPU_ENABLE_ASYNC_DISPATCH='1', **settled)[1] > 50
-  assert run(False, kept=True, **settled)[1] > 10_000
+  def faults(wanted, **env):
+    return run(wanted, kept=True, JAX_PLATFORMS='cpu', **env)[1]
+
+  assert faults(True) < 10
+  assert faults(True, JAX_CPU_ENABLE_ASYNC_DISPATCH='1') > 50  # a step beside another
+  assert faults(False) > 10_000
 
 
 BETWEEN = """
-import ctypes, threading, time
+import threading, time
 from llm_jax.parallel.cpu import memory
 memory.set_up()
 kept = memory.Kept()
 block = bytes(200_000_000)
-began = time.monotonic()
 def free():
   global block
   time.sleep(0.003)
