@@ -71,6 +71,7 @@ class Kept:
     if self.active:
       self.libc.free(self.end)
       self.end = _make_room(self.libc)
+      release()  # each block of that has taken a huge page, by a word at its beginning
       self.limit = self._in_use() + ROOM
 
   def wait(self) -> None:

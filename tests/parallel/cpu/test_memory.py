@@ -128,6 +128,28 @@ def test_the_block_of_each_step_lies_where_the_last_ones_was():
   assert places(memory.ROOM) == 1 < places(2**20)
 
 
+ROOM_IN_HOLES = """
+from llm_jax.parallel.cpu import memory
+memory.set_up()
+kept = memory.Kept()
+before = memory.held('VmRSS')
+large, small = [], []
+for _ in range(100):
+  large.append(bytes([120]) * 3_000_000)
+  small.append(bytes([120]) * 100_000)
+del large
+kept.renew()
+print(memory.held('VmRSS') - before)
+"""
+
+
+@pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
+def test_making_room_takes_no_memory_where_an_evaluation_left_holes():
+  env = os.environ | dict(JAX_PLATFORMS='cpu')
+  held = int(subprocess.check_output([sys.executable, '-c', ROOM_IN_HOLES], text=True, env=env))
+  assert 0 < held < 40_000_000  # 10 MB in use; with a huge page per block of the room 149 MB
+
+
 def test_what_is_set_once_is_not_set_again(monkeypatch):
   first = memory._settings({'JAX_PLATFORMS': 'cpu'})
   assert memory._settings({'JAX_PLATFORMS': 'cpu', 'GLIBC_TUNABLES': first}) is None
