@@ -26,6 +26,7 @@ AXES = {
   'F': 'mlp',
   'V': 'vocab',
   'C': 'classes',
+  'R': 'rank',  # which no rule cuts
 }
 
 

@@ -23,7 +23,7 @@ from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora, evaluation, logs, memory, meter, page, slices
+from llm_jax.training import adapted, corpora, evaluation, logs, memory, meter, page, slices
 from llm_jax.training import program as programs
 from llm_jax.training.program import Training
 
@@ -249,6 +249,8 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
   if len(run.validation):
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
+  if program.network.adapter is not None and run.step == 0:
+    log.say('%s', adapted.report(program, run.state, run.train))
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]
@@ -402,7 +404,7 @@ def _first_state(program: Training) -> TrainState:
   if config.init_from is None:
     return state
   folder = pathlib.Path(config.init_from)
-  loaded = pretrained.load_params(config, folder, program.params, program.infos)
+  loaded = pretrained.load_params(program, folder)
   if not loaded.params:
     raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
   meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))

@@ -75,7 +75,7 @@ def build(
   network, layout = base.network, base.layout
   micro_batches = assemble.micro_batches(config, base.mesh)
   _log_micro_batches(config, base.mesh, micro_batches)
-  trained = _trained(network, base.infos, example)
+  trained = _trained(base)
   params, _ = params_lib.split(base.params, trained.__contains__)
   tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos)
   init = functools.partial(
@@ -159,18 +159,16 @@ def _init(
   )
 
 
-def _trained(
-  network: Network, infos: dict[str, params_lib.Info], example: Example
-) -> frozenset[str]:
+def _trained(program: Inference) -> frozenset[str]:
   """The paths of the parameters that learn.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none, or an option of the adapter does not fit the network.
   """
-  adapter = network.adapter
+  adapter, infos, base = program.network.adapter, program.infos, program.base
   if adapter is None:
     return frozenset(infos)
-  base = networks.base_paths(network, inference.sample_rows(example))
+  adapter.check(infos, base)
   trained = {path for path, info in infos.items() if adapter.trains(path, info, path in base)}
   if not trained:
     raise ValueError('config.adapter leaves no parameter to train; look at its `trains`.')
