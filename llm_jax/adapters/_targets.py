@@ -114,7 +114,7 @@ def check_dense(params: Mapping[str, Any], path: str) -> None:
   """Raises ValueError unless a kernel is there as an array, which can be multiplied into."""
   if path not in params:
     raise ValueError(
-      f'{path} is no array, but a weight form; the adapter can be merged with the dense kernel only.'
+      f'{path} is no array, but a weight form; an adapter is merged into dense kernels only.'
     )
 
 

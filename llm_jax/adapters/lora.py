@@ -188,7 +188,7 @@ def _ratio(
 def _dense(
   weight: jax.Array | WeightForm, spec: str, shape: tuple[int, ...], dtype: jnp.dtype
 ) -> jax.Array:
-  """A kernel as an array; of a weight form, what it multiplies as: its product with the identity."""
+  """A kernel as an array; of a weight form, its product with the identity."""
   if not is_form(weight):
     return weight.astype(dtype)
   letters, _, out = spec.split(',')[1].replace('...', '').partition('->')

@@ -34,8 +34,8 @@ def export(
     form: of a run with an adapter, 'merged' into its base, or the 'base' without it.
 
   Raises:
-    ValueError: an adapter that cannot be merged, a model that none of their architectures holds, parameters that are missing, a
-      folder that holds something.
+    ValueError: an adapter that cannot be merged, a model that none of their architectures holds,
+      parameters that are missing, a folder that holds something.
   """
   program, config = session.program, session.config
   model, predictor = program.network.model, program.objective.predictor
