@@ -1,4 +1,4 @@
-"""Programs of tiny adapted networks without data, each compiled once for all tests of this folder."""
+"""Programs of tiny adapted networks without data, each made once for all tests of this folder."""
 
 import functools
 
@@ -125,7 +125,7 @@ def shaken(params, paths, seed=1):
   def leaf(path, x):
     if path.split('/')[-1] not in paths:
       return x
-    return jax.numpy.asarray(x + rng.normal(size=x.shape).astype(np.float32) * 0.3)
+    return jax.numpy.asarray(x + rng.normal(size=x.shape).astype(np.float32) * 0.1)
 
   return tree.map_with_path(leaf, nn.meta.unbox(params))
 

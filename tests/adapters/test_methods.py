@@ -12,7 +12,7 @@ from llm_jax.core import tree
 D, L, F, N, H, C, R = 16, 2, 32, 2, 8, 3, 2
 HEADS = D * D + D + D * C + C  # pooler and classifier
 LABELS = dict(name='classify', task='multiclass', classes=('a', 'b', 'c'), dropout=0.0, pool='last')
-# Of each layer: four biases of attention, two of the mlp, two of norms; of the base beside them one.
+# In each layer four of attention, two of the mlp, two of norms; and that of one more norm.
 BIASES = L * (4 * D + F + D + 2 * D) + D
 METHODS = {
   'lora': (dict(name='lora', rank=R), L * 2 * (D * R + R * N * H)),
