@@ -152,6 +152,7 @@ def get_config() -> config_dict.ConfigDict:
         targets=unset(str),
         rslora=unset(bool),
         dora=unset(bool),
+        layers=unset(int),
         heads=unset(str),
       ),
       # `llm_jax/parallel/sharding.py` says what each axis cuts

@@ -558,6 +558,18 @@ class Adapter:
     del path, info
     return not base
 
+  def layers(self, params: PyTree, infos: Mapping[str, 'Info']) -> Mapping[str, np.ndarray]:
+    """Of parameters that are trained in some layers only: in which, bool by path, as
+    `Info.depths` numbers them ([layers] for a stack). One that is trained in none is frozen, one
+    that is not mentioned is trained whole.
+
+    Args:
+      params: those that `trains` says are trained, arrays or shapes.
+      infos: what each of them is, by path.
+    """
+    del params, infos
+    return {}
+
   def no_gradient(self, path: str) -> str | None:
     """Why the gradient of a trained parameter is zero before the first step, if the method has it
     so; None where it must not be, or the parameter would never learn.

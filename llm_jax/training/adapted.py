@@ -92,13 +92,14 @@ def table(program: Training, found: Mapping[str, Gradient]) -> str:
     found: the gradients.
   """
   adapter, shapes = program.network.adapter, tree.flatten(program.state.params)
+  counts = {path: _count(leaf, program.layers.get(path)) for path, leaf in shapes.items()}
   lines = [('trained', 'shape', 'count', 'gradient norm')]
   for path, leaf in shapes.items():
     why = adapter.no_gradient(path)
     norm = f'{float(found[path].norm):.3g}' + (f' ({why})' if why else '')
     shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
-    lines.append((path, shape, f'{math.prod(leaf.shape):,}', norm))
-  trained = sum(math.prod(leaf.shape) for leaf in shapes.values())
+    lines.append((path, shape, f'{counts[path]:,}', norm))
+  trained = sum(counts.values())
   total = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(program.params))
   return '\n'.join(
     [
@@ -109,8 +110,16 @@ def table(program: Training, found: Mapping[str, Gradient]) -> str:
   )
 
 
+def _count(leaf: jax.ShapeDtypeStruct, layers: np.ndarray | None) -> int:
+  """The numbers that are trained, in all layers or in some."""
+  size = math.prod(leaf.shape)
+  return size if layers is None else size // len(layers) * int(layers.sum())
+
+
 def _gradient(x: jax.Array, program: Training, path: str) -> Gradient:
   x = jnp.abs(x.astype(jnp.float32))
+  if path in program.layers:
+    x = x[np.flatnonzero(program.layers[path])]
   stacked = program.infos[path].stacked
   of_layers = jnp.max(x.reshape(x.shape[0] if stacked else 1, -1), axis=1)
   return Gradient(jnp.linalg.norm(x.reshape(-1)), jnp.min(of_layers))

@@ -250,7 +250,7 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
   if program.network.adapter is not None and run.step == 0:
-    log.say('%s', adapted.report(program, run.state, run.train))
+    log.say('What is trained:\n%s', adapted.report(program, run.state, run.train))
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]

@@ -76,3 +76,24 @@ def test_the_base_keeps_its_bits_and_the_rest_learns(tiny, method, model, unroll
   np.testing.assert_allclose(tiny.hidden(base, merged, batch), adapted, rtol=0, atol=1e-5)
   if method != 'freeze':
     assert np.abs(adapted - at_first).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('model', 'unroll'), [('decoder', 1), pytest.param('encoder', 0, marks=pytest.mark.slow)]
+)
+def test_the_layers_from_the_top_are_trained_alone(tiny, model, unroll):
+  """Of each stack [layers, ...] the last layer moves, and weight decay leaves the others alone."""
+  program = tiny.known(model, dict(name='freeze', layers=1), unroll=unroll)
+  state, batch = tiny.first_state(program, model), tiny.batch(program)
+  first = jax.tree.map(np.asarray, state)
+  for _ in range(2):
+    state, _ = program.train_step(state, batch)
+  assert tiny.bits(state.frozen) == tiny.bits(first.frozen)
+  before, after = (tree.flatten(jax.tree.map(np.asarray, x.params)) for x in (first, state))
+  stacks = [path for path in before if '/layers/' in path]
+  last = {'decoder': ['model/final_norm/bias', 'model/final_norm/scale'], 'encoder': []}[model]
+  assert sorted(after) == sorted([*stacks, *last, *(path for path in after if 'heads_' in path)])
+  assert len(stacks) == 16 and not any('embedder' in path for path in after)
+  for path in stacks:
+    assert before[path][0].tobytes() == after[path][0].tobytes()
+    assert not np.array_equal(before[path][1], after[path][1])

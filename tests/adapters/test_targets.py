@@ -61,6 +61,8 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
     ('encoder', dict(rank=3), 'adapter.rank is set, and config.adapter.name is not'),
     ('encoder', dict(name='ia3', inputs='mlp/dwn'), "inputs='mlp/dwn' matches no linear map"),
     ('decoder', dict(name='freeze'), 'trains heads, and this objective has none'),
+    ('decoder', dict(name='freeze', layers=3), 'layers=3 is more than the 2 layers'),
+    ('decoder', dict(name='freeze', layers=-1), 'layers=-1 must be at least 0'),
     ('llama', dict(name='bitfit'), 'this model has none'),
   ],
 )
