@@ -142,8 +142,8 @@ def get_config() -> config_dict.ConfigDict:
         eps=unset(float),
         momentum=unset(float),
       ),
-      # What is trained beside a frozen base: lora | ia3 | bitfit | freeze, each with options of its
-      # own among these
+      # What is trained beside a frozen base: lora | ia3 | bitfit | bottleneck | freeze, each with
+      # options of its own among these
       adapter=dict(
         name=unset(str),
         rank=unset(int),
@@ -152,6 +152,12 @@ def get_config() -> config_dict.ConfigDict:
         targets=unset(str),
         rslora=unset(bool),
         dora=unset(bool),
+        inputs=unset(str),
+        outputs=unset(str),
+        size=unset(int),
+        placement=unset(str),
+        activation=unset(str),
+        scale=unset(float),
         layers=unset(int),
         heads=unset(str),
       ),

@@ -94,6 +94,13 @@ def check_found(
   )
 
 
+def softmax_hides(path: str) -> str | None:
+  """Why a key's bias may have no gradient: it adds the same to all scores of a query, where
+  positions are not rotary.
+  """
+  return 'softmax hides it' if path.endswith('/attention/key/bias') else None
+
+
 def check_rate(option: str, value: float) -> None:
   """Raises ValueError for a rate that is not at least 0 and below 1."""
   if not 0.0 <= value < 1.0:

@@ -41,8 +41,7 @@ class Adapter(contracts.Adapter):
     return _is_bias(path) or path in self.heads
 
   def no_gradient(self, path: str) -> str | None:
-    # It adds the same to all scores of a query, which softmax takes away.
-    return 'softmax hides it' if path.endswith('/attention/key/bias') else None
+    return _targets.softmax_hides(path)
 
 
 def _is_bias(path: str) -> bool:

@@ -51,6 +51,9 @@ class Adapter(contracts.Adapter):
   def trains(self, path: str, info: Info, base: bool) -> bool:
     return path in self.heads or (self.top > 0 and (_in_stack(info) or _is_last_norm(path, info)))
 
+  def no_gradient(self, path: str) -> str | None:
+    return _targets.softmax_hides(path)
+
   def layers(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, np.ndarray]:
     if not self.top:
       return {}

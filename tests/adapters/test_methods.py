@@ -23,10 +23,22 @@ METHODS = {
   'dora': (dict(name='lora', rank=R, dora=True), L * 2 * (D * R + R * N * H + N * H)),
   'ia3': (dict(name='ia3'), L * (2 * N * H + F)),
   'bitfit': (dict(name='bitfit'), BIASES),
+  'houlsby': (dict(name='bottleneck', size=4), 2 * L * (2 * 4 * D + 4 + D)),
+  'pfeiffer': (dict(name='bottleneck', size=4, placement='pfeiffer'), L * (2 * 4 * D + 4 + D)),
+  'parallel': (
+    dict(name='bottleneck', size=4, placement='parallel', scale=4.0),
+    L * (2 * 4 * D + 4 + D),
+  ),
   'freeze': (dict(name='freeze'), 0),
 }
-OWN = ('lora_b', 'lora_magnitude', 'ia3_input', 'ia3_output')
-QUICK = {('dora', 'encoder', 1), ('everywhere', 'decoder', 0), ('ia3', 'encoder', 1)}
+OWN = ('lora_b', 'lora_magnitude', 'ia3_input', 'ia3_output', 'bottleneck_up')
+CURVED = ('houlsby', 'pfeiffer', 'parallel')  # not linear
+QUICK = {
+  ('houlsby', 'decoder', 0),
+  ('dora', 'encoder', 1),
+  ('everywhere', 'decoder', 0),
+  ('ia3', 'encoder', 1),
+}
 
 
 def case(*values):
@@ -71,6 +83,11 @@ def test_the_base_keeps_its_bits_and_the_rest_learns(tiny, method, model, unroll
   # Merged into the base it is the same; without it, another.
   strong = tiny.shaken(state.network_params, OWN)
   adapted = tiny.hidden(program, strong, batch)
+  if method in CURVED:
+    with pytest.raises(ValueError, match='adapters.bottleneck cannot be merged'):
+      program.network.adapter.merged(strong, program.infos)
+    assert np.abs(adapted - at_first).max() > 1e-3
+    return
   merged = program.network.adapter.merged(strong, program.infos)
   assert set(tree.paths(merged)) == base.base
   np.testing.assert_allclose(tiny.hidden(base, merged, batch), adapted, rtol=0, atol=1e-5)

@@ -63,6 +63,8 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
     ('decoder', dict(name='freeze'), 'trains heads, and this objective has none'),
     ('decoder', dict(name='freeze', layers=3), 'layers=3 is more than the 2 layers'),
     ('decoder', dict(name='freeze', layers=-1), 'layers=-1 must be at least 0'),
+    ('encoder', dict(name='bottleneck', size=17), 'size=17 is above the width of the model, 16'),
+    ('encoder', dict(name='bottleneck', placement='houlsbi'), "mean 'houlsby'"),
     ('llama', dict(name='bitfit'), 'this model has none'),
   ],
 )
@@ -72,7 +74,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(tiny, model, a
 
 
 def test_a_plan_or_a_session_may_have_any_adapter_that_ships(tiny):
-  names = ('lora', 'ia3', 'bitfit', 'freeze')
+  names = ('lora', 'ia3', 'bitfit', 'bottleneck', 'freeze')
   for name in names:
     assert assemble.create_adapter(tiny.config('encoder', dict(name=name))) is not None
   assert assemble.create_adapter(tiny.config()) is None
