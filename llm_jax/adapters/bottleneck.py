@@ -1,4 +1,4 @@
-"""Bottleneck adapters: small mlps, as wide as `size` in the middle, that add to what the halves of a
+"""Bottleneck adapters: small mlps, `size` wide in the middle, that add to what the halves of a
 layer give,
 
     y + s (activation(z D + d) U + u)

@@ -104,7 +104,7 @@ def first_state(program, model, objective=None):
   base = base_params(model, tuple(sorted((objective or {}).items())))
   for path, leaf in tree.flatten(program.params).items():
     drawn = base.get(path)
-    if path.endswith('lora_a'):
+    if path.endswith(('lora_a', 'bottleneck_down')):
       drawn = rng.uniform(-0.2, 0.2, leaf.shape)
     elif drawn is None:
       drawn = np.full(leaf.shape, float('/ia3_' in path))
@@ -118,14 +118,13 @@ def first_state(program, model, objective=None):
   return jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), state, program.state)
 
 
-def shaken(params, paths, seed=1):
-  """Nested parameters with random numbers in place of those of the given paths' ends."""
+def shaken(params, scales, seed=1):
+  """Nested parameters, those with the given names moved at random, as far as is given."""
   rng = np.random.default_rng(seed)
 
   def leaf(path, x):
-    if path.split('/')[-1] not in paths:
-      return x
-    return jax.numpy.asarray(x + rng.normal(size=x.shape).astype(np.float32) * 0.1)
+    scale = scales.get(path.split('/')[-1], 0.0)
+    return jax.numpy.asarray(x + scale * rng.normal(size=x.shape).astype(np.float32))
 
   return tree.map_with_path(leaf, nn.meta.unbox(params))
 

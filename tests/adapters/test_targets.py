@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.adapters import _targets, lora
-from llm_jax.core import tree
+from llm_jax.adapters import _targets, bitfit, bottleneck, freeze, ia3, lora
+from llm_jax.core import plugins, tree
 from llm_jax.programs import assemble
 
+SHIPPED = (bitfit, bottleneck, freeze, ia3, lora)
 QUERY = 'model/stack/layers/block/attention/query'
 
 
@@ -73,10 +74,12 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(tiny, model, a
     tiny.program(model, adapter)
 
 
-def test_a_plan_or_a_session_may_have_any_adapter_that_ships(tiny):
-  names = ('lora', 'ia3', 'bitfit', 'bottleneck', 'freeze')
-  for name in names:
-    assert assemble.create_adapter(tiny.config('encoder', dict(name=name))) is not None
+def test_every_adapter_that_ships_has_defaults(tiny):
+  known = {module.__name__.split('.')[-1]: module for module in SHIPPED}
+  assert sorted(known) == plugins.names('adapter')
+  for name, module in known.items():
+    made = assemble.create_adapter(tiny.config('encoder', dict(name=name)))
+    assert isinstance(made, module.Adapter)
   assert assemble.create_adapter(tiny.config()) is None
 
 
@@ -95,11 +98,12 @@ jax.tree_util.register_pytree_node(
 )
 
 
-@pytest.mark.parametrize('dora', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('dora', [False, True])
 def test_the_base_may_be_a_weight_form(tiny, dora):
   program = tiny.known('llama', dict(name='lora', rank=2, targets='attention/.*', dora=dora))
   state, batch = tiny.first_state(program, 'llama'), tiny.batch(program)
-  params = tiny.shaken(state.network_params, ('lora_b', 'lora_magnitude'))
+  params = tiny.shaken(state.network_params, dict(lora_b=0.05, lora_magnitude=0.05))
   path = f'{QUERY}/kernel'
   forms = tree.replace(params, {path: Form(tree.flatten(params)[path])})
   expected = tiny.hidden(program, params, batch)
@@ -124,7 +128,7 @@ def test_dropout_acts_in_training_alone(tiny):
   losses = {}
   for name, program in (('plain', plain), ('dropped', dropped)):
     state = tiny.first_state(program, 'llama')
-    state = state.replace(params=tiny.shaken(state.params, ('lora_b',)))
+    state = state.replace(params=tiny.shaken(state.params, dict(lora_b=0.1)))
     evaluated = program.eval_step(state.network_params, batch)['clm'][0]
     _, metrics = program.train_step(state, batch)
     losses[name] = float(evaluated), float(metrics['clm'][0])
