@@ -19,9 +19,10 @@ import jax
 from llm_jax.adapters import _targets
 from llm_jax.core import contracts
 from llm_jax.core import params as params_lib
+from llm_jax.core.contracts import WeightForm
 from llm_jax.core.params import Info
 from llm_jax.nn.block import MLP, Attention
-from llm_jax.nn.linear import multiply, with_leading_axes
+from llm_jax.nn.linear import form, multiply, with_leading_axes
 from llm_jax.nn.options import ACTIVATIONS, DTYPES, Options, check_known
 
 PLACEMENTS = {'houlsby': (Attention, MLP), 'pfeiffer': (MLP,), 'parallel': (MLP,)}
@@ -113,7 +114,10 @@ def _parameter(
   shape: tuple[int, ...],
   names: tuple[str, ...],
   init: Callable[..., jax.Array],
-) -> jax.Array:
+) -> jax.Array | WeightForm:
+  there = form(module, name)  # generation may keep it transposed
+  if there is not None:
+    return there
   options: Options = module.options
   made = params_lib.boxed(init, names, inputs=(0,), decayed=True)
   return module.param(name, made, shape, DTYPES[options.param_dtype])

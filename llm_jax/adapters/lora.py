@@ -26,7 +26,7 @@ from llm_jax.core.contracts import WeightForm
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.dropout import dropout
-from llm_jax.nn.linear import AXES, Linear, is_form, multiply, with_leading_axes
+from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, with_leading_axes
 from llm_jax.nn.options import DTYPES
 
 A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
@@ -121,37 +121,45 @@ class Adapter(contracts.Adapter):
 
     def matrix(name: str, letters: str, summed: int, init: Callable[..., jax.Array]) -> Any:
       names = tuple(AXES[letter] for letter in letters)
-      made = params_lib.boxed(init, names, inputs=tuple(range(summed)), decayed=True)
-      return linear.param(name, made, tuple(sizes[letter] for letter in letters), kept), names
+      there = form(linear, name)  # generation may keep it transposed
+      if there is None:
+        made = params_lib.boxed(init, names, inputs=tuple(range(summed)), decayed=True)
+        there = linear.param(name, made, tuple(sizes[letter] for letter in letters), kept)
+      return there, names
 
     a, a_names = matrix(A, f'{inputs}R', len(inputs), _uniform)
     b, b_names = matrix(B, f'R{out}', 1, nn.initializers.zeros)
     if self.dropout and linear.has_rng('dropout'):
       x = dropout(x, self.dropout, linear.make_rng('dropout'))
     dtype = options.compute_dtype
-    h = multiply(a, f'...{inputs},{inputs}R->...R', x, a_names, dtype, dtype)
-    added = self.scale * multiply(b, f'...R,R{out}->...{out}', h, b_names, dtype, y.dtype)
-    return self._rescaled(linear, out, a, b, y, added) if self.dora else y + added
+    into, out_of = f'...{inputs},{inputs}R->...R', f'...R,R{out}->...{out}'
+    h = multiply(a, into, x, a_names, dtype, dtype)
+    added = self.scale * multiply(b, out_of, h, b_names, dtype, y.dtype)
+    if not self.dora:
+      return y + added
+    product = _product(_dense(a, into, sizes, kept), _dense(b, out_of, sizes, kept))
+    return self._rescaled(linear, out, product, y, added)
 
   def _rescaled(
-    self, linear: Linear, out: str, a: jax.Array, b: jax.Array, y: jax.Array, added: jax.Array
+    self, linear: Linear, out: str, product: jax.Array, y: jax.Array, added: jax.Array
   ) -> jax.Array:
-    """DoRA's output, where `y` is the base's and `added` is LoRA's."""
+    """DoRA's output, where `product` is A B, `y` the base's output and `added` LoRA's."""
     options = linear.options
     kernel = nn.meta.unbox(linear.get_variable('params', 'kernel'))
-    kernel = _dense(kernel, linear.spec, linear.shape, options.accumulation_dtype)
+    sizes = dict(zip(linear.spec.split(',')[1].split('->')[0], linear.shape, strict=True))
+    kernel = _dense(kernel, linear.spec, sizes, options.accumulation_dtype)
     inputs = tuple(range(len(linear.shape) - len(out)))
     names = ('norm',) if out == 'D' else tuple(AXES[letter] for letter in out)
     init = params_lib.boxed(nn.initializers.zeros, names)
     shape, kept = kernel.shape[len(inputs) :], DTYPES[options.param_dtype]
     magnitude = linear.param(MAGNITUDE, init, shape, kept)
-    ratio = _ratio(kernel, kernel + self.scale * _product(a, b), magnitude, inputs)
+    ratio = _ratio(kernel, kernel + self.scale * product, magnitude, inputs)
     ratio = with_leading_axes(ratio.astype(y.dtype), y.ndim)
-    product = y
+    without_bias = y
     if linear.bias:
       bias = nn.meta.unbox(linear.get_variable('params', 'bias'))
-      product = y - with_leading_axes(bias.astype(y.dtype), y.ndim)
-    return y + ((ratio - 1) * product + ratio * added)  # y itself where the ratio is 1
+      without_bias = y - with_leading_axes(bias.astype(y.dtype), y.ndim)
+    return y + ((ratio - 1) * without_bias + ratio * added)  # y itself where ratio is 1, added 0
 
   def _check_rank(self, linear: Linear, inputs: int, outputs: int) -> None:
     if self.rank > min(inputs, outputs):
@@ -186,12 +194,12 @@ def _ratio(
 
 
 def _dense(
-  weight: jax.Array | WeightForm, spec: str, shape: tuple[int, ...], dtype: jnp.dtype
+  weight: jax.Array | WeightForm, spec: str, sizes: Mapping[str, int], dtype: jnp.dtype
 ) -> jax.Array:
-  """A kernel as an array; of a weight form, its product with the identity."""
+  """A weight as an array; of a weight form, its product with the identity."""
   if not is_form(weight):
     return weight.astype(dtype)
   letters, _, out = spec.split(',')[1].replace('...', '').partition('->')
-  inputs = shape[: len(letters) - len(out)]
+  inputs = tuple(sizes[letter] for letter in letters if letter not in out)
   identity = jnp.eye(math.prod(inputs), dtype=dtype).reshape(-1, *inputs)
-  return weight.product(spec, identity, dtype, dtype).reshape(shape)
+  return weight.product(spec, identity, dtype, dtype).reshape(*[sizes[i] for i in letters])
