@@ -130,8 +130,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   """Builds the program and restores the newest checkpoint, or makes a first state.
 
   Raises:
-    ValueError: a corpus too small, a checkpoint that does not fit, or whatever in the config is
-      not possible.
+    ValueError: a corpus too small, a checkpoint that does not fit, a parameter of an adapter that
+      would not learn, or whatever in the config is not possible.
   """
   config, objective, splits = data.config, data.objective, data.splits
   rows = pipeline.training_rows(splits.train, objective, config.seq_len, config.batch_size)
@@ -154,6 +154,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   if restored is None:
     state, position, unlogged = _first_state(program), 0, {}
     patience = Patience(config.evaluation.patience)
+    if program.network.adapter is not None:
+      logging.info('What is trained:\n%s', adapted.report(program, state, train))
   else:
     _check_corpus(restored.meta, splits, restored.step, folder)
     if not bool(program.finite(restored.state)):
@@ -249,8 +251,6 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
   if len(run.validation):
     baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
   meter.announce(program, log, run.step)
-  if program.network.adapter is not None and run.step == 0:
-    log.say('What is trained:\n%s', adapted.report(program, run.state, run.train))
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
   made = [hook for hook in (make(run, log) for make in hooks) if hook is not None]

@@ -9,6 +9,7 @@ import pytest
 
 import llm_jax
 from configs import classify
+from llm_jax.adapters import lora
 from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.inference.export import export
@@ -99,3 +100,15 @@ def test_what_was_saved_predicts_and_is_exported_merged(run, settings, tmp_path)
   assert not any(
     np.any(x) for path, x in tree.flatten(started.state.params).items() if 'lora_b' in path
   )
+
+
+def test_what_is_trained_is_said_and_what_would_not_learn_is_refused(
+  settings, tmp_path, monkeypatch, caplog
+):
+  with caplog.at_level('INFO', 'absl'):
+    prepared(settings, tmp_path / 'said')
+  assert 'What is trained' in caplog.text and 'query/lora_a' in caplog.text
+  assert 'lora_b is 0' in caplog.text and 'parameters are trained' in caplog.text
+  monkeypatch.setattr(lora.Adapter, 'no_gradient', lambda adapter, path: None)
+  with pytest.raises(ValueError, match='(?s)does not depend on.*query/lora_a'):
+    prepared(settings, tmp_path / 'refused')
