@@ -51,7 +51,7 @@ setup(
       # the TPU compiler, for plans; there is none for other systems
       'jax[tpu]; sys_platform == "linux"',
     ],
-    'parity': ['transformers>=5.0', 'torch>=2.6'],
+    'parity': ['transformers>=5.0', 'torch>=2.6', 'peft==0.21.2'],
     'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],

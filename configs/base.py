@@ -142,7 +142,25 @@ def get_config() -> config_dict.ConfigDict:
         eps=unset(float),
         momentum=unset(float),
       ),
-      adapter=dict(name=unset(str)),  # what is trained beside a frozen base
+      # What is trained beside a frozen base: lora | ia3 | bitfit | bottleneck | freeze, each with
+      # options of its own among these
+      adapter=dict(
+        name=unset(str),
+        rank=unset(int),
+        alpha=unset(float),
+        dropout=unset(float),
+        targets=unset(str),
+        rslora=unset(bool),
+        dora=unset(bool),
+        inputs=unset(str),
+        outputs=unset(str),
+        size=unset(int),
+        placement=unset(str),
+        activation=unset(str),
+        scale=unset(float),
+        layers=unset(int),
+        heads=unset(str),
+      ),
       # `llm_jax/parallel/sharding.py` says what each axis cuts
       mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),
       checkpoint=dict(every=1000, keep=2),

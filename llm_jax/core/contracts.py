@@ -37,7 +37,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | label_weight | B G float32 | classification; 0: no text or no label |
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import flax.struct
@@ -522,6 +522,15 @@ class Adapter:
   By default nothing is added and every parameter that the adapter created is trained.
   """
 
+  def check(self, infos: Mapping[str, 'Info'], base: Collection[str]) -> None:
+    """Raises ValueError where an option does not fit the network; called before a run trains.
+
+    Args:
+      infos: what each parameter is, by path, the adapter's own among them.
+      base: the paths of those that are not the adapter's own.
+    """
+    del infos, base
+
   def intercept(
     self,
     next_fun: Callable[..., Any],
@@ -548,6 +557,43 @@ class Adapter:
     """Whether a parameter is trained; `base`: it is not the adapter's own."""
     del path, info
     return not base
+
+  def layers(self, params: PyTree, infos: Mapping[str, 'Info']) -> Mapping[str, np.ndarray]:
+    """Of parameters that are trained in some layers only: in which, bool by path, as
+    `Info.depths` numbers them ([layers] for a stack). One that is trained in none is frozen, one
+    that is not mentioned is trained whole.
+
+    Args:
+      params: those that `trains` says are trained, arrays or shapes.
+      infos: what each of them is, by path.
+    """
+    del params, infos
+    return {}
+
+  def no_gradient(self, path: str) -> str | None:
+    """Why the gradient of a trained parameter is zero before the first step, if the method has it
+    so; None where it must not be, or the parameter would never learn.
+    """
+    del path
+    return None
+
+  def merged(self, params: PyTree, infos: Mapping[str, 'Info']) -> PyTree:
+    """The parameters of the base alone, nested, with which it computes what the adapted network
+    does; where the adapter adds nothing to the network, `params` as they are.
+
+    Args:
+      params: those of the network, nested arrays; a head may be missing.
+      infos: what each of them is, by path.
+
+    Raises:
+      ValueError: the method cannot be merged, or a kernel is no array.
+    """
+    del infos
+    if type(self).intercept is Adapter.intercept and type(self).weights is Adapter.weights:
+      return params
+    raise ValueError(
+      f'the adapter {type(self).__module__} cannot be merged into its base: it has no `merged`.'
+    )
 
   def extras(self, params: PyTree) -> dict[str, Any]:
     """Arrays that are carried from step to step in `TrainState.extras`."""

@@ -358,7 +358,7 @@ def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -
   Raises:
     ValueError: there are none, or some are missing.
   """
-  loaded = pretrained.load_params(program.config, origin, program.params, program.infos)
+  loaded = pretrained.load_params(program, origin)
   missing = {path.split('/')[0] for path in loaded.new}
   partial = any(path.split('/')[0] in missing for path in loaded.params)
   if loaded.new and (heads or partial or 'model' in missing):

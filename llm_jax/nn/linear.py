@@ -26,6 +26,7 @@ AXES = {
   'F': 'mlp',
   'V': 'vocab',
   'C': 'classes',
+  'R': 'rank',  # which no rule cuts
 }
 
 
@@ -65,10 +66,9 @@ class Linear(nn.Module):
     return y
 
   def _weight(self, letters: str, out: str) -> jax.Array | WeightForm:
-    if self.has_variable('params', 'kernel'):
-      there = nn.meta.unbox(self.get_variable('params', 'kernel'))
-      if is_form(there):
-        return there
+    there = form(self, 'kernel')
+    if there is not None:
+      return there
     inputs = tuple(axis for axis, letter in enumerate(letters) if letter not in out)
     return matrix(self, 'kernel', letters, self.shape, self.options, inputs, self.std)
 
@@ -105,6 +105,14 @@ def multiply(
 def is_form(weight: jax.Array | WeightForm) -> bool:
   """Whether a weight is a form, not an array."""
   return hasattr(weight, 'product')
+
+
+def form(module: nn.Module, name: str) -> WeightForm | None:
+  """The weight form that stands where a parameter of a module does, if one does."""
+  if not module.has_variable('params', name):
+    return None
+  there = nn.meta.unbox(module.get_variable('params', name))
+  return there if is_form(there) else None
 
 
 class Norm(nn.Module):

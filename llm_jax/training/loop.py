@@ -23,7 +23,7 @@ from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora, evaluation, logs, memory, meter, page, slices
+from llm_jax.training import adapted, corpora, evaluation, logs, memory, meter, page, slices
 from llm_jax.training import program as programs
 from llm_jax.training.program import Training
 
@@ -130,8 +130,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   """Builds the program and restores the newest checkpoint, or makes a first state.
 
   Raises:
-    ValueError: a corpus too small, a checkpoint that does not fit, or whatever in the config is
-      not possible.
+    ValueError: a corpus too small, a checkpoint that does not fit, a parameter of an adapter that
+      would not learn, or whatever in the config is not possible.
   """
   config, objective, splits = data.config, data.objective, data.splits
   rows = pipeline.training_rows(splits.train, objective, config.seq_len, config.batch_size)
@@ -154,6 +154,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   if restored is None:
     state, position, unlogged = _first_state(program), 0, {}
     patience = Patience(config.evaluation.patience)
+    if program.network.adapter is not None:
+      logging.info('What is trained:\n%s', adapted.report(program, state, train))
   else:
     _check_corpus(restored.meta, splits, restored.step, folder)
     if not bool(program.finite(restored.state)):
@@ -402,7 +404,7 @@ def _first_state(program: Training) -> TrainState:
   if config.init_from is None:
     return state
   folder = pathlib.Path(config.init_from)
-  loaded = pretrained.load_params(config, folder, program.params, program.infos)
+  loaded = pretrained.load_params(program, folder)
   if not loaded.params:
     raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
   meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))
