@@ -154,12 +154,13 @@ class Adapter(contracts.Adapter):
     shape, kept = kernel.shape[len(inputs) :], DTYPES[options.param_dtype]
     magnitude = linear.param(MAGNITUDE, init, shape, kept)
     ratio = _ratio(kernel, kernel + self.scale * product, magnitude, inputs)
-    ratio = with_leading_axes(ratio.astype(y.dtype), y.ndim)
+    # As a difference before it is rounded to the compute type, so that small ones are not lost.
+    more, ratio = (with_leading_axes(x.astype(y.dtype), y.ndim) for x in (ratio - 1, ratio))
     without_bias = y
     if linear.bias:
       bias = nn.meta.unbox(linear.get_variable('params', 'bias'))
       without_bias = y - with_leading_axes(bias.astype(y.dtype), y.ndim)
-    return y + ((ratio - 1) * without_bias + ratio * added)  # y itself where ratio is 1, added 0
+    return y + (more * without_bias + ratio * added)  # y itself at the start
 
   def _check_rank(self, linear: Linear, inputs: int, outputs: int) -> None:
     if self.rank > min(inputs, outputs):
