@@ -210,9 +210,9 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
   adapter = config_lib.given(saved.adapter)
   if adapter and adapter != config_lib.given(config.adapter):
     logging.warning(
-      '%s was trained with config.adapter=%s, which this run does not have: it starts from the base '
-      'without what the adapter added. To start from both, export that run (--mode=export) and name '
-      'the folder in config.init_from.',
+      '%s was trained with config.adapter=%s, and this run has another: what that added beside the '
+      'base is not taken (bitfit and freeze add nothing). To start from both, export that run '
+      '(--mode=export) and name the folder in config.init_from.',
       folder,
       adapter,
     )

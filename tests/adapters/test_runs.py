@@ -106,9 +106,9 @@ def test_what_was_saved_predicts_and_is_exported_merged(run, settings, tmp_path)
 def test_a_run_that_leaves_an_adapter_behind_says_so(run, settings, caplog):
   changes = dict(init_from=str(run.workdir))
   pretrained.fill_in(config_lib.parse(settings | changes))
-  assert 'without what the adapter added' not in caplog.text
+  assert 'beside the base is not taken' not in caplog.text
   pretrained.fill_in(config_lib.parse(settings | changes | dict(adapter={})))
-  assert 'without what the adapter added' in caplog.text
+  assert 'beside the base is not taken' in caplog.text
 
 
 def test_what_is_trained_is_said_and_what_would_not_learn_is_refused(
