@@ -54,7 +54,7 @@ class Adapter(contracts.Adapter):
   def no_gradient(self, path: str) -> str | None:
     return _targets.softmax_hides(path)
 
-  def layers(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, np.ndarray]:
+  def trained_layers(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, np.ndarray]:
     if not self.top:
       return {}
     leaves = tree.flatten(params)

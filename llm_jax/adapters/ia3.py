@@ -14,7 +14,7 @@ from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
-from llm_jax.nn.linear import AXES, Linear, with_leading_axes
+from llm_jax.nn.linear import AXES, Linear, sides, with_leading_axes
 from llm_jax.nn.options import DTYPES
 
 INPUT, OUTPUT = 'ia3_input', 'ia3_output'
@@ -82,9 +82,9 @@ class Adapter(contracts.Adapter):
 
 def _scaled(linear: Linear, name: str, x: jax.Array) -> jax.Array:
   """The input or the output of a linear map times its vector."""
-  letters, out = linear.spec.split(',')[1].replace('...', '').split('->')
-  sizes = dict(zip(letters, linear.shape, strict=True))
-  own = out if name == OUTPUT else ''.join(letter for letter in letters if letter not in out)
+  inputs, out = sides(linear.spec)
+  sizes = dict(zip(inputs + out, linear.shape, strict=True))
+  own = out if name == OUTPUT else inputs
   names = ('norm',) if own == 'D' else tuple(AXES[letter] for letter in own)
   init = params_lib.boxed(nn.initializers.ones, names)
   shape = tuple(sizes[letter] for letter in own)

@@ -26,7 +26,7 @@ from llm_jax.core.contracts import WeightForm
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.dropout import dropout
-from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, with_leading_axes
+from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, sides, with_leading_axes
 from llm_jax.nn.options import DTYPES
 
 A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
@@ -114,9 +114,8 @@ class Adapter(contracts.Adapter):
   def _adapted(self, linear: Linear, x: jax.Array, y: jax.Array) -> jax.Array:
     """The output `y` of a linear map for `x`, with what is learned beside it."""
     options, kept = linear.options, DTYPES[linear.options.param_dtype]
-    letters, out = linear.spec.split(',')[1].replace('...', '').split('->')
-    sizes = dict(zip(letters, linear.shape, strict=True)) | {'R': self.rank}
-    inputs = ''.join(letter for letter in letters if letter not in out)
+    inputs, out = sides(linear.spec)
+    sizes = dict(zip(inputs + out, linear.shape, strict=True)) | {'R': self.rank}
     self._check_rank(linear, math.prod(sizes[i] for i in inputs), math.prod(sizes[o] for o in out))
 
     def matrix(name: str, letters: str, summed: int, init: Callable[..., jax.Array]) -> Any:
@@ -138,28 +137,29 @@ class Adapter(contracts.Adapter):
     if not self.dora:
       return y + added
     product = _product(_dense(a, into, sizes, kept), _dense(b, out_of, sizes, kept))
-    return self._rescaled(linear, out, product, y, added)
+    return self._rescaled(linear, product, y, added)
 
   def _rescaled(
-    self, linear: Linear, out: str, product: jax.Array, y: jax.Array, added: jax.Array
+    self, linear: Linear, product: jax.Array, y: jax.Array, added: jax.Array
   ) -> jax.Array:
     """DoRA's output, where `product` is A B, `y` the base's output and `added` LoRA's."""
     options = linear.options
     kernel = nn.meta.unbox(linear.get_variable('params', 'kernel'))
-    sizes = dict(zip(linear.spec.split(',')[1].split('->')[0], linear.shape, strict=True))
+    letters, out = sides(linear.spec)
+    sizes, inputs = dict(zip(letters + out, linear.shape, strict=True)), tuple(range(len(letters)))
     kernel = _dense(kernel, linear.spec, sizes, options.accumulation_dtype)
-    inputs = tuple(range(len(linear.shape) - len(out)))
     names = ('norm',) if out == 'D' else tuple(AXES[letter] for letter in out)
     init = params_lib.boxed(nn.initializers.zeros, names)
     shape, kept = kernel.shape[len(inputs) :], DTYPES[options.param_dtype]
     magnitude = linear.param(MAGNITUDE, init, shape, kept)
     ratio = _ratio(kernel, kernel + self.scale * product, magnitude, inputs)
-    ratio = with_leading_axes(ratio.astype(y.dtype), y.ndim)
+    # As a difference before it is rounded to the compute type, so that small ones are not lost.
+    more, ratio = (with_leading_axes(x.astype(y.dtype), y.ndim) for x in (ratio - 1, ratio))
     without_bias = y
     if linear.bias:
       bias = nn.meta.unbox(linear.get_variable('params', 'bias'))
       without_bias = y - with_leading_axes(bias.astype(y.dtype), y.ndim)
-    return y + ((ratio - 1) * without_bias + ratio * added)  # y itself where ratio is 1, added 0
+    return y + (more * without_bias + ratio * added)  # y itself at the start
 
   def _check_rank(self, linear: Linear, inputs: int, outputs: int) -> None:
     if self.rank > min(inputs, outputs):
@@ -199,7 +199,8 @@ def _dense(
   """A weight as an array; of a weight form, its product with the identity."""
   if not is_form(weight):
     return weight.astype(dtype)
-  letters, _, out = spec.split(',')[1].replace('...', '').partition('->')
-  inputs = tuple(sizes[letter] for letter in letters if letter not in out)
+  letters, out = sides(spec)
+  inputs = [sizes[letter] for letter in letters]
   identity = jnp.eye(math.prod(inputs), dtype=dtype).reshape(-1, *inputs)
-  return weight.product(spec, identity, dtype, dtype).reshape(*[sizes[i] for i in letters])
+  product = weight.product(spec, identity, dtype, dtype)
+  return product.reshape(*inputs, *[sizes[letter] for letter in out])

@@ -558,7 +558,7 @@ class Adapter:
     del path, info
     return not base
 
-  def layers(self, params: PyTree, infos: Mapping[str, 'Info']) -> Mapping[str, np.ndarray]:
+  def trained_layers(self, params: PyTree, infos: Mapping[str, 'Info']) -> Mapping[str, np.ndarray]:
     """Of parameters that are trained in some layers only: in which, bool by path, as
     `Info.depths` numbers them ([layers] for a stack). One that is trained in none is frozen, one
     that is not mentioned is trained whole.

@@ -54,22 +54,23 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     options = self.options
-    letters, out = self.spec.split(',')[1].replace('...', '').split('->')
+    inputs, out = sides(self.spec)
+    letters = inputs + out
     names = tuple(AXES[letter] for letter in letters)
     dtype = options.compute_dtype
     result = options.accumulation_dtype if self.accumulated else dtype
-    y = multiply(self._weight(letters, out), self.spec, x, names, dtype, result)
+    y = multiply(self._weight(letters, len(inputs)), self.spec, x, names, dtype, result)
     if self.bias:
       sizes = dict(zip(letters, self.shape, strict=True))
       bias = vector(self, 'bias', out, tuple(sizes[letter] for letter in out), options)
       y += with_leading_axes(bias.astype(result), y.ndim)
     return y
 
-  def _weight(self, letters: str, out: str) -> jax.Array | WeightForm:
+  def _weight(self, letters: str, summed: int) -> jax.Array | WeightForm:
     there = form(self, 'kernel')
     if there is not None:
       return there
-    inputs = tuple(axis for axis, letter in enumerate(letters) if letter not in out)
+    inputs = tuple(range(summed))
     return matrix(self, 'kernel', letters, self.shape, self.options, inputs, self.std)
 
 
@@ -105,6 +106,17 @@ def multiply(
 def is_form(weight: jax.Array | WeightForm) -> bool:
   """Whether a weight is a form, not an array."""
   return hasattr(weight, 'product')
+
+
+def sides(spec: str) -> tuple[str, str]:
+  """The letters of a kernel that are summed over, which come first, and the others.
+
+  Example:
+    >>> sides('...NH,NHD->...D')
+    ('NH', 'D')
+  """
+  letters, out = spec.split(',')[1].replace('...', '').split('->')
+  return letters.removesuffix(out), out
 
 
 def form(module: nn.Module, name: str) -> WeightForm | None:

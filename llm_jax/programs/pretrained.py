@@ -207,6 +207,15 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
       'config.json.'
     )
   saved = workdir.read_config(folder)
+  adapter = config_lib.given(saved.adapter)
+  if adapter and adapter != config_lib.given(config.adapter):
+    logging.warning(
+      '%s was trained with config.adapter=%s, and this run has another: what that added beside the '
+      'base is not taken (bitfit and freeze add nothing). To start from both, export that run '
+      '(--mode=export) and name the folder in config.init_from.',
+      folder,
+      adapter,
+    )
   objective = _named_or(config.objective, saved.objective)
   if objective['name'] == CLASSIFY and objective.get('pool') is None:
     objective |= {'pool': _pool(saved)}

@@ -176,7 +176,7 @@ def _trained(program: Inference) -> tuple[frozenset[str], dict[str, np.ndarray]]
   adapter.check(infos, base)
   trained = {path for path, info in infos.items() if adapter.trains(path, info, path in base)}
   chosen, _ = params_lib.split(program.params, trained.__contains__)
-  layers = adapter.layers(chosen, infos)
+  layers = adapter.trained_layers(chosen, infos)
   trained -= {path for path, which in layers.items() if not np.any(which)}
   if not trained:
     raise ValueError('config.adapter leaves no parameter to train; look at its `trains`.')

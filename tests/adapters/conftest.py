@@ -1,6 +1,7 @@
 """Programs of tiny adapted networks without data, each made once for all tests of this folder."""
 
 import functools
+import types
 
 import flax.linen as nn
 import jax
@@ -143,8 +144,6 @@ def bits(x):
 
 @pytest.fixture(scope='session')
 def tiny():
-  import types
-
   return types.SimpleNamespace(
     config=config,
     program=program,

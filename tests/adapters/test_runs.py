@@ -13,6 +13,7 @@ from llm_jax.adapters import lora
 from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.inference.export import export
+from llm_jax.programs import pretrained
 from llm_jax.training import loop
 
 pytestmark = pytest.mark.slow
@@ -100,6 +101,14 @@ def test_what_was_saved_predicts_and_is_exported_merged(run, settings, tmp_path)
   assert not any(
     np.any(x) for path, x in tree.flatten(started.state.params).items() if 'lora_b' in path
   )
+
+
+def test_a_run_that_leaves_an_adapter_behind_says_so(run, settings, caplog):
+  changes = dict(init_from=str(run.workdir))
+  pretrained.fill_in(config_lib.parse(settings | changes))
+  assert 'beside the base is not taken' not in caplog.text
+  pretrained.fill_in(config_lib.parse(settings | changes | dict(adapter={})))
+  assert 'beside the base is not taken' in caplog.text
 
 
 def test_what_is_trained_is_said_and_what_would_not_learn_is_refused(

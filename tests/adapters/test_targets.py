@@ -135,3 +135,30 @@ def test_dropout_acts_in_training_alone(tiny):
   assert losses['plain'][0] == pytest.approx(losses['plain'][1], rel=1e-6)
   assert losses['dropped'][0] == losses['plain'][0]
   assert abs(losses['dropped'][1] - losses['plain'][1]) > 1e-4
+
+
+@pytest.mark.slow
+def test_layers_of_a_pattern_and_one_by_itself_are_adapted(tiny):
+  """As ModernBERT's: the first layer is no part of a stack, the others are two stacks."""
+  shape = dict(norm_order='pre', layers=3, window=4, global_every=2, positions='rope')
+  options = dict(name='lora', rank=2, targets='attention/.*|mlp/down', dora=True)
+  program, base = tiny.known('encoder', options, **shape), tiny.known('encoder', **shape)
+  rng = np.random.default_rng(0)
+
+  def drawn(path, x):
+    around = float(path.endswith('scale'))
+    return rng.normal(around, 0.02 if 'lora' in path else 0.2, x.shape).astype(np.float32)
+
+  params, batch = tree.map_with_path(drawn, program.params), tiny.batch(program)
+  infos = {path: info for path, info in program.infos.items() if path.endswith('lora_a')}
+  assert sorted({(info.layer, info.stacked) for info in infos.values()}) == [
+    (0, False),
+    (1, True),
+    (2, True),
+  ]
+  expected = tiny.hidden(program, params, batch)
+  merged = program.network.adapter.merged(params, program.infos)
+  np.testing.assert_allclose(tiny.hidden(base, merged, batch), expected, atol=2e-5)
+  leaves = tree.flatten(params)
+  plain = tree.nest({path: leaves[path] for path in base.base})
+  assert np.abs(tiny.hidden(base, plain, batch) - expected).max() > 1e-3
