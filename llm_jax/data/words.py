@@ -1,5 +1,5 @@
-"""The words of a record, and which token is whose: text is tokenized as it runs, and a token belongs
-to the word whose characters it spells.
+"""The words of a record, and which token is whose: text is tokenized as it runs, and a token is
+that of the word whose characters it spells.
 
 A record has `words`, which are joined to a text, or a `text`, which is split. How, `WORDS` says.
 """
@@ -81,7 +81,7 @@ def token_words(token_spans: np.ndarray, word_spans: Spans) -> np.ndarray:
   word = real[np.minimum(nearest, len(real) - 1)]
   inside = (nearest < len(real)) & (words[word, 0] < spans[:, 1]) & (spans[:, 0] < spans[:, 1])
   word = np.where(inside, word, NO_WORD)
-  in_order = word >= np.maximum.accumulate(word, initial=NO_WORD)[: len(word)]
+  in_order = word >= np.maximum.accumulate(word)
   return np.where(in_order, word, NO_WORD).astype(np.int32)
 
 
@@ -96,8 +96,8 @@ def check(name: str) -> None:
 def _encoded(
   record: Record, tokenizer: Tokenizer, separator: str, split: Callable[[str], Spans]
 ) -> Encoded:
-  """`tokens` and `token_words` [n], `word_begins` and `word_ends` [words], `words`, and as they are
-  given `tags` and `spans`.
+  """`tokens` and `token_words` [n], `word_begins` and `word_ends` [words], `words`, how many
+  `characters` the text has, and as they are given `tags` and `spans`.
   """
   if record.get('words') is not None:
     words = _strings(record['words'])
@@ -121,6 +121,7 @@ def _encoded(
     'word_begins': bounds[:, 0],
     'word_ends': bounds[:, 1],
     'words': words,
+    'characters': len(text),
   }
   return encoded | {name: record[name] for name in ('tags', 'spans') if name in record}
 

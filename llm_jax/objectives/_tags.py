@@ -59,8 +59,8 @@ def check_scheme(scheme: str, tags: Sequence[str]) -> None:
   for tag in tags:
     if tag != OUTSIDE and parts(tag)[0] not in set(SCHEMES[scheme]):
       raise ValueError(
-        f'objective.scheme={scheme!r} has tags O and {", ".join(SCHEMES[scheme])} with a type, such '
-        f'as {SCHEMES[scheme][0]}-PER, and not {tag!r}; choose another scheme, or {NO_SCHEME!r}.'
+        f'objective.scheme={scheme!r} has tags O and {", ".join(SCHEMES[scheme])} with a type, '
+        f'such as {SCHEMES[scheme][0]}-PER, and not {tag!r}; choose another, or {NO_SCHEME!r}.'
       )
 
 
@@ -117,19 +117,20 @@ def entities(tags: Sequence[str]) -> list[Entity]:
 
 
 def given(documents: Documents) -> Iterator[list[str] | None]:
-  """The tags of each document, from its `tags`, or in IOB2 from its `spans`; None where it has none.
+  """The tags of each document, from its `tags`, or in IOB2 from its `spans`, or None.
 
   Raises:
     ValueError: what is wrong with them, naming the document and the field.
   """
   tags, spans = documents.values('tags'), documents.values('spans')
-  words = documents.lengths('word_begins')
+  counts = documents.lengths('word_begins')
   for index in range(len(documents)):
     try:
       if tags is not None and tags[index] is not None:
-        yield _listed(tags[index], int(words[index]))
+        yield _listed(tags[index], int(counts[index]))
       elif spans is not None and spans[index] is not None:
-        yield _spelled(spans[index], _bounds(documents, index), documents.values('words')[index])
+        words, length = (documents.values(name)[index] for name in ('words', 'characters'))
+        yield _spelled(spans[index], _bounds(documents, index), words, length)
       else:
         yield None
     except ValueError as error:
@@ -166,8 +167,9 @@ def numbered(
     if each is None:
       if required:
         raise ValueError(
-          f"{documents.where(index)} has no tags; give it some (config.data.fields=('words','tags') "
-          'names the fields of a source), or set --config.objective.unlabelled=ignore.'
+          f'{documents.where(index)} has no tags; give it some '
+          "(config.data.fields=('words','tags') names the fields of a source), or set "
+          '--config.objective.unlabelled=ignore.'
         )
       numbers.append(None)
       continue
@@ -207,20 +209,22 @@ def _listed(tags: Any, words: int) -> list[str]:
   return tags
 
 
-def _spelled(spans: Any, bounds: list[tuple[int, int]], words: Sequence[str]) -> list[str]:
+def _spelled(
+  spans: Any, bounds: list[tuple[int, int]], words: Sequence[str], length: int
+) -> list[str]:
   """Spans of characters as tags in IOB2."""
   tags = [OUTSIDE] * len(bounds)
-  length, last = bounds[-1][1] if bounds else 0, (0, 0)
+  last = (0, 0)
   for begin, end, label in sorted(map(_span, _as_list(spans))):
     shown = f"field 'spans': [{begin}, {end}, {label!r}]"
+    if begin < 0 or end > length:
+      raise ValueError(f'{shown} is outside of the text, which has {length} characters.')
     if begin < last[1]:
       raise ValueError(f'{shown} overlaps with [{last[0]}, {last[1]}]; a word has one label.')
     last = begin, end
     inside = [i for i, (first, stop) in enumerate(bounds) if first < end and begin < stop]
-    if not inside or begin < 0:
-      raise ValueError(
-        f'{shown} holds no word of the text, whose last word ends at character {length}.'
-      )
+    if not inside:
+      raise ValueError(f'{shown} holds no word of the text, only white space.')
     for i in (inside[0], inside[-1]):
       if not begin <= bounds[i][0] < bounds[i][1] <= end:
         raise ValueError(
@@ -272,8 +276,8 @@ def _check_order(
     )
   if not known.last_C[ids[-1]]:
     raise ValueError(
-      f'{where}: the last word has the tag {tags[ids[-1]]!r}, which scheme={scheme} does not allow; '
-      f'{_WAY_OUT}'
+      f'{where}: the last word has the tag {tags[ids[-1]]!r}, which scheme={scheme} does not '
+      f'allow; {_WAY_OUT}'
     )
 
 

@@ -20,8 +20,16 @@ import optax
 from absl import logging
 
 from llm_jax.core import contracts
-from llm_jax.core.contracts import Batch, Documents, Encoded, Example, Metrics, Net, Record
-from llm_jax.core.contracts import Tokenizer
+from llm_jax.core.contracts import (
+  Batch,
+  Documents,
+  Encoded,
+  Example,
+  Metrics,
+  Net,
+  Record,
+  Tokenizer,
+)
 from llm_jax.data import pairs
 from llm_jax.data import words as words_lib
 from llm_jax.nn import crf, heads
@@ -148,8 +156,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     """A causal model has not seen a word at its first token."""
     if model.causal:
       raise ValueError(
-        'objective tag reads a word at its first token, where a causal model has not seen the rest; '
-        'use an encoder.'
+        'objective tag reads a word at its first token, where a causal model has not seen the '
+        'rest; use an encoder.'
       )
 
   def rows(self, documents: Documents, seq_len: int) -> '_Rows':
@@ -412,7 +420,7 @@ def _entities(
 def _checked(tags: tuple[str, ...] | None) -> tuple[str, ...]:
   if not tags or len(set(tags)) < len(tags) or not all(isinstance(tag, str) for tag in tags):
     raise ValueError(
-      f'objective.tags={tags} must be names, each once; leave it unset for the tags of the training '
-      'documents.'
+      f'objective.tags={tags} must be names, each once; leave it unset for the tags of the '
+      'training documents.'
     )
   return tuple(tags)

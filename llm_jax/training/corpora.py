@@ -21,7 +21,7 @@ from llm_jax.data import cache
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, pretrained, workdir
 
-EMBEDDED = ('stdlib', 'docstrings')  # sources that come with Python
+EMBEDDED = ('stdlib', 'docstrings', 'headings')  # sources that come with Python
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ class Sentences(_lines.Lines):
       ValueError: the file is not UTF-8.
     """
     file, first, _, _ = (int(value) for value in self._index[index])
-    for number, line in enumerate(self.data(index).splitlines(), first):  # bytes: at \n and \r alone
+    data = self.data(index).removesuffix(b'\n')
+    for number, line in enumerate(data.split(b'\n'), first):
       where = f'{self.files[file]}:{number}'
       try:
-        yield line.decode('utf-8-sig' if number == 1 else 'utf-8'), where
+        yield line.removesuffix(b'\r').decode('utf-8-sig' if number == 1 else 'utf-8'), where
       except UnicodeDecodeError as error:
         raise ValueError(f'{where}: not UTF-8 ({error.reason}); {_paths.TO_UTF8}.') from error
 

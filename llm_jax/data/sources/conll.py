@@ -42,8 +42,8 @@ class Source(_sentences.Sentences):
         continue
       if len(cells) != (wanted or len(cells)):
         raise ValueError(
-          f'{where}: {len(cells)} columns, and {wanted} in the lines before; every line of a sentence '
-          'has as many, and a blank line ends it.'
+          f'{where}: {len(cells)} columns, and {wanted} in the lines before; every line of a '
+          'sentence has as many, and a blank line ends it.'
         )
       wanted = len(cells)
       words.append(self._cell(cells, 'word_column', where))

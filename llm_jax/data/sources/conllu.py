@@ -1,5 +1,6 @@
-"""CoNLL-U, the format of Universal Dependencies (https://universaldependencies.org/format.html); plain
-or gzip.
+"""CoNLL-U, the format of Universal Dependencies; plain or gzip.
+
+https://universaldependencies.org/format.html
 """
 
 from typing import Any
@@ -19,8 +20,8 @@ class Source(_sentences.Sentences):
   empty nodes ('1.1') do not.
 
   Args:
-    path: a file, a folder (.conllu, .conllu.gz at any depth), a glob, or several with commas between
-      them.
+    path: a file, a folder (.conllu, .conllu.gz at any depth), a glob, or several with commas
+      between them.
     column: the column with the tags, one of `COLUMNS`.
 
   Raises:
@@ -69,7 +70,7 @@ class Source(_sentences.Sentences):
 
 
 def _check_other(number: str, where: str) -> None:
-  """Raises ValueError unless it is the range of a multiword token, or the number of an empty node."""
+  """Raises ValueError unless it numbers a multiword token (a range) or an empty node."""
   parts = number.split('-') if '-' in number else number.split('.')
   if len(parts) != 2 or not all(part.isdecimal() for part in parts):
     raise ValueError(f"{where}: {number!r} is no number of a word, range ('1-2') or empty node.")

@@ -1,5 +1,5 @@
-"""Text with a tag on each word, `The/DT house/NN`, one sentence per line (as the Brown corpus and the
-Chinese People's Daily have it); plain or gzip.
+"""Text with a tag on each word, `The/DT house/NN`, one sentence per line, as the Brown corpus and
+the Chinese People's Daily have it; plain or gzip.
 """
 
 from typing import Any
