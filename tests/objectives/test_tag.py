@@ -416,8 +416,9 @@ def test_chains_by_hand(loss):
   net, w, (first, both, last) = net_of(rng)
   batch, hidden = batch_of(rng)
   objective = made(loss=loss)
-  metrics = objective.loss(net, jnp.asarray(hidden), batch)
-  said = objective.predict(net, jnp.asarray(hidden), batch)
+  metrics, said = jax.jit(
+    lambda x: (objective.loss(net, x, batch), objective.predict(net, x, batch))
+  )(hidden)
   logits = hidden[0].astype(np.float64) @ w
   total = 0.0
   for places in ([1, 5, 9, 12], [16]):
@@ -440,7 +441,7 @@ def test_chains_by_hand(loss):
     float(metrics['tag'][0]) == pytest.approx(total, rel=1e-5) and float(metrics['tag'][1]) == 5
   )
   assert ('probability' in said) == (loss == 'crf')
-  free = made(loss=loss, scheme='none').loss(net, jnp.asarray(hidden), batch)
+  free = jax.jit(lambda x: made(loss=loss, scheme='none').loss(net, x, batch))(hidden)
   assert float(free['tag'][0]) > float(metrics['tag'][0]) + 1e-3  # negative control
 
 

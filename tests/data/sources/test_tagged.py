@@ -1,4 +1,4 @@
-"""CoNLL columns, CoNLL-U and word/tag text: the same sentences, bad lines named by file and line."""
+"""CoNLL columns, CoNLL-U and word/tag text; bad lines are named by file and line."""
 
 import gzip
 import pickle
