@@ -96,8 +96,8 @@ def _entities(
     average = table.get('micro avg', {})
     for name, key in (('precision', 'precision'), ('recall', 'recall'), ('f1', 'f1-score')):
       numbers[f'{prefix}{name}'] = float(average.get(key, 0.0))
-    text = _report(seqeval, *given, **how, digits=4) if table else 'none, given or answered\n'
-    report.append(f'{title}:\n{text}')
+    text = _report(seqeval, *given, **how, digits=4)
+    report.append(f'{title}:\n{text or "none, given or answered"}')
   return numbers, '\n\n'.join(report)
 
 
