@@ -445,6 +445,32 @@ def test_chains_by_hand(loss):
   assert float(free['tag'][0]) > float(metrics['tag'][0]) + 1e-3  # negative control
 
 
+@pytest.mark.parametrize('loss', tag.LOSSES)
+def test_each_loss_leads_to_the_right_tags(loss):
+  batch, hidden = batch_of(np.random.default_rng(2))
+  objective = made(loss=loss)
+  _, w, moves = net_of(np.random.default_rng(2))
+
+  def value(params):
+    w, moves = params
+    net = types.SimpleNamespace(heads={'tagger': lambda x: x @ w, 'moves': lambda: moves})
+    total, weight = objective.loss(net, hidden, batch)['tag']
+    return total / weight, objective.predict(net, hidden, batch)['tags']
+
+  @jax.jit
+  def descend(params):
+    (loss, tags), grads = jax.value_and_grad(value, has_aux=True)(params)
+    return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads), loss, tags
+
+  params, losses = (w, moves), []
+  for _ in range(80):
+    params, loss_value, tags = descend(params)
+    losses.append(float(loss_value))
+  words = batch['tag_weight'] > 0
+  assert (np.asarray(tags)[words] == batch['tag'][words]).all()
+  assert losses[-1] < 0.2 * losses[0] and all(np.isfinite(losses))
+
+
 def test_an_answer_breaks_no_rule_where_words_are_not_read():
   """Around a word without a token, which gets O, no I stands after it, nor does B go on into it."""
   tags = ('B-x', 'L-x', 'O', 'U-x')

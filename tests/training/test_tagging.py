@@ -10,7 +10,6 @@ import pytest
 import llm_jax
 from configs import tag as config_file
 from llm_jax.core import config as config_lib
-from llm_jax.core import tree
 from llm_jax.data.sources import conll
 from llm_jax.inference import testing
 from llm_jax.modes import eval as eval_mode
@@ -42,7 +41,7 @@ def sentences(count, seed):
   return '\n'.join(lines)
 
 
-def settings(folder, loss='crf'):
+def settings(folder):
   found = config_file.get_config().to_dict()
   del found['pretrained']
   found |= dict(steps=40, batch_size=8, seq_len=64, log_every=10, eval_every=20, micro_batches=1)
@@ -52,15 +51,15 @@ def settings(folder, loss='crf'):
   )
   found['test'] = dict(path=str(folder / 'test.conll'))
   found['tokenizer'] = dict(name='byte')
-  found['objective'] |= dict(loss=loss, dropout=0.0)
+  found['objective'] |= dict(loss='crf', dropout=0.0)
   found['model'] |= dict(dim=32, layers=1, heads=2, mlp_dim=64, max_len=64, dropout=0.0)
   found['optimizer'] |= dict(learning_rate=2e-2)
   found['logging'] = dict(tensorboard=False)
   return found
 
 
-def prepared(folder, name, **options):
-  return loop.prepare(config_lib.parse(settings(folder, **options)), folder / name)
+def prepared(folder, name):
+  return loop.prepare(config_lib.parse(settings(folder)), folder / name)
 
 
 @pytest.fixture(scope='module')
@@ -121,7 +120,7 @@ def test_answers_are_what_was_scored(folder, run):
   assert alone[0]['tags'] == answers[0]['tags']
   as_text = session.predict([' '.join(records[0]['words'])])
   assert as_text[0]['tags'] == answers[0]['tags']
-  assert 'moves' in tree.nest({p: 0 for p in ['moves']}) and 'heads_moves' in session.params
+  assert all(np.asarray(x).any() for x in jax.tree.leaves(session.params['heads_moves']))
 
 
 def test_scores_are_those_of_eval_mode(run):
@@ -153,12 +152,6 @@ def test_files_are_answered(run, tmp_path):
   assert whole['tags'] == first['tags'] and whole['entities'] == first['entities']
   assert (empty['words'], empty['tags'], empty['entities']) == ([], [], [])
   assert len(cut['tags']) == 3 and cut['unread'] == [1, 2] and cut['tags'][1:] == ['O', 'O']
-
-
-@pytest.mark.parametrize('loss', ['softmax', 'hinge'])
-def test_the_other_losses_learn_too(folder, loss):
-  run = prepared(folder, loss, loss=loss)
-  assert loop.train(run)['f1'] > 0.8
 
 
 def test_wrong_tags_are_named_by_file_and_line(folder, tmp_path):
