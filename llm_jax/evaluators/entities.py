@@ -24,7 +24,14 @@ Tags = list[list[str]]  # of each text
 
 
 class Evaluator:
-  """Scores of an objective whose answers have `tags`."""
+  """Scores of an objective whose answers have `tags`.
+
+  Raises:
+    ImportError: seqeval is not installed.
+  """
+
+  def __init__(self):
+    _seqeval()  # now, and not after the first steps
 
   def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
     """See `scores`.
@@ -141,6 +148,6 @@ def _seqeval() -> Any:
   except ImportError as error:
     raise ImportError(
       "the evaluator 'entities' needs the package seqeval: pip install 'llm_jax[tag]', or "
-      'pip install seqeval==1.2.2.'
+      'pip install seqeval==1.2.2; or name others: config.evaluators = dict(loss={}).'
     ) from error
   return seqeval
