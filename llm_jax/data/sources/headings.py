@@ -68,7 +68,9 @@ def _function(words: Sequence[str]) -> Iterator[str]:
 
 
 def _class(words: Sequence[str]) -> Iterator[str]:
-  yield from _dotted(words, dict.fromkeys(('class', '(', ','), 'class'))
+  found = _dotted(words, dict.fromkeys(('class', '(', ','), 'class'))
+  for tag, after in zip(found, [*words[1:], ''], strict=True):
+    yield 'O' if after == '=' else tag  # metaclass=...
 
 
 def _imported(words: Sequence[str]) -> Iterator[str]:

@@ -131,7 +131,7 @@ def test_words_that_cannot_be(tmp_path, item):
   ('line', 'entities'),
   [
     ('async def f(self, *, a=g(b, c)):', ['function f', 'parameter self', 'parameter a']),
-    ('class A(b.C, D):', ['class A', 'class b . C', 'class D']),
+    ('class A(b.C, D, metaclass=E):', ['class A', 'class b . C', 'class D']),
     ('import os.path, sys as s', ['module os . path', 'module sys']),
     ('from .x import (a as b, c)', ['module . x', 'name a', 'name c']),
   ],
