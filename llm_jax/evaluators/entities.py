@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from llm_jax.core.contracts import Validation
+from llm_jax.evaluators import _slices
 
 NO_SCHEME = 'none'
 _CONLL = str.maketrans('LU', 'ES')  # seqeval's default mode has BILOU by the letters of IOBES
@@ -45,16 +46,22 @@ class Evaluator:
         "the evaluator 'entities' scores tags of words, and the objective gives none; name other "
         'evaluators in config.evaluators.'
       )
-    right, said = [], []
-    for wanted, answer in _answered(validation):
+    right, said, places = [], [], []
+    for wanted, answer, place in _answered(validation):
       right.append(wanted)
       said.append(answer)
+      places.append(place)
     if not sum(map(len, right)):
       raise ValueError(
         'no word of the validation set has a tag; give tags, or raise config.data.validation or '
         'config.evaluation.rows.'
       )
-    return scores(right, said, predictor.scheme)
+    numbers, report = scores(right, said, predictor.scheme)
+    for field, rows in validation.slices.items():
+      groups = [rows[row][slot] for row, slot in places]
+      gaps, text = _by_group(field, groups, right, said, predictor.scheme)
+      numbers, report = numbers | gaps, f'{report}\n{text}'
+    return numbers, report
 
 
 def scores(right: Tags, said: Tags, scheme: str) -> tuple[dict[str, float], str]:
@@ -76,6 +83,31 @@ def scores(right: Tags, said: Tags, scheme: str) -> tuple[dict[str, float], str]
   if scheme == NO_SCHEME:
     return _tags(words, answers, numbers)
   return _entities(right, said, scheme, numbers)
+
+
+def _by_group(
+  field: str, groups: Sequence[str], right: Tags, said: Tags, scheme: str
+) -> tuple[dict[str, float], str]:
+  """Gaps between groups of texts: the largest less the smallest accuracy of words and F1 of a group
+  of at least `_slices.FEW` texts, NaN where there are not two; and a table.
+  """
+  names = ('word_accuracy', 'macro_f1' if scheme == NO_SCHEME else 'f1')
+  found, lines = [], [f'by {field}:']
+  for group in sorted(set(groups)):
+    chosen = [i for i, name in enumerate(groups) if name == group and right[i]]
+    if not chosen:
+      continue
+    numbers, _ = scores([right[i] for i in chosen], [said[i] for i in chosen], scheme)
+    few = len(chosen) < _slices.FEW
+    found += [] if few else [numbers]
+    shown = '  '.join(f'{name} {numbers[name]:.4f}' for name in names)
+    mark = f'  (fewer than {_slices.FEW} texts: in no gap)' if few else ''
+    lines.append(f'{group:>18} {len(chosen):>7} texts  {shown}{mark}')
+  gaps = {}
+  for name in names:
+    values = [numbers[name] for numbers in found]
+    gaps[f'{field}_{name}_gap'] = max(values) - min(values) if len(values) > 1 else float('nan')
+  return gaps, '\n'.join(lines)
 
 
 def _tags(
@@ -124,8 +156,10 @@ def _conll(tag: str) -> str:
   return tag[:1].translate(_CONLL) + tag[1:]
 
 
-def _answered(validation: Validation) -> Iterator[tuple[list[str], list[str]]]:
-  """The tags of each text that has some, and those that are answered."""
+def _answered(
+  validation: Validation,
+) -> Iterator[tuple[list[str], list[str], tuple[int, int]]]:
+  """The tags of each text that has some, those that are answered, and its row and slot."""
   predictor, number = validation.objective.predictor, 0
   for batch in validation.batches():
     found = jax.device_get(validation.predict(batch, ()))
@@ -134,10 +168,10 @@ def _answered(validation: Validation) -> Iterator[tuple[list[str], list[str]]]:
       rows, index = validation.rows[number + row]
       arrays = {name: values[row] for name, values in found.items()}
       answers = predictor.answers(arrays, rows, index)
-      for text, answer in zip(rows.texts(index), answers, strict=True):
+      for slot, (text, answer) in enumerate(zip(rows.texts(index), answers, strict=True)):
         wanted: Sequence[str] | None = rows.tags(text)
         if wanted is not None:
-          yield list(wanted), answer['tags']
+          yield list(wanted), answer['tags'], (number + row, slot)
     number += size
 
 

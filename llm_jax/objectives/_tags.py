@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from llm_jax.core.contracts import Documents
 
@@ -147,15 +148,16 @@ def found(documents: Sequence[Documents]) -> dict[str, int]:
 
 
 def numbered(
-  documents: Documents, tags: Sequence[str], scheme: str, required: bool
+  documents: Documents, tags: Sequence[str], scheme: str, required: bool, strict: bool
 ) -> list[np.ndarray | None]:
   """The numbers of the tags of each document; None where it has none.
 
   Args:
     documents: with their tags.
     tags: their names in the order of their numbers.
-    scheme: tags that break it are an error; 'none' for any.
-    required: a document without tags is one too.
+    scheme: what they should keep to.
+    required: a document without tags is an error.
+    strict: so are tags that break the scheme; otherwise they are counted and logged.
 
   Raises:
     ValueError: what is wrong, naming the document and the word.
@@ -163,6 +165,7 @@ def numbered(
   number = {tag: i for i, tag in enumerate(tags)}
   known = rules(scheme, tags)
   numbers: list[np.ndarray | None] = []
+  broken = []
   for index, each in enumerate(given(documents)):
     if each is None:
       if required:
@@ -181,8 +184,22 @@ def numbered(
           'config.objective.tags, or give more documents.'
         )
     ids = np.array([number[tag] for tag in each], np.int32)
-    _check_order(ids, known, tags, scheme, documents.where(index))
+    fault = _fault(ids, known, tags, scheme)
+    if fault and strict:
+      raise ValueError(f'{documents.where(index)}: {fault}; {_WAY_OUT}')
+    broken += [(index, fault)] if fault else []
     numbers.append(ids)
+  if broken:
+    index, fault = broken[0]
+    logging.warning(
+      'tag: the tags of %d of %d documents break their scheme, and strict scores do not count such '
+      'entities; the first: %s: %s; %s',
+      len(broken),
+      len(documents),
+      documents.where(index),
+      fault,
+      _WAY_OUT,
+    )
   return numbers
 
 
@@ -259,26 +276,22 @@ def _bounds(documents: Documents, index: int) -> list[tuple[int, int]]:
   return list(zip(begins, documents.array('word_ends', index).tolist(), strict=True))
 
 
-def _check_order(
-  ids: np.ndarray, known: Rules, tags: Sequence[str], scheme: str, where: str
-) -> None:
-  """Raises ValueError for the first tag that its scheme does not allow where it stands."""
+def _fault(ids: np.ndarray, known: Rules, tags: Sequence[str], scheme: str) -> str:
+  """The first tag that its scheme does not allow where it stands; '' where there is none."""
   if not len(ids):
-    return
+    return ''
   fine = np.concatenate([[known.first_C[ids[0]]], known.next_CC[ids[:-1], ids[1:]]])
   wrong = np.flatnonzero(~fine)
   if len(wrong):
     place = int(wrong[0])
     before = f'{tags[ids[place - 1]]!r}' if place else 'nothing'
-    raise ValueError(
-      f'{where}: word {place} has the tag {tags[ids[place]]!r} after {before}, which '
-      f'scheme={scheme} does not allow; {_WAY_OUT}'
+    return (
+      f'word {place} has the tag {tags[ids[place]]!r} after {before}, which scheme={scheme} does '
+      'not allow'
     )
   if not known.last_C[ids[-1]]:
-    raise ValueError(
-      f'{where}: the last word has the tag {tags[ids[-1]]!r}, which scheme={scheme} does not '
-      f'allow; {_WAY_OUT}'
-    )
+    return f'the last word has the tag {tags[ids[-1]]!r}, which scheme={scheme} does not allow'
+  return ''
 
 
 _WAY_OUT = (

@@ -168,10 +168,15 @@ class Objective(contracts.Objective, contracts.Predictor):
     Raises:
       ValueError: tags that cannot be, naming the document.
     """
-    # An order that cannot be has probability 0, and so no loss that can be learned from.
-    scheme = self.scheme if self.kind != 'softmax' else _tags.NO_SCHEME
-    required = self.unlabelled == 'error'
-    rows = _Rows(self, documents, seq_len, _tags.numbered(documents, self.tags, scheme, required))
+    numbers = _tags.numbered(
+      documents,
+      self.tags,
+      self.scheme,
+      required=self.unlabelled == 'error',
+      # An order that cannot be has probability 0, and so no loss that can be learned from.
+      strict=self.kind != 'softmax',
+    )
+    rows = _Rows(self, documents, seq_len, numbers)
     rows.log_cut()
     rows.log_unread()
     if self.packing != 'none':

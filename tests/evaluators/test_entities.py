@@ -120,6 +120,21 @@ def test_every_word_counts_also_one_that_is_not_read():
   assert entities.Evaluator().evaluate(again)[0] == numbers
 
 
+def test_groups_of_texts_are_scored_apart():
+  words = lambda *tags: {'words': ['aa'] * len(tags), 'tags': list(tags)}
+  records = [words('B-x', 'O')] * 12 + [words('O', 'B-x')] * 11 + [words('O')] * 3
+  objective = tag.Objective(TOKENIZER, ('B-x', 'O'), packing='none')
+  said = lambda batch: np.where(np.arange(12) == 1, 0, 1) * np.ones_like(batch['tag'])
+  validation = validation_of(objective, records, 12, said)
+  groups = ['begin'] * 12 + ['end'] * 11 + ['rare'] * 3
+  order = [rows.texts(index)[0] for rows, index in validation.rows]
+  validation = validation._replace(slices={'kind': [[groups[text]] for text in order]})
+  numbers, report = entities.Evaluator().evaluate(validation)
+  assert numbers['kind_word_accuracy_gap'] == numbers['kind_f1_gap'] == 1.0
+  assert 'end      11 texts' in report and 'fewer than 10 texts' in report
+  assert np.isnan(entities._by_group('k', ['a'], [['O']], [['O']], 'IOB2')[0]['k_f1_gap'])
+
+
 def test_refusals():
   validation = types.SimpleNamespace(objective=types.SimpleNamespace(predictor=None))
   with pytest.raises(ValueError, match="'entities' scores tags of words"):

@@ -8,10 +8,11 @@ from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llm_jax.data import encoding
 from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
 from llm_jax.nn.crf import FIRST, GAP, LAST, WORD
-from llm_jax.objectives import _tags, tag
+from llm_jax.objectives import _tags, mix, mlm, tag
 
 RNG = np.random.default_rng(0)
 TOKENIZER = byte.create()
@@ -226,6 +227,27 @@ def test_tags_that_cannot_be(tags, options, message):
   record = {'words': ['a', 'b']} | ({} if tags is None else {'tags': tags})
   with pytest.raises(ValueError, match=message):
     made(**options).rows(memory(record), 16)
+
+
+def test_softmax_counts_what_breaks_the_scheme(caplog):
+  records = [{'words': ['a', 'b'], 'tags': ['O', 'I-PER']}, ANN]
+  made().rows(memory(*records), 16)
+  assert 'the tags of 1 of 2 documents break their scheme' in caplog.text
+  assert "document 0: word 1 has the tag 'I-PER' after 'O', which scheme=IOB2" in caplog.text
+  caplog.clear()
+  made(scheme='none').rows(memory(*records), 16)
+  assert 'scheme' not in caplog.text
+
+
+def test_rows_of_a_mix_are_masked_too():
+  parts = dict(tag=made(), mlm=mlm.Objective(TOKENIZER, mask_rate=0.5))
+  both = mix.Objective(parts=parts, rows='tag', weights=dict(tag=1.0, mlm=0.1))
+  text = 'Ann Lee in Ur'
+  encoder = encoding.Encoder([tag.Objective.encoding({}), mlm.Objective.encode])
+  documents = Memory([{'text': text, 'spans': [[0, 7, 'PER']]}], encoder, TOKENIZER)
+  row = both.transform(both.rows(documents, 24).example(0, RNG), np.random.default_rng(0))
+  assert row['mask_weights'].sum() == 6 and row['tag_weight'].sum() == 4
+  assert both.predictor is parts['tag'] and both.terms == {'tag': 1.0, 'mlm': 0.1}
 
 
 def test_tags_that_can_be():
