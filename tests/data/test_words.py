@@ -62,6 +62,50 @@ def test_it_is_what_a_search_finds(data):
   assert words.token_words(np.array(tokens).reshape(-1, 2), spans).tolist() == wanted
 
 
+def wordpiece(tokenizers):
+  made = tokenizers.Tokenizer(tokenizers.models.WordPiece(unk_token='[UNK]'))
+  made.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+  made.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+  return made, tokenizers.trainers.WordPieceTrainer(vocab_size=90, special_tokens=SPECIALS)
+
+
+def byte_level(tokenizers):
+  made = tokenizers.Tokenizer(tokenizers.models.BPE())
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=340, special_tokens=SPECIALS, initial_alphabet=alphabet
+  )
+  return made, trainer
+
+
+SPECIALS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]']
+
+
+@pytest.mark.parametrize('kind', [wordpiece, byte_level])
+def test_words_are_found_with_tokenizers_of_hugging_face(tmp_path, kind):
+  import tokenizers
+
+  from llm_jax.data.tokenizers import hf
+
+  made, trainer = kind(tokenizers)
+  made.train_from_iterator(['the cat sat, caf\u00e9', 'in Z\u00fcrich 北京'] * 20, trainer)
+  made.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer = hf.load(str(tmp_path))
+  given_words = ['The', 'cat,', '北京', '😀', 'cafe\u0301', '\u0301', 'Z\u00fcrich']
+  found = words.WORDS['space']({'words': given_words}, tokenizer)
+  text, spans = words.joined(given_words, ' ')
+  ids, token_spans = tokenizer.offsets(text)
+  assert found['tokens'].tolist() == ids.tolist()
+  read, firsts = np.unique(found['token_words'], return_index=True)
+  read = dict(zip(read.tolist(), firsts.tolist(), strict=True))
+  lost = {5} if kind is wordpiece else set()  # its normaliser takes accents away
+  assert read.keys() - {-1} == set(range(7)) - lost
+  for word, token in read.items():
+    if word >= 0:  # a byte-level token has the space before its word, or begins with it
+      assert token_spans[token][0] in (spans[word][0], spans[word][0] - 1)
+
+
 @pytest.mark.parametrize(
   ('record', 'message'),
   [
