@@ -11,6 +11,9 @@ from llm_jax.nn import crf
 from llm_jax.nn.options import Options
 
 TAGS, WORDS = 5, 6
+log_partition, marginals, viterbi, best_score, score = map(
+  jax.jit, (crf.log_partition, crf.marginals, crf.viterbi, crf.best_score, crf.score)
+)
 
 
 @pytest.fixture(autouse=True)
@@ -67,21 +70,21 @@ def test_log_partition_marginals_and_viterbi_are_those_of_enumeration(bits):
   logits, chain, (places,) = row_of(rng, [bits], 11)
   every, scores = enumerated(logits[0], chain[0], places, moves)
   log_z = np.log(np.sum(np.exp(scores - scores.max()))) + scores.max()
-  assert abs(float(crf.log_partition(logits, chain, moves)[0]) - log_z) < 1e-12 * max(1, abs(log_z))
+  assert abs(float(log_partition(logits, chain, moves)[0]) - log_z) < 1e-12 * max(1, abs(log_z))
   p = np.exp(scores - log_z)
   wanted = np.zeros(logits.shape[1:])
   for y, place in zip(np.transpose(every), places, strict=True):
     np.add.at(wanted[place], y, p)
-  found = np.asarray(crf.marginals(jnp.asarray(logits), chain, moves)[0])
+  found = np.asarray(marginals(jnp.asarray(logits), chain, moves)[0])
   np.testing.assert_allclose(found, wanted, atol=1e-12)
   best = np.zeros(chain.shape[1], int)
   best[places] = every[int(np.argmax(scores))]
-  assert crf.viterbi(jnp.asarray(logits), chain, moves)[0].tolist() == best.tolist()
-  assert float(crf.best_score(logits, chain, moves)[0]) == pytest.approx(scores.max(), abs=1e-12)
+  assert viterbi(jnp.asarray(logits), chain, moves)[0].tolist() == best.tolist()
+  assert float(best_score(logits, chain, moves)[0]) == pytest.approx(scores.max(), abs=1e-12)
   for index in rng.choice(len(every), 3, replace=False):
     tags = rng.integers(0, TAGS, chain.shape)  # whatever stands where no word is
     tags[0, places] = every[index]
-    given = float(crf.score(jnp.asarray(logits), tags, chain, moves)[0])
+    given = float(score(jnp.asarray(logits), tags, chain, moves)[0])
     assert given == pytest.approx(scores[index], abs=1e-12)
 
 
@@ -96,18 +99,18 @@ def test_texts_of_a_row_are_chains_of_their_own():
   logits, chain, texts = row_of(rng, chains, 12, 3)
   apart = [enumerated(logits[0], chain[0], places, moves) for places in texts]
   log_z = sum(np.log(np.sum(np.exp(scores))) for _, scores in apart)
-  assert float(crf.log_partition(logits, chain, moves)[0]) == pytest.approx(log_z, abs=1e-12)
+  assert float(log_partition(logits, chain, moves)[0]) == pytest.approx(log_z, abs=1e-12)
   best = np.concatenate([every[int(np.argmax(scores))] for every, scores in apart])
-  found = crf.viterbi(jnp.asarray(logits), chain, moves)[0]
+  found = viterbi(jnp.asarray(logits), chain, moves)[0]
   assert found[np.concatenate(texts)].tolist() == best.tolist()
   tags = np.zeros(chain.shape, int)
   tags[0, np.concatenate(texts)] = [1, 2, 0, 0, 1, 2]
   parts = [by_hand(logits[0], chain[0], p, moves, tags[:, p])[0] for p in texts]
-  given = float(crf.score(jnp.asarray(logits), tags, chain, moves)[0])
+  given = float(score(jnp.asarray(logits), tags, chain, moves)[0])
   assert given == pytest.approx(sum(parts), abs=1e-12)
   joined = chain & ~FIRST  # negative control: without the bound it is another number
   joined[0, texts[0][0]] |= FIRST
-  assert abs(float(crf.log_partition(logits, joined, moves)[0]) - log_z) > 0.01
+  assert abs(float(log_partition(logits, joined, moves)[0]) - log_z) > 0.01
 
 
 def test_what_stands_before_a_text_changes_no_bit_of_its_tags():
@@ -118,21 +121,21 @@ def test_what_stands_before_a_text_changes_no_bit_of_its_tags():
   logits[1, 4:] = logits[0, 4:]
   chain = np.array([[WORD | FIRST, WORD, 0, WORD | LAST, WORD | FIRST, 0, WORD, WORD | LAST]] * 2)
   moves = crf.Moves(*(x.astype(np.float32) for x in moves))
-  found = np.asarray(crf.marginals(jnp.asarray(logits), chain, moves))
+  found = np.asarray(marginals(jnp.asarray(logits), chain, moves))
   assert (found[0, 4:] == found[1, 4:]).all() and (found[0, :4] != found[1, :4]).any()
 
 
 def test_an_empty_row_has_nothing():
-  moves, chain = moves_of(np.random.default_rng(0)), np.zeros((2, 4), np.int32)
-  logits, tags = jnp.ones((2, 4, TAGS)), np.ones((2, 4), int)
+  moves, chain = moves_of(np.random.default_rng(0)), np.zeros((1, 11), np.int32)
+  logits, tags = jnp.ones((1, 11, TAGS)), np.ones((1, 11), int)
   for value in (
-    crf.log_partition(logits, chain, moves),
-    crf.score(logits, tags, chain, moves),
-    crf.best_score(logits, chain, moves),
+    log_partition(logits, chain, moves),
+    score(logits, tags, chain, moves),
+    best_score(logits, chain, moves),
   ):
-    assert value.tolist() == [0, 0]
-  assert not crf.viterbi(logits, chain, moves).any()
-  assert not np.asarray(crf.marginals(logits, chain, moves)).any()
+    assert value.tolist() == [0]
+  assert not viterbi(logits, chain, moves).any()
+  assert not np.asarray(marginals(logits, chain, moves)).any()
 
 
 def test_forbidden_moves_have_probability_0_and_finite_gradients():
@@ -140,24 +143,24 @@ def test_forbidden_moves_have_probability_0_and_finite_gradients():
   forbidden = rng.random((TAGS, TAGS)) < 0.5
   np.fill_diagonal(forbidden, False)
   moves = moves_of(rng, forbidden=forbidden)
-  logits, chain, (places,) = row_of(rng, [WHOLE], 9)
+  logits, chain, (places,) = row_of(rng, [WHOLE], 11)
 
   def pairs(scores_CC):
-    return jnp.sum(crf.log_partition(logits, chain, moves._replace(next_CC=scores_CC)))
+    return jnp.sum(log_partition(logits, chain, moves._replace(next_CC=scores_CC)))
 
   expected_CC = np.asarray(jax.grad(pairs)(moves.next_CC))  # how often each move is made
   assert (expected_CC[forbidden] == 0).all() and (expected_CC[~forbidden] > 0).all()
   assert expected_CC.sum() == pytest.approx(WORDS - 1, abs=1e-9)
-  best = crf.viterbi(jnp.asarray(logits), chain, moves)[0][places]
+  best = viterbi(jnp.asarray(logits), chain, moves)[0][places]
   assert not forbidden[best[:-1], best[1:]].any()
   every, scores = enumerated(logits[0], chain[0], places, moves)
   free = [i for i, y in enumerate(every) if not forbidden[list(y[:-1]), list(y[1:])].any()]
   log_z = np.log(np.sum(np.exp(scores[free])))
-  assert float(crf.log_partition(logits, chain, moves)[0]) == pytest.approx(log_z, abs=1e-9)
+  assert float(log_partition(logits, chain, moves)[0]) == pytest.approx(log_z, abs=1e-9)
   assert best.tolist() == list(every[free[int(np.argmax(scores[free]))]])
   open_moves = moves_of(np.random.default_rng(3))._replace(next_CC=jnp.zeros((TAGS, TAGS)))
   free_CC = np.asarray(
-    jax.grad(lambda x: jnp.sum(crf.log_partition(logits, chain, open_moves._replace(next_CC=x))))(
+    jax.grad(lambda x: jnp.sum(log_partition(logits, chain, open_moves._replace(next_CC=x))))(
       open_moves.next_CC
     )
   )
