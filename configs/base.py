@@ -97,8 +97,8 @@ def get_config() -> config_dict.ConfigDict:
       eval_every=500,  # 0: an epoch
       init_from=unset(str),
       data=dict(
-        # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' with a section for
-        # each of its sources in `parts`
+        # stdlib | docstrings | text | jsonl | csv | parquet | tfds | conll | conllu | word_tag, or
+        # 'mixture' with a section for each of its sources in `parts`
         source='stdlib',
         path=unset(str),
         name=unset(str),
@@ -110,6 +110,10 @@ def get_config() -> config_dict.ConfigDict:
         unit=unset(str),
         delimiter=unset(str),
         data_dir=unset(str),
+        column=unset(str),  # of tags in CoNLL-U
+        word_column=unset(int),  # of CoNLL's columns
+        tag_column=unset(int),
+        separator=unset(str),  # between word and tag
         max_document_bytes=unset(int),
         validation=0.02,  # share of the documents, chosen by their hash
         cache=unset(str),  # None: ~/.cache/llm_jax

@@ -35,6 +35,8 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | text_firsts, text_lasts | B G int32 | first and last index of text g, which is segment g + 1 |
 | label | B G int32, B G C float32, or B G float32 | classes, several classes, a number |
 | label_weight | B G float32 | classification; 0: no text or no label |
+| chain, tag | B T int32 | token labelling: bits of `nn.crf` where a word is read; its tag |
+| tag_weight | B T float32 | token labelling; 0: no word or no tag |
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -475,6 +477,8 @@ class Validation(NamedTuple):
       hosts' rows, and the batch's arrays `keys` of them.
     slices: field of the records -> for each row of all hosts', its value for each text of the row;
       the fields of `config.evaluation.slices`.
+    rows: for each row of all hosts', the `Rows` of the objective that it is of, and its number in
+      them; with these a predictor's `answers` are those of `--mode=predict`.
   """
 
   objective: Objective
@@ -484,6 +488,7 @@ class Validation(NamedTuple):
   losses: Callable[[Batch], Metrics]
   predict: Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
   slices: Mapping[str, Sequence[Sequence[str]]] = {}
+  rows: Sequence[tuple[Rows, int]] = ()
 
 
 class Evaluator(Protocol):

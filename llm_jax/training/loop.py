@@ -67,6 +67,7 @@ class Run:
     epoch: steps of a pass over the training rows.
     slices: of the validation and the test set, the groups of their texts, as `slices.read` gives
       them.
+    rows: likewise where their examples come from, as `pipeline.numbered_rows` gives it.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -82,6 +83,7 @@ class Run:
   test: Sequence[Example]
   epoch: int
   slices: Mapping[str, Mapping[str, Sequence[Sequence[str]]]]
+  rows: Mapping[str, Sequence[tuple[Rows, int]]]
   state: TrainState
   position: int
   patience: Patience
@@ -146,6 +148,10 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     'validation': slices.read(config, 'validation', splits.validation, held_out, limit),
     'test': slices.read(config, 'test', splits.test, tested),
   }
+  numbered = {
+    'validation': pipeline.numbered_rows(held_out, config.seed, limit),
+    'test': pipeline.numbered_rows(tested, config.seed),
+  }
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -176,6 +182,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     validation=validation,
     test=test,
     slices=groups,
+    rows=numbered,
     epoch=epoch,
     state=state,
     position=position,
@@ -323,8 +330,9 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
-  params, tokenizer, groups = run.state.network_params, run.data.tokenizer, run.slices['validation']
-  values = evaluation.scores(program, params, tokenizer, run.validation, report, groups)
+  params, tokenizer = run.state.network_params, run.data.tokenizer
+  groups, rows = run.slices['validation'], run.rows['validation']
+  values = evaluation.scores(program, params, tokenizer, run.validation, report, groups, rows)
   shown = values | baselines
   log.write(step, 'validation', shown)
   if hosts.primary() and report.exists():
