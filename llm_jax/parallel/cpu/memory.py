@@ -23,7 +23,7 @@ TUNABLES = {'hugetlb': '1', 'mmap_threshold': str(2**20), 'arena_max': '1'}
 _VARIABLE, _HUGE_PAGES = 'GLIBC_TUNABLES', '/sys/kernel/mm/transparent_hugepage/enabled'
 _ASYNCHRONOUS = 'JAX_CPU_ENABLE_ASYNC_DISPATCH'
 ROOM = 2**26  # bytes for small blocks beside that of a step
-LONGEST = 0.01  # seconds to wait for that of a step
+LONGEST, PAUSE = 1.0, 1e-4  # seconds to wait for that of a step, and between two looks
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
@@ -76,15 +76,17 @@ class Kept:
 
   def wait(self) -> None:
     """Waits until the block of the last step is free: some microseconds after its results are
-    there. A step that is dispatched before would take another block beside it.
+    there, or later where other programs want the processors. A step that is dispatched before would
+    take another block beside it.
     """
     if not self.active:
       return
-    over = time.monotonic() + LONGEST
+    looks = int(LONGEST / PAUSE)  # not by a clock, which goes on while this process does not
     while self._in_use() > self.limit:
-      if time.monotonic() > over:  # it is something else that has come to stay
+      looks -= 1
+      if looks < 0:  # it is something else that has come to stay
         self.limit = self._in_use() + ROOM
-      time.sleep(LONGEST / 100)
+      time.sleep(PAUSE)
 
   def _in_use(self) -> int:
     return self.libc.mallinfo2().uordblks
