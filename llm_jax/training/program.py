@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from absl import logging
 
@@ -37,7 +36,6 @@ class Training(Inference):
       B), nothing recomputed; 0 where the model does not say.
     micro_batches: in how many parts a batch is run.
     gradient_shardings: where the gradient of each trained parameter lies.
-    layers: of stacks that are trained in part, which of their layers are, bool by path.
   """
 
   state: TrainState
@@ -46,7 +44,6 @@ class Training(Inference):
   flops: float
   micro_batches: int
   gradient_shardings: PyTree
-  layers: Mapping[str, np.ndarray]
 
   @functools.cached_property
   def finite(self) -> Callable[[TrainState], jax.Array]:
@@ -78,7 +75,7 @@ def build(
   network, layout = base.network, base.layout
   micro_batches = assemble.micro_batches(config, base.mesh)
   _log_micro_batches(config, base.mesh, micro_batches)
-  trained, layers = _trained(base)
+  trained = _trained(network, base.infos, example)
   params, _ = params_lib.split(base.params, trained.__contains__)
   tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos)
   init = functools.partial(
@@ -94,7 +91,6 @@ def build(
     learning_rate=learning_rate,
     micro_batches=micro_batches,
     shardings=gradient_shardings,
-    layers=layers,
   )
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
   return Training(
@@ -111,7 +107,6 @@ def build(
     flops=_flops(base),
     micro_batches=micro_batches,
     gradient_shardings=gradient_shardings,
-    layers=layers,
   )
 
 
@@ -164,24 +159,22 @@ def _init(
   )
 
 
-def _trained(program: Inference) -> tuple[frozenset[str], dict[str, np.ndarray]]:
-  """The paths of the parameters that learn, and in which layers those that do so in part.
+def _trained(
+  network: Network, infos: dict[str, params_lib.Info], example: Example
+) -> frozenset[str]:
+  """The paths of the parameters that learn.
 
   Raises:
-    ValueError: there is none, or an option of the adapter does not fit the network.
+    ValueError: there is none.
   """
-  adapter, infos, base = program.network.adapter, program.infos, program.base
+  adapter = network.adapter
   if adapter is None:
-    return frozenset(infos), {}
-  adapter.check(infos, base)
+    return frozenset(infos)
+  base = networks.base_paths(network, inference.sample_rows(example))
   trained = {path for path, info in infos.items() if adapter.trains(path, info, path in base)}
-  chosen, _ = params_lib.split(program.params, trained.__contains__)
-  layers = adapter.trained_layers(chosen, infos)
-  trained -= {path for path, which in layers.items() if not np.any(which)}
   if not trained:
     raise ValueError('config.adapter leaves no parameter to train; look at its `trains`.')
-  parts = {path: np.asarray(which) for path, which in layers.items() if path in trained}
-  return frozenset(trained), {path: which for path, which in parts.items() if not which.all()}
+  return frozenset(trained)
 
 
 def _state_shardings(
