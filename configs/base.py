@@ -97,8 +97,8 @@ def get_config() -> config_dict.ConfigDict:
       eval_every=500,  # 0: an epoch
       init_from=unset(str),
       data=dict(
-        # stdlib | docstrings | text | jsonl | csv | parquet | tfds, or 'mixture' with a section for
-        # each of its sources in `parts`
+        # stdlib | docstrings | text | jsonl | csv | parquet | tfds | conll | conllu | word_tag, or
+        # 'mixture' with a section for each of its sources in `parts`
         source='stdlib',
         path=unset(str),
         name=unset(str),
@@ -110,6 +110,10 @@ def get_config() -> config_dict.ConfigDict:
         unit=unset(str),
         delimiter=unset(str),
         data_dir=unset(str),
+        column=unset(str),  # of tags in CoNLL-U
+        word_column=unset(int),  # of CoNLL's columns
+        tag_column=unset(int),
+        separator=unset(str),  # between word and tag
         max_document_bytes=unset(int),
         validation=0.02,  # share of the documents, chosen by their hash
         cache=unset(str),  # None: ~/.cache/llm_jax
@@ -142,7 +146,25 @@ def get_config() -> config_dict.ConfigDict:
         eps=unset(float),
         momentum=unset(float),
       ),
-      adapter=dict(name=unset(str)),  # what is trained beside a frozen base
+      # What is trained beside a frozen base: lora | ia3 | bitfit | bottleneck | freeze, each with
+      # options of its own among these
+      adapter=dict(
+        name=unset(str),
+        rank=unset(int),
+        alpha=unset(float),
+        dropout=unset(float),
+        targets=unset(str),
+        rslora=unset(bool),
+        dora=unset(bool),
+        inputs=unset(str),
+        outputs=unset(str),
+        size=unset(int),
+        placement=unset(str),
+        activation=unset(str),
+        scale=unset(float),
+        layers=unset(int),
+        heads=unset(str),
+      ),
       # `llm_jax/parallel/sharding.py` says what each axis cuts
       mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),
       checkpoint=dict(every=1000, keep=2),

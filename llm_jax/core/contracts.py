@@ -35,9 +35,11 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | text_firsts, text_lasts | B G int32 | first and last index of text g, which is segment g + 1 |
 | label | B G int32, B G C float32, or B G float32 | classes, several classes, a number |
 | label_weight | B G float32 | classification; 0: no text or no label |
+| chain, tag | B T int32 | token labelling: bits of `nn.crf` where a word is read; its tag |
+| tag_weight | B T float32 | token labelling; 0: no word or no tag |
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 import flax.struct
@@ -475,6 +477,8 @@ class Validation(NamedTuple):
       hosts' rows, and the batch's arrays `keys` of them.
     slices: field of the records -> for each row of all hosts', its value for each text of the row;
       the fields of `config.evaluation.slices`.
+    rows: for each row of all hosts', the `Rows` of the objective that it is of, and its number in
+      them; with these a predictor's `answers` are those of `--mode=predict`.
   """
 
   objective: Objective
@@ -484,6 +488,7 @@ class Validation(NamedTuple):
   losses: Callable[[Batch], Metrics]
   predict: Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
   slices: Mapping[str, Sequence[Sequence[str]]] = {}
+  rows: Sequence[tuple[Rows, int]] = ()
 
 
 class Evaluator(Protocol):
@@ -522,6 +527,15 @@ class Adapter:
   By default nothing is added and every parameter that the adapter created is trained.
   """
 
+  def check(self, infos: Mapping[str, 'Info'], base: Collection[str]) -> None:
+    """Raises ValueError where an option does not fit the network; called before a run trains.
+
+    Args:
+      infos: what each parameter is, by path, the adapter's own among them.
+      base: the paths of those that are not the adapter's own.
+    """
+    del infos, base
+
   def intercept(
     self,
     next_fun: Callable[..., Any],
@@ -548,6 +562,43 @@ class Adapter:
     """Whether a parameter is trained; `base`: it is not the adapter's own."""
     del path, info
     return not base
+
+  def trained_layers(self, params: PyTree, infos: Mapping[str, 'Info']) -> Mapping[str, np.ndarray]:
+    """Of parameters that are trained in some layers only: in which, bool by path, as
+    `Info.depths` numbers them ([layers] for a stack). One that is trained in none is frozen, one
+    that is not mentioned is trained whole.
+
+    Args:
+      params: those that `trains` says are trained, arrays or shapes.
+      infos: what each of them is, by path.
+    """
+    del params, infos
+    return {}
+
+  def no_gradient(self, path: str) -> str | None:
+    """Why the gradient of a trained parameter is zero before the first step, if the method has it
+    so; None where it must not be, or the parameter would never learn.
+    """
+    del path
+    return None
+
+  def merged(self, params: PyTree, infos: Mapping[str, 'Info']) -> PyTree:
+    """The parameters of the base alone, nested, with which it computes what the adapted network
+    does; where the adapter adds nothing to the network, `params` as they are.
+
+    Args:
+      params: those of the network, nested arrays; a head may be missing.
+      infos: what each of them is, by path.
+
+    Raises:
+      ValueError: the method cannot be merged, or a kernel is no array.
+    """
+    del infos
+    if type(self).intercept is Adapter.intercept and type(self).weights is Adapter.weights:
+      return params
+    raise ValueError(
+      f'the adapter {type(self).__module__} cannot be merged into its base: it has no `merged`.'
+    )
 
   def extras(self, params: PyTree) -> dict[str, Any]:
     """Arrays that are carried from step to step in `TrainState.extras`."""

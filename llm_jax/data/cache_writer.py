@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax.core import progress
-from llm_jax.core.contracts import Source, Tokenizer
+from llm_jax.core.contracts import Encoded, Record, Source, Tokenizer
 from llm_jax.data import encoding
 
 IN_PROCESS_SECONDS = 2.0  # a corpus that is encoded sooner is not worth starting processes for
@@ -129,7 +129,7 @@ def encode(job: Job, start: int, stop: int) -> Chunk:
   for index in range(start, stop):
     try:
       record = job.source[index]
-      found = job.encoder(record, job.tokenizer)
+      found = _encoded(job, index, record)
       parts = encoding.spelled(record)
       for name, value in found.items():
         if not isinstance(value, np.ndarray):
@@ -144,6 +144,16 @@ def encode(job: Job, start: int, stop: int) -> Chunk:
   lines = {name: [line or 'null' for line in column] for name, column in values.items()}
   joined = np.frombuffer(b''.join(hashes), np.uint64)
   return Chunk(arrays, lines, joined, np.asarray(sizes, np.int64))
+
+
+def _encoded(job: Job, index: int, record: Record) -> Encoded:
+  """What `encode` makes of a record; its error names file and line where the source knows them."""
+  try:
+    return job.encoder(record, job.tokenizer)
+  except ValueError as error:
+    if not hasattr(job.source, 'where'):
+      raise
+    raise ValueError(f'{job.source.where(index)}: {error}') from error
 
 
 class _Files:

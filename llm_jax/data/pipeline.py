@@ -127,6 +127,11 @@ def validation_indices(rows: Sequence[Rows], seed: int, limit: int = 0) -> list[
   return indices if chosen is None else [indices[number] for number in chosen]
 
 
+def numbered_rows(rows: Sequence[Rows], seed: int, limit: int = 0) -> list[tuple[Rows, int]]:
+  """For each of `validation_examples` the rows of its corpus, and its number in them."""
+  return [(rows[corpus], row) for corpus, row in validation_indices(rows, seed, limit)]
+
+
 def batches(
   examples: grain.MapDataset,
   batch_size: int,

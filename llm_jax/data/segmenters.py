@@ -25,6 +25,11 @@ def encode_with_jieba(record: Record, tokenizer: Tokenizer) -> Encoded:
   return {'tokens': tokens, 'word_starts': starts}
 
 
+def jieba_words(text: str) -> list[tuple[int, int]]:
+  """Where each word of a text begins and ends, by jieba; white space is none."""
+  return [(begin, end) for word, begin, end in _jieba().tokenize(text) if not word.isspace()]
+
+
 def check(name: str | None) -> None:
   """Raises ValueError for a segmenter that is not known, ImportError where it is not installed."""
   if name is None:

@@ -225,8 +225,7 @@ def save(
   lost = [path for path in left_out if path.startswith('model/')]
   if lost:
     raise ValueError(
-      f'a {kind} has no tensor for {", ".join(lost)}, and without them the model is another one. '
-      'Where they belong to an adapter, export the run that it started from.'
+      f'a {kind} has no tensor for {", ".join(lost)}, and without them the model is another one.'
     )
   architecture = writing.class_of(kind, family, model, params, left_out)
   config = {

@@ -6,6 +6,7 @@ from typing import Any
 
 from absl import logging
 
+from llm_jax.core import params as params_lib
 from llm_jax.hf import folders as hf
 from llm_jax.inference.session import Session
 from llm_jax.programs import pretrained
@@ -18,17 +19,23 @@ PROBLEMS = {
 }
 
 
-def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> None:
+MERGED, BASE = 'merged', 'base'
+
+
+def export(
+  session: Session, target: pathlib.Path, dtype: str = 'float32', form: str = MERGED
+) -> None:
   """Writes the folder.
 
   Args:
     session: a run or a Hugging Face folder.
     target: a folder that is empty or not there yet.
     dtype: of the weights in the files.
+    form: of a run with an adapter, 'merged' into its base, or the 'base' without it.
 
   Raises:
-    ValueError: a model that none of their architectures holds, parameters that are missing, a
-      folder that holds something.
+    ValueError: an adapter that cannot be merged, a model that none of their architectures holds,
+      parameters that are missing, a folder that holds something.
   """
   program, config = session.program, session.config
   model, predictor = program.network.model, program.objective.predictor
@@ -47,7 +54,7 @@ def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> No
     pretrained.families(config),
     config.model['name'],
     model,
-    session.params,
+    _params(session, form),
     infos=program.infos,
     classes=None if predictor is None else predictor.classes,
     dtype=dtype,
@@ -56,6 +63,22 @@ def export(session: Session, target: pathlib.Path, dtype: str = 'float32') -> No
     also=write_tokenizer,
   )
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
+
+
+def _params(session: Session, form: str) -> Any:
+  """The parameters of the base, with what an adapter has learned or without."""
+  program, adapter = session.program, session.program.network.adapter
+  if form not in (MERGED, BASE):
+    raise ValueError(f'--export={form!r} must be {MERGED} or {BASE}.')
+  if adapter is None:
+    return session.params
+  if form == BASE:
+    base, _ = params_lib.split(session.params, program.base.__contains__)
+    return base
+  try:
+    return adapter.merged(session.params, program.infos)
+  except ValueError as error:
+    raise ValueError(f'{error} --export={BASE} writes the base without it.') from None
 
 
 def _token_ids(session: Session) -> dict[str, Any]:

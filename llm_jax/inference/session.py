@@ -22,6 +22,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
+from llm_jax.data import encoding
 from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.inference import explanation, prediction
@@ -89,6 +90,10 @@ class Session:
     labeller = self._labeller
     self._require(tuple(labeller.heads))
     return labeller(self.params, records)
+
+  def check_record(self, record: Mapping[str, Any]) -> None:
+    """Raises ValueError for a record that the objective cannot read."""
+    self._encoder(record, self.tokenizer)
 
   def explain(
     self, texts: Sequence[Text], method: str = 'integrated_gradients', **options: Any
@@ -278,12 +283,16 @@ class Session:
     return min(self.config.batch_size, rounded_rows(count, shards))
 
   @functools.cached_property
+  def _encoder(self) -> encoding.Encoder:
+    return assemble.encoder(self.config)
+
+  @functools.cached_property
   def _labeller(self) -> prediction.Labeller:
-    return prediction.Labeller(self.program, self.tokenizer, assemble.encoder(self.config))
+    return prediction.Labeller(self.program, self.tokenizer, self._encoder)
 
   @functools.cached_property
   def _explainer(self) -> explanation.Explainer:
-    return explanation.Explainer(self.program, self.tokenizer, assemble.encoder(self.config))
+    return explanation.Explainer(self.program, self.tokenizer, self._encoder)
 
   @functools.cached_property
   def _embedder(self) -> Embedder:
@@ -358,7 +367,7 @@ def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -
   Raises:
     ValueError: there are none, or some are missing.
   """
-  loaded = pretrained.load_params(program.config, origin, program.params, program.infos)
+  loaded = pretrained.load_params(program, origin)
   missing = {path.split('/')[0] for path in loaded.new}
   partial = any(path.split('/')[0] in missing for path in loaded.params)
   if loaded.new and (heads or partial or 'model' in missing):

@@ -36,8 +36,8 @@ def score(run: Run) -> None:
   if hosts.agree(lambda: _holds(path, scored)):
     return
   params, report = tree.nest(loaded.params), run.workdir / REPORT
-  tokenizer, groups = run.data.tokenizer, run.slices['test']
-  values = evaluation.scores(program, params, tokenizer, run.test, report, groups)
+  tokenizer, groups, rows = run.data.tokenizer, run.slices['test'], run.rows['test']
+  values = evaluation.scores(program, params, tokenizer, run.test, report, groups, rows)
   lines = [] if program.objective.predictor is None else list(_answered(run, params))
   if not hosts.primary():
     return

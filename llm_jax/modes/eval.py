@@ -44,7 +44,8 @@ def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str
   program = inference.build(config, objective, examples[0])
   params = load_params(program, session.origin, heads=True)
   report = folder and folder / 'eval_report.txt'
-  values = evaluation.scores(program, params, tokenizer, examples, report, groups)
+  numbered = pipeline.numbered_rows(rows, config.seed, config.evaluation.rows)
+  values = evaluation.scores(program, params, tokenizer, examples, report, groups, numbered)
   values |= evaluation.baselines(program, tokenizer, examples)
   if hosts.primary():
     for name, value in values.items():

@@ -11,6 +11,12 @@ DTYPE = flags.DEFINE_enum(
   ['float32', 'bfloat16', 'float16', 'float64'],
   'export: the type that weights are written in.',
 )
+FORM = flags.DEFINE_enum(
+  'export',
+  'merged',
+  ['merged', 'base'],
+  'export: of a run with an adapter, merged into its base, or the base without it.',
+)
 
 
 def run(command: Command) -> None:
@@ -18,4 +24,4 @@ def run(command: Command) -> None:
   from llm_jax.inference.export import export
 
   command.require('output=FOLDER')
-  export(command.session(), _command.output_path(), DTYPE.value)
+  export(command.session(), _command.output_path(), DTYPE.value, FORM.value)

@@ -46,7 +46,10 @@ def predict(
   check(source, target)
   made_by = answers.model_key(session.origin, session.config)
   ask = lambda numbered: session.answers(record for _, record in numbered)
-  answers.write_answers(read(session, source, text, pair), ask, target, made_by)
+  records = read(session, source, text, pair)
+  # A record as it is was not looked at yet: what is wrong with it must cost that record alone.
+  check_record = session.check_record if records.fields is None else None
+  answers.write_answers(records, ask, target, made_by, check_record)
 
 
 def read(session: 'Session', source: pathlib.Path, text: str | None, pair: str | None) -> 'Records':

@@ -26,6 +26,7 @@ AXES = {
   'F': 'mlp',
   'V': 'vocab',
   'C': 'classes',
+  'R': 'rank',  # which no rule cuts
 }
 
 
@@ -53,23 +54,23 @@ class Linear(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     options = self.options
-    letters, out = self.spec.split(',')[1].replace('...', '').split('->')
+    inputs, out = sides(self.spec)
+    letters = inputs + out
     names = tuple(AXES[letter] for letter in letters)
     dtype = options.compute_dtype
     result = options.accumulation_dtype if self.accumulated else dtype
-    y = multiply(self._weight(letters, out), self.spec, x, names, dtype, result)
+    y = multiply(self._weight(letters, len(inputs)), self.spec, x, names, dtype, result)
     if self.bias:
       sizes = dict(zip(letters, self.shape, strict=True))
       bias = vector(self, 'bias', out, tuple(sizes[letter] for letter in out), options)
       y += with_leading_axes(bias.astype(result), y.ndim)
     return y
 
-  def _weight(self, letters: str, out: str) -> jax.Array | WeightForm:
-    if self.has_variable('params', 'kernel'):
-      there = nn.meta.unbox(self.get_variable('params', 'kernel'))
-      if is_form(there):
-        return there
-    inputs = tuple(axis for axis, letter in enumerate(letters) if letter not in out)
+  def _weight(self, letters: str, summed: int) -> jax.Array | WeightForm:
+    there = form(self, 'kernel')
+    if there is not None:
+      return there
+    inputs = tuple(range(summed))
     return matrix(self, 'kernel', letters, self.shape, self.options, inputs, self.std)
 
 
@@ -105,6 +106,25 @@ def multiply(
 def is_form(weight: jax.Array | WeightForm) -> bool:
   """Whether a weight is a form, not an array."""
   return hasattr(weight, 'product')
+
+
+def sides(spec: str) -> tuple[str, str]:
+  """The letters of a kernel that are summed over, which come first, and the others.
+
+  Example:
+    >>> sides('...NH,NHD->...D')
+    ('NH', 'D')
+  """
+  letters, out = spec.split(',')[1].replace('...', '').split('->')
+  return letters.removesuffix(out), out
+
+
+def form(module: nn.Module, name: str) -> WeightForm | None:
+  """The weight form that stands where a parameter of a module does, if one does."""
+  if not module.has_variable('params', name):
+    return None
+  there = nn.meta.unbox(module.get_variable('params', name))
+  return there if is_form(there) else None
 
 
 class Norm(nn.Module):

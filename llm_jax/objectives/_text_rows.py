@@ -21,6 +21,7 @@ class TextRows:
     seq_len: T.
     slots: G.
     frame: the special tokens around texts.
+    name: of the objective, for messages.
 
   Attributes:
     first: [documents] int64, how many tokens of each text are kept.
@@ -31,8 +32,11 @@ class TextRows:
     plan: which documents share a row.
   """
 
-  def __init__(self, documents: Documents, seq_len: int, slots: int, frame: Frame):
+  def __init__(
+    self, documents: Documents, seq_len: int, slots: int, frame: Frame, name: str = 'classify'
+  ):
     self.documents, self.seq_len, self.slots = documents, seq_len, slots
+    self.frame, self.name = frame, name
     paired = 'pair_tokens' in documents.names
     first = documents.lengths('tokens')
     second = documents.lengths('pair_tokens') if paired else None
@@ -64,14 +68,16 @@ class TextRows:
     empty = np.flatnonzero(self.given == 0)
     if len(empty):
       logging.warning(
-        'classify: %d of %d documents are empty, the first: %s.',
+        '%s: %d of %d documents are empty, the first: %s.',
+        self.name,
         len(empty),
         len(self.sizes),
         self.documents.where(int(empty[0])),
       )
     if self.cut:
       logging.warning(
-        'classify: %d of %d documents are longer than seq_len=%d allows and lose %d of %d tokens.',
+        '%s: %d of %d documents are longer than seq_len=%d allows and lose %d of %d tokens.',
+        self.name,
         self.cut,
         len(self.sizes),
         self.seq_len,
@@ -86,9 +92,10 @@ class TextRows:
       return
     used = 100 * self.sizes.sum() / length
     logging.info(
-      'classify: %d texts in %d rows of %d tokens, %.1f%% of which are used (one text per row: '
+      '%s: %d texts in %d rows of %d tokens, %.1f%% of which are used (one text per row: '
       '%.1f%%). With %.2f texts per row, a step of batch_size rows learns from so many times more '
       'texts.',
+      self.name,
       texts,
       rows,
       length,
@@ -99,8 +106,9 @@ class TextRows:
     full = np.diff(self.plan.offsets) == self.slots
     if self.slots > 1 and np.mean(full) > 0.5:
       logging.warning(
-        'classify: a row of %d tokens takes at most %d texts, and most rows have so many; a '
+        '%s: a row of %d tokens takes at most %d texts, and most rows have so many; a '
         'shorter seq_len wastes less.',
+        self.name,
         length,
         self.slots,
       )

@@ -17,7 +17,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
 from llm_jax.core import contracts
@@ -25,6 +24,7 @@ from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows
 from llm_jax.data import pairs
 from llm_jax.nn import heads
 from llm_jax.objectives import _labels
+from llm_jax.objectives._label_losses import LabelLoss, balanced
 from llm_jax.objectives._text_rows import TextRows
 
 PACKINGS = ('best_fit', 'none')
@@ -56,6 +56,12 @@ class Objective(contracts.Objective, contracts.Predictor):
       last token, for decoders.
     transform: what stands between pool and last layer: 'pooler', BERT's; 'norm', ModernBERT's
       linear map, activation and norm; 'none'. None: a pooler where the first token is read.
+    class_weights: how much a text of each class counts, in the order of the classes; in multilabel
+      each class's labels that apply. None: all alike, unless `balance`.
+    balance: rare classes count more: weights from the training documents, as scikit-learn's
+      'balanced'.
+    label_smoothing: the share of a label's probability that is spread over all classes.
+    focal: the exponent of the focal loss, by which texts that are easy count less; 0 for none.
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
     packing: 'best_fit' puts several texts in a row, the longest first, each where least room is
       left; at most one for every 4 tokens, and 128. 'none': one text per row.
@@ -63,7 +69,7 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   terms = {'classify': 1.0}
   evaluators = ('loss', 'classification')
-  derived = ('classes',)
+  derived = ('classes', 'class_weights')
 
   def __init__(
     self,
@@ -75,6 +81,10 @@ class Objective(contracts.Objective, contracts.Predictor):
     unlabelled: str = 'error',
     packing: str = 'best_fit',
     transform: str | None = None,
+    class_weights: tuple[float, ...] | None = None,
+    balance: bool = False,
+    label_smoothing: float = 0.0,
+    focal: float = 0.0,
   ):
     transform = transform or ('pooler' if pool == 'cls' else 'none')
     for name, value, allowed in (
@@ -88,7 +98,13 @@ class Objective(contracts.Objective, contracts.Predictor):
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(allowed)}.')
     if not 0 <= dropout < 1:
       raise ValueError(f'objective.dropout={dropout} must be at least 0 and below 1.')
+    if balance and (task == 'regression' or class_weights is None):
+      raise ValueError(
+        'objective.balance=True takes weights from the classes of the training documents, and '
+        'there are none; set objective.class_weights, or leave it out.'
+      )
     self.labels = _labels.Labels(classes, task)
+    self.label_loss = LabelLoss(task, len(classes or ()), class_weights, label_smoothing, focal)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
     self.transform_name = transform
@@ -97,16 +113,26 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   @classmethod
   def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
-    """The classes of the training documents, where the task has any and the config names none.
+    """The classes of the training documents, where the task has any and the config names none; and
+    their weights, where they are to be balanced.
 
     Raises:
-      ValueError: no document has a label, or labels are fractional numbers.
+      ValueError: no document has a label, labels are fractional numbers, or a class has no document
+        to be weighed by.
     """
-    if options.get('task') == 'regression' or options.get('classes'):
-      return {}
-    classes = _labels.collect_classes(documents)
-    logging.info('%d classes: %s', len(classes), ', '.join(classes[:50]))
-    return {'classes': classes}
+    found: dict[str, Any] = {}
+    if options.get('task') == 'regression':
+      return found
+    classes = options.get('classes')
+    if not classes:
+      found['classes'] = classes = _labels.collect_classes(documents)
+      logging.info('%d classes: %s', len(classes), ', '.join(classes[:50]))
+    if options.get('balance') and options.get('class_weights') is None:
+      weights = balanced(classes, options.get('task') or 'multiclass', documents)
+      found['class_weights'] = weights
+      shown = (f'{name} {weight:.3g}' for name, weight in zip(classes, weights, strict=True))
+      logging.info('Weights of the classes: %s', ', '.join(list(shown)[:50]))
+    return found
 
   @classmethod
   def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -210,21 +236,16 @@ class Objective(contracts.Objective, contracts.Predictor):
     """
     logits_BGC = self.logits(net, hidden_BPD, batch)
     label, weight_BG = batch['label'], batch['label_weight']
-    weight = jnp.sum(weight_BG)
+    loss_BG, counts_BG = self.label_loss(logits_BGC, label)
+    found = {'classify': (jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG))}
     if self.task == 'regression':
-      loss_BG = jnp.square(logits_BGC[..., 0] - label)
-      return {'classify': (jnp.sum(loss_BG * weight_BG), weight)}
+      return found
     if self.task == 'multiclass':
-      loss_BG = optax.softmax_cross_entropy_with_integer_labels(logits_BGC, label)
       right_BG = jnp.argmax(logits_BGC, -1) == label
     else:
       label_BGC = label if self.task == 'multilabel' else label[..., None]
-      loss_BG = jnp.mean(optax.sigmoid_binary_cross_entropy(logits_BGC, label_BGC), -1)
       right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
-    return {
-      'classify': (jnp.sum(loss_BG * weight_BG), weight),
-      'classify_accuracy': (jnp.sum(right_BG * weight_BG), weight),
-    }
+    return found | {'classify_accuracy': (jnp.sum(right_BG * weight_BG), jnp.sum(weight_BG))}
 
   def predict(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`probabilities` [B, G, C] of the classes (binary: C = 2); in regression `values` [B, G]."""

@@ -247,8 +247,17 @@ def create_objective(config: Config, tokenizer: Tokenizer) -> Objective:
 
 
 def create_adapter(config: Config) -> Adapter | None:
-  """The adapter of the config; None where there is none."""
+  """The adapter of the config; None where there is none.
+
+  Raises:
+    ValueError: options without a name; whatever `plugins.construct` raises.
+  """
   if not config.adapter.get('name'):
+    if given := sorted(config_lib.given(config.adapter)):
+      raise ValueError(
+        f'config.adapter.{given[0]} is set, and config.adapter.name is not; known: '
+        f'{", ".join(plugins.names("adapter"))}.'
+      )
     return None
   factory = plugins.load('adapter', config.adapter['name']).Adapter
   return plugins.construct('adapter', factory, _without(config.adapter, 'name'))

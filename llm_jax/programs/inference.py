@@ -34,6 +34,7 @@ class Inference:
     params: all parameters of the network, abstract: shape, type and sharding.
     infos: what each parameter is, by path.
     batch: one global batch, abstract.
+    base: the paths of the parameters that are not the adapter's own.
   """
 
   config: Config
@@ -42,6 +43,7 @@ class Inference:
   params: dict[str, Any]
   infos: dict[str, params_lib.Info]
   batch: dict[str, jax.ShapeDtypeStruct]
+  base: frozenset[str]
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -125,7 +127,10 @@ def build(
     key: jax.ShapeDtypeStruct((config.batch_size, *value.shape), value.dtype, sharding=by_row)
     for key, value in example.items()
   }
-  return Inference(config, network, layout, placed(shapes, shardings), infos, batch)
+  base = frozenset(infos)
+  if network.adapter is not None:
+    base = networks.base_paths(network, sample_rows(example))
+  return Inference(config, network, layout, placed(shapes, shardings), infos, batch, base)
 
 
 def outline(

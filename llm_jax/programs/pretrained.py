@@ -12,18 +12,18 @@ from typing import Any
 from absl import logging
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import files
+from llm_jax.core import files, tree
+from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
-from llm_jax.core.params import Info
 from llm_jax.core.state import Loaded
-from llm_jax.core.tree import PyTree
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, checkpoints, workdir
+from llm_jax.programs.inference import Inference
 
 CLASSIFY = 'classify'
 READING = ('pool', 'transform')  # options of a classifier that a folder decides
@@ -88,23 +88,21 @@ def load_tokenizer(config: Config) -> Tokenizer:
   return tokenizer
 
 
-def load_params(
-  config: Config, folder: pathlib.Path, params: PyTree, infos: Mapping[str, Info]
-) -> Loaded:
+def load_params(program: Inference, folder: pathlib.Path) -> Loaded:
   """The parameters in a folder that a network wants too; of a run, those of its best checkpoint.
 
   Args:
-    config: names the model.
-    folder: of a run or of Hugging Face.
-    params: the parameters that are wanted: shape, type and sharding.
-    infos: what each of them is, by path.
+    program: of the network.
+    folder: of a run, or of Hugging Face, which holds nothing of an adapter.
 
   Raises:
     ValueError: nothing to load there, a parameter of another shape.
   """
-  if hf.is_folder(str(folder)):
-    return hf.load(str(folder), families(config), params, infos)
-  return checkpoints.restore_params(folder / 'checkpoints', params)
+  if not hf.is_folder(str(folder)):
+    return checkpoints.restore_params(folder / 'checkpoints', program.params)
+  base, added = params_lib.split(program.params, program.base.__contains__)
+  loaded = hf.load(str(folder), families(program.config), base, program.infos)
+  return loaded._replace(new=[*loaded.new, *tree.paths(added)])
 
 
 def families(config: Config) -> dict[str, tuple[str, Family]]:
@@ -209,6 +207,15 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
       'config.json.'
     )
   saved = workdir.read_config(folder)
+  adapter = config_lib.given(saved.adapter)
+  if adapter and adapter != config_lib.given(config.adapter):
+    logging.warning(
+      '%s was trained with config.adapter=%s, and this run has another: what that added beside the '
+      'base is not taken (bitfit and freeze add nothing). To start from both, export that run '
+      '(--mode=export) and name the folder in config.init_from.',
+      folder,
+      adapter,
+    )
   objective = _named_or(config.objective, saved.objective)
   if objective['name'] == CLASSIFY and objective.get('pool') is None:
     objective |= {'pool': _pool(saved)}

@@ -21,7 +21,7 @@ from llm_jax.data import cache
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, pretrained, workdir
 
-EMBEDDED = ('stdlib', 'docstrings')  # sources that come with Python
+EMBEDDED = ('stdlib', 'docstrings', 'headings')  # sources that come with Python
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +226,7 @@ def _new_tokenizer(config: Config) -> Tokenizer:
 
 def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[str]:
   """Every string of every training record, those in lists too; of a record with a text, the text
-  and its pair.
+  and its pair; of one with words, these with spaces between them.
   """
   for source in sources:
     indices = range(len(source))
@@ -241,6 +241,10 @@ def _strings(record: dict[str, Any]) -> Iterator[str]:
     yield record['text']
     if 'pair' in record:
       yield record['pair']
+    return
+  words = record.get('words')
+  if isinstance(words, list) and all(isinstance(word, str) for word in words):
+    yield ' '.join(words)  # as they run in a text; `tags` are no text
     return
   for value in record.values():
     parts = value if isinstance(value, list) else [value]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import jax
 
 from llm_jax.core import progress
-from llm_jax.core.contracts import Batch, Example, Objective, Tokenizer, Validation
+from llm_jax.core.contracts import Batch, Example, Objective, Rows, Tokenizer, Validation
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pipeline
 from llm_jax.evaluators import loss
@@ -23,6 +23,7 @@ def scores(
   examples: Sequence[Example],
   report: pathlib.Path | None,
   groups: Mapping[str, Sequence[Sequence[str]]],
+  rows: Sequence[tuple[Rows, int]],
 ) -> dict[str, float]:
   """The numbers of all evaluators over a validation set, the same on all processes.
 
@@ -33,6 +34,7 @@ def scores(
     examples: the validation set, as `pipeline.validation_examples` gives it.
     report: a file for what evaluators say to people; None for none.
     groups: those of the validation set, as `slices.read` gives them.
+    rows: where each example comes from, as `pipeline.numbered_rows` gives it.
   """
   eval_step = hosts.compiled(program.eval_step)
   validation = Validation(
@@ -43,6 +45,7 @@ def scores(
     losses=lambda batch: eval_step(params, program.put(batch)),
     predict=predictions(program, params),
     slices=groups,
+    rows=rows,
   )
   values: dict[str, float] = {}
   reports = []

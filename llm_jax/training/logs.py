@@ -209,7 +209,7 @@ def parameter_overview(params: PyTree) -> str:
     total += count
   if not any(row[-1] for row in rows[1:]):
     rows = [row[:-1] for row in rows]
-  header, *lines = _aligned(rows, right='count')
+  header, *lines = aligned(rows, right='count')
   return '\n'.join([header, '-' * len(header), *lines, f'{total:,} parameters'])
 
 
@@ -303,7 +303,7 @@ def _spec(leaf: Any) -> str:
   return ', '.join(axes) or 'replicated'
 
 
-def _aligned(rows: Sequence[Sequence[str]], right: str) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], right: str) -> list[str]:
   """The rows of a table as lines; the first row is the header, `right` its right-aligned column."""
   header = rows[0]
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

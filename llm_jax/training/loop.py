@@ -23,7 +23,7 @@ from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import corpora, evaluation, logs, memory, meter, page, slices
+from llm_jax.training import adapted, corpora, evaluation, logs, memory, meter, page, slices
 from llm_jax.training import program as programs
 from llm_jax.training.program import Training
 
@@ -67,6 +67,7 @@ class Run:
     epoch: steps of a pass over the training rows.
     slices: of the validation and the test set, the groups of their texts, as `slices.read` gives
       them.
+    rows: likewise where their examples come from, as `pipeline.numbered_rows` gives it.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -82,6 +83,7 @@ class Run:
   test: Sequence[Example]
   epoch: int
   slices: Mapping[str, Mapping[str, Sequence[Sequence[str]]]]
+  rows: Mapping[str, Sequence[tuple[Rows, int]]]
   state: TrainState
   position: int
   patience: Patience
@@ -130,8 +132,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   """Builds the program and restores the newest checkpoint, or makes a first state.
 
   Raises:
-    ValueError: a corpus too small, a checkpoint that does not fit, or whatever in the config is
-      not possible.
+    ValueError: a corpus too small, a checkpoint that does not fit, a parameter of an adapter that
+      would not learn, or whatever in the config is not possible.
   """
   config, objective, splits = data.config, data.objective, data.splits
   rows = pipeline.training_rows(splits.train, objective, config.seq_len, config.batch_size)
@@ -146,6 +148,10 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     'validation': slices.read(config, 'validation', splits.validation, held_out, limit),
     'test': slices.read(config, 'test', splits.test, tested),
   }
+  numbered = {
+    'validation': pipeline.numbered_rows(held_out, config.seed, limit),
+    'test': pipeline.numbered_rows(tested, config.seed),
+  }
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -154,6 +160,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   if restored is None:
     state, position, unlogged = _first_state(program), 0, {}
     patience = Patience(config.evaluation.patience)
+    if program.network.adapter is not None:
+      logging.info('What is trained:\n%s', adapted.report(program, state, train))
   else:
     _check_corpus(restored.meta, splits, restored.step, folder)
     if not bool(program.finite(restored.state)):
@@ -174,6 +182,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     validation=validation,
     test=test,
     slices=groups,
+    rows=numbered,
     epoch=epoch,
     state=state,
     position=position,
@@ -321,8 +330,9 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
-  params, tokenizer, groups = run.state.network_params, run.data.tokenizer, run.slices['validation']
-  values = evaluation.scores(program, params, tokenizer, run.validation, report, groups)
+  params, tokenizer = run.state.network_params, run.data.tokenizer
+  groups, rows = run.slices['validation'], run.rows['validation']
+  values = evaluation.scores(program, params, tokenizer, run.validation, report, groups, rows)
   shown = values | baselines
   log.write(step, 'validation', shown)
   if hosts.primary() and report.exists():
@@ -402,7 +412,7 @@ def _first_state(program: Training) -> TrainState:
   if config.init_from is None:
     return state
   folder = pathlib.Path(config.init_from)
-  loaded = pretrained.load_params(config, folder, program.params, program.infos)
+  loaded = pretrained.load_params(program, folder)
   if not loaded.params:
     raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
   meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from absl import logging
 
@@ -36,6 +37,7 @@ class Training(Inference):
       B), nothing recomputed; 0 where the model does not say.
     micro_batches: in how many parts a batch is run.
     gradient_shardings: where the gradient of each trained parameter lies.
+    layers: of stacks that are trained in part, which of their layers are, bool by path.
   """
 
   state: TrainState
@@ -44,6 +46,7 @@ class Training(Inference):
   flops: float
   micro_batches: int
   gradient_shardings: PyTree
+  layers: Mapping[str, np.ndarray]
 
   @functools.cached_property
   def finite(self) -> Callable[[TrainState], jax.Array]:
@@ -75,7 +78,7 @@ def build(
   network, layout = base.network, base.layout
   micro_batches = assemble.micro_batches(config, base.mesh)
   _log_micro_batches(config, base.mesh, micro_batches)
-  trained = _trained(network, base.infos, example)
+  trained, layers = _trained(base)
   params, _ = params_lib.split(base.params, trained.__contains__)
   tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos)
   init = functools.partial(
@@ -91,6 +94,7 @@ def build(
     learning_rate=learning_rate,
     micro_batches=micro_batches,
     shardings=gradient_shardings,
+    layers=layers,
   )
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
   return Training(
@@ -107,6 +111,7 @@ def build(
     flops=_flops(base),
     micro_batches=micro_batches,
     gradient_shardings=gradient_shardings,
+    layers=layers,
   )
 
 
@@ -159,22 +164,24 @@ def _init(
   )
 
 
-def _trained(
-  network: Network, infos: dict[str, params_lib.Info], example: Example
-) -> frozenset[str]:
-  """The paths of the parameters that learn.
+def _trained(program: Inference) -> tuple[frozenset[str], dict[str, np.ndarray]]:
+  """The paths of the parameters that learn, and in which layers those that do so in part.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is none, or an option of the adapter does not fit the network.
   """
-  adapter = network.adapter
+  adapter, infos, base = program.network.adapter, program.infos, program.base
   if adapter is None:
-    return frozenset(infos)
-  base = networks.base_paths(network, inference.sample_rows(example))
+    return frozenset(infos), {}
+  adapter.check(infos, base)
   trained = {path for path, info in infos.items() if adapter.trains(path, info, path in base)}
+  chosen, _ = params_lib.split(program.params, trained.__contains__)
+  layers = adapter.trained_layers(chosen, infos)
+  trained -= {path for path, which in layers.items() if not np.any(which)}
   if not trained:
     raise ValueError('config.adapter leaves no parameter to train; look at its `trains`.')
-  return frozenset(trained)
+  parts = {path: np.asarray(which) for path, which in layers.items() if path in trained}
+  return frozenset(trained), {path: which for path, which in parts.items() if not which.all()}
 
 
 def _state_shardings(

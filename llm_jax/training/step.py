@@ -6,15 +6,17 @@ have the same gradient, however unevenly the weights fall.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
+from llm_jax.core import tree
 from llm_jax.core.contracts import Batch, Metrics
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
@@ -33,6 +35,7 @@ def train_step(
   learning_rate: Callable[[jax.Array], jax.Array],
   micro_batches: int = 1,
   shardings: PyTree = None,
+  layers: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
@@ -45,6 +48,7 @@ def train_step(
     micro_batches: in how many parts the batch is run, one after the other, to save memory.
     shardings: where the gradients lie: as what the optimizer keeps for each parameter. None:
       anywhere.
+    layers: of stacks that are trained in part, which of their layers are, by path.
 
   Returns:
     The state after, and metrics: the objective's, and `loss`, `gradient_norm`, `learning_rate`,
@@ -60,8 +64,10 @@ def train_step(
     micro_batches=micro_batches,
     shardings=shardings,
   )
+  grads = _in_layers(grads, layers, 0.0)
   with jax.named_scope('optimizer'):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates = _in_layers(updates, layers, -0.0)  # added to any number, its bits stay
     params = optax.apply_updates(state.params, updates)
   metrics |= {
     'gradient_norm': (optax.global_norm(grads), 1.0),
@@ -156,6 +162,19 @@ def _accumulated(
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
   summed, _ = jax.lax.scan(body, zeros, (jnp.arange(count), parts))
   return summed
+
+
+def _in_layers(x: PyTree, layers: Mapping[str, np.ndarray] | None, other: float) -> Any:
+  """`x` with `other` in the layers of its stacks that are not trained."""
+  if not layers:
+    return x
+
+  def leaf(path: str, x: jax.Array) -> jax.Array:
+    if path not in layers:
+      return x
+    return jnp.where(layers[path].reshape(-1, *[1] * (x.ndim - 1)), x, jnp.asarray(other, x.dtype))
+
+  return tree.map_with_path(leaf, x)
 
 
 def _all(params: PyTree, frozen: PyTree) -> Any:

@@ -441,7 +441,7 @@ def test_multiclass(small, pool):
   assert said['probability'] == pytest.approx(p[1].max(), rel=1e-4)
   assert json.loads(json.dumps(said)) == said and list(said['probabilities']) == list(LETTERS)
   assert objective.terms == {'classify': 1.0} and objective.predictor is objective
-  assert objective.evaluators == ('loss', 'classification') and objective.derived == ('classes',)
+  assert objective.evaluators == ('loss', 'classification')
   assert objective.targets({}) is None and objective.summary({}) == {}
 
 

@@ -1,0 +1,206 @@
+"""LoRA (arXiv:2106.09685, eq. 3): a product of two thin matrices beside a frozen kernel,
+
+    y = x W + b + s drop(x) A B,    s = alpha / R, or alpha / sqrt(R) (rsLoRA, arXiv:2312.03732)
+
+with A [inputs, R] drawn uniformly from +-1 / sqrt(inputs) and B [R, outputs] zero, as `peft` has
+them. DoRA (arXiv:2402.09353, eq. 5) also learns the length m of each column of the kernel,
+
+    y = b + m / |W + s A B| (x W + s drop(x) A B)
+
+where the norm is over the inputs and takes no gradient (section 4.3). m = |W| + d, and d is what is
+kept: it starts at zero, whatever base is loaded, and has the gradient of m.
+"""
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from llm_jax.adapters import _targets
+from llm_jax.core import contracts, tree
+from llm_jax.core import params as params_lib
+from llm_jax.core.contracts import WeightForm
+from llm_jax.core.params import Info
+from llm_jax.core.tree import PyTree
+from llm_jax.nn.dropout import dropout
+from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, sides, with_leading_axes
+from llm_jax.nn.options import DTYPES
+
+A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
+
+
+class Adapter(contracts.Adapter):
+  """Trains `lora_a` and `lora_b` beside the kernels of linear maps, and the heads.
+
+  Args:
+    rank: R.
+    alpha: as in s.
+    dropout: rate on the input of A.
+    targets: of the maps, a regular expression for the end of their paths (`_targets`).
+    rslora: s = alpha / sqrt(R).
+    dora: learns `lora_magnitude`, d, as well.
+    heads: the heads that are trained whole, a regular expression for their names; '' for none,
+      None for all but the masked-LM head.
+
+  Raises:
+    ValueError: a value that is not possible.
+
+  Example:
+    >>> adapter = Adapter(rank=4, alpha=8.0, targets='attention/.*')
+    >>> adapter.scale
+    2.0
+  """
+
+  def __init__(
+    self,
+    rank: int = 8,
+    alpha: float = 16.0,
+    dropout: float = 0.0,
+    targets: str = 'query|value',
+    rslora: bool = False,
+    dora: bool = False,
+    heads: str | None = None,
+  ):
+    if rank < 1:
+      raise ValueError(f'config.adapter.rank={rank} must be at least 1.')
+    if not 0 < alpha < math.inf:
+      raise ValueError(f'config.adapter.alpha={alpha} must be above 0.')
+    _targets.check_rate('dropout', dropout)
+    _targets.check_pattern('targets', targets)
+    self.rank, self.dropout, self.targets, self.dora = rank, dropout, targets, dora
+    self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+    self.heads = _targets.Heads(heads)
+
+  def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
+    _targets.check_found('targets', self.targets, infos, base)
+    self.heads.check(base)
+
+  def trains(self, path: str, info: Info, base: bool) -> bool:
+    return not base or path in self.heads
+
+  def no_gradient(self, path: str) -> str | None:
+    return 'lora_b is 0' if path.endswith(f'/{A}') else None
+
+  def intercept(
+    self,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    y = next_fun(*args, **kwargs)
+    linear = _targets.linear(context, self.targets)
+    return y if linear is None else self._adapted(linear, args[0], y)
+
+  def merged(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
+    leaves = tree.flatten(params)
+    merged = {path: x for path, x in leaves.items() if path.split('/')[-1] not in (A, B, MAGNITUDE)}
+    for module in _targets.modules(leaves, A):
+      path = f'{module}/kernel'
+      _targets.check_dense(leaves, path)
+      info, kernel = infos[path], leaves[path]
+      inputs = tuple(info.stacked + axis for axis in info.inputs)
+      a, b = leaves[f'{module}/{A}'], leaves[f'{module}/{B}']
+      whole = kernel + self.scale * _product(a, b, info.stacked)
+      if self.dora:
+        ratio = _ratio(kernel, whole, leaves[f'{module}/{MAGNITUDE}'], inputs)
+        whole *= jnp.expand_dims(ratio, inputs)
+      merged[path] = whole.astype(kernel.dtype)
+    return tree.nest(merged)
+
+  def _adapted(self, linear: Linear, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The output `y` of a linear map for `x`, with what is learned beside it."""
+    options, kept = linear.options, DTYPES[linear.options.param_dtype]
+    inputs, out = sides(linear.spec)
+    sizes = dict(zip(inputs + out, linear.shape, strict=True)) | {'R': self.rank}
+    self._check_rank(linear, math.prod(sizes[i] for i in inputs), math.prod(sizes[o] for o in out))
+
+    def matrix(name: str, letters: str, summed: int, init: Callable[..., jax.Array]) -> Any:
+      names = tuple(AXES[letter] for letter in letters)
+      there = form(linear, name)  # generation may keep it transposed
+      if there is None:
+        made = params_lib.boxed(init, names, inputs=tuple(range(summed)), decayed=True)
+        there = linear.param(name, made, tuple(sizes[letter] for letter in letters), kept)
+      return there, names
+
+    a, a_names = matrix(A, f'{inputs}R', len(inputs), _uniform)
+    b, b_names = matrix(B, f'R{out}', 1, nn.initializers.zeros)
+    if self.dropout and linear.has_rng('dropout'):
+      x = dropout(x, self.dropout, linear.make_rng('dropout'))
+    dtype = options.compute_dtype
+    into, out_of = f'...{inputs},{inputs}R->...R', f'...R,R{out}->...{out}'
+    h = multiply(a, into, x, a_names, dtype, dtype)
+    added = self.scale * multiply(b, out_of, h, b_names, dtype, y.dtype)
+    if not self.dora:
+      return y + added
+    product = _product(_dense(a, into, sizes, kept), _dense(b, out_of, sizes, kept))
+    return self._rescaled(linear, product, y, added)
+
+  def _rescaled(
+    self, linear: Linear, product: jax.Array, y: jax.Array, added: jax.Array
+  ) -> jax.Array:
+    """DoRA's output, where `product` is A B, `y` the base's output and `added` LoRA's."""
+    options = linear.options
+    kernel = nn.meta.unbox(linear.get_variable('params', 'kernel'))
+    letters, out = sides(linear.spec)
+    sizes, inputs = dict(zip(letters + out, linear.shape, strict=True)), tuple(range(len(letters)))
+    kernel = _dense(kernel, linear.spec, sizes, options.accumulation_dtype)
+    names = ('norm',) if out == 'D' else tuple(AXES[letter] for letter in out)
+    init = params_lib.boxed(nn.initializers.zeros, names)
+    shape, kept = kernel.shape[len(inputs) :], DTYPES[options.param_dtype]
+    magnitude = linear.param(MAGNITUDE, init, shape, kept)
+    ratio = _ratio(kernel, kernel + self.scale * product, magnitude, inputs)
+    # As a difference before it is rounded to the compute type, so that small ones are not lost.
+    more, ratio = (with_leading_axes(x.astype(y.dtype), y.ndim) for x in (ratio - 1, ratio))
+    without_bias = y
+    if linear.bias:
+      bias = nn.meta.unbox(linear.get_variable('params', 'bias'))
+      without_bias = y - with_leading_axes(bias.astype(y.dtype), y.ndim)
+    return y + (more * without_bias + ratio * added)  # y itself at the start
+
+  def _check_rank(self, linear: Linear, inputs: int, outputs: int) -> None:
+    if self.rank > min(inputs, outputs):
+      raise ValueError(
+        f'config.adapter.rank={self.rank} is above the smaller dimension of '
+        f'{"/".join(linear.path)}, {min(inputs, outputs)} (of {inputs} x {outputs}); lower it, or '
+        'leave this map out of config.adapter.targets.'
+      )
+
+
+def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+  """+-1 / sqrt(inputs), the last dimension being R."""
+  bound = 1 / math.sqrt(math.prod(shape[:-1]))
+  return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _product(a: jax.Array, b: jax.Array, stacked: bool = False) -> jax.Array:
+  """A B with the axes of a kernel; of each layer by itself where they are `stacked`."""
+  layers, rank = a.shape[:stacked], a.shape[-1]
+  thin, wide = a.reshape(*layers, -1, rank), b.reshape(*layers, rank, -1)
+  product = jnp.matmul(thin, wide, precision='highest')
+  return product.reshape(*a.shape[:-1], *b.shape[stacked + 1 :])
+
+
+def _ratio(
+  kernel: jax.Array, whole: jax.Array, magnitude: jax.Array, inputs: tuple[int, ...]
+) -> jax.Array:
+  """(|W| + d) / |W + s A B|: 1 to the bit where d and B are zero."""
+  before, after = (jnp.sqrt(jnp.sum(jnp.square(x), axis=inputs)) for x in (kernel, whole))
+  tiny = jnp.finfo(after.dtype).tiny  # of a column of zeros
+  return (before + magnitude) / jax.lax.stop_gradient(jnp.maximum(after, tiny))
+
+
+def _dense(
+  weight: jax.Array | WeightForm, spec: str, sizes: Mapping[str, int], dtype: jnp.dtype
+) -> jax.Array:
+  """A weight as an array; of a weight form, its product with the identity."""
+  if not is_form(weight):
+    return weight.astype(dtype)
+  letters, out = sides(spec)
+  inputs = [sizes[letter] for letter in letters]
+  identity = jnp.eye(math.prod(inputs), dtype=dtype).reshape(-1, *inputs)
+  product = weight.product(spec, identity, dtype, dtype)
+  return product.reshape(*inputs, *[sizes[letter] for letter in out])

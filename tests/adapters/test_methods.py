@@ -1,0 +1,112 @@
+"""What every adapter must keep, on an encoder and a decoder, with its layers in a loop and without:
+the base starts the network and keeps its bits, the trained share is what the paper says, the
+optimizer keeps nothing of the rest, and merging changes nothing.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from llm_jax.core import tree
+
+D, L, F, N, H, C, R = 16, 2, 32, 2, 8, 3, 2
+HEADS = D * D + D + D * C + C  # pooler and classifier
+LABELS = dict(name='classify', task='multiclass', classes=('a', 'b', 'c'), dropout=0.0, pool='last')
+# In each layer four of attention, two of the mlp, two of norms; and that of one more norm.
+BIASES = L * (4 * D + F + D + 2 * D) + D
+METHODS = {
+  'lora': (dict(name='lora', rank=R), L * 2 * (D * R + R * N * H)),
+  'everywhere': (
+    dict(name='lora', rank=R, targets='attention/.*|mlp/.*', rslora=True),
+    L * R * (4 * (D + D) + 2 * (D + F)),
+  ),
+  'dora': (dict(name='lora', rank=R, dora=True), L * 2 * (D * R + R * N * H + N * H)),
+  'ia3': (dict(name='ia3'), L * (2 * N * H + F)),
+  'bitfit': (dict(name='bitfit'), BIASES),
+  'houlsby': (dict(name='bottleneck', size=4), 2 * L * (2 * 4 * D + 4 + D)),
+  'pfeiffer': (dict(name='bottleneck', size=4, placement='pfeiffer'), L * (2 * 4 * D + 4 + D)),
+  'parallel': (
+    dict(name='bottleneck', size=4, placement='parallel', scale=4.0),
+    L * (2 * 4 * D + 4 + D),
+  ),
+  'freeze': (dict(name='freeze'), 0),
+}
+# How far each is moved: what is added is about as large as what is there.
+OWN = dict(lora_b=0.02, lora_magnitude=0.02, ia3_input=0.3, ia3_output=0.3, bottleneck_up=0.1)
+CURVED = ('houlsby', 'pfeiffer', 'parallel')  # not linear
+QUICK = {('dora', 'encoder', 1)}
+
+
+def case(*values):
+  return pytest.param(*values, marks=() if values in QUICK else pytest.mark.slow)
+
+
+CASES = [case(m, k, u) for m in METHODS for k in ('encoder', 'decoder') for u in (1, 0)]
+
+
+@pytest.mark.parametrize(('method', 'model', 'unroll'), CASES)
+def test_the_base_keeps_its_bits_and_the_rest_learns(tiny, method, model, unroll):
+  adapter, count = METHODS[method]
+  objective = LABELS if (method, model) == ('freeze', 'decoder') else {}
+  base = tiny.known(model, objective=objective, unroll=unroll)
+  program = tiny.known(model, adapter, objective, unroll=unroll)
+  state, batch = tiny.first_state(program, model, objective), tiny.batch(program)
+  first = jax.tree.map(np.asarray, state)
+  whole, frozen = first.network_params, tiny.bits(first.frozen)
+
+  # The trained share, and what is kept of it.
+  heads = sum(x.size for path, x in tree.flatten(first.params).items() if path[:6] == 'heads_')
+  assert sum(x.size for x in jax.tree.leaves(first.params)) == count + heads
+  assert heads == (HEADS if model == 'encoder' else (method == 'freeze') * D * C)
+  moments = [x.shape for x in jax.tree.leaves(program.state.opt_state) if x.ndim]
+  assert sorted(moments) == sorted(2 * [x.shape for x in jax.tree.leaves(first.params)])
+
+  # The network starts as its base, to the bit where the compiler does not fuse sums otherwise.
+  plain = {path: x for path, x in tree.flatten(whole).items() if path in base.base}
+  at_first = tiny.hidden(base, tree.nest(plain), batch)
+  assert tiny.hidden(program, whole, batch).tobytes() == at_first.tobytes()
+
+  # Steps change what is trained, and nothing else.
+  losses = []
+  for _ in range(3):
+    state, metrics = program.train_step(state, batch)
+    losses.append(float(metrics['loss'][0]))
+  assert losses[2] < losses[0] and tiny.bits(state.frozen) == frozen
+  after = tree.flatten(jax.tree.map(np.asarray, state.params))
+  still = [path for path, x in tree.flatten(first.params).items() if np.array_equal(x, after[path])]
+  assert still == []
+
+  # Merged into the base it is the same; without it, another.
+  strong = tiny.shaken(state.network_params, OWN)
+  adapted = tiny.hidden(program, strong, batch)
+  if method in CURVED:
+    with pytest.raises(ValueError, match='adapters.bottleneck cannot be merged'):
+      program.network.adapter.merged(strong, program.infos)
+    assert np.abs(adapted - at_first).max() > 1e-3
+    return
+  merged = program.network.adapter.merged(strong, program.infos)
+  assert set(tree.paths(merged)) == base.base
+  np.testing.assert_allclose(tiny.hidden(base, merged, batch), adapted, rtol=0, atol=1e-5)
+  if method != 'freeze':
+    assert np.abs(adapted - at_first).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  ('model', 'unroll'), [('decoder', 1), pytest.param('encoder', 0, marks=pytest.mark.slow)]
+)
+def test_the_layers_from_the_top_are_trained_alone(tiny, model, unroll):
+  """Of each stack [layers, ...] the last layer moves, and weight decay leaves the others alone."""
+  program = tiny.known(model, dict(name='freeze', layers=1), unroll=unroll)
+  state, batch = tiny.first_state(program, model), tiny.batch(program)
+  first = jax.tree.map(np.asarray, state)
+  for _ in range(2):
+    state, _ = program.train_step(state, batch)
+  assert tiny.bits(state.frozen) == tiny.bits(first.frozen)
+  before, after = (tree.flatten(jax.tree.map(np.asarray, x.params)) for x in (first, state))
+  stacks = [path for path in before if '/layers/' in path]
+  last = {'decoder': ['model/final_norm/bias', 'model/final_norm/scale'], 'encoder': []}[model]
+  assert sorted(after) == sorted([*stacks, *last, *(path for path in after if 'heads_' in path)])
+  assert len(stacks) == 16 and not any('embedder' in path for path in after)
+  for path in stacks:
+    assert before[path][0].tobytes() == after[path][0].tobytes()
+    assert not np.array_equal(before[path][1], after[path][1])

@@ -1,0 +1,123 @@
+"""A whole run with an adapter, from the command line's config to the exported folder."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import llm_jax
+from configs import classify
+from llm_jax.adapters import lora
+from llm_jax.core import config as config_lib
+from llm_jax.core import tree
+from llm_jax.inference.export import export
+from llm_jax.programs import pretrained
+from llm_jax.training import loop
+
+pytestmark = pytest.mark.slow
+SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=32)
+TEXTS = ['one two three', 'a b c d', 'four five', 'x y z']
+
+
+@pytest.fixture(scope='module')
+def settings(tmp_path_factory):
+  """configs/classify.py with --config.adapter.name=lora, for a tiny BERT."""
+  folder = tmp_path_factory.mktemp('corpus')
+  records = [{'text': f'{TEXTS[i % 4]} {i}', 'label': 'ab'[i % 2]} for i in range(24)]
+  (folder / 'data.jsonl').write_text('\n'.join(map(json.dumps, records)))
+  config = classify.get_config()
+  config.adapter.name = 'lora'  # as the flag sets it
+  config.adapter.rank = 2
+  tree = config.to_dict()
+  del tree['pretrained']
+  tree['data'] = dict(
+    source='jsonl',
+    path=str(folder / 'data.jsonl'),
+    label='label',
+    validation=0.0,
+    cache=str(folder / 'cache'),
+    workers=1,
+  )
+  tree['tokenizer'] = dict(name='byte')
+  tree['model'] = dict(name='encoder', variant='bert_base', remat='none', **SHAPE)
+  tree['objective'] |= dict(pool='cls')
+  tree['optimizer'] = dict(name='adamw', learning_rate=0.01)
+  tree |= dict(steps=4, batch_size=4, seq_len=32, log_every=1, eval_every=2)
+  tree['checkpoint'] = dict(every=2, keep=2)
+  tree['logging'] = dict(tensorboard=False)
+  return tree
+
+
+def prepared(settings, workdir):
+  return loop.prepare(config_lib.parse(settings), workdir)
+
+
+@pytest.fixture(scope='module')
+def run(settings, tmp_path_factory):
+  made = prepared(settings, tmp_path_factory.mktemp('run'))
+  loop.train(made)
+  return made
+
+
+def bits(x):
+  return jax.tree.map(lambda leaf: (str(leaf.dtype), np.asarray(leaf).tobytes()), x)
+
+
+def probabilities(session):
+  return np.array([list(answer['probabilities'].values()) for answer in session.predict(TEXTS)])
+
+
+def test_it_resumes_to_the_bit(run, settings, tmp_path):
+  shutil.copytree(run.workdir, tmp_path / 'again')
+  shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '4')
+  again = prepared(settings, tmp_path / 'again')
+  assert again.step == 2 and bits(again.state.params) != bits(run.state.params)
+  loop.train(again)
+  assert bits(again.state) == bits(run.state)
+
+
+def test_what_was_saved_predicts_and_is_exported_merged(run, settings, tmp_path):
+  session = llm_jax.open(run.workdir)
+  assert bits(session.params) == bits(run.state.network_params)
+  answers = probabilities(session)
+  export(session, tmp_path / 'merged')
+  merged = llm_jax.open(tmp_path / 'merged')
+  np.testing.assert_allclose(probabilities(merged), answers, atol=1e-5)
+  assert not any('lora' in path for path in tree.paths(merged.params))
+  export(session, tmp_path / 'base', form='base')
+  plain = tree.flatten(llm_jax.open(tmp_path / 'base').params)
+  held = tree.flatten(session.params)
+  assert bits(plain) == bits({path: held[path] for path in plain})
+  assert np.abs(probabilities(llm_jax.open(tmp_path / 'base')) - answers).max() > 1e-5
+
+  # The merged model is a base like any other.
+  changes = dict(adapter=dict(name='lora', rank=2, dora=True), init_from=str(tmp_path / 'merged'))
+  started = prepared(settings | changes, tmp_path / 'next')
+  wanted = tree.flatten(merged.params)
+  found = tree.flatten(started.state.frozen)
+  assert found and all(np.array_equal(x, wanted[path]) for path, x in found.items())
+  assert not any(
+    np.any(x) for path, x in tree.flatten(started.state.params).items() if 'lora_b' in path
+  )
+
+
+def test_a_run_that_leaves_an_adapter_behind_says_so(run, settings, caplog):
+  changes = dict(init_from=str(run.workdir))
+  pretrained.fill_in(config_lib.parse(settings | changes))
+  assert 'beside the base is not taken' not in caplog.text
+  pretrained.fill_in(config_lib.parse(settings | changes | dict(adapter={})))
+  assert 'beside the base is not taken' in caplog.text
+
+
+def test_what_is_trained_is_said_and_what_would_not_learn_is_refused(
+  settings, tmp_path, monkeypatch, caplog
+):
+  with caplog.at_level('INFO', 'absl'):
+    prepared(settings, tmp_path / 'said')
+  assert 'What is trained' in caplog.text and 'query/lora_a' in caplog.text
+  assert 'lora_b is 0' in caplog.text and 'parameters are trained' in caplog.text
+  monkeypatch.setattr(lora.Adapter, 'no_gradient', lambda adapter, path: None)
+  with pytest.raises(ValueError, match='(?s)does not depend on.*query/lora_a'):
+    prepared(settings, tmp_path / 'refused')
