@@ -97,8 +97,8 @@ def get_config() -> config_dict.ConfigDict:
       eval_every=500,  # 0: an epoch
       init_from=unset(str),
       data=dict(
-        # stdlib | docstrings | text | jsonl | csv | parquet | tfds | conll | conllu | word_tag, or
-        # 'mixture' with a section for each of its sources in `parts`
+        # stdlib | docstrings | text | jsonl | csv | parquet | tfds | conll | conllu | word_tag |
+        # squad, or 'mixture' with a section for each of its sources in `parts`
         source='stdlib',
         path=unset(str),
         name=unset(str),

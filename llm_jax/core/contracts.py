@@ -37,6 +37,8 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | label_weight | B G float32 | classification; 0: no text or no label |
 | chain, tag | B T int32 | token labelling: bits of `nn.crf` where a word is read; its tag |
 | tag_weight | B T float32 | token labelling; 0: no word or no tag |
+| span | B T int32 | QA: bits; 1 an answer may begin or end here, 2 it begins, 4 it ends |
+| span_weight | B G float32 | QA; 0: no window or no answers given |
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -195,7 +197,8 @@ class Rows(Protocol):
 
 
 class Texts(Rows, Protocol):
-  """Rows that hold several texts each, all of them whole or cut to a row, none twice.
+  """Rows that hold several texts each, all of them whole or cut to a row. A text that is read in
+  several parts (windows) is named once for each.
 
   Attributes:
     cut: how many texts are longer than a row and lose their ends.
@@ -452,7 +455,8 @@ class Predictor:
   def answers(
     self, row: Mapping[str, np.ndarray], rows: Texts, index: int
   ) -> Iterator[dict[str, Any]]:
-    """What is said of each text of row `index`, in the order of `rows.texts(index)`.
+    """What is said of each text of row `index`, or of each part, in the order of
+    `rows.texts(index)`.
 
     Args:
       row: what `predict` gave for this row, without B.
@@ -461,6 +465,19 @@ class Predictor:
     """
     for slot, _ in enumerate(rows.texts(index)):
       yield self.describe({name: values[slot] for name, values in row.items()})
+
+  def joined(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer of a text from what is said of each of its parts, in their order; by default a
+    text has one.
+    """
+    (answer,) = parts
+    return answer
+
+  def calibrate(self, values: Mapping[str, float]) -> None:
+    """Takes numbers that answering needs, a threshold say, from those of the validation set with
+    which the parameters were saved; host half only, no compiled function may depend on them.
+    """
+    del values
 
 
 class Validation(NamedTuple):

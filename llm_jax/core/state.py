@@ -2,7 +2,7 @@
 parameters that a run starts from.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -46,9 +46,12 @@ class Loaded(NamedTuple):
     new: paths of those that are wanted and were not found.
     unused: what was found and is not wanted: paths, or names of a folder's tensors.
     step: the other run's step; None where the parameters are of no run.
+    values: the numbers of the validation set with which a run saved them; None where there are
+      none.
   """
 
   params: dict[str, jax.Array]
   new: Sequence[str]
   unused: Sequence[str]
   step: int | None
+  values: Mapping[str, float] | None = None

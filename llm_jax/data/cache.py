@@ -92,7 +92,7 @@ def held_out(record: Record, share: float) -> bool:
   """Whether a record belongs to the share that is held out: the rule of `Corpus.split`, before
   there is a corpus.
   """
-  value = np.frombuffer(encoding.digest(encoding.spelled(record)), np.uint64)[0]
+  value = np.frombuffer(encoding.digest(record), np.uint64)[0]
   return bool(value < _threshold(share))
 
 

@@ -130,7 +130,7 @@ def encode(job: Job, start: int, stop: int) -> Chunk:
     try:
       record = job.source[index]
       found = _encoded(job, index, record)
-      parts = encoding.spelled(record)
+      parts, side = encoding.spelled(record), encoding.digest(record)
       for name, value in found.items():
         if not isinstance(value, np.ndarray):
           found[name] = json.dumps(value)
@@ -138,7 +138,7 @@ def encode(job: Job, start: int, stop: int) -> Chunk:
       error.add_note(f'while tokenizing document {index}')
       raise
     encoded.append(found)
-    hashes.append(encoding.digest(parts))
+    hashes.append(side)
     sizes.append(sum(map(len, parts)))
   arrays, values = encoding.columns(encoded, job.tokenizer.vocab_size, start)
   lines = {name: [line or 'null' for line in column] for name, column in values.items()}

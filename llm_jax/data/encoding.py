@@ -141,8 +141,12 @@ def spelled(record: Record) -> list[bytes]:
   return [json.dumps(record, sort_keys=True).encode()]
 
 
-def digest(parts: Sequence[bytes]) -> bytes:
-  """8 bytes from what `spelled` gives: they decide on which side of a split a record is."""
+def digest(record: Record) -> bytes:
+  """8 bytes that decide on which side of a split a record is: of what it is known by, or of its
+  `context`, so that all questions about one text are on one side.
+  """
+  context = None if 'text' in record else record.get('context')
+  parts = [context.encode()] if isinstance(context, str) else spelled(record)
   return hashlib.blake2b(b'\0'.join(parts), digest_size=8).digest()
 
 

@@ -9,14 +9,13 @@ answers.
 """
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from llm_jax.core.contracts import Validation
-from llm_jax.evaluators import _slices
+from llm_jax.evaluators import _answers, _slices
 
 NO_SCHEME = 'none'
 _CONLL = str.maketrans('LU', 'ES')  # seqeval's default mode has BILOU by the letters of IOBES
@@ -47,10 +46,12 @@ class Evaluator:
         'evaluators in config.evaluators.'
       )
     right, said, places = [], [], []
-    for wanted, answer, place in _answered(validation):
-      right.append(wanted)
-      said.append(answer)
-      places.append(place)
+    for rows, text, answer, place, _ in _answers.answered(validation):
+      wanted = rows.tags(text)
+      if wanted is not None:
+        right.append(wanted)
+        said.append(answer['tags'])
+        places.append(place)
     if not sum(map(len, right)):
       raise ValueError(
         'no word of the validation set has a tag; give tags, or raise config.data.validation or '
@@ -154,25 +155,6 @@ def _report(seqeval: Any, right: Tags, said: Tags, **how: Any) -> Any:
 
 def _conll(tag: str) -> str:
   return tag[:1].translate(_CONLL) + tag[1:]
-
-
-def _answered(
-  validation: Validation,
-) -> Iterator[tuple[list[str], list[str], tuple[int, int]]]:
-  """The tags of each text that has some, those that are answered, and its row and slot."""
-  predictor, number = validation.objective.predictor, 0
-  for batch in validation.batches():
-    found = jax.device_get(validation.predict(batch, ()))
-    size = len(next(iter(found.values())))
-    for row in range(min(size, len(validation.rows) - number)):
-      rows, index = validation.rows[number + row]
-      arrays = {name: values[row] for name, values in found.items()}
-      answers = predictor.answers(arrays, rows, index)
-      for slot, (text, answer) in enumerate(zip(rows.texts(index), answers, strict=True)):
-        wanted: Sequence[str] | None = rows.tags(text)
-        if wanted is not None:
-          yield list(wanted), answer['tags'], (number + row, slot)
-    number += size
 
 
 def _seqeval() -> Any:

@@ -27,7 +27,7 @@ from llm_jax.parallel import hosts
 DTYPES = tuple(FLOATS)  # that a folder can be written in
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack')
 _WEIGHTS = (safetensors.SINGLE, safetensors.INDEX)
-_CLASSIFIES = 'ForSequenceClassification'
+_CLASSIFIES, _ANSWERS = 'ForSequenceClassification', 'ForQuestionAnswering'
 _NO_IDS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))
 """Written as null where they are not known: left out, they would be transformers' defaults."""
 
@@ -90,10 +90,7 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
     ValueError: the names are not those of classes 0, 1, ....
   """
   config = read_config(path)
-  architectures = config.get('architectures')
-  if not isinstance(architectures, list):
-    return None
-  if not any(_CLASSIFIES in str(name) for name in architectures):
+  if not _is_class(config, _CLASSIFIES):
     return None
   names = config.get('id2label')
   if names is None:
@@ -103,6 +100,11 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
       f'{os.path.join(path, CONFIG)}: id2label={names!r} must name the classes 0, 1, ....'
     )
   return tuple(str(names[str(i)]) for i in range(len(names)))
+
+
+def answers_questions(path: str | os.PathLike[str]) -> bool:
+  """Whether the folder's model finds the spans of answers."""
+  return _is_class(read_config(path), _ANSWERS)
 
 
 def classifier(path: str | os.PathLike[str], families: Families) -> dict[str, Any]:
@@ -116,6 +118,11 @@ def classifier(path: str | os.PathLike[str], families: Families) -> dict[str, An
   config = read_config(path)
   _, family = _family(path, config, families)
   return {} if family.classifier is None else family.classifier.read(config)
+
+
+def _is_class(config: Mapping[str, Any], kind: str) -> bool:
+  names = config.get('architectures')
+  return isinstance(names, list) and any(kind in str(name) for name in names)
 
 
 def _numbered(config: Mapping[str, Any]) -> dict[str, str]:

@@ -92,7 +92,7 @@ class Labeller:
   def _answers(self, params: PyTree, block: '_Block') -> list[dict[str, Any]]:
     if self._predict is None:
       self._predict = hosts.compiled(self._program.predict_step)
-    answers: list[dict[str, Any]] = [{}] * len(block.documents)
+    parts: list[list[dict[str, Any]]] = [[] for _ in range(len(block.documents))]
     row = 0
     for batch in evaluation.batches(self._program, block):
       found = jax.device_get(self._predict(params, self._program.put(batch)))
@@ -101,9 +101,9 @@ class Labeller:
         texts = block.rows.texts(row + number)
         said = self._predictor.answers(arrays, block.rows, row + number)
         for text, answer in zip(texts, said, strict=True):
-          answers[text] = answer
+          parts[text].append(answer)
       row += self._program.config.batch_size
-    return answers
+    return [self._predictor.joined(found) for found in parts]
 
 
 class _Block:

@@ -13,11 +13,25 @@ from absl import logging
 
 from llm_jax.core import plugins
 from llm_jax.core.contracts import Record
-from llm_jax.data.sources import _record, jsonl, parquet, text
+from llm_jax.data.sources import _record, conll, conllu, jsonl, parquet, squad, text
 from llm_jax.data.sources import csv as tables
 
 TEXT_SUFFIXES = ('.txt', '.txt.gz')
-SUFFIXES = (*jsonl.SUFFIXES, *tables.SUFFIXES, *parquet.SUFFIXES, *TEXT_SUFFIXES)
+# Sources whose files are answered too, where an objective reads whole records.
+SOURCES = {'squad': squad, 'conll': conll, 'conllu': conllu}
+SUFFIXES = tuple(
+  dict.fromkeys(
+    suffix
+    for suffixes in (
+      jsonl.SUFFIXES,
+      tables.SUFFIXES,
+      parquet.SUFFIXES,
+      TEXT_SUFFIXES,
+      *(module.SUFFIXES for module in SOURCES.values()),
+    )
+    for suffix in suffixes
+  )
+)
 SAMPLE = 100  # records that say which fields there are
 
 Ask = Callable[[Iterator[tuple[int, Record]]], Iterable[dict[str, Any]]]
@@ -218,6 +232,11 @@ def _table(path: pathlib.Path, data: Mapping[str, Any]) -> Any:
     return text.Table(str(path))
   if name.endswith(jsonl.SUFFIXES):
     return jsonl.Table(str(path))
+  for kind, module in SOURCES.items():
+    if name.endswith(module.SUFFIXES):
+      own = data if data.get('source') == kind else {}
+      taken = own.keys() & plugins.signature(module.Source).keys() - {'path'}
+      return module.Source(str(path), **{option: own[option] for option in taken})
   table: Any
   if name.endswith(parquet.SUFFIXES):
     table = parquet.Table(str(path))

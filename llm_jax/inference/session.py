@@ -357,7 +357,8 @@ def open_model(folder: pathlib.Path | None, given: Config | None = None) -> Sess
 
 
 def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -> dict[str, Any]:
-  """The parameters in a folder, of a run those of its best checkpoint, as a program wants them.
+  """The parameters in a folder, of a run those of its best checkpoint, as a program wants them;
+  what the run found on its validation set with them is given to the objective's predictor.
 
   Args:
     program: wants them.
@@ -378,6 +379,9 @@ def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -
   logging.info('Parameters of %s%s.', origin, step)
   if loaded.unused:
     logging.info('Not used: %s.', ', '.join(loaded.unused))
+  predictor = getattr(program.objective, 'predictor', None)
+  if predictor is not None:
+    predictor.calibrate(loaded.values or {})
   return tree.nest(loaded.params)
 
 

@@ -32,6 +32,8 @@ def score(run: Run) -> None:
   program, folder = run.program, run.workdir / 'checkpoints'
   loaded = checkpoints.restore_params(folder, program.params)
   scored = {'step': loaded.step, 'data': config_lib.given(program.config.test)}
+  if program.objective.predictor is not None:
+    program.objective.predictor.calibrate(loaded.values or {})
   path = run.workdir / NUMBERS
   if hosts.agree(lambda: _holds(path, scored)):
     return

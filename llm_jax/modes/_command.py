@@ -20,8 +20,8 @@ INPUT = flags.DEFINE_string(
   'input',
   None,
   'predict, explain, embed, generate: a .jsonl, .csv, .tsv or .txt file (a text per line), these '
-  'with .gz, or a .parquet file; - for standard input: JSON lines, plain ones, or, with --text, a '
-  'table.',
+  'with .gz, or a .parquet file; for words .conll and .conllu, for questions .json of SQuAD; - for '
+  'standard input: JSON lines, plain ones, or, with --text, a table.',
 )
 OUTPUT = flags.DEFINE_string(
   'output',

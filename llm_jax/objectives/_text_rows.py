@@ -47,7 +47,7 @@ class TextRows:
     self.lost = self.given - kept
     self.cut = int(np.count_nonzero(self.lost))
     self.sizes = np.maximum(kept + special, 1)
-    self.plan = _plan(self.sizes, seq_len, slots)
+    self.plan = plan(self.sizes, seq_len, slots)
 
   def __len__(self) -> int:
     return len(self.plan)
@@ -137,9 +137,14 @@ def fit(first: Any, second: Any, seq_len: int, special: int) -> tuple[Any, Any]:
   return kept, np.minimum(second, room - kept)
 
 
-def _plan(sizes: np.ndarray, seq_len: int, slots: int) -> pack.Plan:
+def plan(sizes: np.ndarray, seq_len: int, slots: int) -> pack.Plan:
   """Which texts share a row. Texts of one length come in an order drawn once: neighbours of a
   sorted corpus are much alike.
+
+  Args:
+    sizes: [texts], tokens of each, special ones included, none above `seq_len`.
+    seq_len: T.
+    slots: G, the most texts of a row.
   """
   if slots == 1:
     return pack.one_per_row(sizes, seq_len)

@@ -274,6 +274,7 @@ def restore_params(
     new=[name for name in wanted if name not in paths],
     unused=[name for name in paths if name not in wanted],
     step=int(path.name),
+    values=(_read_seal(path) or {}).get('metrics'),
   )
 
 

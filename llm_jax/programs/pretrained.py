@@ -260,6 +260,8 @@ def _objective(folder: pathlib.Path, causal: bool) -> dict[str, Any]:
   one that suits the model.
   """
   labels = hf.labels(str(folder))
+  if hf.answers_questions(str(folder)):
+    return {'name': 'qa'}
   if labels is None:
     return {'name': 'clm' if causal else 'mlm'}
   if len(labels) == 1:

@@ -63,16 +63,22 @@ def test_what_the_program_gives_is_no_option():
 
 
 def test_known_names_are_the_modules():
-  assert plugins.names('objective') == ['classify', 'clm', 'mix', 'mlm', 'nsp', 'sop']
+  assert plugins.names('objective') == ['classify', 'clm', 'mix', 'mlm', 'nsp', 'qa', 'sop', 'tag']
   assert {'train', 'eval', 'predict', 'plan'} <= set(plugins.names('mode'))
   assert plugins.names('source') == [
+    'conll',
+    'conllu',
     'csv',
+    'defaults',
     'docstrings',
+    'headings',
     'jsonl',
     'parquet',
+    'squad',
     'stdlib',
     'text',
     'tfds',
+    'word_tag',
   ]
   with pytest.raises(
     ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: classify, "

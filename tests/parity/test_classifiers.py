@@ -1,5 +1,5 @@
 """Classifiers of all families, from text: the answers of transformers, for single texts and pairs,
-read from their folders and written to ours.
+read from their folders and written to ours; and answers to questions.
 """
 
 import json
@@ -94,9 +94,12 @@ FAMILIES = {
 @pytest.fixture(scope='module', params=FAMILIES)
 def folder(request, tmp_path_factory):
   """A random classifier as transformers writes it."""
-  name = request.param
+  return written(request.param, 'SequenceClassification', tmp_path_factory.mktemp('folder'))
+
+
+def written(name, task, path):
+  """A random model in a folder."""
   make, options = FAMILIES[name]
-  path = tmp_path_factory.mktemp(name)
   made, names = make()
   inputs = ['input_ids', *['token_type_ids'] * (name == 'Bert'), 'attention_mask']
   specials = {f'{key}_token': text for key, text in names.items()}
@@ -111,7 +114,7 @@ def folder(request, tmp_path_factory):
     **SIZES,
     **options,
   )
-  getattr(transformers, f'{name}ForSequenceClassification')(config).save_pretrained(path)
+  getattr(transformers, f'{name}For{task}')(config).save_pretrained(path)
   return path
 
 
@@ -172,3 +175,39 @@ def test_a_decoder_that_was_trained_here_is_exported_with_the_ends_of_its_texts(
   session = llm_jax.open(tmp_path / 'w')
   export(session, tmp_path / 'out')
   check(tmp_path / 'out', session)
+
+
+def spans_of_transformers(path, question, context):
+  """Character spans by the sum of their scores, the best first."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+  model = transformers.AutoModelForQuestionAnswering.from_pretrained(path).eval()
+  read = tokenizer(question, context, return_tensors='pt', return_offsets_mapping=True)
+  offsets, inside = read.pop('offset_mapping')[0].tolist(), read.sequence_ids(0)
+  with torch.no_grad():
+    found = model(**read)
+  starts, ends = (x[0].double().numpy() for x in (found.start_logits, found.end_logits))
+  tokens = [i for i, text in enumerate(inside) if text == 1]
+  sums = {}
+  for i, j in ((i, j) for i in tokens for j in tokens if i <= j < i + 30):
+    start, end = offsets[i][0], offsets[j][1]
+    start += len(context[start:end]) - len(context[start:end].lstrip())
+    sums[start, end] = max(starts[i] + ends[j], sums.get((start, end), -np.inf))
+  ranked = sorted(sums, key=lambda span: -sums[span])
+  weights = np.exp([sums[span] - sums[ranked[0]] for span in ranked[:20]])
+  return ranked[:20], weights / weights.sum()
+
+
+@pytest.mark.parametrize('name', ['Bert', 'Roberta', 'XLMRoberta'])
+def test_questions_are_answered_as_by_transformers_and_so_by_the_export(name, tmp_path):
+  folder = written(name, 'QuestionAnswering', tmp_path / 'in')
+  session = llm_jax.open(folder)
+  for path in (folder, tmp_path / 'out'):
+    if path != folder:
+      export(session, path)
+    for question, context in PAIRS:
+      (answer,) = llm_jax.open(path).predict([dict(question=question, context=context)])
+      spans, probabilities = spans_of_transformers(path, question, context)
+      found = [(each['start'], each['end']) for each in answer['answers']]
+      assert found[:3] == spans[:3] and len(found) == len(spans)
+      ours = [each['probability'] for each in answer['answers']]
+      np.testing.assert_allclose(ours, probabilities, atol=1e-4)

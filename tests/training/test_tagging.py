@@ -139,7 +139,8 @@ def test_files_are_answered(run, tmp_path):
   records = [{'words': words, 'tags': ['?']}, {'text': ' '.join(words)}, {'words': 'no'}]
   (tmp_path / 'in.jsonl').write_text('\n'.join(map(json.dumps, records)))
   (tmp_path / 'in.txt').write_text(' '.join(words) + '\n\n' + 'Ann' * 30 + ' in Ur\n')
-  for name in ('in.jsonl', 'in.txt'):
+  (tmp_path / 'in.conll').write_text('\n'.join(words) + '\n\nAnn\n')  # without tags
+  for name in ('in.jsonl', 'in.txt', 'in.conll'):
     predict_mode.predict(session, tmp_path / name, tmp_path / f'{name}.out.jsonl')
   read = lambda name: [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
   first, second, third = read('in.jsonl.out.jsonl')
@@ -148,6 +149,8 @@ def test_files_are_answered(run, tmp_path):
   spans = [(e['label'], e['text'], e['start'], e['end']) for e in first['entities']]
   assert spans == [('PER', 'Bo Lee', 0, 6), ('LOC', 'New York', 11, 19)]
   assert "in.jsonl:3: field 'words' is 'no'; it must be a list" in third['error']
+  sentence, _ = read('in.conll.out.jsonl')
+  assert sentence['tags'] == first['tags'] and sentence['words'] == words
   whole, empty, cut = read('in.txt.out.jsonl')
   assert whole['tags'] == first['tags'] and whole['entities'] == first['entities']
   assert (empty['words'], empty['tags'], empty['entities']) == ([], [], [])

@@ -1,6 +1,7 @@
 """Files with a word per line and a blank line after each sentence; plain or gzip."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from llm_jax.data.sources import _lines, _paths
 
@@ -22,6 +23,13 @@ class Sentences(_lines.Lines):
         yield line.removesuffix(b'\r').decode('utf-8-sig' if number == 1 else 'utf-8'), where
       except UnicodeDecodeError as error:
         raise ValueError(f'{where}: not UTF-8 ({error.reason}); {_paths.TO_UTF8}.') from error
+
+  def values(self, index: int) -> dict[str, Any]:
+    """A record."""
+    return self[index]
+
+  def __getitem__(self, index: int) -> dict[str, Any]:
+    raise NotImplementedError
 
   def _scan(self) -> Iterator[tuple[int, int, int, int]]:
     for file, path in enumerate(self.files):

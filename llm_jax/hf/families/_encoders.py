@@ -68,6 +68,7 @@ LM_HEAD = (
   *bias('lm_head.bias', 'heads_mlm/bias'),
   *vocabulary('lm_head.decoder.weight'),
 )
+QUESTIONS = linear('qa_outputs', 'heads_spans/dense')
 CLASSIFIER = (
   *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier'),
   *linear('classifier.out_proj', 'heads_classifier/dense'),

@@ -14,6 +14,7 @@ _HEADS = (
   *vocabulary('cls.predictions.decoder.weight'),
   *linear('cls.seq_relationship', 'heads_nsp/dense'),
   *linear('classifier', 'heads_classifier/dense'),
+  *shared.QUESTIONS,
 )
 
 FAMILIES = {
@@ -35,6 +36,7 @@ FAMILIES = {
     classes={
       'BertForPreTraining': ('mlm', 'pooler', 'nsp'),
       'BertForSequenceClassification': ('pooler', 'classifier'),
+      'BertForQuestionAnswering': ('spans',),
       'BertForMaskedLM': ('mlm',),
       'BertForNextSentencePrediction': ('pooler', 'nsp'),
       'BertModel': (),

@@ -42,11 +42,12 @@ _ROBERTA = Family(
   rules=(Rule(_read_positions, _write_positions),),
   options=shared.POST_NORM,
   body=(*shared.EMBEDDINGS, *shared.LAYER, *shared.POST_NORMS, *shared.POOLER),
-  heads=(*shared.LM_HEAD, *shared.CLASSIFIER),
+  heads=(*shared.LM_HEAD, *shared.CLASSIFIER, *shared.QUESTIONS),
   copies={'lm_head.decoder.bias': 'lm_head.bias'},
   ignored=shared.POSITION_IDS,
   classes={
     'RobertaForSequenceClassification': ('pooler', 'classifier'),
+    'RobertaForQuestionAnswering': ('spans',),
     'RobertaForMaskedLM': ('mlm',),
     'RobertaModel': (),
   },

@@ -1,0 +1,555 @@
+"""Answers to questions as spans of a text, as BERT is fine-tuned for SQuAD (Devlin et al. 2019,
+sections 4.2 and 4.3): a score for each token to be the first of the answer, another to be the last.
+
+A context that is longer than a row is read in windows that overlap. The first token of a window
+([CLS]) stands for "no answer here": it is the target of a window without the answer, and of all
+windows of a question that has none. Short windows share a row; loss and gradient are those of the
+same windows with a row each.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from llm_jax.core import contracts
+from llm_jax.core.contracts import (
+  Batch,
+  Documents,
+  Encoded,
+  Example,
+  Metrics,
+  Net,
+  Record,
+  Tokenizer,
+)
+from llm_jax.data import pairs
+from llm_jax.nn import heads
+from llm_jax.objectives import _text_rows
+
+PACKINGS = ('best_fit', 'none')
+CANDIDATE, START, END = 1, 2, 4  # bits of `span`
+LEAST_WINDOW = 16  # slots are enough for windows of so many tokens on average
+_FAR = -1e30  # below every logit
+THRESHOLD = 'best_f1_threshold'  # the number of an evaluation that `calibrate` takes
+
+
+class Objective(contracts.Objective, contracts.Predictor):
+  """The span of a context that answers a question.
+
+  A record has `question` and `context`, and `answers`: each with `text` and `answer_start`, its
+  first character; empty where the context has no answer. The first answer is learned.
+
+  A batch has, beside tokens, `span` [B, T] int32, bits: 1 where an answer may begin or end, 2 and 4
+  where it does; and `span_weight` [B, G] float32.
+
+  Args:
+    tokenizer: makes the ids.
+    stride: tokens from the beginning of a window to that of the next, if the windows have as many.
+    max_question: tokens of a question; more are cut off, and counted.
+    max_answer: the most tokens of an answer.
+    n_best: how many answers are given to a question.
+    no_answer: whether a question may have none; None for what the training documents show.
+    threshold: by how much "no answer" must score above the best answer to be said; None for what
+      the validation set found with these parameters, or 0.
+    dropout: rate before the last linear layer.
+    unlabelled: a document without `answers` is an 'error', or counts for nothing ('ignore').
+    packing: 'best_fit' puts several windows in a row; 'none': one window per row.
+
+  Raises:
+    ValueError: a value that is not possible.
+  """
+
+  terms = {'qa': 1.0}
+  evaluators = ('loss', 'squad')
+  derived = ('no_answer',)
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    stride: int = 128,
+    max_question: int = 64,
+    max_answer: int = 30,
+    n_best: int = 20,
+    no_answer: bool | None = None,
+    threshold: float | None = None,
+    dropout: float = 0.0,
+    unlabelled: str = 'error',
+    packing: str = 'best_fit',
+  ):
+    for name, value, known in (
+      ('unlabelled', unlabelled, ('error', 'ignore')),
+      ('packing', packing, PACKINGS),
+    ):
+      if value not in known:
+        raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(known)}.')
+    for name, count in (
+      ('stride', stride),
+      ('max_question', max_question),
+      ('max_answer', max_answer),
+      ('n_best', n_best),
+    ):
+      if count < 1:
+        raise ValueError(f'objective.{name}={count} must be at least 1.')
+    if not 0 <= dropout < 1:
+      raise ValueError(f'objective.dropout={dropout} must be at least 0 and below 1.')
+    if threshold is not None and not math.isfinite(threshold):
+      raise ValueError(f'objective.threshold={threshold} must be a finite number.')
+    self.stride, self.max_question = stride, max_question
+    self.max_answer, self.n_best, self.no_answer = max_answer, n_best, bool(no_answer)
+    self.given_threshold, self.threshold = threshold, threshold or 0.0
+    self.dropout, self.unlabelled, self.packing = dropout, unlabelled, packing
+    self.frame = pairs.frame(tokenizer)
+    self.predictor = self
+
+  @staticmethod
+  def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
+    """`tokens` of the context with `token_begins` and `token_ends`, `question_tokens`, the
+    `context`, and `answers` as [[text, first character], ...].
+
+    Raises:
+      ValueError: a field is missing, or an answer does not stand where it says.
+    """
+    question, context = (_string(record, name) for name in ('question', 'context'))
+    tokens, spans = tokenizer.offsets(context)
+    spans = np.asarray(spans, np.int64).reshape(-1, 2)
+    encoded: Encoded = {  # rule 1 of `_answers`, to be raised with any change there
+      'tokens': tokens,
+      'token_begins': spans[:, 0],
+      'token_ends': spans[:, 1],
+      'question_tokens': tokenizer.encode(question),
+      'context': context,
+    }
+    if record.get('answers') is not None:
+      encoded['answers'] = _answers(record['answers'], context)
+    return encoded
+
+  @classmethod
+  def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
+    """Whether a question of the training documents has no answer.
+
+    Raises:
+      ValueError: no document has `answers`.
+    """
+    if options.get('no_answer') is not None:
+      return {}
+    columns = (corpus.values('answers') or () for corpus in documents)
+    given = [answers for column in columns for answers in column if answers is not None]
+    if not given:
+      raise ValueError(
+        'objective qa needs answers and this corpus has none; config.data.source=squad reads files '
+        "of SQuAD, and config.data.fields=('question','context','answers') names fields of others."
+      )
+    without = sum(not answers for answers in given)
+    logging.info('qa: %d of %d questions have no answer.', without, len(given))
+    return {'no_answer': without > 0}
+
+  @classmethod
+  def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A question with its answer, and one without where there may be such."""
+    record = {'question': 'what?', 'context': 'some words'}
+    answers = [{'text': 'words', 'answer_start': 5}]
+    records = [record | {'answers': answers}] * 4
+    return records[:3] + [record | {'answers': []}] if options.get('no_answer') else records
+
+  def check(self, model: contracts.Model) -> None:
+    """A causal model has not seen the rest of an answer at its first token."""
+    if model.causal:
+      raise ValueError(
+        'objective qa reads a span at its first and its last token, where a causal model has not '
+        'seen the rest; use an encoder.'
+      )
+
+  def rows(self, documents: Documents, seq_len: int) -> '_Rows':
+    """The windows of the documents in as few rows as they need.
+
+    Logs how many windows there are, what is cut off, and which answers no tokens spell.
+
+    Raises:
+      ValueError: a document without answers, or a row that has no room for a context.
+    """
+    answers = documents.values('answers') or [None] * len(documents)
+    if self.unlabelled == 'error':
+      for document, given in enumerate(answers):
+        if given is None:
+          raise ValueError(
+            f'{documents.where(document)}: no answers; give them ([] for none), or set '
+            "config.objective.unlabelled='ignore'."
+          )
+    rows = _Rows(self, documents, seq_len, answers)
+    rows.log()
+    return rows
+
+  def transform(self, example: Example, rng: np.random.Generator) -> Example:
+    """Nothing to add: the answers come with the row."""
+    if 'span' not in example:
+      raise ValueError(
+        "objective qa labels only rows that it lays out itself; in a mix, set rows='qa'."
+      )
+    return example
+
+  def layout(self, documents: Documents, seq_len: int) -> '_Rows':
+    """The rows of questions to answer: no answer is looked at, all weights are 0."""
+    return _Rows(self, documents, seq_len, [None] * len(documents))
+
+  def slots(self, seq_len: int) -> int:
+    """G: the most windows of a row."""
+    return 1 if self.packing == 'none' else max(1, seq_len // LEAST_WINDOW)
+
+  def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
+    """A linear layer to the two scores."""
+    return {'spans': heads.ClassifierHead(model.options, 2, self.dropout)}
+
+  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
+    """The mean of the cross-entropies of first and last token, each over the tokens of a window
+    where an answer may stand; and how often both have the highest score.
+    """
+    logits_BT2 = self._logits(net, hidden_BTD)
+    texts = 1 + jnp.arange(batch['span_weight'].shape[1])
+    inside_BTG = batch['segments'][..., None] == texts[None, None]
+    losses, right = [], []
+    for side, bit in enumerate((START, END)):
+      loss_BG, right_BG = _cross_entropy(logits_BT2[..., side], batch['span'], bit, inside_BTG)
+      losses.append(loss_BG)
+      right.append(right_BG)
+    weight_BG = batch['span_weight']
+    total, weight = jnp.sum((losses[0] + losses[1]) / 2 * weight_BG), jnp.sum(weight_BG)
+    return {
+      'qa': (total, weight),
+      'qa_span_accuracy': (jnp.sum(right[0] * right[1] * weight_BG), weight),
+    }
+
+  def predict(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """`starts` and `ends` [B, T]: the scores of each token."""
+    logits_BT2 = self._logits(net, hidden_BTD)
+    return {'starts': logits_BT2[..., 0], 'ends': logits_BT2[..., 1]}
+
+  def answers(
+    self, row: Mapping[str, np.ndarray], rows: '_Rows', index: int
+  ) -> Iterator[dict[str, Any]]:
+    """What each window of a row says: `nothing`, the score of no answer, and `spans`, the best ones
+    as [score, first character, one past the last, text]; `joined` makes an answer of them.
+    """
+    for window in rows.windows(index):
+      starts, ends = row['starts'], row['ends']
+      null = float(starts[window.first]) + float(ends[window.first])
+      place = slice(window.context, window.context + window.stop - window.start)
+      found = best_spans(starts[place], ends[place], self.max_answer, self.n_best)
+      begins, stops, context = rows.characters(window.text)
+      spans = []
+      for score, first, last in found:
+        begin, stop = int(begins[window.start + first]), int(stops[window.start + last])
+        text = context[begin:stop].lstrip()  # tokens may begin with a space
+        begin, text = stop - len(text), text.rstrip()
+        if text:
+          spans.append([score, begin, begin + len(text), text])
+      yield {'nothing': null, 'spans': spans}
+
+  def joined(self, parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The answer of a question from those of its windows.
+
+    Returns:
+      `answer`, a text, '' for none; its `start` and `end` in the context and its `probability`;
+      `no_answer_probability` and `no_answer_score`, by how much no answer scores above the best
+      one; and `answers`, the best ones, with text, start, end and probability. Probabilities are
+      among these answers and none (`run_squad.py` of BERT).
+    """
+    scores: dict[tuple[int, int], tuple[float, str]] = {}
+    for part in parts:
+      for score, start, end, text in part['spans']:
+        if (start, end) not in scores or score > scores[start, end][0]:
+          scores[start, end] = score, text
+    ranked = sorted(scores.items(), key=lambda item: (-item[1][0], item[0]))[: self.n_best]
+    nothing = min(float(part['nothing']) for part in parts)
+    values = np.array([nothing, *(score for _, (score, _) in ranked)])
+    if not self.no_answer and ranked:
+      values[0] = -np.inf
+    probabilities = np.exp(values - values.max())
+    probabilities = (probabilities / probabilities.sum()).tolist()
+    found = [
+      {'text': text, 'start': start, 'end': end, 'probability': probability}
+      for ((start, end), (_, text)), probability in zip(ranked, probabilities[1:], strict=True)
+    ]
+    difference = nothing - ranked[0][1][0] if ranked else math.inf
+    answer: dict[str, Any] = {'answer': '', 'probability': probabilities[0]}
+    if found and (difference <= self.threshold or not self.no_answer):
+      best = dict(found[0])
+      answer = {'answer': best.pop('text')} | best
+    if self.no_answer:
+      answer['no_answer_probability'] = probabilities[0]
+      answer['no_answer_score'] = difference if ranked else None
+    return answer | {'answers': found}
+
+  def calibrate(self, values: Mapping[str, float]) -> None:
+    """Takes the threshold that the evaluator 'squad' found, where the config gives none."""
+    if self.given_threshold is None and THRESHOLD in values:
+      self.threshold = float(values[THRESHOLD])
+
+  def _logits(self, net: Net, hidden_BTD: jax.Array) -> jax.Array:
+    logits_BT2 = net.heads['spans'](hidden_BTD)
+    return logits_BT2.astype(jnp.promote_types(logits_BT2.dtype, jnp.float32))
+
+
+def best_spans(
+  starts: np.ndarray, ends: np.ndarray, most: int, count: int
+) -> list[tuple[float, int, int]]:
+  """The spans with the highest sums of two scores, as (sum, first token, last token), best first.
+
+  Args:
+    starts, ends: [n] scores of the tokens.
+    most: tokens of a span.
+    count: how many spans.
+
+  Example:
+    >>> best_spans(np.array([0.0, 3.0, 1.0]), np.array([5.0, 0.0, 2.0]), most=2, count=2)
+    [(5.0, 0, 0), (5.0, 1, 2)]
+  """
+  n, width = len(starts), min(most, len(starts))
+  if not n:
+    return []
+  padded = np.append(np.asarray(ends, np.float64), np.full(width - 1, -np.inf))
+  sums = np.asarray(starts, np.float64)[:, None] + np.lib.stride_tricks.sliding_window_view(
+    padded, width
+  )
+  flat = sums.ravel()
+  order = np.argsort(-flat, kind='stable')[:count]
+  found = [(float(flat[i]), int(i // width), int(i // width + i % width)) for i in order]
+  return [span for span in found if math.isfinite(span[0])]
+
+
+class _Window(NamedTuple):
+  """A window of a context in a row.
+
+  Attributes:
+    text: the document.
+    start, stop: which tokens of the context.
+    first: the index in the row of the window's first token.
+    context: that of the first token of the context.
+  """
+
+  text: int
+  start: int
+  stop: int
+  first: int
+  context: int
+
+
+class _Rows:
+  """Rows of windows.
+
+  Args:
+    objective: lays them out.
+    documents: questions with their contexts.
+    seq_len: T.
+    answers: of each document; None where they are asked for, or where it has none.
+
+  Attributes:
+    cut: how many questions lose their end.
+  """
+
+  def __init__(
+    self,
+    objective: Objective,
+    documents: Documents,
+    seq_len: int,
+    answers: Sequence[Sequence[tuple[str, int]] | None],
+  ):
+    self.objective, self.documents, self.seq_len = objective, documents, seq_len
+    self.given, self.frame = answers, objective.frame
+    asked = documents.lengths('question_tokens')
+    self.questions = np.minimum(asked, objective.max_question)
+    self.cut = int(np.count_nonzero(asked > self.questions))
+    lengths = documents.lengths('tokens')
+    room = seq_len - self.frame.double - self.questions
+    if len(room) and room.min() < 1:
+      raise ValueError(
+        f'seq_len={seq_len} leaves no room for a context beside {self.frame.double} special tokens '
+        f'and a question of {self.questions.max()}; raise it, or lower objective.max_question.'
+      )
+    step = np.minimum(objective.stride, room)
+    self.counts = 1 + -(-np.maximum(lengths - room, 0) // step)
+    self.text = np.repeat(np.arange(len(documents)), self.counts)
+    number = np.arange(len(self.text)) - np.repeat(
+      np.cumsum(self.counts) - self.counts, self.counts
+    )
+    self.start = number * step[self.text]
+    self.stop = np.minimum(self.start + room[self.text], lengths[self.text])
+    self.sizes = self.frame.double + self.questions[self.text] + self.stop - self.start
+    self.plan = _text_rows.plan(self.sizes, seq_len, objective.slots(seq_len))
+
+  def __len__(self) -> int:
+    return len(self.plan)
+
+  def texts(self, index: int) -> list[int]:
+    """The document of each window of a row, in their order."""
+    return [int(self.text[window]) for window, _, _ in self.plan[index]]
+
+  def parts(self, text: int) -> int:
+    """How many windows a document has."""
+    return int(self.counts[text])
+
+  def answers(self, text: int) -> list[str] | None:
+    """The answers that a question was given."""
+    given = self.given[text]
+    return None if given is None else [answer for answer, _ in given]
+
+  def characters(self, text: int) -> tuple[np.ndarray, np.ndarray, str]:
+    """Where the characters of each token of a context begin and end, and the context."""
+    begins, ends = (self.documents.array(f'token_{side}', text) for side in ('begins', 'ends'))
+    return begins, ends, self.documents.values('context')[text]
+
+  def windows(self, index: int) -> Iterator[_Window]:
+    """The windows of a row, in their order."""
+    first = 0
+    for window, _, _ in self.plan[index]:
+      text, start, stop = (int(x[window]) for x in (self.text, self.start, self.stop))
+      context = first + len(self.frame.first) + int(self.questions[text]) + len(self.frame.between)
+      yield _Window(text, start, stop, first, context)
+      first += int(self.sizes[window])
+
+  def example(self, index: int, rng: np.random.Generator) -> Example:
+    del rng
+    windows = list(self.windows(index))
+    slots = self.objective.slots(self.seq_len)
+    texts = [self._ids(window) for window in windows]
+    row = pairs.packed(texts, self.seq_len, self.frame, slots)
+    row['span'] = np.zeros(self.seq_len, np.int32)
+    row['span_weight'] = np.zeros(slots, np.float32)
+    for slot, window in enumerate(windows):
+      stop = window.context + window.stop - window.start
+      row['span'][[window.first, *range(window.context, stop)]] = CANDIDATE
+      if self.given[window.text] is not None:
+        first, last = self._target(window)
+        row['span'][first] |= START
+        row['span'][last] |= END
+        row['span_weight'][slot] = 1
+    return row
+
+  def spelled(self, text: int) -> tuple[int, int] | None:
+    """The tokens of a context, first and last, that hold its first answer; None where there is no
+    answer, or no token has characters of it.
+    """
+    given = self.given[text]
+    if not given:
+      return None
+    answer, start = given[0]
+    begins, ends, _ = self.characters(text)
+    inside = (begins < start + len(answer)) & (ends > start) & (ends > begins)
+    found = np.flatnonzero(inside)
+    return (int(found[0]), int(found[-1])) if len(found) else None
+
+  def log(self) -> None:
+    """Says how many windows a row holds, and warns of what is not learned as it is given."""
+    documents, windows, rows = len(self.documents), len(self.text), len(self)
+    if not documents:
+      return
+    logging.info(
+      'qa: %d questions in %d windows in %d rows of %d tokens, %.1f%% of which are used.',
+      documents,
+      windows,
+      rows,
+      self.seq_len,
+      100 * self.sizes.sum() / (rows * self.seq_len),
+    )
+    if self.cut:
+      logging.warning(
+        'qa: %d of %d questions are longer than objective.max_question=%d and lose their ends.',
+        self.cut,
+        documents,
+        self.objective.max_question,
+      )
+    unread = [text for text in range(documents) if self.given[text] and self.spelled(text) is None]
+    if unread:
+      logging.warning(
+        'qa: the answers of %d questions are spelled by no token and are learned as none, the '
+        'first: %s.',
+        len(unread),
+        self.documents.where(unread[0]),
+      )
+
+  def _ids(self, window: _Window) -> tuple[np.ndarray, np.ndarray]:
+    question = self.documents.array(
+      'question_tokens', window.text, 0, int(self.questions[window.text])
+    )
+    return question, self.documents.array('tokens', window.text, window.start, window.stop)
+
+  def _target(self, window: _Window) -> tuple[int, int]:
+    """The indices in the row of the answer's first and last token; where the window does not hold
+    both, its own first.
+    """
+    tokens = self.spelled(window.text)
+    if tokens is None or tokens[0] < window.start or tokens[1] >= window.stop:
+      return window.first, window.first
+    shift = window.context - window.start
+    return tokens[0] + shift, tokens[1] + shift
+
+
+def _cross_entropy(
+  logits_BT: jax.Array, span_BT: jax.Array, bit: int, inside_BTG: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """[B, G]: the cross-entropy of a window's target among its candidates, and whether the target
+  scores highest; anything finite where a row has no window g.
+  """
+  among_BTG = inside_BTG & (span_BT & CANDIDATE > 0)[..., None]
+  scores_BTG = jnp.where(among_BTG, logits_BT[..., None], _FAR)
+  most_BG = jax.lax.stop_gradient(jnp.max(scores_BTG, axis=1))
+  # The highest adds exp(0), so the sum is below one only where there is no window.
+  total_BG = jnp.sum(jnp.where(among_BTG, jnp.exp(scores_BTG - most_BG[:, None]), 0), axis=1)
+  target_BTG = inside_BTG & (span_BT & bit > 0)[..., None]
+  target_BG = jnp.sum(jnp.where(target_BTG, logits_BT[..., None], 0), axis=1)
+  loss_BG = jnp.log(jnp.maximum(total_BG, 1)) + most_BG - target_BG
+  there_BG = jnp.any(target_BTG, axis=1)
+  return jnp.where(there_BG, loss_BG, 0), there_BG & (target_BG >= most_BG)
+
+
+def _string(record: Record, name: str) -> str:
+  value = record.get(name)
+  if not isinstance(value, str):
+    raise ValueError(
+      f'field {name!r} is {value!r}; a record needs a question and a context, both strings; it has '
+      f'{", ".join(record) or "nothing"}.'
+    )
+  return value
+
+
+def _answers(given: Any, context: str) -> list[tuple[str, int]]:
+  """The answers of a record: a list of objects, or an object of lists."""
+  if isinstance(given, Mapping):
+    columns = given.get('text'), given.get('answer_start')
+    if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(
+      columns[1]
+    ):
+      raise ValueError(
+        f"field 'answers' is {given!r}; it must have lists of equal lengths as text and "
+        'answer_start.'
+      )
+    given = [dict(text=text, answer_start=start) for text, start in zip(*columns, strict=True)]
+  if not isinstance(given, list | tuple):
+    raise ValueError(f"field 'answers' is {given!r}; it must be a list.")
+  return [_answer(answer, context) for answer in given]
+
+
+def _answer(answer: Any, context: str) -> tuple[str, int]:
+  text, start = (
+    (answer.get('text'), answer.get('answer_start'))
+    if isinstance(answer, Mapping)
+    else (None, None)
+  )
+  if not isinstance(text, str) or not text or not isinstance(start, int):
+    raise ValueError(
+      f"field 'answers' holds {answer!r}; each must have a text and its first character, "
+      'answer_start.'
+    )
+  if start < 0 or context[start : start + len(text)] != text:
+    found = context.find(text)
+    there = f'it stands at {found}' if found >= 0 else 'the context does not hold it'
+    raise ValueError(
+      f'the answer {text!r} is not at character {start} of its context, where there is '
+      f'{context[max(start, 0) : max(start, 0) + len(text)]!r}; {there}.'
+    )
+  return text, start
