@@ -403,6 +403,11 @@ class Objective:
     """
     raise NotImplementedError
 
+  def no_gradient(self, path: str) -> str | None:
+    """Why a parameter of a head has no gradient, if the loss does not depend on it; else None."""
+    del path
+    return None
+
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Further numbers from the divided ones: perplexity from the mean loss, say."""
     del means

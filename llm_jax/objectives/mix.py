@@ -84,6 +84,11 @@ class Objective(contracts.Objective):
       metrics |= part.loss(net, hidden, batch)
     return metrics
 
+  def no_gradient(self, path: str) -> str | None:
+    """The reason of the part that has one."""
+    reasons = [part.no_gradient(path) for part in self.parts.values()]
+    return next((reason for reason in reasons if reason), None)
+
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """The summaries of all parts."""
     found: dict[str, float] = {}

@@ -224,6 +224,10 @@ class Objective(contracts.Objective, contracts.Predictor):
       'qa_span_accuracy': (jnp.sum(right[0] * right[1] * weight_BG), weight),
     }
 
+  def no_gradient(self, path: str) -> str | None:
+    """The bias of a score adds the same to all tokens of a window; Hugging Face's folders have it."""
+    return 'softmax hides it' if path == 'heads_spans/dense/bias' else None
+
   def predict(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`starts` and `ends` [B, T]: the scores of each token."""
     logits_BT2 = self._logits(net, hidden_BTD)

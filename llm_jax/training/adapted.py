@@ -73,8 +73,7 @@ def gradients(program: Training, state: TrainState, batch: Batch) -> dict[str, G
 
 def check(program: Training, found: Mapping[str, Gradient]) -> None:
   """Raises ValueError for a parameter that has no gradient without a known reason."""
-  adapter = program.network.adapter
-  dead = [path for path, x in found.items() if not x.least > 0 and not adapter.no_gradient(path)]
+  dead = [path for path, x in found.items() if not x.least > 0 and not _reason(program, path)]
   if dead:
     listed = '\n  '.join(dead)
     raise ValueError(
@@ -91,11 +90,11 @@ def table(program: Training, found: Mapping[str, Gradient]) -> str:
     program: with an adapter.
     found: the gradients.
   """
-  adapter, shapes = program.network.adapter, tree.flatten(program.state.params)
+  shapes = tree.flatten(program.state.params)
   counts = {path: _count(leaf, program.layers.get(path)) for path, leaf in shapes.items()}
   lines = [('trained', 'shape', 'count', 'gradient norm')]
   for path, leaf in shapes.items():
-    why = adapter.no_gradient(path)
+    why = _reason(program, path)
     norm = f'{float(found[path].norm):.3g}' + (f' ({why})' if why else '')
     shape = ' x '.join(map(str, leaf.shape)) or 'scalar'
     lines.append((path, shape, f'{counts[path]:,}', norm))
@@ -108,6 +107,12 @@ def table(program: Training, found: Mapping[str, Gradient]) -> str:
       'arrays; all others stay as they are.',
     ]
   )
+
+
+def _reason(program: Training, path: str) -> str | None:
+  """Why a parameter has no gradient, as adapter or objective say."""
+  found = program.network.adapter.no_gradient(path)
+  return found or program.objective.no_gradient(path)
 
 
 def _count(leaf: jax.ShapeDtypeStruct, layers: np.ndarray | None) -> int:

@@ -87,11 +87,18 @@ class Gauge:
     return over
 
 
+def _value(text):
+  try:
+    return json.loads(text)
+  except ValueError:
+    return text
+
+
 def _settings(case, changes):
   from ml_collections import config_dict
 
   options = runpy.run_path(str(ROOT / 'configs' / f'{case}.py'))['get_config']()
-  options.update_from_flattened_dict({key: json.loads(value) for key, value in changes.items()})
+  options.update_from_flattened_dict({key: _value(text) for key, text in changes.items()})
   tree = config_dict.ConfigDict(options, convert_dict=True).to_dict()
   tree |= dict(steps=10**6, eval_every=10**6, logging=dict(tensorboard=False))
   tree['evaluation'] = dict(rows=16, samples=0)

@@ -82,7 +82,9 @@ def windows_of(rows, said):
   for index in range(len(rows)):
     for w in rows.windows(index):
       places = [w.first, *range(w.context, w.context + w.stop - w.start)]
-      found[w.text, w.start] = np.stack([np.asarray(x)[index][places] for x in said.values()])
+      found[w.text, w.start] = np.stack(
+        [np.asarray(said[name])[index][places] for name in ('starts', 'ends')]
+      )
   return found
 
 
@@ -130,7 +132,9 @@ def test_packed_windows_learn_and_are_scored_as_if_alone():
 
     (wanted, said_alone), (found, said) = learn(alone), learn(packed)
     assert_same(found, wanted)
-    assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(found[2]['heads_spans']))
+    moved = found[2]['heads_spans']['dense']
+    assert np.abs(moved['kernel']).max() > 1e-6 and np.abs(moved['bias']).max() < 1e-15
+    assert objective.no_gradient('heads_spans/dense/bias') is not None
     here, there = windows_of(rows, said), windows_of(each, said_alone)
     assert here.keys() == there.keys() and len(here) == len(each)
     assert_same(here, there)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llm_jax.adapters import lora
+from llm_jax.core import contracts
 from llm_jax.training import adapted
 
 
@@ -21,6 +22,7 @@ class Program:
     trained = {'model': {'q': {'lora_a': leaf(8, 2), 'lora_b': leaf(2, 4)}}}
     whole = {'model': {'q': trained['model']['q'] | {'kernel': leaf(8, 12)}}}
     self.network = types.SimpleNamespace(adapter=adapter)
+    self.objective = contracts.Objective()
     self.config = types.SimpleNamespace(adapter={'name': 'lora'})
     self.layers = {'model/q/lora_a': np.array([True] * 3 + [False] * 5)} if part else {}
     self.params, self.state = whole, types.SimpleNamespace(params=trained)
@@ -44,3 +46,5 @@ def test_a_parameter_without_gradient_is_an_error():
   for least in (0.0, np.nan):
     with pytest.raises(ValueError, match='(?s)does not depend on.*model/q/lora_b'):
       adapted.check(program, FOUND | {'model/q/lora_b': numbers(least)})
+  program.objective.no_gradient = lambda path: 'hidden' if path.endswith('lora_b') else None
+  adapted.check(program, FOUND | {'model/q/lora_b': numbers(0.0)})
