@@ -146,8 +146,8 @@ def get_config() -> config_dict.ConfigDict:
         eps=unset(float),
         momentum=unset(float),
       ),
-      # What is trained beside a frozen base: lora | ia3 | bitfit | bottleneck | freeze, each with
-      # options of its own among these
+      # What is trained beside a frozen base: lora | adalora | ia3 | bitfit | bottleneck | freeze,
+      # each with options of its own among these
       adapter=dict(
         name=unset(str),
         rank=unset(int),
@@ -156,6 +156,11 @@ def get_config() -> config_dict.ConfigDict:
         targets=unset(str),
         rslora=unset(bool),
         dora=unset(bool),
+        target_rank=unset(int),
+        warmup_steps=unset(int),
+        final_steps=unset(int),
+        every=unset(int),
+        orthogonality=unset(float),
         inputs=unset(str),
         outputs=unset(str),
         size=unset(int),

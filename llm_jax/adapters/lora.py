@@ -19,14 +19,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.adapters import _targets
+from llm_jax.adapters import _low_rank, _targets
 from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
-from llm_jax.core.contracts import WeightForm
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
-from llm_jax.nn.dropout import dropout
-from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, sides, with_leading_axes
+from llm_jax.nn.linear import AXES, Linear, sides, with_leading_axes
 from llm_jax.nn.options import DTYPES
 
 A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
@@ -104,7 +102,7 @@ class Adapter(contracts.Adapter):
       info, kernel = infos[path], leaves[path]
       inputs = tuple(info.stacked + axis for axis in info.inputs)
       a, b = leaves[f'{module}/{A}'], leaves[f'{module}/{B}']
-      whole = kernel + self.scale * _product(a, b, info.stacked)
+      whole = kernel + self.scale * _low_rank.product(a, b, info.stacked)
       if self.dora:
         ratio = _ratio(kernel, whole, leaves[f'{module}/{MAGNITUDE}'], inputs)
         whole *= jnp.expand_dims(ratio, inputs)
@@ -113,31 +111,9 @@ class Adapter(contracts.Adapter):
 
   def _adapted(self, linear: Linear, x: jax.Array, y: jax.Array) -> jax.Array:
     """The output `y` of a linear map for `x`, with what is learned beside it."""
-    options, kept = linear.options, DTYPES[linear.options.param_dtype]
-    inputs, out = sides(linear.spec)
-    sizes = dict(zip(inputs + out, linear.shape, strict=True)) | {'R': self.rank}
-    self._check_rank(linear, math.prod(sizes[i] for i in inputs), math.prod(sizes[o] for o in out))
-
-    def matrix(name: str, letters: str, summed: int, init: Callable[..., jax.Array]) -> Any:
-      names = tuple(AXES[letter] for letter in letters)
-      there = form(linear, name)  # generation may keep it transposed
-      if there is None:
-        made = params_lib.boxed(init, names, inputs=tuple(range(summed)), decayed=True)
-        there = linear.param(name, made, tuple(sizes[letter] for letter in letters), kept)
-      return there, names
-
-    a, a_names = matrix(A, f'{inputs}R', len(inputs), _uniform)
-    b, b_names = matrix(B, f'R{out}', 1, nn.initializers.zeros)
-    if self.dropout and linear.has_rng('dropout'):
-      x = dropout(x, self.dropout, linear.make_rng('dropout'))
-    dtype = options.compute_dtype
-    into, out_of = f'...{inputs},{inputs}R->...R', f'...R,R{out}->...{out}'
-    h = multiply(a, into, x, a_names, dtype, dtype)
-    added = self.scale * multiply(b, out_of, h, b_names, dtype, y.dtype)
-    if not self.dora:
-      return y + added
-    product = _product(_dense(a, into, sizes, kept), _dense(b, out_of, sizes, kept))
-    return self._rescaled(linear, product, y, added)
+    pair = _low_rank.pair(linear, self.rank, (A, B), (_uniform, nn.initializers.zeros))
+    added = self.scale * pair.widened(pair.narrowed(x, self.dropout), y.dtype)
+    return self._rescaled(linear, pair.product(), y, added) if self.dora else y + added
 
   def _rescaled(
     self, linear: Linear, product: jax.Array, y: jax.Array, added: jax.Array
@@ -147,7 +123,7 @@ class Adapter(contracts.Adapter):
     kernel = nn.meta.unbox(linear.get_variable('params', 'kernel'))
     letters, out = sides(linear.spec)
     sizes, inputs = dict(zip(letters + out, linear.shape, strict=True)), tuple(range(len(letters)))
-    kernel = _dense(kernel, linear.spec, sizes, options.accumulation_dtype)
+    kernel = _low_rank.dense(kernel, linear.spec, sizes, options.accumulation_dtype)
     names = ('norm',) if out == 'D' else tuple(AXES[letter] for letter in out)
     init = params_lib.boxed(nn.initializers.zeros, names)
     shape, kept = kernel.shape[len(inputs) :], DTYPES[options.param_dtype]
@@ -161,27 +137,11 @@ class Adapter(contracts.Adapter):
       without_bias = y - with_leading_axes(bias.astype(y.dtype), y.ndim)
     return y + (more * without_bias + ratio * added)  # y itself at the start
 
-  def _check_rank(self, linear: Linear, inputs: int, outputs: int) -> None:
-    if self.rank > min(inputs, outputs):
-      raise ValueError(
-        f'config.adapter.rank={self.rank} is above the smaller dimension of '
-        f'{"/".join(linear.path)}, {min(inputs, outputs)} (of {inputs} x {outputs}); lower it, or '
-        'leave this map out of config.adapter.targets.'
-      )
-
 
 def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   """+-1 / sqrt(inputs), the last dimension being R."""
   bound = 1 / math.sqrt(math.prod(shape[:-1]))
   return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
-def _product(a: jax.Array, b: jax.Array, stacked: bool = False) -> jax.Array:
-  """A B with the axes of a kernel; of each layer by itself where they are `stacked`."""
-  layers, rank = a.shape[:stacked], a.shape[-1]
-  thin, wide = a.reshape(*layers, -1, rank), b.reshape(*layers, rank, -1)
-  product = jnp.matmul(thin, wide, precision='highest')
-  return product.reshape(*a.shape[:-1], *b.shape[stacked + 1 :])
 
 
 def _ratio(
@@ -191,16 +151,3 @@ def _ratio(
   before, after = (jnp.sqrt(jnp.sum(jnp.square(x), axis=inputs)) for x in (kernel, whole))
   tiny = jnp.finfo(after.dtype).tiny  # of a column of zeros
   return (before + magnitude) / jax.lax.stop_gradient(jnp.maximum(after, tiny))
-
-
-def _dense(
-  weight: jax.Array | WeightForm, spec: str, sizes: Mapping[str, int], dtype: jnp.dtype
-) -> jax.Array:
-  """A weight as an array; of a weight form, its product with the identity."""
-  if not is_form(weight):
-    return weight.astype(dtype)
-  letters, out = sides(spec)
-  inputs = [sizes[letter] for letter in letters]
-  identity = jnp.eye(math.prod(inputs), dtype=dtype).reshape(-1, *inputs)
-  product = weight.product(spec, identity, dtype, dtype)
-  return product.reshape(*inputs, *[sizes[letter] for letter in out])

@@ -547,7 +547,12 @@ class Adapter:
   """What is trained beside a frozen base, whose parameters keep their paths and their bits.
 
   By default nothing is added and every parameter that the adapter created is trained.
+
+  Attributes:
+    terms: name of each metric that `loss` gives -> its coefficient in the loss that is trained.
   """
+
+  terms: Mapping[str, float] = {}
 
   def check(self, infos: Mapping[str, 'Info'], base: Collection[str]) -> None:
     """Raises ValueError where an option does not fit the network; called before a run trains.
@@ -627,8 +632,24 @@ class Adapter:
     del params
     return {}
 
-  def after_update(self, state: 'TrainState') -> 'TrainState':
-    """Runs inside the jitted step, after the optimizer."""
+  def loss(self, params: PyTree) -> Metrics:
+    """What the adapter itself wants of its parameters: (sum, weight) for each of `terms`, which are
+    added to the loss that is trained, once per step.
+
+    Args:
+      params: those that are trained.
+    """
+    del params
+    return {}
+
+  def after_update(self, state: 'TrainState', grads: PyTree) -> 'TrainState':
+    """Runs inside the jitted step, after the optimizer.
+
+    Args:
+      state: after the update.
+      grads: of `state.params` before it, as they were, not clipped.
+    """
+    del grads
     return state
 
 

@@ -225,7 +225,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     }
 
   def no_gradient(self, path: str) -> str | None:
-    """The bias of a score adds the same to all tokens of a window; Hugging Face's folders have it."""
+    """The bias of a score, which Hugging Face's folders have, adds the same to all tokens."""
     return 'softmax hides it' if path == 'heads_spans/dense/bias' else None
 
   def predict(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:

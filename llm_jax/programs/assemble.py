@@ -260,7 +260,8 @@ def create_adapter(config: Config) -> Adapter | None:
       )
     return None
   factory = plugins.load('adapter', config.adapter['name']).Adapter
-  return plugins.construct('adapter', factory, _without(config.adapter, 'name'))
+  options = _without(config.adapter, 'name')
+  return plugins.construct('adapter', factory, options, steps=config.steps)
 
 
 def create_evaluators(config: Config, objective: Objective) -> dict[str, Evaluator]:

@@ -17,7 +17,7 @@ import optax
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.core.contracts import Batch, Metrics
+from llm_jax.core.contracts import Adapter, Batch, Metrics
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.programs import network as networks
@@ -76,7 +76,7 @@ def train_step(
   }
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
   if network.adapter is not None:
-    state = network.adapter.after_update(state)
+    state = network.adapter.after_update(state, grads)
   return state, metrics
 
 
@@ -118,8 +118,19 @@ def gradient(
     whole = networks.apply(network, _all(params, frozen), batch)
     weights = {name: weight for name, (_, weight) in whole.items()}
     grads, metrics = _accumulated(differentiate, params, batch, rng, weights, micro_batches)
-  total = metrics_lib.total(metrics, network.terms)
+  terms = network.terms
+  if network.adapter is not None and network.adapter.terms:
+    terms = terms | network.adapter.terms
+    more, own = jax.grad(_own_loss, has_aux=True)(params, network.adapter)
+    grads, metrics = jax.tree.map(jnp.add, grads, more), metrics | own
+  total = metrics_lib.total(metrics, terms)
   return grads, metrics | {'loss': (total, 1.0)}
+
+
+def _own_loss(params: PyTree, adapter: Adapter) -> tuple[jax.Array, Metrics]:
+  """What an adapter wants of its parameters; of no batch, so it is added once for all its parts."""
+  metrics = adapter.loss(params)
+  return metrics_lib.total(metrics, adapter.terms), metrics
 
 
 def _loss(

@@ -105,7 +105,7 @@ def first_state(program, model, objective=None):
   base = base_params(model, tuple(sorted((objective or {}).items())))
   for path, leaf in tree.flatten(program.params).items():
     drawn = base.get(path)
-    if path.endswith(('lora_a', 'bottleneck_down')):
+    if path.endswith(('lora_a', 'adalora_b', 'bottleneck_down')):
       drawn = rng.uniform(-0.2, 0.2, leaf.shape)
     elif drawn is None:
       drawn = np.full(leaf.shape, float('/ia3_' in path))

@@ -21,6 +21,10 @@ METHODS = {
     L * R * (4 * (D + D) + 2 * (D + F)),
   ),
   'dora': (dict(name='lora', rank=R, dora=True), L * 2 * (D * R + R * N * H + N * H)),
+  'adalora': (
+    dict(name='adalora', rank=R, target_rank=1),
+    L * 2 * (D * R + R + R * N * H),
+  ),
   'ia3': (dict(name='ia3'), L * (2 * N * H + F)),
   'bitfit': (dict(name='bitfit'), BIASES),
   'houlsby': (dict(name='bottleneck', size=4), 2 * L * (2 * 4 * D + 4 + D)),
@@ -32,7 +36,14 @@ METHODS = {
   'freeze': (dict(name='freeze'), 0),
 }
 # How far each is moved: what is added is about as large as what is there.
-OWN = dict(lora_b=0.02, lora_magnitude=0.02, ia3_input=0.3, ia3_output=0.3, bottleneck_up=0.1)
+OWN = dict(
+  lora_b=0.02,
+  lora_magnitude=0.02,
+  adalora_values=0.2,
+  ia3_input=0.3,
+  ia3_output=0.3,
+  bottleneck_up=0.1,
+)
 CURVED = ('houlsby', 'pfeiffer', 'parallel')  # not linear
 QUICK = {('dora', 'encoder', 1)}
 

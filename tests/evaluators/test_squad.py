@@ -1,6 +1,6 @@
 """SQuAD's scores, on answers that are awkward. The numbers beside them are those of transformers
-4.46.3 (`squad_metrics`, 2.0) and torchmetrics 1.9.0 (1.1), but for F1 of right answers without a word
-in 1.1: there torchmetrics counts as 2.0 does, and evaluate-v1.1.py gives 0.
+4.46.3 (`squad_metrics`, 2.0) and torchmetrics 1.9.0 (1.1), but for F1 in 1.1 of right answers
+without a word: there torchmetrics counts as 2.0 does, and evaluate-v1.1.py gives 0.
 """
 
 import itertools

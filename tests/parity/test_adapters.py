@@ -1,5 +1,5 @@
-"""LoRA, rsLoRA and DoRA as `peft` computes them: the same weights give the same logits, gradients
-and merged kernels, in float32.
+"""LoRA, rsLoRA, DoRA and AdaLoRA as `peft` computes them: the same weights give the same logits,
+gradients and merged kernels, in float32; and ranks are chosen as there.
 """
 
 import types
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.adapters import lora
+from llm_jax.adapters import adalora, lora
 from llm_jax.core import params as params_lib
+from llm_jax.core import state as state_lib
 from llm_jax.core import tree
 from llm_jax.hf import families
 from llm_jax.hf import folders as hf
@@ -58,6 +59,7 @@ MODELS = {
   'bert': ('BertForMaskedLM', THEIRS, BERT, encoder.Model),
 }
 METHODS = {'lora': {}, 'rslora': dict(rslora=True), 'dora': dict(dora=True)}
+PAIRS = [(model, method) for model in MODELS for method in METHODS] + [('llama', 'adalora')]
 
 
 def theirs(kind, config, modules, method):
@@ -65,15 +67,19 @@ def theirs(kind, config, modules, method):
   made = getattr(transformers, kind)
   base = made(made.config_class(**config, attn_implementation='eager'))
   names = [name.format(i) for name in modules.values() for i in range(2)]
-  settings = peft.LoraConfig(
-    r=R,
-    lora_alpha=ALPHA,
-    lora_dropout=0.0,
-    target_modules=names,
-    use_rslora='rslora' in method,
-    use_dora='dora' in method,
+  shared = dict(lora_alpha=ALPHA, lora_dropout=0.0, target_modules=names)
+  if method == 'adalora':
+    return base, peft.AdaLoraConfig(init_r=R, target_r=1, total_step=10, **shared)
+  return base, peft.LoraConfig(
+    r=R, use_rslora=method == 'rslora', use_dora=method == 'dora', **shared
   )
-  return base, settings
+
+
+def adapter_of(method, targets, alpha=ALPHA):
+  """Ours."""
+  if method == 'adalora':
+    return adalora.Adapter(steps=10, rank=R, target_rank=1, alpha=alpha, targets=targets)
+  return lora.Adapter(rank=R, alpha=alpha, targets=targets, **METHODS[method])
 
 
 def randomised(model, scale=0.2):
@@ -85,7 +91,7 @@ def randomised(model, scale=0.2):
   return model.eval()
 
 
-@pytest.fixture(scope='module', params=[(m, k) for m in MODELS for k in METHODS], ids=str)
+@pytest.fixture(scope='module', params=PAIRS, ids=str)
 def pair(request, tmp_path_factory):
   """Both networks with the same weights."""
   name, method = request.param
@@ -102,7 +108,7 @@ def pair(request, tmp_path_factory):
       elif 'lora_' in path:
         value.copy_(torch.randn(value.shape, generator=generator) * 0.3)
   targets = '|'.join(modules)
-  adapter = lora.Adapter(rank=R, alpha=ALPHA, targets=targets, **METHODS[method])
+  adapter = adapter_of(method, targets)
   options = hf.model_options(folder, families.known())
   options.pop('name')
   model = model_class(**options | dict(dropout=0.0, attention_dropout=0.0))
@@ -115,7 +121,13 @@ def pair(request, tmp_path_factory):
   for path in shapes.keys() - wanted.keys():
     params[path] = converted(given, path, modules, shapes[path].shape, params)
   return types.SimpleNamespace(
-    net=net, params=params, infos=infos, reference=adapted, modules=modules, folder=folder
+    net=net,
+    params=params,
+    infos=infos,
+    reference=adapted,
+    modules=modules,
+    folder=folder,
+    method=method,
   )
 
 
@@ -141,6 +153,9 @@ def converted(given, path, modules, shape, params):
       'lora_a': 'lora_A.default.weight',
       'lora_b': 'lora_B.default.weight',
       'lora_magnitude': 'lora_magnitude_vector.default.weight',
+      'adalora_a': 'lora_A.default',
+      'adalora_b': 'lora_B.default',
+      'adalora_values': 'lora_E.default',
     }[name]
     layers.append(given[f'{prefix}.{ending}'].detach().numpy().T.reshape(shape[1:]))
   found = np.stack(layers)
@@ -193,7 +208,8 @@ def test_logits_and_gradients_are_those_of_peft(pair):
     np.testing.assert_allclose(gradient, judge, rtol=1e-4, atol=1e-4 * np.abs(judge).max() + 1e-6)
     assert np.abs(judge).max() > 1e-3
   # Another scale is another network.
-  other = lora.Adapter(rank=R, alpha=ALPHA * 1.1, targets=pair.net.adapter.targets)
+  method = 'adalora' if pair.method == 'adalora' else 'lora'
+  other = adapter_of(method, pair.net.adapter.targets, ALPHA * 1.1)
   moved = ours(pair.net.clone(adapter=other), pair.params) - np.asarray(expected.detach())
   assert np.abs(moved).max() > 1e-2
 
@@ -214,7 +230,7 @@ def test_merged_kernels_are_those_of_peft(pair):
 
 
 def test_the_first_values_are_drawn_as_peft_draws_them(pair):
-  """A uniform within 1 / sqrt(inputs), B zero."""
+  """A uniform within 1 / sqrt(inputs), B zero; in AdaLoRA both normal, the values zero."""
   net = pair.net
   batch = {'tokens': jnp.asarray(TOKENS), 'segments': jnp.ones_like(TOKENS)}
 
@@ -222,8 +238,11 @@ def test_the_first_values_are_drawn_as_peft_draws_them(pair):
     with nn.intercept_methods(net.adapter.intercept):
       return nn.unbox(net.init(key, batch, method=logits_of)['params'])
 
+  drawn = []
   for path, x in tree.flatten(compiled(init, jax.random.key(0))).items():
-    if path.endswith('lora_a'):
+    if path.endswith(('adalora_a', 'adalora_b')):
+      drawn.append(np.ravel(x))
+    elif path.endswith('lora_a'):
       inputs = np.prod(x.shape[1:-1])
       fresh = torch.empty(R, int(inputs))
       torch.nn.init.kaiming_uniform_(fresh, a=5**0.5)
@@ -232,3 +251,126 @@ def test_the_first_values_are_drawn_as_peft_draws_them(pair):
       assert np.std(x) == pytest.approx(bound / 3**0.5, rel=0.25)
     elif 'lora_' in path:
       assert not np.any(x)
+  if drawn:
+    drawn = np.concatenate(drawn)
+    assert np.std(drawn) == pytest.approx(0.02, rel=0.1) and abs(np.mean(drawn)) < 0.002
+
+
+def allocated(config, shapes, steps):
+  """The values of each map after each step of `peft`'s allocator, from gradients that are given.
+
+  Args:
+    config: of the schedule.
+    shapes: of A and B by map.
+    steps: parameters and gradients of each step, by map and name.
+  """
+  model = torch.nn.Module()
+  for name, (a, b) in shapes.items():
+    for key, shape in (('lora_A', a), ('lora_B', b), ('lora_E', (a[0], 1))):
+      holder = torch.nn.Module()
+      holder.default = torch.nn.Parameter(torch.zeros(shape))
+      module = getattr(model, name, None) or torch.nn.Module()
+      setattr(module, key, holder)
+      setattr(model, name, module)
+  allocator = peft.tuners.adalora.layer.RankAllocator(model, config, 'default')
+  last, pattern, found = config.total_step - config.tfinal, None, []
+  for number, arrays in enumerate(steps, 1):
+    with torch.no_grad():
+      for path, parameter in model.named_parameters():
+        value, slope = arrays[path.removesuffix('.default')]
+        parameter.copy_(torch.tensor(value))
+        parameter.grad = torch.tensor(slope)
+    if number <= last:
+      _, new = allocator.update_and_allocate(model, number, force_mask=number == last)
+      pattern = new if number == last else pattern
+    else:
+      allocator.mask_using_rank_pattern(model, pattern)
+    found.append(
+      {name: getattr(model, name).lora_E.default.detach().numpy()[:, 0].copy() for name in shapes}
+    )
+  return found
+
+
+@pytest.mark.parametrize(
+  ('warmup', 'final', 'every', 'stacked'), [(2, 3, 2, True), (0, 0, 1, False), (3, 2, 4, True)]
+)
+def test_ranks_are_chosen_as_by_peft(warmup, final, every, stacked):
+  """On the same parameters and gradients, step for step."""
+  total, rank, target, inputs, outputs = 14, 4, 2, 5, 6
+  rng = np.random.default_rng(0)
+  adapter = adalora.Adapter(
+    steps=total,
+    rank=rank,
+    target_rank=target,
+    warmup_steps=warmup,
+    final_steps=final,
+    every=every,
+  )
+  names = ['m0', 'm1', 'm2']
+  shapes = {name: ((rank, inputs), (outputs, rank)) for name in names}
+  drawn = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  steps = []
+  for _ in range(total):
+    arrays = {}
+    for number, name in enumerate(names):
+      size = 10.0**-number  # so that some maps lose their ranks and others keep them
+      for key, shape in (
+        ('lora_A', (rank, inputs)),
+        ('lora_B', (outputs, rank)),
+        ('lora_E', (rank, 1)),
+      ):
+        arrays[f'{name}.{key}'] = drawn(*shape), size * drawn(*shape)
+    steps.append(arrays)
+  config = peft.AdaLoraConfig(
+    init_r=rank, target_r=target, tinit=warmup, tfinal=final, deltaT=every, total_step=total
+  )
+  theirs = allocated(config, shapes, steps)
+
+  def as_ours(arrays, which):
+    ours = {}
+    for name in names:
+      ours[name] = {
+        'adalora_a': arrays[f'{name}.lora_A'][which].T,
+        'adalora_b': arrays[f'{name}.lora_B'][which].T,
+        'adalora_values': arrays[f'{name}.lora_E'][which][:, 0],
+      }
+    if not stacked:
+      return ours
+    return {'stack': jax.tree.map(lambda *x: np.stack(x), *ours.values())}
+
+  extras = adapter.extras(as_ours(steps[0], 0))
+  update = jax.jit(adapter.after_update)
+  gone = []
+  for number, (arrays, wanted) in enumerate(zip(steps, theirs, strict=True), 1):
+    state = state_lib.TrainState(
+      step=jnp.int32(number), params=as_ours(arrays, 0), opt_state={}, rng=None, extras=extras
+    )
+    state = update(state, as_ours(arrays, 1))
+    extras = state.extras
+    found = state.params['stack']['adalora_values'] if stacked else None
+    for place, name in enumerate(names):
+      mine = found[place] if stacked else state.params[name]['adalora_values']
+      np.testing.assert_array_equal(mine, wanted[name], err_msg=f'step {number}, {name}')
+    gone.append({name: int(np.sum(wanted[name] == 0)) for name in names})
+  assert sum(gone[-1].values()) == (rank - target) * len(names)
+  assert gone[-1]['m2'] > gone[-1]['m0'] and gone[warmup - 1 if warmup else 0]['m0'] == 0
+
+
+def test_the_term_of_the_loss_is_that_of_peft():
+  rng = np.random.default_rng(0)
+  a, b = (rng.normal(size=(2, *shape)).astype(np.float32) for shape in ((5, 3), (3, 2, 4)))
+  adapter = adalora.Adapter(steps=10, rank=3, target_rank=1)
+  params = {'q': {'adalora_a': a, 'adalora_b': b, 'adalora_values': np.zeros((2, 3))}}
+  (total, weight) = adapter.loss(params)['orthogonality']
+  norms = []
+  for layer in range(2):
+    for p in (torch.tensor(a[layer]).T, torch.tensor(b[layer].reshape(3, -1))):
+      norms.append(torch.norm(p @ p.T - torch.eye(3), p='fro'))
+  np.testing.assert_allclose(total / weight, sum(norms) / len(norms), rtol=1e-6)
+  still = jax.grad(lambda p: adapter.loss(p)['orthogonality'][0])(
+    {
+      'q': {'adalora_a': np.eye(5, 3)[None], 'adalora_b': np.eye(3, 8).reshape(1, 3, 2, 4)}
+      | {'adalora_values': np.zeros((1, 3))}
+    }
+  )
+  assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(still))
