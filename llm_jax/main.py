@@ -167,6 +167,8 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # A config file's own error comes last in a traceback.
     message = lines[-1] if 'Traceback' in str(error) else ' '.join(lines)
+    if "Unknown command line flag 'config." in message:
+      message += ' without --config=FILE; --text and --pair name the fields of --input.'
     raise UsageError(message) from error
 
 

@@ -74,6 +74,8 @@ def test_no_config_no_workdir_no_file():
     'is not a size; there are tiny, small'
     in call('--config=configs/gpt2.py:huge', '--workdir=/tmp/never').stderr
   )
+  said = call('--workdir=/tmp/never', '--mode=embed', '--config.data.text=body').stderr
+  assert "'config.data.text' without --config=FILE; --text and --pair name" in said
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from llm_jax.core import contracts
 from llm_jax.core.state import TrainState
 from llm_jax.models import decoder, encoder
 from llm_jax.objectives import classify, clm, mix, mlm, nsp
@@ -130,6 +131,28 @@ def test_micro_batches_have_the_gradient_of_the_whole(small, kind):
     wrong = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     with pytest.raises(AssertionError):
       assert_close(wrong, whole, 1e-3)
+
+
+class Small(contracts.Adapter):
+  """Wants its parameters small."""
+
+  terms = {'size': 0.3}
+
+  def loss(self, params):
+    return {'size': (sum(jnp.sum(x**2) / 2 for x in jax.tree.leaves(params)), 1.0)}
+
+
+@pytest.mark.slow
+def test_what_an_adapter_wants_is_added_once_however_a_batch_is_cut(small):
+  model, objective, batch = uneven(small, 'mlm')
+  network, params = build(model, objective, batch)
+  without, loss = gradient(network, params, batch)
+  wanted = jax.tree.map(lambda slope, x: slope + 0.3 * x, without, params)
+  size = sum(float(np.sum(np.square(x))) for x in jax.tree.leaves(params)) / 2
+  for count in (1, 4):
+    found, total = gradient(network.clone(adapter=Small()), params, batch, count)
+    assert_close(found, wanted)
+    assert total == pytest.approx(loss + 0.3 * size, rel=1e-12)
 
 
 @pytest.mark.slow
