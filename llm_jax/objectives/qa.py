@@ -9,7 +9,7 @@ same windows with a row each.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -30,10 +30,10 @@ from llm_jax.core.contracts import (
 )
 from llm_jax.data import pairs
 from llm_jax.nn import heads
-from llm_jax.objectives import _text_rows
+from llm_jax.objectives import _spans
+from llm_jax.objectives._spans import CANDIDATE, END, START, Windows
 
 PACKINGS = ('best_fit', 'none')
-CANDIDATE, START, END = 1, 2, 4  # bits of `span`
 LEAST_WINDOW = 16  # slots are enough for windows of so many tokens on average
 _FAR = -1e30  # below every logit
 THRESHOLD = 'best_f1_threshold'  # the number of an evaluation that `calibrate` takes
@@ -110,15 +110,21 @@ class Objective(contracts.Objective, contracts.Predictor):
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
     """`tokens` of the context with `token_begins` and `token_ends`, `question_tokens`, the
-    `context`, and `answers` as [[text, first character], ...].
+    `context`, `answers` as [[text, first character], ...], and how many of them have `moved`.
 
     Raises:
-      ValueError: a field is missing, or an answer does not stand where it says.
+      ValueError: a field is missing, or an answer is not in its context.
     """
-    question, context = (_string(record, name) for name in ('question', 'context'))
+    for name in ('question', 'context'):
+      if not isinstance(record.get(name), str):
+        raise ValueError(
+          f'field {name!r} is {record.get(name)!r}; a record needs a question and a context, both '
+          f'strings; it has {", ".join(record) or "nothing"}.'
+        )
+    question, context = record['question'], record['context']
     tokens, spans = tokenizer.offsets(context)
     spans = np.asarray(spans, np.int64).reshape(-1, 2)
-    encoded: Encoded = {  # rule 1 of `_answers`, to be raised with any change there
+    encoded: Encoded = {  # rule 1 of `_spans.read`
       'tokens': tokens,
       'token_begins': spans[:, 0],
       'token_ends': spans[:, 1],
@@ -126,7 +132,8 @@ class Objective(contracts.Objective, contracts.Predictor):
       'context': context,
     }
     if record.get('answers') is not None:
-      encoded['answers'] = _answers(record['answers'], context)
+      answers, moved = _spans.read(record['answers'], context)
+      encoded |= {'answers': answers} | ({'moved': moved} if moved else {})
     return encoded
 
   @classmethod
@@ -165,7 +172,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         'seen the rest; use an encoder.'
       )
 
-  def rows(self, documents: Documents, seq_len: int) -> '_Rows':
+  def rows(self, documents: Documents, seq_len: int) -> Windows:
     """The windows of the documents in as few rows as they need.
 
     Logs how many windows there are, what is cut off, and which answers no tokens spell.
@@ -181,7 +188,7 @@ class Objective(contracts.Objective, contracts.Predictor):
             f'{documents.where(document)}: no answers; give them ([] for none), or set '
             "config.objective.unlabelled='ignore'."
           )
-    rows = _Rows(self, documents, seq_len, answers)
+    rows = self._windows(documents, seq_len, answers)
     rows.log()
     return rows
 
@@ -193,9 +200,9 @@ class Objective(contracts.Objective, contracts.Predictor):
       )
     return example
 
-  def layout(self, documents: Documents, seq_len: int) -> '_Rows':
+  def layout(self, documents: Documents, seq_len: int) -> Windows:
     """The rows of questions to answer: no answer is looked at, all weights are 0."""
-    return _Rows(self, documents, seq_len, [None] * len(documents))
+    return self._windows(documents, seq_len, [None] * len(documents))
 
   def slots(self, seq_len: int) -> int:
     """G: the most windows of a row."""
@@ -234,7 +241,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     return {'starts': logits_BT2[..., 0], 'ends': logits_BT2[..., 1]}
 
   def answers(
-    self, row: Mapping[str, np.ndarray], rows: '_Rows', index: int
+    self, row: Mapping[str, np.ndarray], rows: Windows, index: int
   ) -> Iterator[dict[str, Any]]:
     """What each window of a row says: `nothing`, the score of no answer, and `spans`, the best ones
     as [score, first character, one past the last, text]; `joined` makes an answer of them.
@@ -294,6 +301,19 @@ class Objective(contracts.Objective, contracts.Predictor):
     if self.given_threshold is None and THRESHOLD in values:
       self.threshold = float(values[THRESHOLD])
 
+  def _windows(
+    self, documents: Documents, seq_len: int, answers: Sequence[Sequence[_spans.Answer] | None]
+  ) -> Windows:
+    return Windows(
+      documents,
+      seq_len,
+      answers,
+      frame=self.frame,
+      stride=self.stride,
+      max_question=self.max_question,
+      slots=self.slots(seq_len),
+    )
+
   def _logits(self, net: Net, hidden_BTD: jax.Array) -> jax.Array:
     logits_BT2 = net.heads['spans'](hidden_BTD)
     return logits_BT2.astype(jnp.promote_types(logits_BT2.dtype, jnp.float32))
@@ -326,173 +346,6 @@ def best_spans(
   return [span for span in found if math.isfinite(span[0])]
 
 
-class _Window(NamedTuple):
-  """A window of a context in a row.
-
-  Attributes:
-    text: the document.
-    start, stop: which tokens of the context.
-    first: the index in the row of the window's first token.
-    context: that of the first token of the context.
-  """
-
-  text: int
-  start: int
-  stop: int
-  first: int
-  context: int
-
-
-class _Rows:
-  """Rows of windows.
-
-  Args:
-    objective: lays them out.
-    documents: questions with their contexts.
-    seq_len: T.
-    answers: of each document; None where they are asked for, or where it has none.
-
-  Attributes:
-    cut: how many questions lose their end.
-  """
-
-  def __init__(
-    self,
-    objective: Objective,
-    documents: Documents,
-    seq_len: int,
-    answers: Sequence[Sequence[tuple[str, int]] | None],
-  ):
-    self.objective, self.documents, self.seq_len = objective, documents, seq_len
-    self.given, self.frame = answers, objective.frame
-    asked = documents.lengths('question_tokens')
-    self.questions = np.minimum(asked, objective.max_question)
-    self.cut = int(np.count_nonzero(asked > self.questions))
-    lengths = documents.lengths('tokens')
-    room = seq_len - self.frame.double - self.questions
-    if len(room) and room.min() < 1:
-      raise ValueError(
-        f'seq_len={seq_len} leaves no room for a context beside {self.frame.double} special tokens '
-        f'and a question of {self.questions.max()}; raise it, or lower objective.max_question.'
-      )
-    step = np.minimum(objective.stride, room)
-    self.counts = 1 + -(-np.maximum(lengths - room, 0) // step)
-    self.text = np.repeat(np.arange(len(documents)), self.counts)
-    number = np.arange(len(self.text)) - np.repeat(
-      np.cumsum(self.counts) - self.counts, self.counts
-    )
-    self.start = number * step[self.text]
-    self.stop = np.minimum(self.start + room[self.text], lengths[self.text])
-    self.sizes = self.frame.double + self.questions[self.text] + self.stop - self.start
-    self.plan = _text_rows.plan(self.sizes, seq_len, objective.slots(seq_len))
-
-  def __len__(self) -> int:
-    return len(self.plan)
-
-  def texts(self, index: int) -> list[int]:
-    """The document of each window of a row, in their order."""
-    return [int(self.text[window]) for window, _, _ in self.plan[index]]
-
-  def parts(self, text: int) -> int:
-    """How many windows a document has."""
-    return int(self.counts[text])
-
-  def answers(self, text: int) -> list[str] | None:
-    """The answers that a question was given."""
-    given = self.given[text]
-    return None if given is None else [answer for answer, _ in given]
-
-  def characters(self, text: int) -> tuple[np.ndarray, np.ndarray, str]:
-    """Where the characters of each token of a context begin and end, and the context."""
-    begins, ends = (self.documents.array(f'token_{side}', text) for side in ('begins', 'ends'))
-    return begins, ends, self.documents.values('context')[text]
-
-  def windows(self, index: int) -> Iterator[_Window]:
-    """The windows of a row, in their order."""
-    first = 0
-    for window, _, _ in self.plan[index]:
-      text, start, stop = (int(x[window]) for x in (self.text, self.start, self.stop))
-      context = first + len(self.frame.first) + int(self.questions[text]) + len(self.frame.between)
-      yield _Window(text, start, stop, first, context)
-      first += int(self.sizes[window])
-
-  def example(self, index: int, rng: np.random.Generator) -> Example:
-    del rng
-    windows = list(self.windows(index))
-    slots = self.objective.slots(self.seq_len)
-    texts = [self._ids(window) for window in windows]
-    row = pairs.packed(texts, self.seq_len, self.frame, slots)
-    row['span'] = np.zeros(self.seq_len, np.int32)
-    row['span_weight'] = np.zeros(slots, np.float32)
-    for slot, window in enumerate(windows):
-      stop = window.context + window.stop - window.start
-      row['span'][[window.first, *range(window.context, stop)]] = CANDIDATE
-      if self.given[window.text] is not None:
-        first, last = self._target(window)
-        row['span'][first] |= START
-        row['span'][last] |= END
-        row['span_weight'][slot] = 1
-    return row
-
-  def spelled(self, text: int) -> tuple[int, int] | None:
-    """The tokens of a context, first and last, that hold its first answer; None where there is no
-    answer, or no token has characters of it.
-    """
-    given = self.given[text]
-    if not given:
-      return None
-    answer, start = given[0]
-    begins, ends, _ = self.characters(text)
-    inside = (begins < start + len(answer)) & (ends > start) & (ends > begins)
-    found = np.flatnonzero(inside)
-    return (int(found[0]), int(found[-1])) if len(found) else None
-
-  def log(self) -> None:
-    """Says how many windows a row holds, and warns of what is not learned as it is given."""
-    documents, windows, rows = len(self.documents), len(self.text), len(self)
-    if not documents:
-      return
-    logging.info(
-      'qa: %d questions in %d windows in %d rows of %d tokens, %.1f%% of which are used.',
-      documents,
-      windows,
-      rows,
-      self.seq_len,
-      100 * self.sizes.sum() / (rows * self.seq_len),
-    )
-    if self.cut:
-      logging.warning(
-        'qa: %d of %d questions are longer than objective.max_question=%d and lose their ends.',
-        self.cut,
-        documents,
-        self.objective.max_question,
-      )
-    unread = [text for text in range(documents) if self.given[text] and self.spelled(text) is None]
-    if unread:
-      logging.warning(
-        'qa: the answers of %d questions are spelled by no token and are learned as none, the '
-        'first: %s.',
-        len(unread),
-        self.documents.where(unread[0]),
-      )
-
-  def _ids(self, window: _Window) -> tuple[np.ndarray, np.ndarray]:
-    question = self.documents.array(
-      'question_tokens', window.text, 0, int(self.questions[window.text])
-    )
-    return question, self.documents.array('tokens', window.text, window.start, window.stop)
-
-  def _target(self, window: _Window) -> tuple[int, int]:
-    """The indices in the row of the answer's first and last token; where the window does not hold
-    both, its own first.
-    """
-    tokens = self.spelled(window.text)
-    if tokens is None or tokens[0] < window.start or tokens[1] >= window.stop:
-      return window.first, window.first
-    shift = window.context - window.start
-    return tokens[0] + shift, tokens[1] + shift
-
-
 def _cross_entropy(
   logits_BT: jax.Array, span_BT: jax.Array, bit: int, inside_BTG: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -509,51 +362,3 @@ def _cross_entropy(
   loss_BG = jnp.log(jnp.maximum(total_BG, 1)) + most_BG - target_BG
   there_BG = jnp.any(target_BTG, axis=1)
   return jnp.where(there_BG, loss_BG, 0), there_BG & (target_BG >= most_BG)
-
-
-def _string(record: Record, name: str) -> str:
-  value = record.get(name)
-  if not isinstance(value, str):
-    raise ValueError(
-      f'field {name!r} is {value!r}; a record needs a question and a context, both strings; it has '
-      f'{", ".join(record) or "nothing"}.'
-    )
-  return value
-
-
-def _answers(given: Any, context: str) -> list[tuple[str, int]]:
-  """The answers of a record: a list of objects, or an object of lists."""
-  if isinstance(given, Mapping):
-    columns = given.get('text'), given.get('answer_start')
-    if not all(isinstance(column, list) for column in columns) or len(columns[0]) != len(
-      columns[1]
-    ):
-      raise ValueError(
-        f"field 'answers' is {given!r}; it must have lists of equal lengths as text and "
-        'answer_start.'
-      )
-    given = [dict(text=text, answer_start=start) for text, start in zip(*columns, strict=True)]
-  if not isinstance(given, list | tuple):
-    raise ValueError(f"field 'answers' is {given!r}; it must be a list.")
-  return [_answer(answer, context) for answer in given]
-
-
-def _answer(answer: Any, context: str) -> tuple[str, int]:
-  text, start = (
-    (answer.get('text'), answer.get('answer_start'))
-    if isinstance(answer, Mapping)
-    else (None, None)
-  )
-  if not isinstance(text, str) or not text or not isinstance(start, int):
-    raise ValueError(
-      f"field 'answers' holds {answer!r}; each must have a text and its first character, "
-      'answer_start.'
-    )
-  if start < 0 or context[start : start + len(text)] != text:
-    found = context.find(text)
-    there = f'it stands at {found}' if found >= 0 else 'the context does not hold it'
-    raise ValueError(
-      f'the answer {text!r} is not at character {start} of its context, where there is '
-      f'{context[max(start, 0) : max(start, 0) + len(text)]!r}; {there}.'
-    )
-  return text, start

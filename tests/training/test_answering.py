@@ -162,5 +162,5 @@ def test_wrong_answers_are_named_by_file_and_question(folder, tmp_path):
   (tmp_path / 'dev.json').write_text(json.dumps(wrong))
   given = settings(folder) | dict(validation=dict(path=str(tmp_path / 'dev.json')))
   given['data']['validation'] = 0.0
-  with pytest.raises(ValueError, match=r"dev.json: question 1: the answer 'never' is not at"):
+  with pytest.raises(ValueError, match=r"dev.json: question 1: the answer 'never' is not in"):
     loop.prepare(config_lib.parse(given), tmp_path / 'never')
