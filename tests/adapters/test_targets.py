@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.adapters import _targets, bitfit, bottleneck, freeze, ia3, lora
+from llm_jax.adapters import _targets, adalora, bitfit, bottleneck, freeze, ia3, lora
 from llm_jax.core import plugins, tree
 from llm_jax.programs import assemble
 
-SHIPPED = (bitfit, bottleneck, freeze, ia3, lora)
+SHIPPED = (adalora, bitfit, bottleneck, freeze, ia3, lora)
 QUERY = 'model/stack/layers/block/attention/query'
 
 
@@ -67,6 +67,12 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
     ('encoder', dict(name='bottleneck', size=17), 'size=17 is above the width of the model, 16'),
     ('encoder', dict(name='bottleneck', placement='houlsbi'), "mean 'houlsby'"),
     ('llama', dict(name='bitfit'), 'this model has none'),
+    ('llama', dict(name='adalora', rank=2), 'target_rank=8 must be at least 1 and at most'),
+    (
+      'llama',
+      dict(name='adalora', rank=2, target_rank=1, warmup_steps=3, final_steps=1),
+      'leave none of the 4 steps of the run',
+    ),
   ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_compiled(tiny, model, adapter, message):
