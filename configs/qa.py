@@ -20,7 +20,7 @@ def get_config():
   config.eval_every = 100
   config.data.source = 'defaults'
   config.data.validation = 0.05
-  config.tokenizer.vocab_size = 4096
+  config.tokenizer.vocab_size = 2048  # the default corpus fills no more than 4,000
   config.model = base.model('encoder', 'bert_tiny')
   config.objective = dict(
     name='qa',

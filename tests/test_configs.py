@@ -24,7 +24,7 @@ SIZES = {
   ('bert_tiny', None): 1_338_496,
   ('classify', None): 1_317_890,  # two classes, where the data names none
   ('tag', None): 1_317_890,  # two tags, likewise
-  ('qa', None): 1_317_890,  # first and last token
+  ('qa', None): 1_055_746,  # first and last token
   ('gpt_tiny', None): 1_317_632,
   ('gpt2', None): 124_439_808,
   ('gpt2', 'small'): 124_439_808,

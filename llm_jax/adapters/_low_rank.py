@@ -1,14 +1,18 @@
 """Two thin matrices beside a kernel: how they are made, multiplied, and multiplied out."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from llm_jax.adapters import _targets
+from llm_jax.core import contracts
 from llm_jax.core import params as params_lib
 from llm_jax.core.contracts import WeightForm
+from llm_jax.core.params import Info
 from llm_jax.nn.dropout import dropout as drop
 from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, sides
 from llm_jax.nn.options import DTYPES
@@ -55,6 +59,40 @@ class Pair(NamedTuple):
       dense(self.b[0], self.out_of, self.sizes, kept),
     )
     return product(a, b)
+
+
+class Adapter(contracts.Adapter):
+  """Something beside the linear maps of the model that match a pattern, and heads.
+
+  Attributes:
+    targets: the pattern (`_targets`).
+    heads: those that are trained whole.
+  """
+
+  targets: str
+  heads: _targets.Heads
+
+  def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
+    _targets.check_found('targets', self.targets, infos, base)
+    self.heads.check(base)
+
+  def trains(self, path: str, info: Info, base: bool) -> bool:
+    return not base or path in self.heads
+
+  def intercept(
+    self,
+    next_fun: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    context: nn.module.InterceptorContext,
+  ) -> Any:
+    y = next_fun(*args, **kwargs)
+    linear = _targets.linear(context, self.targets)
+    return y if linear is None else self._adapted(linear, args[0], y)
+
+  def _adapted(self, linear: Linear, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The output `y` of a linear map for `x`, with what is learned beside it."""
+    raise NotImplementedError
 
 
 def pair(

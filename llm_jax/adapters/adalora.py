@@ -13,7 +13,7 @@ the norms of A A' - I and B' B - I, not of their squares.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.adapters import _low_rank, _targets
-from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
+from llm_jax.core import tree
 from llm_jax.core.contracts import Metrics
 from llm_jax.core.params import Info
 from llm_jax.core.state import TrainState
@@ -35,7 +35,7 @@ A, VALUES, B = 'adalora_a', 'adalora_values', 'adalora_b'
 TERM = 'orthogonality'
 
 
-class Adapter(contracts.Adapter):
+class Adapter(_low_rank.Adapter):
   """Trains `adalora_a`, `adalora_values` and `adalora_b` beside the kernels of linear maps, and the
   heads.
 
@@ -102,27 +102,12 @@ class Adapter(contracts.Adapter):
     self.heads = _targets.Heads(heads)
 
   def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
-    _targets.check_found('targets', self.targets, infos, base)
-    self.heads.check(base)
+    super().check(infos, base)
     if self.warmup_steps + self.final_steps >= self.steps:
       raise ValueError(
         f'config.adapter.warmup_steps={self.warmup_steps} and final_steps={self.final_steps} leave '
         f'none of the {self.steps} steps of the run to choose ranks in; lower them.'
       )
-
-  def trains(self, path: str, info: Info, base: bool) -> bool:
-    return not base or path in self.heads
-
-  def intercept(
-    self,
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-  ) -> Any:
-    y = next_fun(*args, **kwargs)
-    linear = _targets.linear(context, self.targets)
-    return y if linear is None else self._adapted(linear, args[0], y)
 
   def merged(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
     leaves = tree.flatten(params)

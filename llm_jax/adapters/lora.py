@@ -12,7 +12,7 @@ kept: it starts at zero, whatever base is loaded, and has the gradient of m.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.adapters import _low_rank, _targets
-from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
+from llm_jax.core import tree
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.linear import AXES, Linear, sides, with_leading_axes
@@ -30,7 +30,7 @@ from llm_jax.nn.options import DTYPES
 A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
 
 
-class Adapter(contracts.Adapter):
+class Adapter(_low_rank.Adapter):
   """Trains `lora_a` and `lora_b` beside the kernels of linear maps, and the heads.
 
   Args:
@@ -72,26 +72,8 @@ class Adapter(contracts.Adapter):
     self.scale = alpha / (math.sqrt(rank) if rslora else rank)
     self.heads = _targets.Heads(heads)
 
-  def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
-    _targets.check_found('targets', self.targets, infos, base)
-    self.heads.check(base)
-
-  def trains(self, path: str, info: Info, base: bool) -> bool:
-    return not base or path in self.heads
-
   def no_gradient(self, path: str) -> str | None:
     return 'lora_b is 0' if path.endswith(f'/{A}') else None
-
-  def intercept(
-    self,
-    next_fun: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    context: nn.module.InterceptorContext,
-  ) -> Any:
-    y = next_fun(*args, **kwargs)
-    linear = _targets.linear(context, self.targets)
-    return y if linear is None else self._adapted(linear, args[0], y)
 
   def merged(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
     leaves = tree.flatten(params)

@@ -15,14 +15,14 @@ class Answered(NamedTuple):
     rows: in which it is laid out.
     text: its number there.
     answer: what the predictor says of it.
-    place: row and slot of its first part, as in `Validation.slices`.
+    position: row and slot of its first part, as in `Validation.slices`.
     parts: how many parts of it were seen.
   """
 
   rows: Texts
   text: int
   answer: dict[str, Any]
-  place: tuple[int, int]
+  position: tuple[int, int]
   parts: int
 
 
@@ -30,7 +30,7 @@ def answered(validation: Validation) -> Iterator[Answered]:
   """The texts in the order of their first parts."""
   predictor, number = validation.objective.predictor, 0
   found: dict[tuple[int, int], list[dict[str, Any]]] = {}
-  places: dict[tuple[int, int], tuple[Texts, tuple[int, int]]] = {}
+  positions: dict[tuple[int, int], tuple[Texts, tuple[int, int]]] = {}
   for batch in validation.batches():
     said = jax.device_get(validation.predict(batch, ()))
     size = len(next(iter(said.values())))
@@ -41,8 +41,8 @@ def answered(validation: Validation) -> Iterator[Answered]:
       for slot, (text, answer) in enumerate(zip(rows.texts(index), answers, strict=True)):
         key = id(rows), text
         found.setdefault(key, []).append(answer)
-        places.setdefault(key, (rows, (number + row, slot)))
+        positions.setdefault(key, (rows, (number + row, slot)))
     number += size
   for key, parts in found.items():
-    rows, place = places[key]
-    yield Answered(rows, key[1], predictor.joined(parts), place, len(parts))
+    rows, position = positions[key]
+    yield Answered(rows, key[1], predictor.joined(parts), position, len(parts))

@@ -45,13 +45,13 @@ class Evaluator:
         "the evaluator 'entities' scores tags of words, and the objective gives none; name other "
         'evaluators in config.evaluators.'
       )
-    right, said, places = [], [], []
-    for rows, text, answer, place, _ in _answers.answered(validation):
+    right, said, positions = [], [], []
+    for rows, text, answer, position, _ in _answers.answered(validation):
       wanted = rows.tags(text)
       if wanted is not None:
         right.append(wanted)
         said.append(answer['tags'])
-        places.append(place)
+        positions.append(position)
     if not sum(map(len, right)):
       raise ValueError(
         'no word of the validation set has a tag; give tags, or raise config.data.validation or '
@@ -59,7 +59,7 @@ class Evaluator:
       )
     numbers, report = scores(right, said, predictor.scheme)
     for field, rows in validation.slices.items():
-      groups = [rows[row][slot] for row, slot in places]
+      groups = [rows[row][slot] for row, slot in positions]
       gaps, text = _by_group(field, groups, right, said, predictor.scheme)
       numbers, report = numbers | gaps, f'{report}\n{text}'
     return numbers, report

@@ -69,8 +69,8 @@ class Evaluator:
         "the evaluator 'squad' scores answers to questions, and the objective gives none; name "
         'other evaluators in config.evaluators.'
       )
-    questions, places, left_out = [], [], 0
-    for rows, text, answer, place, parts in _answers.answered(validation):
+    questions, positions, left_out = [], [], 0
+    for rows, text, answer, position, parts in _answers.answered(validation):
       right = rows.answers(text)
       if right is None:
         continue
@@ -82,7 +82,7 @@ class Evaluator:
       questions.append(
         Question(right, answer['answer'], best, float('inf') if score is None else score)
       )
-      places.append(place)
+      positions.append(position)
     if not questions:
       raise ValueError(
         'no question of the validation set has both right answers and all its windows; give '
@@ -92,7 +92,7 @@ class Evaluator:
     numbers = scores(questions, version)
     report = [_report(questions, numbers, version, left_out)]
     for field, rows in validation.slices.items():
-      groups = [rows[row][slot] for row, slot in places]
+      groups = [rows[row][slot] for row, slot in positions]
       gaps, table = _by_group(field, groups, questions, version)
       numbers |= gaps
       report.append(table)

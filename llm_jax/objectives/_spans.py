@@ -21,7 +21,7 @@ Answer = tuple[str, int]  # its text, and its first character in the context
 
 def read(given: Any, context: str) -> tuple[list[Answer], int]:
   """The answers, and how many of them do not stand where they say: they are taken from the nearest
-  place that holds them.
+  occurrence of their text.
 
   Args:
     given: a list of objects with `text` and `answer_start`, or an object of lists.
@@ -58,14 +58,14 @@ def _answer(answer: Any, context: str) -> Answer:
     )
   if start >= 0 and context.startswith(text, start):
     return text, start
-  places = [match.start() for match in re.finditer(re.escape(text), context)]
-  if not places:
+  found = [match.start() for match in re.finditer(re.escape(text), context)]
+  if not found:
     first = max(start, 0)
     raise ValueError(
       f'the answer {text!r} is not in its context, which has '
       f'{context[first : first + len(text)]!r} at character {start}.'
     )
-  return text, min(places, key=lambda place: abs(place - start))
+  return text, min(found, key=lambda position: abs(position - start))
 
 
 class Window(NamedTuple):

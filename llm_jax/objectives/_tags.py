@@ -176,10 +176,10 @@ def numbered(
         )
       numbers.append(None)
       continue
-    for place, tag in enumerate(each):
+    for word, tag in enumerate(each):
       if tag not in number:
         raise ValueError(
-          f'{documents.where(index)}: word {place} has the tag {tag!r}, which is none of the '
+          f'{documents.where(index)}: word {word} has the tag {tag!r}, which is none of the '
           f'{len(tags)} tags of the training documents ({_shortened(tags)}): name all tags in '
           'config.objective.tags, or give more documents.'
         )
@@ -283,10 +283,10 @@ def _fault(ids: np.ndarray, known: Rules, tags: Sequence[str], scheme: str) -> s
   fine = np.concatenate([[known.first_C[ids[0]]], known.next_CC[ids[:-1], ids[1:]]])
   wrong = np.flatnonzero(~fine)
   if len(wrong):
-    place = int(wrong[0])
-    before = f'{tags[ids[place - 1]]!r}' if place else 'nothing'
+    number = int(wrong[0])
+    before = f'{tags[ids[number - 1]]!r}' if number else 'nothing'
     return (
-      f'word {place} has the tag {tags[ids[place]]!r} after {before}, which scheme={scheme} does '
+      f'word {number} has the tag {tags[ids[number]]!r} after {before}, which scheme={scheme} does '
       'not allow'
     )
   if not known.last_C[ids[-1]]:

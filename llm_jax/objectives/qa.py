@@ -249,8 +249,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     for window in rows.windows(index):
       starts, ends = row['starts'], row['ends']
       null = float(starts[window.first]) + float(ends[window.first])
-      place = slice(window.context, window.context + window.stop - window.start)
-      found = best_spans(starts[place], ends[place], self.max_answer, self.n_best)
+      tokens = slice(window.context, window.context + window.stop - window.start)
+      found = best_spans(starts[tokens], ends[tokens], self.max_answer, self.n_best)
       begins, stops, context = rows.characters(window.text)
       spans = []
       for score, first, last in found:

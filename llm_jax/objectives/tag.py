@@ -286,7 +286,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     An entity has `label`, `text`, `start` and `end` (characters of the text, or of the words as
     they are joined) and `words` (the first, and one past the last).
     """
-    for text, positions, read in rows.places(index):
+    for text, positions, read in rows.word_positions(index):
       words = rows.documents.values('words')[text]
       tags = [self.unread] * len(words)
       for position, word in zip(positions, read, strict=True):
@@ -335,7 +335,7 @@ class _Rows(TextRows):
     """The first character of each word of a text."""
     return self.documents.array('word_begins', text).tolist()
 
-  def places(self, index: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+  def word_positions(self, index: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Each text of a row, the indices in the row at which its words are read, and which words these
     are.
     """
@@ -353,7 +353,7 @@ class _Rows(TextRows):
     row['tag'] = np.zeros(self.seq_len, np.int32)
     row['tag_weight'] = np.zeros(self.seq_len, np.float32)
     offset = len(self.frame.before)
-    for text, positions, read in self.places(index):
+    for text, positions, read in self.word_positions(index):
       row['chain'][positions] = _chain(read, int(self._counts[text]))
       numbers = self.numbers[text]
       if numbers is not None:

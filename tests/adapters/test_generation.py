@@ -12,6 +12,7 @@ PROMPTS = [[9, 12, 33], [40, 41]]
 GREEDY = Sampling(max_new_tokens=6, temperature=0.0)
 ADAPTERS = {
   'dora': dict(name='lora', rank=2, targets='attention/.*|mlp/.*', dora=True),
+  'adalora': dict(name='adalora', rank=2, target_rank=1),
   'ia3': dict(name='ia3'),
   'bottleneck': dict(name='bottleneck', size=4),
 }

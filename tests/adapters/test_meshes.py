@@ -24,6 +24,7 @@ CASES = [
   (DORA, dict(data=2, sequence=2), {}),
   (DORA, dict(data=1), dict(remat='full')),
   (DORA, dict(data=1), dict(remat='full', unroll=0)),
+  (dict(name='adalora', rank=2, target_rank=1), dict(fsdp=2, tensor=2), {}),
   (dict(name='ia3'), dict(fsdp=2, tensor=2), {}),
   (dict(name='bottleneck', size=4), dict(fsdp=2, tensor=2), {}),
 ]

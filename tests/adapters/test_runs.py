@@ -18,6 +18,7 @@ from llm_jax.training import loop
 
 pytestmark = pytest.mark.slow
 SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=32)
+SENSITIVITY = 'sensitivity/model/stack/layers/block/attention/query/adalora_a'
 TEXTS = ['one two three', 'a b c d', 'four five', 'x y z']
 
 
@@ -101,6 +102,28 @@ def test_what_was_saved_predicts_and_is_exported_merged(run, settings, tmp_path)
   assert not any(
     np.any(x) for path, x in tree.flatten(started.state.params).items() if 'lora_b' in path
   )
+
+
+def test_what_an_adapter_carries_is_kept_too(settings, tmp_path):
+  """AdaLoRA's scores, and which ranks are left: a resumed run ends as an undisturbed one."""
+  adapter = dict(name='adalora', rank=2, target_rank=1, final_steps=1)
+  changes = settings | dict(adapter=adapter)
+  whole = prepared(changes, tmp_path / 'whole')
+  loop.train(whole)
+  shutil.copytree(whole.workdir, tmp_path / 'again')
+  shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '4')
+  again = prepared(changes, tmp_path / 'again')
+  assert again.step == 2 and np.any(tree.flatten(again.state.extras)[SENSITIVITY])
+  loop.train(again)
+  assert bits(again.state) == bits(whole.state)
+  kept = np.concatenate([np.ravel(x) for x in jax.tree.leaves(whole.state.extras['kept'])])
+  values = [x for path, x in tree.flatten(whole.state.params).items() if path.endswith('_values')]
+  assert kept.sum() == kept.size / 2  # ranks; those that are not left are zero
+  assert np.array_equal(np.concatenate([np.ravel(x) for x in values]) != 0, kept > 0)
+  session = llm_jax.open(whole.workdir)
+  export(session, tmp_path / 'merged')
+  merged = llm_jax.open(tmp_path / 'merged')
+  np.testing.assert_allclose(probabilities(merged), probabilities(session), atol=1e-5)
 
 
 def test_a_run_that_leaves_an_adapter_behind_says_so(run, settings, caplog):

@@ -36,26 +36,26 @@ def row_of(rng, chains, length, tags=TAGS):
   of each text's words.
   """
   bits = [bit for chain in chains for bit in chain]
-  places = np.sort(rng.choice(length, len(bits), replace=False))
+  positions = np.sort(rng.choice(length, len(bits), replace=False))
   chain = np.zeros((1, length), np.int32)
-  chain[0, places] = bits
-  texts = np.split(places, np.cumsum([len(chain) for chain in chains])[:-1])
+  chain[0, positions] = bits
+  texts = np.split(positions, np.cumsum([len(chain) for chain in chains])[:-1])
   return rng.normal(size=(1, length, tags)), chain, texts
 
 
-def by_hand(logits_TC, chain_T, places, moves, tags_NW):
+def by_hand(logits_TC, chain_T, positions, moves, tags_NW):
   """The scores of N taggings of one text, as the docstring of the module has it."""
-  m, bits, y = [np.asarray(x) for x in moves], chain_T[places], np.asarray(tags_NW).T
-  total = sum(logits_TC[place, tags] for place, tags in zip(places, y, strict=True))
+  m, bits, y = [np.asarray(x) for x in moves], chain_T[positions], np.asarray(tags_NW).T
+  total = sum(logits_TC[position, tags] for position, tags in zip(positions, y, strict=True))
   total += m[1 if bits[0] & crf.GAP else 0][y[0]]
   for i in range(1, len(y)):
     total += m[3 if bits[i] & crf.GAP else 2][y[i - 1], y[i]]
   return total + m[4 if bits[-1] & crf.LAST else 5][y[-1]]
 
 
-def enumerated(logits_TC, chain_T, places, moves):
-  every = list(itertools.product(range(logits_TC.shape[-1]), repeat=len(places)))
-  return every, by_hand(logits_TC, chain_T, places, moves, every)
+def enumerated(logits_TC, chain_T, positions, moves):
+  every = list(itertools.product(range(logits_TC.shape[-1]), repeat=len(positions)))
+  return every, by_hand(logits_TC, chain_T, positions, moves, every)
 
 
 WORD, FIRST, GAP, LAST = crf.WORD, crf.FIRST, crf.GAP, crf.LAST
@@ -67,23 +67,23 @@ TORN = [WORD | FIRST | GAP, WORD, WORD | GAP, WORD, WORD, WORD]
 def test_log_partition_marginals_and_viterbi_are_those_of_enumeration(bits):
   rng = np.random.default_rng(len(bits))
   moves = moves_of(rng)
-  logits, chain, (places,) = row_of(rng, [bits], 11)
-  every, scores = enumerated(logits[0], chain[0], places, moves)
+  logits, chain, (positions,) = row_of(rng, [bits], 11)
+  every, scores = enumerated(logits[0], chain[0], positions, moves)
   log_z = np.log(np.sum(np.exp(scores - scores.max()))) + scores.max()
   assert abs(float(log_partition(logits, chain, moves)[0]) - log_z) < 1e-12 * max(1, abs(log_z))
   p = np.exp(scores - log_z)
   wanted = np.zeros(logits.shape[1:])
-  for y, place in zip(np.transpose(every), places, strict=True):
-    np.add.at(wanted[place], y, p)
+  for y, position in zip(np.transpose(every), positions, strict=True):
+    np.add.at(wanted[position], y, p)
   found = np.asarray(marginals(jnp.asarray(logits), chain, moves)[0])
   np.testing.assert_allclose(found, wanted, atol=1e-12)
   best = np.zeros(chain.shape[1], int)
-  best[places] = every[int(np.argmax(scores))]
+  best[positions] = every[int(np.argmax(scores))]
   assert viterbi(jnp.asarray(logits), chain, moves)[0].tolist() == best.tolist()
   assert float(best_score(logits, chain, moves)[0]) == pytest.approx(scores.max(), abs=1e-12)
   for index in rng.choice(len(every), 3, replace=False):
     tags = rng.integers(0, TAGS, chain.shape)  # whatever stands where no word is
-    tags[0, places] = every[index]
+    tags[0, positions] = every[index]
     given = float(score(jnp.asarray(logits), tags, chain, moves)[0])
     assert given == pytest.approx(scores[index], abs=1e-12)
 
@@ -97,7 +97,7 @@ def test_texts_of_a_row_are_chains_of_their_own():
     [WORD | FIRST | GAP | LAST],
   ]
   logits, chain, texts = row_of(rng, chains, 12, 3)
-  apart = [enumerated(logits[0], chain[0], places, moves) for places in texts]
+  apart = [enumerated(logits[0], chain[0], positions, moves) for positions in texts]
   log_z = sum(np.log(np.sum(np.exp(scores))) for _, scores in apart)
   assert float(log_partition(logits, chain, moves)[0]) == pytest.approx(log_z, abs=1e-12)
   best = np.concatenate([every[int(np.argmax(scores))] for every, scores in apart])
@@ -143,7 +143,7 @@ def test_forbidden_moves_have_probability_0_and_finite_gradients():
   forbidden = rng.random((TAGS, TAGS)) < 0.5
   np.fill_diagonal(forbidden, False)
   moves = moves_of(rng, forbidden=forbidden)
-  logits, chain, (places,) = row_of(rng, [WHOLE], 11)
+  logits, chain, (positions,) = row_of(rng, [WHOLE], 11)
 
   def pairs(scores_CC):
     return jnp.sum(log_partition(logits, chain, moves._replace(next_CC=scores_CC)))
@@ -151,9 +151,9 @@ def test_forbidden_moves_have_probability_0_and_finite_gradients():
   expected_CC = np.asarray(jax.grad(pairs)(moves.next_CC))  # how often each move is made
   assert (expected_CC[forbidden] == 0).all() and (expected_CC[~forbidden] > 0).all()
   assert expected_CC.sum() == pytest.approx(WORDS - 1, abs=1e-9)
-  best = viterbi(jnp.asarray(logits), chain, moves)[0][places]
+  best = viterbi(jnp.asarray(logits), chain, moves)[0][positions]
   assert not forbidden[best[:-1], best[1:]].any()
-  every, scores = enumerated(logits[0], chain[0], places, moves)
+  every, scores = enumerated(logits[0], chain[0], positions, moves)
   free = [i for i, y in enumerate(every) if not forbidden[list(y[:-1]), list(y[1:])].any()]
   log_z = np.log(np.sum(np.exp(scores[free])))
   assert float(log_partition(logits, chain, moves)[0]) == pytest.approx(log_z, abs=1e-9)

@@ -81,9 +81,9 @@ def windows_of(rows, said):
   found = {}
   for index in range(len(rows)):
     for w in rows.windows(index):
-      places = [w.first, *range(w.context, w.context + w.stop - w.start)]
+      positions = [w.first, *range(w.context, w.context + w.stop - w.start)]
       found[w.text, w.start] = np.stack(
-        [np.asarray(said[name])[index][places] for name in ('starts', 'ends')]
+        [np.asarray(said[name])[index][positions] for name in ('starts', 'ends')]
       )
   return found
 

@@ -39,12 +39,12 @@ def test_a_row_of_two_texts():
     == [2, *(b + 7 for b in text), 3, 2, *(b + 7 for b in b'Bo'), 3] + [0] * 5
   )
   assert row['segments'].tolist() == [1] * 15 + [2] * 4 + [0] * 5
-  places = [1, 5, 9, 12, 16]
+  positions = [1, 5, 9, 12, 16]
   wanted = np.zeros(24, int)
-  wanted[places] = [WORD | FIRST, WORD, WORD, WORD | LAST, WORD | FIRST | LAST]
+  wanted[positions] = [WORD | FIRST, WORD, WORD, WORD | LAST, WORD | FIRST | LAST]
   assert row['chain'].tolist() == wanted.tolist()
-  assert np.flatnonzero(row['tag_weight']).tolist() == places
-  assert row['tag'][places].tolist() == [1, 2, 3, 0, 1]
+  assert np.flatnonzero(row['tag_weight']).tolist() == positions
+  assert row['tag'][positions].tolist() == [1, 2, 3, 0, 1]
   assert [rows.tags(text) for text in (0, 1)] == [ANN['tags'], ['B-PER']]
   assert {name: value.dtype for name, value in row.items() if name[:3] in ('tag', 'cha')} == {
     'chain': np.int32,
@@ -70,9 +70,9 @@ def test_words_that_are_not_read_are_counted_and_answered(monkeypatch):
   row = rows.example(0, RNG)
   text = ' Ann  Lee far off'  # of which ten bytes fit
   assert bytes((row['tokens'][1:-1] - 7).tolist()).decode() == text[:10] and rows.cut == 1
-  places = np.flatnonzero(row['chain'])
-  assert row['chain'][places].tolist() == [WORD | FIRST | GAP, WORD | GAP]
-  assert row['tag'][places].tolist() == [3, 2]
+  positions = np.flatnonzero(row['chain'])
+  assert row['chain'][positions].tolist() == [WORD | FIRST | GAP, WORD | GAP]
+  assert row['tag'][positions].tolist() == [3, 2]
   assert (
     "tag: 4 of 6 words have no token of their own in their row, the first: word 0 ('')"
     in (lines[-1])
@@ -157,7 +157,7 @@ def test_training_evaluation_and_prediction_label_the_same_words(
       assert answer['words'] == texts[text] and len(answer['tags']) == len(texts[text])
       for word, (found, wanted) in enumerate(zip(answer['tags'], tags[text], strict=True)):
         assert found == ('O' if word in unread else wanted)
-    for text, positions, read in asked.places(index):
+    for text, positions, read in asked.word_positions(index):
       joiner = ' ' if name == 'space' else ''
       ids, spans = tokenizer.offsets(joiner.join(texts[text]))
       before = joiner.join(texts[text][:1])[:0]
@@ -417,16 +417,16 @@ def test_softmax(small):
   net, w, _ = net_of(rng)
   batch, hidden = batch_of(rng)
   metrics = made().loss(net, jnp.asarray(hidden), batch)
-  places = np.flatnonzero(batch['chain'][0])
-  logits = hidden[0, places].astype(np.float64) @ w
-  wanted = small.cross_entropy(logits, batch['tag'][0, places]).sum()
+  positions = np.flatnonzero(batch['chain'][0])
+  logits = hidden[0, positions].astype(np.float64) @ w
+  wanted = small.cross_entropy(logits, batch['tag'][0, positions]).sum()
   np.testing.assert_allclose([float(x) for x in metrics['tag']], [wanted, 5], rtol=1e-5)
-  right = (logits.argmax(-1) == batch['tag'][0, places]).sum()
+  right = (logits.argmax(-1) == batch['tag'][0, positions]).sum()
   assert [float(x) for x in metrics['tag_accuracy']] == [right, 5]
   said = made().predict(net, jnp.asarray(hidden), batch)
-  assert said['tags'][0, places].tolist() == logits.argmax(-1).tolist()
+  assert said['tags'][0, positions].tolist() == logits.argmax(-1).tolist()
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
-  np.testing.assert_allclose(said['probability'][0, places], p.max(-1), rtol=1e-4)
+  np.testing.assert_allclose(said['probability'][0, positions], p.max(-1), rtol=1e-4)
 
 
 @pytest.mark.parametrize('loss', ['crf', 'hinge'])
@@ -443,22 +443,22 @@ def test_chains_by_hand(loss):
   )(hidden)
   logits = hidden[0].astype(np.float64) @ w
   total = 0.0
-  for places in ([1, 5, 9, 12], [16]):
-    gold, scores = batch['tag'][0, places], {}
-    for y in itertools.product(range(4), repeat=len(places)):
+  for positions in ([1, 5, 9, 12], [16]):
+    gold, scores = batch['tag'][0, positions], {}
+    for y in itertools.product(range(4), repeat=len(positions)):
       if legal('IOB2', [BIO[i].replace('LOC', 'x').replace('PER', 'y') for i in y]):
         inner = sum(both[a, b] for a, b in zip(y, y[1:], strict=False))
-        scores[y] = first[y[0]] + inner + last[y[-1]] + logits[places, list(y)].sum()
+        scores[y] = first[y[0]] + inner + last[y[-1]] + logits[positions, list(y)].sum()
     right = scores[tuple(gold)]
     best = max(scores, key=scores.__getitem__)
     if loss == 'crf':
       log_z = np.log(np.sum(np.exp(list(scores.values()))))
       total += log_z - right
       share = sum(np.exp(s - log_z) for y, s in scores.items() if y[0] == best[0])
-      assert float(said['probability'][0, places[0]]) == pytest.approx(share, rel=1e-4)
+      assert float(said['probability'][0, positions[0]]) == pytest.approx(share, rel=1e-4)
     else:
       total += max(s + np.sum(np.array(y) != gold) for y, s in scores.items()) - right
-    assert said['tags'][0, places].tolist() == list(best)
+    assert said['tags'][0, positions].tolist() == list(best)
   assert (
     float(metrics['tag'][0]) == pytest.approx(total, rel=1e-5) and float(metrics['tag'][1]) == 5
   )

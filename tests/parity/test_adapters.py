@@ -348,8 +348,8 @@ def test_ranks_are_chosen_as_by_peft(warmup, final, every, stacked):
     state = update(state, as_ours(arrays, 1))
     extras = state.extras
     found = state.params['stack']['adalora_values'] if stacked else None
-    for place, name in enumerate(names):
-      mine = found[place] if stacked else state.params[name]['adalora_values']
+    for index, name in enumerate(names):
+      mine = found[index] if stacked else state.params[name]['adalora_values']
       np.testing.assert_array_equal(mine, wanted[name], err_msg=f'step {number}, {name}')
     gone.append({name: int(np.sum(wanted[name] == 0)) for name in names})
   assert sum(gone[-1].values()) == (rank - target) * len(names)

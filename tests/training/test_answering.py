@@ -37,9 +37,9 @@ def content(count, seed):
     words = [str(word) for word in rng.choice(WORDS, rng.integers(2, 20))]
     answers = []
     if rng.random() < 0.7:
-      place, value = int(rng.integers(len(words))), str(rng.integers(10))
-      words.insert(place, value)
-      answers = [{'text': value, 'answer_start': len(' '.join([*words[:place], '']))}]
+      number_at, value = int(rng.integers(len(words))), str(rng.integers(10))
+      words.insert(number_at, value)
+      answers = [{'text': value, 'answer_start': len(' '.join([*words[:number_at], '']))}]
     asked = {
       'id': str(number),
       'question': 'how many?',

@@ -12,7 +12,7 @@ from llm_jax.data.sources import _paths
 SUFFIXES = ('.json', '.json.gz')
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
   """Where a question stands: its file, and numbers in the lists of it."""
 
   file: int
@@ -44,15 +44,15 @@ class Source:
     self.fingerprint = _paths.fingerprint(self.files, 'squad', *own)
 
   def __len__(self) -> int:
-    return len(self._places)
+    return len(self._positions)
 
   def __getitem__(self, index: int) -> dict[str, Any]:
     return self.values(range(len(self))[index])
 
   def values(self, index: int) -> dict[str, Any]:
     """One record."""
-    place = self._places[index]
-    article, paragraph, question = self._of(place)
+    position = self._positions[index]
+    article, paragraph, question = self._of(position)
     where = self.where(index)
     record = {
       'id': question.get('id'),
@@ -76,23 +76,23 @@ class Source:
 
   def where(self, index: int) -> str:
     """File, and id of the question, or its number."""
-    place = self._places[index]
-    name = self._of(place)[2].get('id')
-    return f'{self.files[place.file]}: question {index if name is None else name}'
+    position = self._positions[index]
+    name = self._of(position)[2].get('id')
+    return f'{self.files[position.file]}: question {index if name is None else name}'
 
-  def _of(self, place: _Place) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    article = self._articles[place.file][place.article]
-    paragraph = article['paragraphs'][place.paragraph]
-    return article, paragraph, paragraph['qas'][place.question]
+  def _of(self, position: _Position) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    article = self._articles[position.file][position.article]
+    paragraph = article['paragraphs'][position.paragraph]
+    return article, paragraph, paragraph['qas'][position.question]
 
   @functools.cached_property
   def _articles(self) -> list[list[dict[str, Any]]]:
     return [_read(path) for path in self.files]
 
   @functools.cached_property
-  def _places(self) -> list[_Place]:
+  def _positions(self) -> list[_Position]:
     found = [
-      _Place(file, *numbers)
+      _Position(file, *numbers)
       for file, articles in enumerate(self._articles)
       for numbers in _numbers(articles, self.files[file])
     ]
@@ -104,7 +104,7 @@ class Source:
 
   def __getstate__(self) -> dict[str, Any]:
     """Other processes read the files themselves."""
-    return {key: x for key, x in self.__dict__.items() if key not in ('_articles', '_places')}
+    return {key: x for key, x in self.__dict__.items() if key not in ('_articles', '_positions')}
 
 
 _OWN = ('id', 'question', 'context', 'title', 'answers')
@@ -113,9 +113,12 @@ _OWN = ('id', 'question', 'context', 'title', 'answers')
 def _read(path: str) -> list[dict[str, Any]]:
   with _paths.stream(path) as file:
     try:
-      content = json.loads(file.read())
+      text = file.read()
+      content = json.loads(text) if text.strip() else None
     except (ValueError, EOFError, OSError) as error:
       raise ValueError(f'{path}: not JSON in UTF-8 ({error}).') from error
+  if content is None:
+    raise ValueError(f'{path}: the file is empty.')
   articles = content.get('data') if isinstance(content, dict) else None
   if not isinstance(articles, list):
     raise ValueError(

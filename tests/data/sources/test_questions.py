@@ -6,8 +6,11 @@ import pickle
 
 import pytest
 
+from configs import qa as config_file
+from llm_jax.core import config as config_lib
 from llm_jax.data import encoding
 from llm_jax.data.sources import defaults, squad
+from llm_jax.training import corpora
 
 
 def paragraph(*questions, context='Ann lives in Ur.'):
@@ -78,6 +81,7 @@ def test_further_fields_and_what_is_missing(tmp_path):
   [
     ('{"data": [', 'a.json: not JSON in UTF-8'),
     ([ONE], 'a.json: not the JSON of SQuAD'),
+    ('', 'a.json: the file is empty'),
     ({'data': [{'title': 'x'}]}, "a.json: article 0 has no list 'paragraphs'"),
     ({'data': [{'paragraphs': [{}]}]}, "a.json: article 0, paragraph 0 has no list 'qas'"),
     ({'data': [{'paragraphs': [paragraph('Who?')]}]}, "question 0 is 'Who\\?', no object"),
@@ -112,7 +116,14 @@ def test_defaults_stand_where_they_are_said_to():
 
 
 @pytest.mark.slow
-def test_the_library_has_thousands_of_them():
+def test_the_config_reads_thousands_of_them(tmp_path):
+  """As it is shipped, its tokenizer included."""
+  settings = config_file.get_config().to_dict()
+  del settings['pretrained']
+  settings['data']['cache'] = str(tmp_path)
+  data = corpora.load(config_lib.parse(settings), tmp_path)
+  assert data.tokenizer.vocab_size == 2048 and data.config.objective['no_answer'] is True
+  assert len(data.splits.train[0]) > 2000 > len(data.splits.validation[0]) > 50
   source = defaults.Source()
   assert len(source) > 2000 and source.fingerprint == defaults.Source().fingerprint
   for index in range(len(source)):
