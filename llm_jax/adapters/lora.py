@@ -22,12 +22,20 @@ import jax.numpy as jnp
 from llm_jax.adapters import _low_rank, _targets
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.core.contracts import Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.linear import AXES, Linear, sides, with_leading_axes
 from llm_jax.nn.options import DTYPES
 
 A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
+PEFT_TYPE = 'LORA'
+_SAME_IN_PEFT = frozenset(  # what changes nothing of what is computed, or is read elsewhere
+  'peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version '
+  'target_modules modules_to_save fan_in_fan_out init_lora_weights r lora_alpha lora_dropout '
+  'use_rslora use_dora bias layers_pattern layers_to_transform megatron_core '
+  'qalora_group_size'.split()
+)
 
 
 class Adapter(_low_rank.Adapter):
@@ -69,7 +77,7 @@ class Adapter(_low_rank.Adapter):
     _targets.check_rate('dropout', dropout)
     _targets.check_pattern('targets', targets)
     self.rank, self.dropout, self.targets, self.dora = rank, dropout, targets, dora
-    self.scale = alpha / (math.sqrt(rank) if rslora else rank)
+    self.rslora, self.scale = rslora, alpha / (math.sqrt(rank) if rslora else rank)
     self.heads = _targets.Heads(heads)
 
   def no_gradient(self, path: str) -> str | None:
@@ -90,6 +98,47 @@ class Adapter(_low_rank.Adapter):
         whole *= jnp.expand_dims(ratio, inputs)
       merged[path] = whole.astype(kernel.dtype)
     return tree.nest(merged)
+
+  def ported(self, times: int = 1) -> Ported:
+    rank = self.rank * times
+    settings = dict(
+      peft_type=PEFT_TYPE,
+      r=rank,
+      lora_alpha=self.scale * (math.sqrt(rank) if self.rslora else rank),
+      lora_dropout=self.dropout,
+      use_rslora=self.rslora,
+      use_dora=self.dora,
+    )
+    pieces = Piece(A, '.lora_A.weight', 'RI', 'IR'), Piece(B, '.lora_B.weight', 'OR', 'RO')
+    if self.dora:
+      pieces += (Piece(MAGNITUDE, '.lora_magnitude_vector', 'O', 'O', fills=False),)
+    return Ported(settings, pieces)
+
+  def to_ported(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
+    return _with_norms(params, infos, 1)
+
+  def from_ported(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
+    return _with_norms(params, infos, -1)
+
+  @classmethod
+  def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """See the contract."""
+    other = {k: v for k, v in settings.items() if k not in _SAME_IN_PEFT and v}
+    if settings.get('bias', 'none') != 'none':
+      other['bias'] = settings['bias']
+    if other:
+      shown = ', '.join(f'{key}={value!r}' for key, value in other.items())
+      raise ValueError(
+        f'{shown}: lora does not have it here; merge the adapter by peft (merge_and_unload) and '
+        'open the result.'
+      )
+    return dict(
+      rank=settings['r'],
+      alpha=float(settings['lora_alpha']),
+      dropout=float(settings.get('lora_dropout', 0)),
+      rslora=bool(settings.get('use_rslora')),
+      dora=bool(settings.get('use_dora')),
+    )
 
   def _adapted(self, linear: Linear, x: jax.Array, y: jax.Array) -> jax.Array:
     """The output `y` of a linear map for `x`, with what is learned beside it."""
@@ -124,6 +173,20 @@ def _uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
   """+-1 / sqrt(inputs), the last dimension being R."""
   bound = 1 / math.sqrt(math.prod(shape[:-1]))
   return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _with_norms(params: PyTree, infos: Mapping[str, Info], sign: int) -> dict[str, Any]:
+  """The parameters with the norms of the kernels' columns added to what is learned of DoRA's
+  magnitudes, or subtracted.
+  """
+  leaves = tree.flatten(params)
+  for module in _targets.modules(leaves, MAGNITUDE):
+    path = f'{module}/kernel'
+    _targets.check_dense(leaves, path)
+    inputs = tuple(infos[path].stacked + axis for axis in infos[path].inputs)
+    norm = jnp.sqrt(jnp.sum(jnp.square(leaves[path].astype(jnp.float32)), axis=inputs))
+    leaves[f'{module}/{MAGNITUDE}'] += sign * norm.astype(leaves[f'{module}/{MAGNITUDE}'].dtype)
+  return tree.nest(leaves)
 
 
 def _ratio(

@@ -543,6 +543,33 @@ class WeightForm(Protocol):
     ...
 
 
+class Piece(NamedTuple):
+  """A parameter of an adapter beside a linear map, and the tensor of the library peft that it is.
+
+  Attributes:
+    name: ours, the last component of its path.
+    suffix: theirs, after the name of the map.
+    theirs: the axes of their tensor: R rank, I inputs of the map, O its outputs.
+    ours: those of our parameter, where I and O may be several each.
+    fills: zeros may stand for a map that is not adapted, where several maps are one tensor.
+  """
+
+  name: str
+  suffix: str
+  theirs: str
+  ours: str
+  fills: bool = True
+
+
+class Ported(NamedTuple):
+  """What an adapter is to the library peft: its adapter_config.json, but for what the base decides,
+  and its parameters. The first of them is there in every adapted map.
+  """
+
+  settings: Mapping[str, Any]
+  pieces: tuple[Piece, ...]
+
+
 class Adapter:
   """What is trained beside a frozen base, whose parameters keep their paths and their bits.
 
@@ -626,6 +653,41 @@ class Adapter:
     raise ValueError(
       f'the adapter {type(self).__module__} cannot be merged into its base: it has no `merged`.'
     )
+
+  def ported(self, times: int = 1) -> Ported:
+    """What the adapter is to the library peft.
+
+    Args:
+      times: by how much the rank is larger, where one tensor of the base is several maps of ours.
+
+    Raises:
+      ValueError: peft has no such method, or it is not known here how it has it.
+    """
+    del times
+    raise ValueError(
+      f'the adapter {type(self).__module__} has no form in the library peft; --export=merged '
+      'writes a whole model.'
+    )
+
+  def to_ported(self, params: PyTree, infos: Mapping[str, 'Info']) -> PyTree:
+    """The parameters with the values that `ported` has in peft; both nested."""
+    del infos
+    return params
+
+  def from_ported(self, params: PyTree, infos: Mapping[str, 'Info']) -> PyTree:
+    """The inverse of `to_ported`."""
+    del infos
+    return params
+
+  @classmethod
+  def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of the adapter, from an adapter_config.json of its `PEFT_TYPE`; targets are not among
+    them.
+
+    Raises:
+      ValueError: a setting that the adapter cannot have.
+    """
+    raise NotImplementedError
 
   def extras(self, params: PyTree) -> dict[str, Any]:
     """Arrays that are carried from step to step in `TrainState.extras`."""

@@ -21,13 +21,12 @@ from llm_jax.core.state import Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.hf import reading, safetensors, writing
 from llm_jax.hf.family import CONFIG, Families, Family, values
-from llm_jax.hf.tensors import FLOATS
+from llm_jax.hf.tensors import ANSWERS, CLASSIFIES, FLOATS, TAGS
 from llm_jax.parallel import hosts
 
 DTYPES = tuple(FLOATS)  # that a folder can be written in
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack')
 _WEIGHTS = (safetensors.SINGLE, safetensors.INDEX)
-_CLASSIFIES, _ANSWERS = 'ForSequenceClassification', 'ForQuestionAnswering'
 _NO_IDS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))
 """Written as null where they are not known: left out, they would be transformers' defaults."""
 
@@ -76,7 +75,7 @@ def model_options(path: str | os.PathLike[str], families: Families) -> dict[str,
     ValueError: a family that is not known, or a config.json with a value that is not supported.
   """
   config = read_config(path)
-  name, family = _family(path, config, families)
+  name, family = family_of(path, config, families)
   try:
     return {'name': name} | family.read(config)
   except ValueError as error:
@@ -84,13 +83,14 @@ def model_options(path: str | os.PathLike[str], families: Families) -> dict[str,
 
 
 def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
-  """The names of the classes, in order, where the folder's model classifies sequences; else None.
+  """The names of the classes, in order, where the folder's model classifies sequences or tokens;
+  else None.
 
   Raises:
     ValueError: the names are not those of classes 0, 1, ....
   """
   config = read_config(path)
-  if not _is_class(config, _CLASSIFIES):
+  if not (_is_class(config, CLASSIFIES) or _is_class(config, TAGS)):
     return None
   names = config.get('id2label')
   if names is None:
@@ -104,7 +104,12 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 
 def answers_questions(path: str | os.PathLike[str]) -> bool:
   """Whether the folder's model finds the spans of answers."""
-  return _is_class(read_config(path), _ANSWERS)
+  return _is_class(read_config(path), ANSWERS)
+
+
+def tags_tokens(path: str | os.PathLike[str]) -> bool:
+  """Whether the folder's model classifies tokens."""
+  return _is_class(read_config(path), TAGS)
 
 
 def classifier(path: str | os.PathLike[str], families: Families) -> dict[str, Any]:
@@ -116,13 +121,17 @@ def classifier(path: str | os.PathLike[str], families: Families) -> dict[str, An
     families: as `families.known` gives them.
   """
   config = read_config(path)
-  _, family = _family(path, config, families)
+  _, family = family_of(path, config, families)
   return {} if family.classifier is None else family.classifier.read(config)
 
 
 def _is_class(config: Mapping[str, Any], kind: str) -> bool:
+  return any(kind in name for name in _architectures(config))
+
+
+def _architectures(config: Mapping[str, Any]) -> list[str]:
   names = config.get('architectures')
-  return isinstance(names, list) and any(kind in str(name) for name in names)
+  return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _numbered(config: Mapping[str, Any]) -> dict[str, str]:
@@ -159,12 +168,12 @@ def load(
       `read_config` and `safetensors.read_folder` raise.
   """
   config = read_config(path)
-  _, family = _family(path, config, families)
+  _, family = family_of(path, config, families)
   wanted = tree.flatten(abstract_params)
   tensors = safetensors.read_folder(str(path))
   try:
     names = family.canonical(config, tensors)
-    chosen = reading.choose(family, wanted, infos, names)
+    chosen = reading.choose(family, wanted, infos, names, _architectures(config))
     reading.check_shapes(chosen, wanted, tensors, names)
     unused, pairs = reading.left_over(family, config, chosen, names)
     for name, other in pairs:
@@ -221,8 +230,7 @@ def save(
   if dtype not in FLOATS:
     raise ValueError(f'dtype={dtype!r} must be one of {", ".join(FLOATS)}.')
   directory = os.path.abspath(directory)
-  if hosts.agree(lambda: _occupied(directory)):
-    raise ValueError(f'{directory} exists already and is not empty; give a new folder.')
+  check_free(directory)
   extra = {key: value for key, value in (extra or {}).items() if value is not None}
   model, params = writing.without_free_rows(model, tree.flatten(params), extra.get('pad_token_id'))
   kind, family = writing.family_of(families, model_name, model)
@@ -252,9 +260,14 @@ def save(
   return left_out
 
 
-def _family(
+def family_of(
   path: str | os.PathLike[str], config: Mapping[str, Any], families: Families
 ) -> tuple[str, Family]:
+  """The name of our model that holds a folder's, and its family.
+
+  Raises:
+    ValueError: a family that is not known.
+  """
   kind = config['model_type']
   if kind not in families:
     raise ValueError(
@@ -277,6 +290,13 @@ def _check_weights(path: str | os.PathLike[str]) -> None:
       'with the class that config.json names.'
     )
   raise ValueError(f'{path} holds neither {safetensors.SINGLE} nor {safetensors.INDEX}.')
+
+
+def check_free(directory: str | os.PathLike[str]) -> None:
+  """Raises ValueError on all hosts for a folder that holds something."""
+  directory = os.path.abspath(directory)
+  if hosts.agree(lambda: _occupied(directory)):
+    raise ValueError(f'{directory} exists already and is not empty; give a new folder.')
 
 
 def _occupied(directory: str) -> bool:

@@ -5,7 +5,7 @@ read. `read` then fills one parameter, one device's part at a time.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ def choose(
   wanted: Mapping[str, Any],
   infos: Mapping[str, Info],
   names: Mapping[str, str],
+  architectures: Sequence[str],
 ) -> dict[str, Location]:
   """Where each parameter is read from; a head that is not there as a whole is left out.
 
@@ -34,13 +35,18 @@ def choose(
     wanted: the parameters by path, or their shapes.
     infos: what each of them is.
     names: the folder's tensors, as `Family.canonical` gives them.
+    architectures: the classes that the folder says it is; where it says none, any.
 
   Raises:
     ValueError: a parameter of the model is not there.
   """
   chosen: dict[str, Location] = {}
   for path, locations in family.locations(wanted, infos).items():
-    whole = [each for each in locations if all(name in names for name in each.names)]
+    whole = [
+      each
+      for each in locations
+      if each.tensor.held_by(architectures) and all(name in names for name in each.names)
+    ]
     if whole:
       chosen[path] = whole[0]
     elif path.startswith('model/') and path != OUTPUT:

@@ -24,6 +24,11 @@ TOKEN = 'model/embedder/token/embedding'
 POSITION = 'model/embedder/position/embedding'
 OUTPUT = 'model/output/kernel'  # the projection on the vocabulary, where it is not tied
 CLASSIFIER = 'heads_classifier/dense/kernel'
+TAGGER = 'heads_tagger/dense/kernel'
+
+CLASSIFIES, TAGS = 'ForSequenceClassification', 'ForTokenClassification'
+ANSWERS = 'ForQuestionAnswering'
+"""Ends of the names of their classes."""
 
 FLOATS = {
   safetensors.DTYPES[code].name: safetensors.DTYPES[code] for code in ('F32', 'BF16', 'F16', 'F64')
@@ -41,17 +46,24 @@ class Tensor:
       theirs into equal parts, one per path.
     paths: ours; where the name has {}, the path within a layer.
     needs: a head that must be there too for this tensor to hold the parameter; None: no condition.
+    of: a part of the name of the classes whose tensor it is, where others have another of the same
+      name; '' for all.
   """
 
   name: str
   axes: str
   paths: tuple[str, ...]
   needs: str | None = None
+  of: str = ''
 
   @property
   def layered(self) -> bool:
     """Whether there is one per layer."""
     return '{}' in self.name
+
+  def held_by(self, architectures: Sequence[str]) -> bool:
+    """Whether models of these classes have it; none are as good as all."""
+    return not architectures or any(self.of in name for name in architectures)
 
   def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
     """Their shape, where one of our parameters (in one layer) has the shape `ours`."""
@@ -111,13 +123,17 @@ def table(name: str, path: str) -> tuple[Tensor, ...]:
 
 
 def linear(
-  name: str, *paths: str, axes: tuple[str, str] = LINEAR, needs: str | None = None
+  name: str,
+  *paths: str,
+  axes: tuple[str, str] = LINEAR,
+  needs: str | None = None,
+  of: str = '',
 ) -> tuple[Tensor, ...]:
   """Weight and bias of their linear layer `name`, which holds one of ours, or several."""
   weight, bias_ = axes
   return (
-    Tensor(f'{name}.weight', weight, tuple(f'{path}/kernel' for path in paths), needs),
-    Tensor(f'{name}.bias', bias_, tuple(f'{path}/bias' for path in paths), needs),
+    Tensor(f'{name}.weight', weight, tuple(f'{path}/kernel' for path in paths), needs, of),
+    Tensor(f'{name}.bias', bias_, tuple(f'{path}/bias' for path in paths), needs, of),
   )
 
 

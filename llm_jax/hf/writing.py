@@ -14,7 +14,7 @@ from llm_jax.core import files
 from llm_jax.core.contracts import Model
 from llm_jax.hf import safetensors
 from llm_jax.hf.family import CONFIG, Families, Family, differences, values
-from llm_jax.hf.tensors import CLASSIFIER, OUTPUT, POSITION, Location
+from llm_jax.hf.tensors import CLASSIFIER, CLASSIFIES, OUTPUT, POSITION, TAGGER, TAGS, Location
 from llm_jax.parallel import hosts
 
 
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     """The tensor, on the host; all processes have to call this."""
     array = np.empty(shape, dtype)
     for inner, (path, layer) in self.sources.items():
-      value = _fetch(params[path], layer)
+      value = fetch(params[path], layer)
       self.location.tensor.part(array, inner, value.shape)[...] = value
     return array
 
@@ -90,7 +90,7 @@ def class_of(
   """The most special class whose heads are all there.
 
   Raises:
-    ValueError: there is a classifier, and no class of the family has one like it.
+    ValueError: there is a classifier or a tagger, and no class of the family has one like it.
   """
   heads = _heads(params)
   present = heads - _heads(left_out)
@@ -105,6 +105,11 @@ def class_of(
       "that were trained with objective.pool='cls' (BERT, RoBERTa, bert_tiny), with 'last' "
       "(decoders), or with objective.transform='norm' (ModernBERT)."
     )
+  if 'moves' in heads:
+    raise ValueError(
+      "transformers has no tagger that scores moves from tag to tag: with objective.loss='softmax' "
+      'a tagger can be exported.'
+    )
   return name
 
 
@@ -112,9 +117,11 @@ def class_names(
   architecture: str, params: Mapping[str, Any], classes: Sequence[str] | None
 ) -> dict[str, Any]:
   """What config.json says of the classes, where `architecture` classifies."""
-  if 'ForSequenceClassification' not in architecture:
+  heads = {CLASSIFIES: CLASSIFIER, TAGS: TAGGER}
+  path = next((path for kind, path in heads.items() if kind in architecture), None)
+  if path is None:
     return {}
-  outputs = params[CLASSIFIER].shape[-1]
+  outputs = params[path].shape[-1]
   names = list(classes or [f'LABEL_{i}' for i in range(outputs)])
   binary = classes is not None and len(classes) == 2 and outputs == 1
   if binary:
@@ -134,7 +141,7 @@ def classifier_keys(
   architecture: str, family: Family, objective: Mapping[str, Any]
 ) -> dict[str, Any]:
   """What config.json says of a classifier beside its classes."""
-  if 'ForSequenceClassification' not in architecture or family.classifier is None:
+  if CLASSIFIES not in architecture or family.classifier is None:
     return {}
   return family.classifier.write(objective)
 
@@ -200,7 +207,7 @@ def _heads(paths: Mapping[str, Any] | Sequence[str]) -> set[str]:
   return {name.removeprefix('heads_') for name in modules if name.startswith('heads_')}
 
 
-def _fetch(x: Any, layer: int | None) -> np.ndarray:
+def fetch(x: Any, layer: int | None) -> np.ndarray:
   """An array, or one layer of it, on the host of each process."""
   if layer is not None and isinstance(x, np.ndarray):
     x = x[layer]

@@ -2,12 +2,15 @@
 
 import functools
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 
 from llm_jax.core import params as params_lib
+from llm_jax.core import tree
 from llm_jax.hf import folders as hf
+from llm_jax.hf import peft
 from llm_jax.inference.session import Session
 from llm_jax.programs import pretrained
 
@@ -19,7 +22,7 @@ PROBLEMS = {
 }
 
 
-MERGED, BASE = 'merged', 'base'
+MERGED, BASE, ADAPTER = 'merged', 'base', 'adapter'
 
 
 def export(
@@ -31,7 +34,8 @@ def export(
     session: a run or a Hugging Face folder.
     target: a folder that is empty or not there yet.
     dtype: of the weights in the files.
-    form: of a run with an adapter, 'merged' into its base, or the 'base' without it.
+    form: of a run with an adapter, 'merged' into its base, the 'base' without it, or the 'adapter'
+      alone as the library peft reads it.
 
   Raises:
     ValueError: an adapter that cannot be merged, a model that none of their architectures holds,
@@ -46,6 +50,9 @@ def export(
     max_len=model.max_len,
     token_types=getattr(model, 'token_types', 0) > 1,
   )
+  if form == ADAPTER:
+    _write_adapter(session, target, dtype, write_tokenizer)
+    return
   extra = _token_ids(session)
   if predictor is not None:
     extra['problem_type'] = PROBLEMS.get(predictor.task)
@@ -69,7 +76,7 @@ def _params(session: Session, form: str) -> Any:
   """The parameters of the base, with what an adapter has learned or without."""
   program, adapter = session.program, session.program.network.adapter
   if form not in (MERGED, BASE):
-    raise ValueError(f'--export={form!r} must be {MERGED} or {BASE}.')
+    raise ValueError(f'--export={form!r} must be {MERGED}, {BASE} or {ADAPTER}.')
   if adapter is None:
     return session.params
   if form == BASE:
@@ -79,6 +86,42 @@ def _params(session: Session, form: str) -> Any:
     return adapter.merged(session.params, program.infos)
   except ValueError as error:
     raise ValueError(f'{error} --export={BASE} writes the base without it.') from None
+
+
+def _write_adapter(
+  session: Session, target: pathlib.Path, dtype: str, also: Callable[[str], None]
+) -> None:
+  program, config = session.program, session.config
+  adapter = program.network.adapter
+  if adapter is None:
+    raise ValueError(f'--export={ADAPTER} needs a run with config.adapter; this one has none.')
+  params = tree.flatten(session.params)
+  origin = config.init_from or ''
+  if peft.is_folder(origin):
+    origin = peft.base(origin)
+  elif not hf.is_folder(origin):
+    origin = None
+  peft.save(
+    str(target),
+    pretrained.families(config),
+    config.model['name'],
+    program.network.model,
+    params,
+    program.infos,
+    adapter,
+    [path for path in params if path not in program.base],
+    origin=origin,
+    dtype=dtype,
+    also=also,
+  )
+  if origin is None:
+    logging.warning(
+      'The run started from no Hugging Face folder: export its base (--export=%s) and write that '
+      'folder into base_model_name_or_path of %s.',
+      BASE,
+      peft.CONFIG,
+    )
+  logging.info('The adapter was exported to %s: PeftModel.from_pretrained opens it.', target)
 
 
 def _token_ids(session: Session) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.data import encoding
-from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.inference import explanation, prediction
 from llm_jax.inference.attention_maps import AttentionMaps
@@ -330,7 +329,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Session:
     ValueError: no such run or folder, or a tokenizer that does not belong to it.
   """
   path = pathlib.Path(folder).expanduser().absolute()
-  if not hf.is_folder(str(path)):
+  if not pretrained.is_foreign(path):
     return open_model(path)
   sections = dict(tokenizer={}, model={}, objective={}, optimizer={}, data={})
   config = Config(steps=1, batch_size=32, init_from=str(path), **sections)

@@ -14,8 +14,9 @@ DTYPE = flags.DEFINE_enum(
 FORM = flags.DEFINE_enum(
   'export',
   'merged',
-  ['merged', 'base'],
-  'export: of a run with an adapter, merged into its base, or the base without it.',
+  ['merged', 'base', 'adapter'],
+  'export: of a run with an adapter, merged into its base, the base without it, or the adapter '
+  'alone (and the heads), as the library peft reads it.',
 )
 
 

@@ -97,7 +97,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         f"objective.label_all needs loss='softmax': with {loss!r} the chain goes from word to word."
       )
     words_lib.check(words)
-    self.tags = _checked(tags)
+    self.classes = self.tags = _checked(tags)
     self.scheme = scheme or _tags.scheme_of(self.tags)
     _tags.check_scheme(self.scheme, self.tags)
     self.unread = unread or (_tags.OUTSIDE if _tags.OUTSIDE in self.tags else self.tags[0])

@@ -12,14 +12,14 @@ from typing import Any
 from absl import logging
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import files, tree
+from llm_jax.core import files, plugins, tree
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.state import Loaded
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
-from llm_jax.hf import sentences
+from llm_jax.hf import peft, sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, checkpoints, workdir
@@ -56,6 +56,8 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     config = dataclasses.replace(config, init_from=str(origin))
     if folder is not None and hosts.agree(lambda: workdir.has_checkpoints(folder)):
       config = _continued(config, workdir.read_config(folder))
+    elif peft.is_folder(origin):
+      config = _from_peft(config, origin)
     elif hf.is_folder(str(origin)):
       config = _from_hf(config, origin)
     else:
@@ -74,7 +76,7 @@ def load_tokenizer(config: Config) -> Tokenizer:
     ValueError: none there, or one with more ids than the model has rows.
   """
   folder = pathlib.Path(config.init_from)
-  if hf.is_folder(str(folder)):
+  if is_foreign(folder):
     tokenizer = assemble.create_tokenizer(config, lambda: iter(()), '', '')
     if tokenizer.vocab_size > config.model['vocab_size']:
       raise ValueError(
@@ -93,11 +95,16 @@ def load_params(program: Inference, folder: pathlib.Path) -> Loaded:
 
   Args:
     program: of the network.
-    folder: of a run, or of Hugging Face, which holds nothing of an adapter.
+    folder: of a run, of Hugging Face, which holds nothing of an adapter, or of the library peft.
 
   Raises:
     ValueError: nothing to load there, a parameter of another shape.
   """
+  if peft.is_folder(folder):
+    loaded = load_params(program, pathlib.Path(peft.base(folder)))
+    wanted, adapter = tree.flatten(program.params), program.network.adapter
+    known = families(program.config)
+    return peft.load(folder, known, wanted, program.infos, adapter, loaded)
   if not hf.is_folder(str(folder)):
     return checkpoints.restore_params(folder / 'checkpoints', program.params)
   base, added = params_lib.split(program.params, program.base.__contains__)
@@ -118,7 +125,12 @@ def missing_folder(config: Config) -> bool:
   """Whether `init_from` names a folder that is neither of Hugging Face nor of a run."""
   folder = pathlib.Path(config.init_from).expanduser()
   is_run = (folder / 'config.json').exists() or workdir.has_checkpoints(folder)
-  return not is_run and not hf.is_folder(str(folder))
+  return not (is_run or is_foreign(folder))
+
+
+def is_foreign(folder: pathlib.Path) -> bool:
+  """Whether a folder is one of Hugging Face's: of a model, or of an adapter of the library peft."""
+  return hf.is_folder(str(folder)) or peft.is_folder(folder)
 
 
 def _with_rate(config: Config) -> Config:
@@ -155,6 +167,76 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
     objective=objective,
     tokenizer={'name': 'hf', 'path': str(folder)},
   )
+
+
+def _from_peft(config: Config, folder: pathlib.Path) -> Config:
+  """The config with the base of a folder of the library peft, and the adapter that is in it.
+
+  Raises:
+    ValueError: a method that is not known, or another than the config has; see `hf.peft`.
+  """
+  settings = peft.read_config(folder)
+  found, base = _ported(settings, folder), pathlib.Path(peft.base(folder))
+  known = families(config)
+  made = plugins.construct(
+    'adapter', plugins.load('adapter', found['name']).Adapter, _without_name(found)
+  )
+  pieces = made.ported().pieces
+  found['targets'] = peft.maps(folder, known, pieces)
+  if peft.rank(folder, pieces) not in (0, found.get('rank')):
+    raise ValueError(f'{folder}: its matrices are not of the rank that {peft.CONFIG} says.')
+  for key, value in config_lib.given(config.adapter).items():
+    if value != found.get(key, value):
+      raise ValueError(
+        f'config.adapter.{key}={value!r} is not what {folder} has, {found[key]!r}; leave it unset.'
+      )
+  objective = config_lib.given(config.objective)
+  if 'name' not in objective and settings.get('task_type') in peft.TASKS:
+    objective = _of_task(settings['task_type'], base, peft.outputs(folder)) | objective
+  config = dataclasses.replace(
+    config, adapter=found | config_lib.given(config.adapter), objective=objective
+  )
+  return _from_hf(config, base)
+
+
+def _ported(settings: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
+  """The section of an adapter, without targets, from an adapter_config.json."""
+  methods = {}
+  for name in plugins.names('adapter'):
+    module = plugins.load('adapter', name)
+    if hasattr(module, 'PEFT_TYPE'):
+      methods[module.PEFT_TYPE] = name, module.Adapter
+  kind = settings['peft_type']
+  if kind not in methods:
+    raise ValueError(
+      f'{folder}: peft_type={kind!r} cannot be read; known: {", ".join(methods)}. Merge it by peft '
+      '(merge_and_unload) and open the result.'
+    )
+  name, adapter = methods[kind]
+  try:
+    return {'name': name} | adapter.ported_options(settings)
+  except ValueError as error:
+    raise ValueError(f'{folder}: {error}') from None
+
+
+def _of_task(task: str, base: pathlib.Path, outputs: int | None) -> dict[str, Any]:
+  """The objective that an adapter was trained for; its classes are the base's, where they are as
+  many as the head has outputs.
+  """
+  if task not in ('SEQ_CLS', 'TOKEN_CLS'):
+    return {'name': 'qa' if task == 'QUESTION_ANS' else 'clm'}
+  labels = hf.labels(str(base)) or ()
+  if outputs not in (None, len(labels)):
+    labels = tuple(f'LABEL_{i}' for i in range(outputs))
+  if task == 'TOKEN_CLS':
+    return {'name': 'tag', 'tags': labels}
+  if len(labels) == 1:
+    return {'name': 'classify', 'task': 'regression'}
+  return {'name': 'classify', 'task': 'multiclass', 'classes': labels}
+
+
+def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:
+  return {key: value for key, value in section.items() if key != 'name'}
 
 
 def _continued(config: Config, saved: Config) -> Config:
@@ -264,6 +346,8 @@ def _objective(folder: pathlib.Path, causal: bool) -> dict[str, Any]:
     return {'name': 'qa'}
   if labels is None:
     return {'name': 'clm' if causal else 'mlm'}
+  if hf.tags_tokens(str(folder)):
+    return {'name': 'tag', 'tags': labels}
   if len(labels) == 1:
     return {'name': 'classify', 'task': 'regression'}
   several = hf.read_config(str(folder)).get('problem_type') == 'multi_label_classification'

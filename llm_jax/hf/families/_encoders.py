@@ -1,8 +1,11 @@
 """What several families of encoders share. BERT's names of tensors are RoBERTa's and ESM's too."""
 
 from llm_jax.hf.tensors import (
+  ANSWERS,
+  CLASSIFIES,
   HEADS_IN,
   HEADS_OUT,
+  TAGS,
   bias,
   linear,
   norm,
@@ -68,8 +71,9 @@ LM_HEAD = (
   *bias('lm_head.bias', 'heads_mlm/bias'),
   *vocabulary('lm_head.decoder.weight'),
 )
-QUESTIONS = linear('qa_outputs', 'heads_spans/dense')
+QUESTIONS = linear('qa_outputs', 'heads_spans/dense', of=ANSWERS)
+TAGGER = linear('classifier', 'heads_tagger/dense', of=TAGS)
 CLASSIFIER = (
-  *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier'),
-  *linear('classifier.out_proj', 'heads_classifier/dense'),
+  *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier', of=CLASSIFIES),
+  *linear('classifier.out_proj', 'heads_classifier/dense', of=CLASSIFIES),
 )

@@ -3,7 +3,7 @@
 from llm_jax.hf.families import _encoders as shared
 from llm_jax.hf.family import Family
 from llm_jax.hf.fields import ACTIVATIONS
-from llm_jax.hf.tensors import bias, linear, norm, vocabulary
+from llm_jax.hf.tensors import CLASSIFIES, bias, linear, norm, vocabulary
 
 MODEL = 'encoder'
 
@@ -13,7 +13,8 @@ _HEADS = (
   *bias('cls.predictions.bias', 'heads_mlm/bias'),
   *vocabulary('cls.predictions.decoder.weight'),
   *linear('cls.seq_relationship', 'heads_nsp/dense'),
-  *linear('classifier', 'heads_classifier/dense'),
+  *linear('classifier', 'heads_classifier/dense', of=CLASSIFIES),
+  *shared.TAGGER,
   *shared.QUESTIONS,
 )
 
@@ -37,6 +38,7 @@ FAMILIES = {
       'BertForPreTraining': ('mlm', 'pooler', 'nsp'),
       'BertForSequenceClassification': ('pooler', 'classifier'),
       'BertForQuestionAnswering': ('spans',),
+      'BertForTokenClassification': ('tagger',),
       'BertForMaskedLM': ('mlm',),
       'BertForNextSentencePrediction': ('pooler', 'nsp'),
       'BertModel': (),

@@ -49,10 +49,11 @@ FAMILIES = {
       global_every=1,
     ),
     body=_BODY,
-    heads=(*shared.LM_HEAD, *shared.CLASSIFIER),
+    heads=(*shared.LM_HEAD, *shared.CLASSIFIER, *shared.TAGGER),
     ignored=(*shared.POSITION_IDS, r'.*inv_freq', r'contact_head\..*'),
     classes={
       'EsmForSequenceClassification': ('pooler', 'classifier'),
+      'EsmForTokenClassification': ('tagger',),
       'EsmForMaskedLM': ('mlm',),
       'EsmModel': (),
     },

@@ -6,7 +6,7 @@ from typing import Any
 from llm_jax.hf.families import _encoders as shared
 from llm_jax.hf.family import Family, Rule
 from llm_jax.hf.fields import ACTIVATIONS, field, rope
-from llm_jax.hf.tensors import HEADS_IN, bias, linear, norm, table, vocabulary
+from llm_jax.hf.tensors import CLASSIFIES, HEADS_IN, bias, linear, norm, table, vocabulary
 
 MODEL = 'encoder'
 POOLS = {'cls': 'cls', 'mean': 'mean'}
@@ -107,7 +107,7 @@ _BODY = (
 _HEADS = (
   *linear('head.dense', 'heads_transform/dense'),  # the same tensors in both classes
   *norm('head.norm', 'heads_transform/norm'),
-  *linear('classifier', 'heads_classifier/dense'),
+  *linear('classifier', 'heads_classifier/dense', of=CLASSIFIES),
   *linear('head.dense', 'heads_mlm/dense'),
   *norm('head.norm', 'heads_mlm/norm'),
   *bias('decoder.bias', 'heads_mlm/bias'),

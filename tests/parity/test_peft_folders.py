@@ -1,0 +1,75 @@
+"""Folders of adapters: what `peft` saved answers here as there, and what is exported here answers
+there.
+"""
+
+import json
+
+import numpy as np
+import pytest
+
+import llm_jax
+from llm_jax.inference.export import export
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+peft = pytest.importorskip('peft')
+pytestmark = pytest.mark.parity
+
+TEXTS = ('the cat sat on the mat', 'bad', 'it is a very good film and not a slow film')
+BERT = ['query', 'value', 'attention.output.dense', 'intermediate.dense']
+CASES = {
+  'bert': ('Bert', dict(target_modules=BERT)),
+  'roberta': ('Roberta', dict(target_modules=['key', 'value'], use_rslora=True)),
+  'llama': ('Llama', dict(target_modules='all-linear', use_dora=True)),
+  'gpt2': ('GPT2', dict(target_modules=['c_attn', 'c_fc'], fan_in_fan_out=True)),
+  'gpt2 dora': ('GPT2', dict(target_modules=['c_attn'], fan_in_fan_out=True, use_dora=True)),
+  'modernbert': ('ModernBert', dict(target_modules=['Wqkv', 'Wi', 'attn.Wo'])),
+}
+
+
+@pytest.fixture(params=CASES)
+def saved(request, tiny, tmp_path):
+  """A random classifier, and beside it a random adapter with another head, as peft saves them."""
+  name, settings = CASES[request.param]
+  folder = tiny.written(name, 'SequenceClassification', tmp_path / 'base')
+  base = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+  config = peft.LoraConfig(task_type='SEQ_CLS', r=3, lora_alpha=5, **settings)
+  model = peft.get_peft_model(base, config)
+  generator = torch.Generator().manual_seed(1)
+  with torch.no_grad():
+    for path, value in model.named_parameters():
+      if 'lora_magnitude' in path:
+        value.mul_(1 + 0.3 * torch.rand(value.shape, generator=generator))
+      elif value.requires_grad:
+        value.copy_(0.3 * torch.randn(value.shape, generator=generator))
+  model.save_pretrained(tmp_path / 'adapter')
+  return folder, tmp_path / 'adapter'
+
+
+def answers_there(base, adapter):
+  tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+  if adapter is not None:
+    model = peft.PeftModel.from_pretrained(model, adapter)
+  with torch.no_grad():
+    found = [model.eval()(**tokenizer(text, return_tensors='pt')).logits[0] for text in TEXTS]
+  return np.array([torch.softmax(each, -1).numpy() for each in found])
+
+
+def answers_here(session):
+  return np.array([list(answer['probabilities'].values()) for answer in session.predict(TEXTS)])
+
+
+def test_what_peft_saved_answers_here_and_goes_back(saved, tmp_path):
+  base, adapter = saved
+  theirs = answers_there(base, adapter)
+  assert np.abs(theirs - answers_there(base, None)).max() > 1e-2
+  session = llm_jax.open(adapter)
+  np.testing.assert_allclose(answers_here(session), theirs, atol=1e-4)
+  export(session, tmp_path / 'again', form='adapter')
+  again = json.loads((tmp_path / 'again' / 'adapter_config.json').read_text())
+  assert (again['task_type'], again['base_model_name_or_path']) == ('SEQ_CLS', str(base))
+  np.testing.assert_allclose(answers_there(base, tmp_path / 'again'), theirs, atol=1e-4)
+  np.testing.assert_allclose(answers_here(llm_jax.open(tmp_path / 'again')), theirs, atol=1e-4)
+  export(session, tmp_path / 'merged')
+  np.testing.assert_allclose(answers_there(tmp_path / 'merged', None), theirs, atol=1e-4)
