@@ -9,6 +9,9 @@ import types
 # JAX is imported, here and in the processes that tests start; another value, to test on other
 # devices, stays.
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# The time of the tests is that of compiling, and XLA is several times as fast with little care.
+# Tests of what is compiled, and against other libraries, ask for `as_in_use`.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +128,17 @@ def pytest_configure():
 
 def pytest_unconfigure():
   shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'])
+
+
+@pytest.fixture(scope='module')
+def as_in_use():
+  """Programs are compiled as users have them, in processes that are started too."""
+  option = 'jax_disable_most_optimizations'
+  before, said = jax.config.values[option], os.environ.pop(option.upper())
+  jax.config.update(option, False)
+  yield
+  jax.config.update(option, before)
+  os.environ[option.upper()] = said
 
 
 @pytest.fixture(scope='session')

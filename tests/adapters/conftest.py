@@ -154,10 +154,3 @@ def tiny():
     bits=bits,
     first_state=first_state,
   )
-
-
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)

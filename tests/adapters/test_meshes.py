@@ -74,7 +74,6 @@ def test_every_mesh_and_every_form_of_the_layers_has_the_same_gradient():
   env = os.environ | {
     'PYTHONPATH': str(ROOT),
     'JAX_PLATFORMS': 'cpu',
-    'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
     'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
   }
   command = [sys.executable, __file__]

@@ -110,10 +110,3 @@ def tiny():
     join=join,
     compilations=compilations,
   )
-
-
-@pytest.fixture(scope='module')
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)

@@ -20,13 +20,6 @@ TOKENIZER = byte.create()
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 class Said:
   """A generator that says what it is told to, token by token, whatever the prompts; it keeps what
   it was asked.

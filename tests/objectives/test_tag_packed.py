@@ -50,13 +50,6 @@ def records():
   return made
 
 
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def batch_of(loss, packing):
   """All rows, filled up to as many as there would be with a row for each text."""
   objective = tag.Objective(

@@ -37,19 +37,11 @@ from outside.source_target import ROW
 pytestmark = pytest.mark.slow  # all tests share runs that are trained
 ROOT = pathlib.Path(__file__).parents[2]
 ENVIRONMENT = {
-  'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',  # as in this module, so that bits are equal
   'JAX_PLATFORMS': 'cpu',
   'PYTHONPATH': 'tests',
 }
 VECTOR = 'model/stack/layers/block/mlp/layer_vector'
 KERNEL = 'model/stack/layers/block/mlp/up/kernel'
-
-
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
 
 
 class Runs:

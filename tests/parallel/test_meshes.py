@@ -30,6 +30,8 @@ from llm_jax.parallel import sharding
 from llm_jax.programs import assemble, inference
 from llm_jax.training import program as programs
 
+pytestmark = pytest.mark.usefixtures('as_in_use')
+
 DEVICES = 16  # the cases take eight of them, but for those with four axes
 ROWS, LENGTH = 16, 32
 TOLERANCE = 1e-5

@@ -23,7 +23,7 @@ from llm_jax.programs import network as networks
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 peft = pytest.importorskip('peft')
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures('as_in_use')]
 
 V, D, N, K, F, T, R = 40, 16, 4, 2, 24, 9, 3
 ALPHA = 7.0

@@ -17,7 +17,7 @@ from llm_jax.training import loop
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures('as_in_use')]
 
 PAIRS = [('the cat sat on the mat', 'the dog ran fast'), ('bad', 'it is a very bad film')]
 

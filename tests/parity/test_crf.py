@@ -5,7 +5,7 @@ import pytest
 
 from llm_jax.nn import crf
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures('as_in_use')]
 
 
 def test_the_crf_is_that_of_pytorch_crf():

@@ -68,13 +68,6 @@ CONFIGS = {
 PROMPTS = [np.random.default_rng(i).integers(3, V, n) for i, n in enumerate((5, 12, 1, 9))]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def randomised(reference):
   generator = torch.Generator().manual_seed(0)
   with torch.no_grad():
@@ -85,7 +78,7 @@ def randomised(reference):
 
 
 @pytest.fixture(scope='module', params=CONFIGS)
-def pair(request, little_care_in_compiling, tmp_path_factory):
+def pair(request, tmp_path_factory):
   """Their model, our generator, and its weights."""
   reference = randomised(
     transformers.AutoModelForCausalLM.from_config(

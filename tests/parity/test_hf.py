@@ -27,7 +27,7 @@ from llm_jax.nn import heads
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 judge = pytest.importorskip('safetensors.torch')
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures('as_in_use')]
 
 FAMILIES = families.known()
 MODELS = {'encoder': encoder.Model, 'decoder': decoder.Model}

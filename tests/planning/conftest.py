@@ -46,3 +46,8 @@ ENTRY %main (p: bf16[64,32]) -> bf16[64,32] {
 @pytest.fixture
 def written():
   return WRITTEN
+
+
+@pytest.fixture(scope='module', autouse=True)
+def compiled(as_in_use):
+  """What a plan says is read from programs as users have them."""

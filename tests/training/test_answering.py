@@ -23,13 +23,6 @@ pytestmark = pytest.mark.slow  # all tests share a run that is trained
 WORDS = ['saw', 'in', 'and', 'the', 'of', 'to']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def content(count, seed):
   """Words, and among those of most contexts the number that is asked for."""
   rng, paragraphs = np.random.default_rng(seed), []

@@ -10,6 +10,8 @@ from llm_jax.nn.stack import REMAT
 from llm_jax.parallel import topology
 from llm_jax.training import memory, program
 
+pytestmark = pytest.mark.usefixtures('as_in_use')
+
 
 def tiny(**model):
   tree = bert_tiny.get_config().to_dict()

@@ -38,13 +38,6 @@ def float64():
     yield
 
 
-@pytest.fixture
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def build(model, objective, batch):
   network = networks.Network(model, objective.heads(model), objective)
   shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
@@ -114,7 +107,6 @@ def uneven(small, kind):
   )
 
 
-@pytest.mark.usefixtures('little_care_in_compiling')
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['clm', 'mlm', 'bert', 'partly labelled'])
 def test_micro_batches_have_the_gradient_of_the_whole(small, kind):
@@ -150,7 +142,6 @@ class Small(contracts.Adapter):
     return {'size': (sum(jnp.sum(x**2) / 2 for x in jax.tree.leaves(params)), 1.0)}
 
 
-@pytest.mark.usefixtures('little_care_in_compiling')
 @pytest.mark.slow
 def test_what_an_adapter_wants_is_added_once_however_a_batch_is_cut(small):
   model, objective, batch = uneven(small, 'mlm')
@@ -164,7 +155,6 @@ def test_what_an_adapter_wants_is_added_once_however_a_batch_is_cut(small):
     assert total == pytest.approx(loss + 0.3 * size, rel=1e-12)
 
 
-@pytest.mark.usefixtures('little_care_in_compiling')
 @pytest.mark.slow
 @pytest.mark.parametrize('kind', ['clm', 'mlm'])
 def test_packed_rows_have_the_gradient_of_padded_ones(small, kind):

@@ -21,13 +21,6 @@ pytestmark = pytest.mark.slow  # all tests share runs that are trained
 NAMES, PLACES, OTHERS = ['Ann', 'Bo Lee', 'Li'], ['Ur', 'New York'], ['saw', 'in', 'and', 'the']
 
 
-@pytest.fixture(scope='module', autouse=True)
-def little_care_in_compiling():
-  jax.config.update('jax_disable_most_optimizations', True)
-  yield
-  jax.config.update('jax_disable_most_optimizations', False)
-
-
 def sentences(count, seed):
   """Names, places and other words in any order, as CoNLL has them."""
   rng, lines = np.random.default_rng(seed), ['-DOCSTART- O', '']

@@ -8,8 +8,6 @@ import pytest
 
 from llm_jax.inference.generation.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
-
 
 def best(tiny, model, prompt, eos, length, penalty):
   """The new tokens of the highest score among all texts, ended by `eos` or by their length."""

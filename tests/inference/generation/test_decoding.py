@@ -18,8 +18,6 @@ from llm_jax.inference.generation import decoding
 from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.nn.stack import unstacked
 
-pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
-
 
 @pytest.mark.parametrize('stacked', [True, False], ids=['stacked', 'unstacked'])
 @pytest.mark.parametrize('name', ['learned', 'window'])

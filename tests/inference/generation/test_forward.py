@@ -12,8 +12,6 @@ from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.nn.options import Options
 from llm_jax.parallel.cpu.products import Transposed
 
-pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
-
 
 @pytest.mark.slow
 def test_bfloat16_keeps_half_the_cache(tiny):

@@ -12,8 +12,6 @@ import pytest
 from llm_jax.inference.generation import sampling as lib
 from llm_jax.inference.generation.sampling import Sampling
 
-pytestmark = pytest.mark.usefixtures('little_care_in_compiling')
-
 V = 60
 
 
