@@ -4,8 +4,8 @@ beside a Hugging Face folder, their base.
 What the parameters of a method are called there, an adapter says itself (`contracts.Ported`); where
 they belong, the base's family. A tensor of the base that is several maps of ours (queries, keys and
 values in one) has one pair of matrices there. Ours are written into it side by side: A's one below
-the other, B's on a diagonal of blocks, at a rank that is so many times ours. In all maps: an adapter
-has one rank, and the rest is zeros.
+the other, B's on a diagonal of blocks, at a rank that is so many times ours.
+All maps get that rank, for an adapter has one; the rest is zeros.
 
 (Formats: huggingface.co/docs/peft, "checkpoint format"; tests hold this module to peft 0.21.2.)
 """

@@ -12,6 +12,7 @@ from llm_jax.inference.export import export
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
+safetensors = pytest.importorskip('safetensors.numpy')
 peft = pytest.importorskip('peft')
 pytestmark = pytest.mark.parity
 
@@ -73,3 +74,42 @@ def test_what_peft_saved_answers_here_and_goes_back(saved, tmp_path):
   np.testing.assert_allclose(answers_here(llm_jax.open(tmp_path / 'again')), theirs, atol=1e-4)
   export(session, tmp_path / 'merged')
   np.testing.assert_allclose(answers_there(tmp_path / 'merged', None), theirs, atol=1e-4)
+
+
+def without_layer_1(tensors):
+  return {name: x for name, x in tensors.items() if 'layer.1.' not in name or 'lora' not in name}
+
+
+WRONG = {
+  r"base_model_name_or_path='nowhere' is no Hugging Face folder": (
+    dict(base_model_name_or_path='nowhere'),
+    None,
+  ),
+  r"peft_type='VERA' cannot be read; known: LORA": (dict(peft_type='VERA'), None),
+  r'lora_bias=True: lora does not have it here': (dict(lora_bias=True), None),
+  r'its matrices are not of the rank that adapter_config.json says': (dict(r=4), None),
+  r'adapts attention/out in 1 of 2 layers': ({}, without_layer_1),
+  r"holds 'base_model.model.extra.weight', which belongs to no parameter": (
+    {},
+    lambda tensors: tensors | {'base_model.model.extra.weight': np.ones(3, np.float32)},
+  ),
+  r'adapts bert.pooler.dense, and here adapters stand beside the linear maps of the model alone': (
+    {},
+    lambda tensors: (
+      tensors
+      | {f'base_model.model.bert.pooler.dense.lora_{x}.weight': np.ones((3, 3)) for x in 'AB'}
+    ),
+  ),
+}
+
+
+@pytest.mark.parametrize('saved', ['bert'], indirect=True)
+def test_what_cannot_be_read_is_said(saved):
+  _, adapter = saved
+  config, weights = adapter / 'adapter_config.json', adapter / 'adapter_model.safetensors'
+  said, held = json.loads(config.read_text()), safetensors.load_file(weights)
+  for message, (changes, change) in WRONG.items():
+    config.write_text(json.dumps(said | changes))
+    safetensors.save_file(held if change is None else change(held), weights)
+    with pytest.raises(ValueError, match=message):
+      llm_jax.open(adapter).predict(TEXTS)
