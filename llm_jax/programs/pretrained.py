@@ -192,7 +192,8 @@ def _from_peft(config: Config, folder: pathlib.Path) -> Config:
       )
   objective = config_lib.given(config.objective)
   if 'name' not in objective and settings.get('task_type') in peft.TASKS:
-    objective = _of_task(settings['task_type'], base, peft.outputs(folder)) | objective
+    task, outputs = settings['task_type'], peft.outputs(folder)
+    objective = _of_task(task, base, known, outputs) | objective
   config = dataclasses.replace(
     config, adapter=found | config_lib.given(config.adapter), objective=objective
   )
@@ -219,7 +220,9 @@ def _ported(settings: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]
     raise ValueError(f'{folder}: {error}') from None
 
 
-def _of_task(task: str, base: pathlib.Path, outputs: int | None) -> dict[str, Any]:
+def _of_task(
+  task: str, base: pathlib.Path, known: Mapping[str, tuple[str, Family]], outputs: int | None
+) -> dict[str, Any]:
   """The objective that an adapter was trained for; its classes are the base's, where they are as
   many as the head has outputs.
   """
@@ -230,9 +233,11 @@ def _of_task(task: str, base: pathlib.Path, outputs: int | None) -> dict[str, An
     labels = tuple(f'LABEL_{i}' for i in range(outputs))
   if task == 'TOKEN_CLS':
     return {'name': 'tag', 'tags': labels}
+  name = hf.model_options(str(base), known)['name']
+  found = {'name': CLASSIFY} | _of_class(base, assemble.model_module(name).Model.causal, known)
   if len(labels) == 1:
-    return {'name': 'classify', 'task': 'regression'}
-  return {'name': 'classify', 'task': 'multiclass', 'classes': labels}
+    return found | {'task': 'regression'}
+  return found | {'task': 'multiclass', 'classes': labels}
 
 
 def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:
@@ -334,6 +339,13 @@ def _reading(
   said = sentences.read(folder) if hf.labels(str(folder)) is None else None
   if said is not None:
     return {'pool': said.pool}
+  return _of_class(folder, causal, known)
+
+
+def _of_class(
+  folder: pathlib.Path, causal: bool, known: Mapping[str, tuple[str, Family]]
+) -> dict[str, Any]:
+  """How transformers' classifiers of a family read a model."""
   return {'pool': 'last' if causal else 'cls'} | hf.classifier(str(folder), known)
 
 

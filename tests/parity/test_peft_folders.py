@@ -20,6 +20,7 @@ TEXTS = ('the cat sat on the mat', 'bad', 'it is a very good film and not a slow
 BERT = ['query', 'value', 'attention.output.dense', 'intermediate.dense']
 CASES = {
   'bert': ('Bert', dict(target_modules=BERT)),
+  'sentences': ('Bert', dict(target_modules=['query'])),
   'roberta': ('Roberta', dict(target_modules=['key', 'value'], use_rslora=True)),
   'llama': ('Llama', dict(target_modules='all-linear', use_dora=True)),
   'gpt2': ('GPT2', dict(target_modules=['c_attn', 'c_fc'], fan_in_fan_out=True)),
@@ -33,7 +34,9 @@ def saved(request, tiny, tmp_path):
   """A random classifier, and beside it a random adapter with another head, as peft saves them."""
   name, settings = CASES[request.param]
   folder = tiny.written(name, 'SequenceClassification', tmp_path / 'base')
-  base = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+  if request.param == 'sentences':
+    make_sentences(folder)
+  base = classifier_of(folder)
   config = peft.LoraConfig(task_type='SEQ_CLS', r=3, lora_alpha=5, **settings)
   model = peft.get_peft_model(base, config)
   generator = torch.Generator().manual_seed(1)
@@ -47,9 +50,23 @@ def saved(request, tiny, tmp_path):
   return folder, tmp_path / 'adapter'
 
 
+def make_sentences(folder):
+  """Without a head, and with the mean of all tokens as the vector of a text."""
+  transformers.AutoModel.from_pretrained(folder).save_pretrained(folder)
+  kinds = ('', 'Transformer'), ('1_Pooling', 'Pooling')
+  modules = [dict(path=path, type=f'sentence_transformers.models.{kind}') for path, kind in kinds]
+  (folder / 'modules.json').write_text(json.dumps(modules))
+  (folder / '1_Pooling').mkdir()
+  (folder / '1_Pooling' / 'config.json').write_text('{"pooling_mode_mean_tokens": true}')
+
+
+def classifier_of(folder):
+  return transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=3)
+
+
 def answers_there(base, adapter):
   tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-  model = transformers.AutoModelForSequenceClassification.from_pretrained(base)
+  model = classifier_of(base)
   if adapter is not None:
     model = peft.PeftModel.from_pretrained(model, adapter)
   with torch.no_grad():
