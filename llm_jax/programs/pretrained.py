@@ -15,7 +15,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import files, plugins, tree
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Tokenizer
+from llm_jax.core.contracts import Objective, Tokenizer
 from llm_jax.core.state import Loaded
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
@@ -107,9 +107,36 @@ def load_params(program: Inference, folder: pathlib.Path) -> Loaded:
     return peft.load(folder, known, wanted, program.infos, adapter, loaded)
   if not hf.is_folder(str(folder)):
     return checkpoints.restore_params(folder / 'checkpoints', program.params)
-  base, added = params_lib.split(program.params, program.base.__contains__)
+  head = _head_of_other_classes(program.objective, folder)
+  base, added = params_lib.split(
+    program.params, lambda path: path in program.base and path.split('/')[0] != head
+  )
   loaded = hf.load(str(folder), families(program.config), base, program.infos)
   return loaded._replace(new=[*loaded.new, *tree.paths(added)])
+
+
+def _head_of_other_classes(objective: Objective, folder: pathlib.Path) -> str | None:
+  """The head that a network should not take from a Hugging Face folder: its outputs are other
+  classes there, or in another order. Names that say nothing fit as many classes.
+  """
+  predictor, labels = getattr(objective, 'predictor', None), hf.labels(str(folder))
+  if predictor is None or labels is None:
+    return None
+  classes = predictor.classes or ()
+  outputs = classes[1:] if predictor.task == 'binary' else classes
+  unnamed = labels == tuple(f'LABEL_{i}' for i in range(len(labels)))
+  if (
+    labels in (classes, outputs) or (unnamed or not classes) and len(labels) == max(1, len(outputs))
+  ):
+    return None
+  logging.warning(
+    'The last layer of %s is left out, and starts anew: it is for the classes %s, and this run has '
+    '%s.',
+    folder,
+    ', '.join(labels[:20]),
+    ', '.join(classes[:20]) or 'one output',
+  )
+  return 'heads_tagger' if hf.tags_tokens(str(folder)) else 'heads_classifier'
 
 
 def families(config: Config) -> dict[str, tuple[str, Family]]:

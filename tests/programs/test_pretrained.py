@@ -390,3 +390,32 @@ def test_what_cannot_be_gone_on_from(folder, tmp_path, prompts, source, target, 
       target and tmp_path / target,
       Sampling(),
     )
+
+
+@pytest.mark.slow
+def test_a_head_of_other_classes_is_not_taken(tmp_path, caplog):
+  """By their names and their order; names that say nothing fit as many."""
+  lines = [json.dumps(dict(text=f'{kind} {i}', kind=kind)) for i in range(60) for kind in 'abc']
+  (tmp_path / 'x.jsonl').write_text('\n'.join(lines))
+  config = settings(tmp_path, 'mlm', seq_len=16)
+  config['objective'] = dict(name='classify', pool='cls')
+  config['data'] |= dict(source='jsonl', path=str(tmp_path / 'x.jsonl'), label='kind')
+  del config['data']['unit']
+  loop.train(start(config, tmp_path / 'first'))
+  export(session.open_folder(tmp_path / 'first'), tmp_path / 'hf')
+  said = json.loads((tmp_path / 'hf' / 'config.json').read_text())
+
+  def new(*names):
+    path = tmp_path / 'hf' / 'config.json'
+    path.write_text(json.dumps(said | dict(id2label=dict(enumerate(names)), label2id=None)))
+    caplog.clear()
+    trained = start(config | dict(init_from=str(tmp_path / 'hf'), model={}), tmp_path / 'second')
+    loaded = pretrained.load_params(trained.program, tmp_path / 'hf')
+    warned = 'The last layer of' in caplog.text
+    assert warned == bool(loaded.new)
+    return sorted(loaded.new)
+
+  assert said['id2label'] == {'0': 'a', '1': 'b', '2': 'c'}
+  assert new('a', 'b', 'c') == new('LABEL_0', 'LABEL_1', 'LABEL_2') == []
+  head = [f'heads_classifier/dense/{name}' for name in ('bias', 'kernel')]
+  assert new('c', 'b', 'a') == new('a', 'b') == new('x', 'y', 'z', 'w') == head
