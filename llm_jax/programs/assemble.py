@@ -24,6 +24,7 @@ from llm_jax.core.contracts import (
   Example,
   Hook,
   Objective,
+  Piece,
   Source,
   Tokenizer,
 )
@@ -262,6 +263,27 @@ def create_adapter(config: Config) -> Adapter | None:
   factory = plugins.load('adapter', config.adapter['name']).Adapter
   options = _without(config.adapter, 'name')
   return plugins.construct('adapter', factory, options, steps=config.steps)
+
+
+def ported_adapter(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[Piece]]:
+  """The section of an adapter, without targets, from an adapter_config.json of the library peft,
+  and what the adapter has beside a map.
+
+  Raises:
+    ValueError: a method that no adapter is, or a setting that it cannot have.
+  """
+  modules = {name: plugins.load('adapter', name) for name in plugins.names('adapter')}
+  known = {m.PEFT_TYPE: name for name, m in modules.items() if hasattr(m, 'PEFT_TYPE')}
+  kind = settings['peft_type']
+  if kind not in known:
+    raise ValueError(
+      f'peft_type={kind!r} cannot be read; known: {", ".join(known)}. Merge it by peft '
+      '(merge_and_unload) and open the result.'
+    )
+  factory = modules[known[kind]].Adapter
+  options = factory.ported_options(settings)
+  made = plugins.construct('adapter', factory, options)
+  return {'name': known[kind]} | options, made.ported().pieces
 
 
 def create_evaluators(config: Config, objective: Objective) -> dict[str, Evaluator]:

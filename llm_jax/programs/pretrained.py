@@ -12,7 +12,7 @@ from typing import Any
 from absl import logging
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import files, plugins, tree
+from llm_jax.core import files, tree
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Objective, Tokenizer
@@ -64,7 +64,7 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
       config = _from_run(config, origin)
   if config.seq_len is None:
     limits = [SEQ_LEN, config.model.get('max_len')]
-    limits += [sentences.max_len(config.init_from)] if config.init_from else []
+    limits += [sentences.max_len(_base(config.init_from))] if config.init_from else []
     config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
   return _with_rate(config)
 
@@ -148,6 +148,11 @@ def families(config: Config) -> dict[str, tuple[str, Family]]:
   return hf_families.known(name, assemble.model_module(name) if name else None)
 
 
+def _base(folder: str) -> str:
+  """The folder of a model, where another stands beside it."""
+  return peft.base(folder) if peft.is_folder(folder) else folder
+
+
 def missing_folder(config: Config) -> bool:
   """Whether `init_from` names a folder that is neither of Hugging Face nor of a run."""
   folder = pathlib.Path(config.init_from).expanduser()
@@ -203,12 +208,11 @@ def _from_peft(config: Config, folder: pathlib.Path) -> Config:
     ValueError: a method that is not known, or another than the config has; see `hf.peft`.
   """
   settings = peft.read_config(folder)
-  found, base = _ported(settings, folder), pathlib.Path(peft.base(folder))
-  known = families(config)
-  made = plugins.construct(
-    'adapter', plugins.load('adapter', found['name']).Adapter, _without_name(found)
-  )
-  pieces = made.ported().pieces
+  base, known = pathlib.Path(peft.base(folder)), families(config)
+  try:
+    found, pieces = assemble.ported_adapter(settings)
+  except ValueError as error:
+    raise ValueError(f'{folder}: {error}') from None
   found['targets'] = peft.maps(folder, known, pieces)
   if peft.rank(folder, pieces) not in (0, found.get('rank')):
     raise ValueError(f'{folder}: its matrices are not of the rank that {peft.CONFIG} says.')
@@ -225,26 +229,6 @@ def _from_peft(config: Config, folder: pathlib.Path) -> Config:
     config, adapter=found | config_lib.given(config.adapter), objective=objective
   )
   return _from_hf(config, base)
-
-
-def _ported(settings: Mapping[str, Any], folder: pathlib.Path) -> dict[str, Any]:
-  """The section of an adapter, without targets, from an adapter_config.json."""
-  methods = {}
-  for name in plugins.names('adapter'):
-    module = plugins.load('adapter', name)
-    if hasattr(module, 'PEFT_TYPE'):
-      methods[module.PEFT_TYPE] = name, module.Adapter
-  kind = settings['peft_type']
-  if kind not in methods:
-    raise ValueError(
-      f'{folder}: peft_type={kind!r} cannot be read; known: {", ".join(methods)}. Merge it by peft '
-      '(merge_and_unload) and open the result.'
-    )
-  name, adapter = methods[kind]
-  try:
-    return {'name': name} | adapter.ported_options(settings)
-  except ValueError as error:
-    raise ValueError(f'{folder}: {error}') from None
 
 
 def _of_task(
@@ -265,10 +249,6 @@ def _of_task(
   if len(labels) == 1:
     return found | {'task': 'regression'}
   return found | {'task': 'multiclass', 'classes': labels}
-
-
-def _without_name(section: Mapping[str, Any]) -> dict[str, Any]:
-  return {key: value for key, value in section.items() if key != 'name'}
 
 
 def _continued(config: Config, saved: Config) -> Config:

@@ -12,6 +12,7 @@ import pytest
 
 from llm_jax.parallel import fsdp, sharding, topology
 
+pytestmark = pytest.mark.usefixtures('as_in_use')
 EIGHT_DEVICES = """
 import jax, numpy as np, jax.numpy as jnp
 from unittest import mock
@@ -59,8 +60,6 @@ from llm_jax.parallel import topology
 from llm_jax.planning import costs
 from llm_jax.training import program
 from configs import gpt_tiny
-
-pytestmark = pytest.mark.usefixtures('as_in_use')
 tree = gpt_tiny.get_config().to_dict()
 tree |= dict(batch_size=64, seq_len=128, micro_batches=1, mesh=dict(data=1, fsdp=-1))
 tree['model'] |= dict(variant='llama_tiny', dim=1024, mlp_dim=2816, heads=8, layers=2)
