@@ -32,10 +32,11 @@ A, B, MAGNITUDE = 'lora_a', 'lora_b', 'lora_magnitude'
 PEFT_TYPE = 'LORA'
 _SAME_IN_PEFT = frozenset(  # what changes nothing of what is computed, or is read elsewhere
   'peft_type task_type base_model_name_or_path revision inference_mode auto_mapping peft_version '
-  'target_modules modules_to_save fan_in_fan_out init_lora_weights r lora_alpha lora_dropout '
-  'use_rslora use_dora bias layers_pattern layers_to_transform megatron_core '
+  'target_modules exclude_modules modules_to_save fan_in_fan_out init_lora_weights r lora_alpha '
+  'lora_dropout use_rslora use_dora bias layers_pattern layers_to_transform megatron_core '
   'qalora_group_size'.split()
 )
+_INITS = (True, False, 'gaussian')
 
 
 class Adapter(_low_rank.Adapter):
@@ -124,6 +125,8 @@ class Adapter(_low_rank.Adapter):
   def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
     """See the contract."""
     other = {k: v for k, v in settings.items() if k not in _SAME_IN_PEFT and v}
+    if settings.get('init_lora_weights', True) not in _INITS:  # 'pissa' and others change the base
+      other['init_lora_weights'] = settings['init_lora_weights']
     if settings.get('bias', 'none') != 'none':
       other['bias'] = settings['bias']
     if other:
@@ -133,8 +136,8 @@ class Adapter(_low_rank.Adapter):
         'open the result.'
       )
     return dict(
-      rank=settings['r'],
-      alpha=float(settings['lora_alpha']),
+      rank=settings.get('r', 8),  # peft's defaults
+      alpha=float(settings.get('lora_alpha', 8)),
       dropout=float(settings.get('lora_dropout', 0)),
       rslora=bool(settings.get('use_rslora')),
       dora=bool(settings.get('use_dora')),

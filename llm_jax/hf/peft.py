@@ -29,12 +29,12 @@ from llm_jax.parallel import hosts
 
 CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 TASKS = {
-  'SEQ_CLS': CLASSIFIES,
-  'TOKEN_CLS': TAGS,
-  'QUESTION_ANS': ANSWERS,
-  'CAUSAL_LM': 'LMHeadModel',
+  'SEQ_CLS': (CLASSIFIES,),
+  'TOKEN_CLS': (TAGS,),
+  'QUESTION_ANS': (ANSWERS,),
+  'CAUSAL_LM': ('ForCausalLM', 'LMHeadModel'),
 }
-"""peft's names of tasks -> a part of the names of their classes."""
+"""peft's names of tasks -> ends of the names of their classes."""
 
 _ROOT = 'base_model.model.'
 _RANK = 'R'  # the letter of an adapter's own axis, in `contracts.Piece`
@@ -155,44 +155,44 @@ def load(
     ValueError: a tensor that belongs to no parameter, or is of another shape; a parameter of the
       adapter that is not there.
   """
-  folder = base(path)
-  config = folders.read_config(folder)
-  _, family = folders.family_of(folder, config, families)
-  pieces = adapter.ported().pieces
-  added = {p: leaf for p, leaf in abstract_params.items() if p in set(loaded.new)}
-  own = {p: leaf for p, leaf in added.items() if _piece_of(p, pieces) is not None}
-  rest = {p: leaf for p, leaf in abstract_params.items() if p not in own}
-  tensors = _tensors(path)
+  config = folders.read_config(base(path))
+  _, family = folders.family_of(base(path), config, families)
+  tensors, new = _tensors(path), set(loaded.new)
   names = {name.removeprefix(_ROOT): name for name in tensors if name.startswith(_ROOT)}
+  pieces = {piece.name: piece for piece in adapter.ported().pieces}
+  own = {p for p in abstract_params if p in new and p.rpartition('/')[2] in pieces}
+  rest = {p: leaf for p, leaf in abstract_params.items() if p not in own}
   locations = family.locations(rest, infos)
   params, used = dict(loaded.params), set()
-  for name, leaf in own.items():
-    piece = _piece_of(name, pieces)
-    location = _own_location(name, piece, locations, infos)
-    theirs = dict(zip(location.names, _stripped(location.names, family, names), strict=True))
-    _check(path, {name: location}, {name: leaf}, tensors, theirs)
-    params[name] = reading.read(leaf, location, tensors, theirs)
-    used |= set(theirs.values())
-  heads = {p: leaf for p, leaf in rest.items() if p.startswith('heads_')}
-  task = TASKS.get(str(read_config(path).get('task_type')), '')
-  canonical = family.canonical(config, [name for name in names if names[name] not in used])
-  canonical = {name: names[theirs] for name, theirs in canonical.items()}
-  for name, leaf in heads.items():
-    held = [
-      each
-      for each in locations[name]
-      if each.tensor.held_by([task] if task else []) and set(each.names) <= set(canonical)
-    ]
+
+  def read(name: str, location: Location, theirs: Mapping[str, str]) -> None:
+    leaf = {name: abstract_params[name]}
+    try:
+      reading.check_shapes({name: location}, leaf, tensors, theirs)
+    except ValueError as error:
+      raise ValueError(f'{path}: {error}') from None
+    params[name] = reading.read(leaf[name], location, tensors, theirs)
+    used.update(theirs[each] for each in location.names)
+
+  for name in own:
+    kernel = f'{name.rpartition("/")[0]}/kernel'
+    location = _beside(locations[kernel][0], pieces[name.rpartition('/')[2]], infos[kernel].inputs)
+    read(name, location, _full_names(path, location.names, family, names))
+  left = family.canonical(config, [name for name, full in names.items() if full not in used])
+  left = {name: names[full] for name, full in left.items()}
+  architectures = TASKS.get(str(read_config(path).get('task_type')), ())
+  for name in (name for name in rest if name.startswith('heads_')):
+    there = [each for each in locations[name] if set(each.names) <= set(left)]
+    held = [each for each in there if each.tensor.held_by(architectures)]
     if held:
-      _check(path, {name: held[0]}, {name: leaf}, tensors, canonical)
-      params[name] = reading.read(leaf, held[0], tensors, canonical)
-      used |= {canonical[each] for each in held[0].names}
+      read(name, held[0], left)
   lost = sorted(set(tensors) - used)
   if lost:
     raise ValueError(f'{path} holds {lost[0]!r}, which belongs to no parameter of this run.')
-  new = tuple(name for name in loaded.new if name not in params)
-  nested = tree.flatten(adapter.from_ported(tree.nest(params), infos))
-  return loaded._replace(params={name: nested[name] for name in params}, new=new)
+  values = tree.flatten(adapter.from_ported(tree.nest(params), infos))
+  return loaded._replace(
+    params=values, new=tuple(name for name in loaded.new if name not in params)
+  )
 
 
 def save(
@@ -253,11 +253,11 @@ def save(
   times = max(len(group.held) for group in groups.values())
   for name, group in groups.items():
     arrays |= {f'{_ROOT}{key}': x for key, x in group.arrays(name, values, times, FLOATS[dtype])}
-  task = next((task for task, part in TASKS.items() if part in architecture), None)
+  task = next((task for task, ends in TASKS.items() if architecture.endswith(ends)), None)
   config = dict(adapter.ported(times).settings) | {
     'fan_in_fan_out': any(group.inputs_first for group in groups.values()),
     'base_model_name_or_path': origin,
-    'task_type': task or ('CAUSAL_LM' if 'ForCausalLM' in architecture else None),
+    'task_type': task,
     'target_modules': sorted(groups),
     'modules_to_save': sorted({_whole_module(name, heads, bodies) for name in heads}) or None,
     'bias': 'none',
@@ -360,34 +360,22 @@ def _tensor(weight: Tensor, piece: Piece, inputs: tuple[int, ...]) -> Tensor:
   return Tensor(name, f'{spelled}->{ours}', weight.paths)
 
 
-def _own_location(
-  path: str,
-  piece: Piece,
-  locations: Mapping[str, Sequence[Location]],
-  infos: Mapping[str, Info],
-) -> Location:
-  """Where a parameter of an adapter is read from; its names are without prefix."""
-  kernel = f'{path.rpartition("/")[0]}/kernel'
-  location = locations[kernel][0]
-  tensor = _tensor(location.tensor, piece, infos[kernel].inputs)
-  found = [name.removesuffix('.weight') + piece.suffix for name in location.names]
-  return Location(tensor, location.path, tuple(found), location.stacked)
+def _beside(location: Location, piece: Piece, inputs: tuple[int, ...]) -> Location:
+  """Where a piece is that stands beside a weight; its names are without prefix."""
+  tensor = _tensor(location.tensor, piece, inputs)
+  names = tuple(name.removesuffix('.weight') + piece.suffix for name in location.names)
+  return Location(tensor, location.path, names, location.stacked)
 
 
-def _stripped(wanted: Sequence[str], family: Family, names: Mapping[str, str]) -> Iterator[str]:
-  """The folder's names of tensors that are wanted by names without prefix."""
-  for name in wanted:
-    found = [each for each in (family.prefix + name, name) if each in names]
-    if not found:
-      raise ValueError(f'the adapter has no {family.prefix}{name}.')
-    yield names[found[0]]
-
-
-def _check(path, locations, wanted, tensors, names) -> None:
-  try:
-    reading.check_shapes(locations, wanted, tensors, names)
-  except ValueError as error:
-    raise ValueError(f'{path}: {error}') from None
+def _full_names(
+  path: str | os.PathLike[str], wanted: Sequence[str], family: Family, names: Mapping[str, str]
+) -> dict[str, str]:
+  """The folder's names of tensors by those without prefix."""
+  found = {name: names.get(family.prefix + name, names.get(name, '')) for name in wanted}
+  lacking = [name for name, full in found.items() if not full]
+  if lacking:
+    raise ValueError(f'{path} has no {_ROOT}{family.prefix}{lacking[0]}.')
+  return found
 
 
 def _tensors(path: str | os.PathLike[str]) -> safetensors.Tensors:
@@ -412,11 +400,6 @@ def _tensor_of(path: str | os.PathLike[str], module: str, family: Family) -> tup
     f'{path} adapts {module}, and here adapters stand beside the linear maps of the model alone, '
     'not of its heads; merge it by peft (merge_and_unload) and open the result.'
   )
-
-
-def _piece_of(path: str, pieces: Sequence[Piece]) -> Piece | None:
-  name = path.rpartition('/')[2]
-  return next((piece for piece in pieces if piece.name == name), None)
 
 
 def _write(

@@ -35,7 +35,7 @@ def choose(
     wanted: the parameters by path, or their shapes.
     infos: what each of them is.
     names: the folder's tensors, as `Family.canonical` gives them.
-    architectures: the classes that the folder says it is; where it says none, any.
+    architectures: the classes that the folder says it is.
 
   Raises:
     ValueError: a parameter of the model is not there.

@@ -29,6 +29,7 @@ TAGGER = 'heads_tagger/dense/kernel'
 CLASSIFIES, TAGS = 'ForSequenceClassification', 'ForTokenClassification'
 ANSWERS = 'ForQuestionAnswering'
 """Ends of the names of their classes."""
+AMBIGUOUS = (CLASSIFIES, TAGS)  # whose last layers may have the same name
 
 FLOATS = {
   safetensors.DTYPES[code].name: safetensors.DTYPES[code] for code in ('F32', 'BF16', 'F16', 'F64')
@@ -46,8 +47,8 @@ class Tensor:
       theirs into equal parts, one per path.
     paths: ours; where the name has {}, the path within a layer.
     needs: a head that must be there too for this tensor to hold the parameter; None: no condition.
-    of: a part of the name of the classes whose tensor it is, where others have another of the same
-      name; '' for all.
+    of: the end of the names of the classes whose tensor it is, where others of `AMBIGUOUS` have
+      another of the same name; '' for all.
   """
 
   name: str
@@ -62,8 +63,9 @@ class Tensor:
     return '{}' in self.name
 
   def held_by(self, architectures: Sequence[str]) -> bool:
-    """Whether models of these classes have it; none are as good as all."""
-    return not architectures or any(self.of in name for name in architectures)
+    """Whether models of these classes may have it: none of them is one that has another."""
+    others = [kind for kind in AMBIGUOUS if kind != self.of]
+    return not self.of or not any(kind in name for name in architectures for kind in others)
 
   def shape(self, ours: Sequence[int]) -> tuple[int, ...]:
     """Their shape, where one of our parameters (in one layer) has the shape `ours`."""

@@ -221,19 +221,20 @@ def _from_peft(config: Config, folder: pathlib.Path) -> Config:
       raise ValueError(
         f'config.adapter.{key}={value!r} is not what {folder} has, {found[key]!r}; leave it unset.'
       )
-  objective = config_lib.given(config.objective)
-  if 'name' not in objective and settings.get('task_type') in peft.TASKS:
-    task, outputs = settings['task_type'], peft.outputs(folder)
-    objective = _of_task(task, base, known, outputs) | objective
+  objective, task = config_lib.given(config.objective), settings.get('task_type')
+  if 'name' not in objective and task in peft.TASKS:
+    objective = _of_task(task, base, peft.outputs(folder)) | objective
+  if objective.get('name') == CLASSIFY and task == 'SEQ_CLS':
+    name = hf.model_options(str(base), known)['name']
+    causal = assemble.model_module(name).Model.causal
+    objective = _of_class(base, causal, known) | objective  # its head was trained on that
   config = dataclasses.replace(
     config, adapter=found | config_lib.given(config.adapter), objective=objective
   )
   return _from_hf(config, base)
 
 
-def _of_task(
-  task: str, base: pathlib.Path, known: Mapping[str, tuple[str, Family]], outputs: int | None
-) -> dict[str, Any]:
+def _of_task(task: str, base: pathlib.Path, outputs: int | None) -> dict[str, Any]:
   """The objective that an adapter was trained for; its classes are the base's, where they are as
   many as the head has outputs.
   """
@@ -244,11 +245,9 @@ def _of_task(
     labels = tuple(f'LABEL_{i}' for i in range(outputs))
   if task == 'TOKEN_CLS':
     return {'name': 'tag', 'tags': labels}
-  name = hf.model_options(str(base), known)['name']
-  found = {'name': CLASSIFY} | _of_class(base, assemble.model_module(name).Model.causal, known)
   if len(labels) == 1:
-    return found | {'task': 'regression'}
-  return found | {'task': 'multiclass', 'classes': labels}
+    return {'name': CLASSIFY, 'task': 'regression'}
+  return {'name': CLASSIFY, 'task': 'multiclass', 'classes': labels}
 
 
 def _continued(config: Config, saved: Config) -> Config:

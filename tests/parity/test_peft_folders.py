@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 import llm_jax
+from configs import classify
+from llm_jax.core import config as config_lib
+from llm_jax.core import recipes
+from llm_jax.core.tree import flatten
 from llm_jax.inference.export import export
+from llm_jax.programs import pretrained
+from llm_jax.training import loop
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -37,8 +43,12 @@ def saved(request, tiny, tmp_path):
   if request.param == 'sentences':
     make_sentences(folder)
   base = classifier_of(folder)
-  config = peft.LoraConfig(task_type='SEQ_CLS', r=3, lora_alpha=5, **settings)
-  model = peft.get_peft_model(base, config)
+  save_random(base, tmp_path / 'adapter', task_type='SEQ_CLS', **settings)
+  return folder, tmp_path / 'adapter'
+
+
+def save_random(base, folder, **settings):
+  model = peft.get_peft_model(base, peft.LoraConfig(r=3, lora_alpha=5, **settings))
   generator = torch.Generator().manual_seed(1)
   with torch.no_grad():
     for path, value in model.named_parameters():
@@ -46,8 +56,7 @@ def saved(request, tiny, tmp_path):
         value.mul_(1 + 0.3 * torch.rand(value.shape, generator=generator))
       elif value.requires_grad:
         value.copy_(0.3 * torch.randn(value.shape, generator=generator))
-  model.save_pretrained(tmp_path / 'adapter')
-  return folder, tmp_path / 'adapter'
+  model.save_pretrained(folder)
 
 
 def make_sentences(folder):
@@ -93,6 +102,65 @@ def test_what_peft_saved_answers_here_and_goes_back(saved, tmp_path):
   np.testing.assert_allclose(answers_there(tmp_path / 'merged', None), theirs, atol=1e-4)
 
 
+def without_half(text):
+  """Without the bytes at the end that are no whole character."""
+  return text.rstrip('\ufffd')
+
+
+def texts_there(folder, adapter):
+  """What a decoder writes after each text, greedily."""
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  if adapter is not None:
+    model = peft.PeftModel.from_pretrained(model, adapter)
+  for text in TEXTS:
+    given = tokenizer(text, return_tensors='pt', return_token_type_ids=False)
+    ids = model.eval().generate(**given, max_new_tokens=6, do_sample=False)[0]
+    new = ids[given['input_ids'].shape[1] :]
+    yield without_half(tokenizer.decode(new, skip_special_tokens=True))
+
+
+def test_a_decoder_writes_what_it_writes_there(tiny, tmp_path):
+  folder, adapter = tiny.written('Llama', 'CausalLM', tmp_path / 'base'), tmp_path / 'adapter'
+  base = transformers.AutoModelForCausalLM.from_pretrained(folder)
+  save_random(base, adapter, task_type='CAUSAL_LM', target_modules=['q_proj', 'o_proj'])
+  theirs = list(texts_there(folder, adapter))
+  assert theirs != list(texts_there(folder, None))
+  session = llm_jax.open(adapter)
+  ours = session.complete(TEXTS, max_new_tokens=6, temperature=0.0)
+  assert list(map(without_half, ours)) == theirs
+  export(session, tmp_path / 'again', form='adapter')
+  assert list(texts_there(folder, tmp_path / 'again')) == theirs
+
+
+@pytest.mark.parametrize('saved', ['sentences'], indirect=True)
+def test_training_goes_on_from_it(saved, tmp_path):
+  """By a config that names the objective, from the adapter and its head; the base stays."""
+  _, adapter = saved
+  rows = [dict(text=text, label=f'LABEL_{i % 3}') for i, text in enumerate(TEXTS * 4)]
+  (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  tree = classify.get_config().to_dict() | dict(
+    init_from=str(adapter), steps=2, batch_size=2, seq_len=32
+  )
+  tree['data'] = dict(source='jsonl', path=str(tmp_path / 'x.jsonl'), label='label')
+  tree['data'] |= dict(validation=0.0, cache=str(tmp_path))
+  tree['model'] |= dict(name=None, variant=None)
+  tree = recipes.chosen(tree, ()) | dict(logging=dict(tensorboard=False))
+  config = pretrained.fill_in(config_lib.parse(tree))
+  started = loop.prepare(config, tmp_path / 'w')
+  copied = lambda params: {path: np.array(x) for path, x in flatten(params).items()}
+  trained, frozen = copied(started.state.params), copied(started.state.frozen)
+  known = flatten(llm_jax.open(adapter).params)  # which answers as peft does
+  assert trained.keys() | frozen.keys() == known.keys()
+  assert all(np.array_equal(x, known[path]) for path, x in (trained | frozen).items())
+  loop.train(started)
+  session = llm_jax.open(tmp_path / 'w')
+  after = flatten(session.params)
+  assert any('lora_a' in path for path in trained)
+  assert frozen and all(np.array_equal(x, after[path]) for path, x in frozen.items())
+  assert not any(np.array_equal(x, after[path]) for path, x in trained.items())
+
+
 def without_layer_1(tensors):
   return {name: x for name, x in tensors.items() if 'layer.1.' not in name or 'lora' not in name}
 
@@ -103,6 +171,10 @@ WRONG = {
     None,
   ),
   r"peft_type='VERA' cannot be read; known: LORA": (dict(peft_type='VERA'), None),
+  r"init_lora_weights='pissa': lora does not have it here": (
+    dict(init_lora_weights='pissa'),
+    None,
+  ),
   r'lora_bias=True: lora does not have it here': (dict(lora_bias=True), None),
   r'its matrices are not of the rank that adapter_config.json says': (dict(r=4), None),
   r'adapts attention/out in 1 of 2 layers': ({}, without_layer_1),

@@ -1,8 +1,6 @@
 """What several families of encoders share. BERT's names of tensors are RoBERTa's and ESM's too."""
 
 from llm_jax.hf.tensors import (
-  ANSWERS,
-  CLASSIFIES,
   HEADS_IN,
   HEADS_OUT,
   TAGS,
@@ -71,9 +69,9 @@ LM_HEAD = (
   *bias('lm_head.bias', 'heads_mlm/bias'),
   *vocabulary('lm_head.decoder.weight'),
 )
-QUESTIONS = linear('qa_outputs', 'heads_spans/dense', of=ANSWERS)
+QUESTIONS = linear('qa_outputs', 'heads_spans/dense')
 TAGGER = linear('classifier', 'heads_tagger/dense', of=TAGS)
 CLASSIFIER = (
-  *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier', of=CLASSIFIES),
-  *linear('classifier.out_proj', 'heads_classifier/dense', of=CLASSIFIES),
+  *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier'),
+  *linear('classifier.out_proj', 'heads_classifier/dense'),
 )
