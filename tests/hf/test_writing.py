@@ -28,3 +28,13 @@ def test_models_of_ones_own_have_their_own_families():
     writing.family_of(FAMILIES, 'my.model', LLAMA)
   own = {'mine': ('my.model', FAMILIES['llama'][1])}
   assert writing.family_of(own, 'my.model', LLAMA)[0] == 'mine'
+
+
+def test_a_tagger_is_written_unless_it_scores_moves():
+  model = encoder.Model(vocab_size=50, dim=8, layers=1, heads=2, mlp_dim=16, max_len=8)
+  kind, family = writing.family_of(families.known(), 'encoder', model)
+  tagger = {f'heads_tagger/dense/{name}': None for name in ('kernel', 'bias')}
+  assert writing.class_of(kind, family, model, tagger, []) == 'BertForTokenClassification'
+  moves = {'heads_moves/first': None}
+  with pytest.raises(ValueError, match='transformers has no tagger that scores moves'):
+    writing.class_of(kind, family, model, tagger | moves, list(moves))
