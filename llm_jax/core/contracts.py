@@ -39,6 +39,8 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | tag_weight | B T float32 | token labelling; 0: no word or no tag |
 | span | B T int32 | QA: bits; 1 an answer may begin or end here, 2 it begins, 4 it ends |
 | span_weight | B G float32 | QA; 0: no window or no answers given |
+| group, member | B G int32 | the group of its row that text g is of, from 1; its number in it |
+| text_key | B G 2 int32 | contrastive learning: equal for equal texts |
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -312,12 +314,17 @@ class Objective:
     predictor: what answers for single texts: itself, a part of it, or nothing.
     evaluators: the evaluators of a validation set where the config names none.
     derived: the options that `derive` may give; their default is None.
+    compares: whether losses come from `compare`, of all rows of the global batch together.
+    embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
+      not.
   """
 
   terms: Mapping[str, float]
   predictor: 'Predictor | None' = None
   evaluators: tuple[str, ...] = ('loss',)
   derived: ClassVar[tuple[str, ...]] = ()
+  compares: bool = False
+  embedding_pool: str | None = None
 
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
@@ -402,6 +409,24 @@ class Objective:
       batch: a part of the global batch. Weights depend on it alone, never on parameters.
     """
     raise NotImplementedError
+
+  def represent(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """What `compare` needs of the rows of a part of the global batch, axis 0 of each array the row;
+    called where `compares` is set. Arguments as for `loss`.
+    """
+    del net, hidden_BPD, batch
+    return {}
+
+  def compare(self, found: Mapping[str, jax.Array], batch: Batch) -> Metrics:
+    """Metrics that no part of a batch has alone, added to those of `loss`; called where `compares`
+    is set.
+
+    Args:
+      found: what `represent` gave for all rows of the global batch, in their order.
+      batch: the global batch.
+    """
+    del found, batch
+    return {}
 
   def no_gradient(self, path: str) -> str | None:
     """Why a parameter of a head has no gradient, if the loss does not depend on it; else None."""

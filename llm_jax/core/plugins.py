@@ -51,8 +51,8 @@ def load(kind: str, name: str) -> types.ModuleType:
 def names(kind: str) -> list[str]:
   """The names of one kind that ship with the package, sorted."""
   package = importlib.import_module(KINDS[kind][0])
-  found = [module.name for module in pkgutil.iter_modules(package.__path__)]
-  return sorted(name for name in found if not name.startswith('_'))
+  found = [module for module in pkgutil.iter_modules(package.__path__) if not module.ispkg]
+  return sorted(module.name for module in found if not module.name.startswith('_'))
 
 
 def construct(

@@ -111,20 +111,21 @@ class Frame(NamedTuple):
     return len(self.first) + len(self.between) + len(self.last)
 
 
-def frame(tokenizer: Tokenizer, causal: bool = False) -> Frame:
+def frame(tokenizer: Tokenizer, causal: bool = False, closed: bool = True) -> Frame:
   """The special tokens that a tokenizer's texts stand in: those of its Hugging Face folder, or of
   our own ones.
 
   Args:
     tokenizer: the tokenizer.
     causal: BOS and EOS of our own tokenizers are at the ends, not [CLS] and [SEP].
+    closed: of a causal model's own tokenizer, texts end with EOS.
   """
   if tokenizer.template is not None:
     return Frame(*tokenizer.template, *tokenizer.pair_template, filler=tokenizer.bos_id)
-  begin, end = tokenizer.cls_id, tokenizer.sep_id
+  begin, end = (tokenizer.cls_id,), (tokenizer.sep_id,)
   if causal:
-    begin, end = tokenizer.bos_id, tokenizer.eos_id
-  return Frame((begin,), (end,), (begin,), (tokenizer.sep_id,), (end,))
+    begin, end = (tokenizer.bos_id,), (tokenizer.eos_id,) if closed else ()
+  return Frame(begin, end, begin, (tokenizer.sep_id,), end)
 
 
 def row(first: np.ndarray, second: np.ndarray | None, seq_len: int, frame: Frame) -> Example:

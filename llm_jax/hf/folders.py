@@ -21,7 +21,7 @@ from llm_jax.core.state import Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.hf import reading, safetensors, writing
 from llm_jax.hf.family import CONFIG, Families, Family, values
-from llm_jax.hf.tensors import ANSWERS, CLASSIFIES, FLOATS, TAGS
+from llm_jax.hf.tensors import ANSWERS, CHOOSES, CLASSIFIES, FLOATS, TAGS
 from llm_jax.parallel import hosts
 
 DTYPES = tuple(FLOATS)  # that a folder can be written in
@@ -105,6 +105,11 @@ def labels(path: str | os.PathLike[str]) -> tuple[str, ...] | None:
 def answers_questions(path: str | os.PathLike[str]) -> bool:
   """Whether the folder's model finds the spans of answers."""
   return _is_class(read_config(path), ANSWERS)
+
+
+def chooses(path: str | os.PathLike[str]) -> bool:
+  """Whether the folder's model picks one of several candidates."""
+  return _is_class(read_config(path), CHOOSES)
 
 
 def tags_tokens(path: str | os.PathLike[str]) -> bool:

@@ -1,7 +1,8 @@
 """What the folder of a sentence-transformers model (sbert.net) says beside its weights: how the
-vector of a text is made, and how long a text may be.
+vector of a text is made, and how long a text may be; read and written.
 """
 
+import json
 import os
 from typing import Any, NamedTuple
 
@@ -52,6 +53,35 @@ def read(path: str | os.PathLike[str]) -> Sentences | None:
     normalize='Normalize' in folders,
     lower=bool((_json(os.path.join(path, _OPTIONS)) or {}).get('do_lower_case', False)),
   )
+
+
+def write(path: str | os.PathLike[str], pool: str, dim: int, max_len: int) -> None:
+  """Writes beside the weights of a model what sentence-transformers needs to make its vectors, of
+  length 1.
+
+  Args:
+    path: the folder.
+    pool: one of `nn.heads.POOLS`.
+    dim: how long a vector is.
+    max_len: tokens of a text, special ones included.
+  """
+  chosen = next(mode for mode, name in _POOLS.items() if name == pool)
+  kinds = {'Transformer': '', 'Pooling': '1_Pooling', 'Normalize': '2_Normalize'}
+  modules = [
+    {'idx': i, 'name': str(i), 'path': folder, 'type': f'sentence_transformers.models.{kind}'}
+    for i, (kind, folder) in enumerate(kinds.items())
+  ]
+  modes = {mode: mode == chosen for mode in _POOLS}
+  for name, value in (
+    (MODULES, modules),
+    (_OPTIONS, {'max_seq_length': max_len, 'do_lower_case': False}),
+    (os.path.join('1_Pooling', 'config.json'), {'word_embedding_dimension': dim, **modes}),
+  ):
+    file = os.path.join(path, name)
+    os.makedirs(os.path.dirname(file), exist_ok=True)
+    with open(file, 'w') as stream:
+      json.dump(value, stream, indent=2)
+      stream.write('\n')
 
 
 def max_len(path: str | os.PathLike[str]) -> int | None:

@@ -27,9 +27,9 @@ CLASSIFIER = 'heads_classifier/dense/kernel'
 TAGGER = 'heads_tagger/dense/kernel'
 
 CLASSIFIES, TAGS = 'ForSequenceClassification', 'ForTokenClassification'
-ANSWERS = 'ForQuestionAnswering'
+ANSWERS, CHOOSES = 'ForQuestionAnswering', 'ForMultipleChoice'
 """Ends of the names of their classes."""
-AMBIGUOUS = (CLASSIFIES, TAGS)  # whose last layers may have the same name
+AMBIGUOUS = (CLASSIFIES, TAGS, CHOOSES)  # whose last layers may have the same name
 
 FLOATS = {
   safetensors.DTYPES[code].name: safetensors.DTYPES[code] for code in ('F32', 'BF16', 'F16', 'F64')

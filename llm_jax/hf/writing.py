@@ -99,6 +99,11 @@ def class_of(
   name, held = next(
     (name, held) for name, held in family.classes.items() if present.issuperset(held)
   )
+  if 'choice' in heads and 'choice' not in held:
+    raise ValueError(
+      f'transformers has no {kind} that chooses as this model does: BERT and RoBERTa do, trained '
+      "with objective.pool='cls'."
+    )
   if 'classifier' in heads and 'classifier' not in held:
     raise ValueError(
       f'transformers has no {kind} that classifies as this model does. Classifiers can be exported '

@@ -10,7 +10,7 @@ from absl import logging
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.hf import folders as hf
-from llm_jax.hf import peft
+from llm_jax.hf import peft, sentences
 from llm_jax.inference.session import Session
 from llm_jax.programs import pretrained
 
@@ -43,10 +43,11 @@ def export(
   """
   program, config = session.program, session.config
   model, predictor = program.network.model, program.objective.predictor
+  pool = program.objective.embedding_pool
   write_tokenizer = functools.partial(
     session.tokenizer.export,
     causal=model.causal,
-    closed=model.causal and predictor is not None,
+    closed=model.causal and predictor is not None and pool is None,
     max_len=model.max_len,
     token_types=getattr(model, 'token_types', 0) > 1,
   )
@@ -67,9 +68,20 @@ def export(
     dtype=dtype,
     extra=extra,
     objective=config.objective,
-    also=write_tokenizer,
+    also=functools.partial(_write_beside, write_tokenizer, pool, model.options.dim, config.seq_len),
   )
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
+  if pool is not None:
+    logging.info('So does sentence-transformers: vectors by pool=%s, of length 1.', pool)
+
+
+def _write_beside(
+  write_tokenizer: Callable[[str], None], pool: str | None, dim: int, seq_len: int, folder: str
+) -> None:
+  """What stands beside the weights: the tokenizer, and how vectors are made."""
+  write_tokenizer(folder)
+  if pool is not None:
+    sentences.write(folder, pool, dim, seq_len)
 
 
 def _params(session: Session, form: str) -> Any:

@@ -140,7 +140,7 @@ class Session:
     Args:
       texts: any texts.
       pool: 'mean' of all positions, 'cls' the first, 'last' the last; None for what the folder of
-        a sentence-transformers model says, else the mean.
+        a sentence-transformers model says, or what the objective learned vectors by, else the mean.
       normalize: whether the vectors have length 1; None likewise, else they have.
 
     Example:
@@ -154,7 +154,8 @@ class Session:
     if said is not None and said.lower:
       texts = [text.lower() for text in texts]
     if pool is None:
-      pool = said.pool if said is not None else 'mean'
+      learned = self.program.objective.embedding_pool or 'mean'
+      pool = said.pool if said is not None else learned
     if normalize is None:
       normalize = said.normalize if said is not None else True
     return self._embedder(self.params, texts, pool, normalize)

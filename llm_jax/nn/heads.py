@@ -86,6 +86,13 @@ class Transform(nn.Module):
     return _transformed(x_BGD, self.options)
 
 
+TRANSFORMS: dict[str, tuple[str, type[Pooler] | type[Transform]]] = {
+  'pooler': ('pooler', Pooler),
+  'norm': ('transform', Transform),
+}
+"""What may stand between a text's vector and a last layer: name of the head, and module."""
+
+
 class ClassifierHead(nn.Module):
   """Dropout and a linear map to `classes` logits; the dropout acts where the stream `dropout` is
   given.

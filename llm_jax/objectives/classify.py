@@ -23,12 +23,11 @@ from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts, Tokenizer
 from llm_jax.data import pairs
 from llm_jax.nn import heads
-from llm_jax.objectives import _labels
-from llm_jax.objectives._label_losses import LabelLoss, balanced
-from llm_jax.objectives._text_rows import TextRows
+from llm_jax.objectives.shared import labels as labels_lib
+from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
+from llm_jax.objectives.shared.text_rows import TextRows
 
 PACKINGS = ('best_fit', 'none')
-TRANSFORMS = {'pooler': ('pooler', heads.Pooler), 'norm': ('transform', heads.Transform)}
 TOKENS_PER_TEXT = 4  # slots are enough for texts of so many on average, special ones included
 MOST_TEXTS = (
   128  # of a row, so that what is kept per slot stays small beside what is kept per token
@@ -88,9 +87,9 @@ class Objective(contracts.Objective, contracts.Predictor):
   ):
     transform = transform or ('pooler' if pool == 'cls' else 'none')
     for name, value, allowed in (
-      ('task', task, _labels.TASKS),
+      ('task', task, labels_lib.TASKS),
       ('pool', pool, heads.POOLS),
-      ('transform', transform, (*TRANSFORMS, 'none')),
+      ('transform', transform, (*heads.TRANSFORMS, 'none')),
       ('packing', packing, PACKINGS),
       ('unlabelled', unlabelled, ('error', 'ignore')),
     ):
@@ -103,7 +102,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         'objective.balance=True takes weights from the classes of the training documents, and '
         'there are none; set objective.class_weights, or leave it out.'
       )
-    self.labels = _labels.Labels(classes, task)
+    self.labels = labels_lib.Labels(classes, task)
     self.label_loss = LabelLoss(task, len(classes or ()), class_weights, label_smoothing, focal)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
@@ -125,7 +124,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       return found
     classes = options.get('classes')
     if not classes:
-      found['classes'] = classes = _labels.collect_classes(documents)
+      found['classes'] = classes = labels_lib.collect_classes(documents)
       logging.info('%d classes: %s', len(classes), ', '.join(classes[:50]))
     if options.get('balance') and options.get('class_weights') is None:
       weights = balanced(classes, options.get('task') or 'multiclass', documents)
@@ -138,7 +137,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """As any objective's, with labels that fit the task; nameless classes are two."""
     records = super().sample_records(options)
-    labels = _labels.samples(options.get('task'), options.get('classes') or ('0', '1'))
+    labels = labels_lib.samples(options.get('task'), options.get('classes') or ('0', '1'))
     return [record | {'label': next(labels)} for record in records]
 
   def check(self, model: contracts.Model) -> None:
@@ -211,7 +210,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     bias = self.pool != 'last'
     found: dict[str, Any] = {}
     if self.transform_name != 'none':
-      name, module = TRANSFORMS[self.transform_name]
+      name, module = heads.TRANSFORMS[self.transform_name]
       found[name] = module(model.options)
     found['classifier'] = heads.ClassifierHead(model.options, outputs, self.dropout, bias=bias)
     return found
@@ -226,7 +225,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     """
     x_BGD = heads.pool(hidden_BPD, batch, self.pool)
     if self.transform_name != 'none':
-      x_BGD = net.heads[TRANSFORMS[self.transform_name][0]](x_BGD)
+      x_BGD = net.heads[heads.TRANSFORMS[self.transform_name][0]](x_BGD)
     logits_BGC = net.heads['classifier'](x_BGD)
     return logits_BGC.astype(jnp.promote_types(logits_BGC.dtype, jnp.float32))
 

@@ -6,7 +6,7 @@ supervised and self-supervised training in one, where unlabelled documents count
 """
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,6 +40,9 @@ class Objective(contracts.Objective):
     self.predictor = predictors[0] if predictors else None
     evaluators = itertools.chain.from_iterable(part.evaluators for part in parts.values())
     self.evaluators = tuple(dict.fromkeys(evaluators))
+    self.compares = any(part.compares for part in self.parts.values())
+    pools = (part.embedding_pool for part in self.parts.values())
+    self.embedding_pool = next((pool for pool in pools if pool is not None), None)
 
   def check(self, model: contracts.Model) -> None:
     """What each part needs."""
@@ -71,18 +74,39 @@ class Objective(contracts.Objective):
   def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """The metrics of all parts, each from the hidden states at its own positions."""
     metrics: Metrics = {}
-    all_are_read = self.positions(batch) is None
-    start = 0
-    for part in self.parts.values():
-      positions = part.positions(batch)
-      if all_are_read:
-        hidden = at(hidden_BPD, positions)
-      else:
-        stop = start + positions.shape[1]
-        hidden = hidden_BPD[:, start:stop]
-        start = stop
+    for _, part, hidden in self._read(hidden_BPD, batch):
       metrics |= part.loss(net, hidden, batch)
     return metrics
+
+  def represent(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, Any]:
+    """What each part that compares wants, by its name."""
+    return {
+      name: part.represent(net, hidden, batch)
+      for name, part, hidden in self._read(hidden_BPD, batch)
+      if part.compares
+    }
+
+  def compare(self, found: Mapping[str, Any], batch: Batch) -> Metrics:
+    """The metrics of the parts that compare."""
+    metrics: Metrics = {}
+    for name, arrays in found.items():
+      metrics |= self.parts[name].compare(arrays, batch)
+    return metrics
+
+  def _read(
+    self, hidden_BPD: jax.Array, batch: Batch
+  ) -> Iterator[tuple[str, contracts.Objective, jax.Array]]:
+    """The parts with the hidden states at their positions."""
+    all_are_read = self.positions(batch) is None
+    start = 0
+    for name, part in self.parts.items():
+      positions = part.positions(batch)
+      if all_are_read:
+        yield name, part, at(hidden_BPD, positions)
+      else:
+        stop = start + positions.shape[1]
+        yield name, part, hidden_BPD[:, start:stop]
+        start = stop
 
   def no_gradient(self, path: str) -> str | None:
     """The reason of the part that has one."""

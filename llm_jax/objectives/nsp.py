@@ -8,10 +8,10 @@ import numpy as np
 
 from llm_jax.core.contracts import Documents, Rows
 from llm_jax.data import pairs
-from llm_jax.objectives import _sentence_pairs
+from llm_jax.objectives.shared import sentence_pairs
 
 
-class Objective(_sentence_pairs.SentencePairs):
+class Objective(sentence_pairs.SentencePairs):
   """Next sentence prediction.
 
   Documents are cut in chunks of seq_len - 3 tokens, one per row, and each chunk in two at a random

@@ -30,8 +30,8 @@ from llm_jax.core.contracts import (
 )
 from llm_jax.data import pairs
 from llm_jax.nn import heads
-from llm_jax.objectives import _spans
-from llm_jax.objectives._spans import CANDIDATE, END, START, Windows
+from llm_jax.objectives.shared import spans as spans_lib
+from llm_jax.objectives.shared.spans import CANDIDATE, END, START, Windows
 
 PACKINGS = ('best_fit', 'none')
 LEAST_WINDOW = 16  # slots are enough for windows of so many tokens on average
@@ -124,7 +124,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     question, context = record['question'], record['context']
     tokens, spans = tokenizer.offsets(context)
     spans = np.asarray(spans, np.int64).reshape(-1, 2)
-    encoded: Encoded = {  # rule 1 of `_spans.read`
+    encoded: Encoded = {  # rule 1 of `spans_lib.read`
       'tokens': tokens,
       'token_begins': spans[:, 0],
       'token_ends': spans[:, 1],
@@ -132,7 +132,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       'context': context,
     }
     if record.get('answers') is not None:
-      answers, moved = _spans.read(record['answers'], context)
+      answers, moved = spans_lib.read(record['answers'], context)
       encoded |= {'answers': answers} | ({'moved': moved} if moved else {})
     return encoded
 
@@ -302,7 +302,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       self.threshold = float(values[THRESHOLD])
 
   def _windows(
-    self, documents: Documents, seq_len: int, answers: Sequence[Sequence[_spans.Answer] | None]
+    self, documents: Documents, seq_len: int, answers: Sequence[Sequence[spans_lib.Answer] | None]
   ) -> Windows:
     return Windows(
       documents,

@@ -7,10 +7,10 @@ Lan et al. 2020, "ALBERT", section 3.1: half of the pairs are in order (label 0)
 import numpy as np
 
 from llm_jax.data import pairs
-from llm_jax.objectives import _sentence_pairs
+from llm_jax.objectives.shared import sentence_pairs
 
 
-class Objective(_sentence_pairs.SentencePairs):
+class Objective(sentence_pairs.SentencePairs):
   """Sentence order prediction.
 
   Documents are cut in chunks of seq_len - 3 tokens, one per row, and each chunk in two at a random

@@ -33,8 +33,8 @@ from llm_jax.core.contracts import (
 from llm_jax.data import pairs
 from llm_jax.data import words as words_lib
 from llm_jax.nn import crf, heads
-from llm_jax.objectives import _tags
-from llm_jax.objectives._text_rows import TextRows
+from llm_jax.objectives.shared import tags as tags_lib
+from llm_jax.objectives.shared.text_rows import TextRows
 
 LOSSES = ('softmax', 'crf', 'hinge')
 PACKINGS = ('best_fit', 'none')
@@ -98,9 +98,9 @@ class Objective(contracts.Objective, contracts.Predictor):
       )
     words_lib.check(words)
     self.classes = self.tags = _checked(tags)
-    self.scheme = scheme or _tags.scheme_of(self.tags)
-    _tags.check_scheme(self.scheme, self.tags)
-    self.unread = unread or (_tags.OUTSIDE if _tags.OUTSIDE in self.tags else self.tags[0])
+    self.scheme = scheme or tags_lib.scheme_of(self.tags)
+    tags_lib.check_scheme(self.scheme, self.tags)
+    self.unread = unread or (tags_lib.OUTSIDE if tags_lib.OUTSIDE in self.tags else self.tags[0])
     if self.unread not in self.tags:
       raise ValueError(f'objective.unread={unread!r} must be one of the tags: {self.tags}.')
     self.kind, self.label_all, self.dropout = loss, label_all, dropout
@@ -131,7 +131,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     wanted = [name for name in cls.derived if not options.get(name)]
     if not wanted:
       return {}
-    counts = _tags.found(documents) if not options.get('tags') or 'unread' in wanted else {}
+    counts = tags_lib.found(documents) if not options.get('tags') or 'unread' in wanted else {}
     tags = tuple(options.get('tags') or counts)
     if not tags:
       raise ValueError(
@@ -141,8 +141,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     most = max(tags, key=lambda tag: (counts.get(tag, 0), tag))
     all_of_them = {
       'tags': tags,
-      'scheme': _tags.scheme_of(tags),
-      'unread': _tags.OUTSIDE if _tags.OUTSIDE in tags else most,
+      'scheme': tags_lib.scheme_of(tags),
+      'unread': tags_lib.OUTSIDE if tags_lib.OUTSIDE in tags else most,
     }
     logging.info('%d tags, scheme %s: %s', len(tags), all_of_them['scheme'], ', '.join(tags[:50]))
     return {name: all_of_them[name] for name in wanted}
@@ -150,7 +150,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   @classmethod
   def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Words with tags that fit."""
-    return [_tags.samples(options.get('tags'), options.get('scheme'))] * 4
+    return [tags_lib.samples(options.get('tags'), options.get('scheme'))] * 4
 
   def check(self, model: contracts.Model) -> None:
     """A causal model has not seen a word at its first token."""
@@ -168,7 +168,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     Raises:
       ValueError: tags that cannot be, naming the document.
     """
-    numbers = _tags.numbered(
+    numbers = tags_lib.numbered(
       documents,
       self.tags,
       self.scheme,
@@ -218,7 +218,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         tags may be any.
     """
     first_C, next_CC, last_C = net.heads['moves']()
-    rules = _tags.rules(self.scheme, self.tags)
+    rules = tags_lib.rules(self.scheme, self.tags)
     barred = lambda scores, fine: scores + jnp.where(jnp.asarray(fine), 0, crf.FORBIDDEN)
     late_C, gap_CC, cut_C = first_C, next_CC, last_C
     if after_unread:
@@ -297,7 +297,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         for position, word in zip(positions, read, strict=True):
           probabilities[word] = float(row['probability'][position])
         answer['probabilities'] = probabilities
-      if self.scheme != _tags.NO_SCHEME:
+      if self.scheme != tags_lib.NO_SCHEME:
         answer['entities'] = list(_entities(tags, words, rows.begins(text)))
       if len(read) < len(words):
         answer['unread'] = sorted(set(range(len(words))).difference(read.tolist()))
@@ -414,7 +414,7 @@ def _chain(read: np.ndarray, words: int) -> np.ndarray:
 def _entities(
   tags: Sequence[str], words: Sequence[str], begins: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-  for label, first, stop in _tags.entities(tags):
+  for label, first, stop in tags_lib.entities(tags):
     start, end = begins[first], begins[stop - 1] + len(words[stop - 1])
     text = ''
     for word, begin in zip(words[first:stop], begins[first:stop], strict=True):

@@ -38,10 +38,26 @@ class Network(nn.Module):
 
   def __call__(self, batch: Batch, train: bool = False) -> Metrics:
     """The (sum, weight) metrics of a batch; dropout draws from the stream `dropout` in training."""
+    metrics, found = self.part(batch, train)
+    return metrics | self.compare(found, batch)
+
+  def part(self, batch: Batch, train: bool = False) -> tuple[Metrics, dict[str, jax.Array]]:
+    """The metrics of a part of a batch, and what `compare` wants of it."""
     outputs = self.model(batch, self.objective.positions(batch), train=train)
+    net, found = self.net(train), {}
     with jax.named_scope('objective'):
-      metrics = self.objective.loss(self.net(train), outputs.hidden, batch)
-    return metrics | outputs.aux_losses
+      metrics = self.objective.loss(net, outputs.hidden, batch)
+      if self.objective.compares:
+        found = self.objective.represent(net, outputs.hidden, batch)
+    return metrics | outputs.aux_losses, found
+
+  @nn.nowrap
+  def compare(self, found: Mapping[str, jax.Array], batch: Batch) -> Metrics:
+    """The metrics that only the whole batch has."""
+    if not self.objective.compares:
+      return {}
+    with jax.named_scope('objective'):
+      return self.objective.compare(found, batch)
 
   def predict(self, batch: Batch) -> dict[str, jax.Array]:
     """What the objective's predictor says of each row."""

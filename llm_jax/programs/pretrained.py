@@ -25,8 +25,9 @@ from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, checkpoints, workdir
 from llm_jax.programs.inference import Inference
 
-CLASSIFY = 'classify'
-READING = ('pool', 'transform')  # options of a classifier that a folder decides
+CLASSIFY, CONTRAST = 'classify', 'contrast'
+POOLED = {CLASSIFY, CONTRAST, 'choice', 'rerank'}  # objectives with an option `pool`
+READING = ('pool', 'transform')  # options of them that a folder decides
 FIRST_TOKEN = {'nsp', 'sop'}  # objectives that train what the first token says
 AUTO = 'auto'
 # AdamW's rate for fine-tuning: 1e-4 at the width of MiniLM (arXiv:2002.10957), 3e-5 at that of
@@ -190,8 +191,8 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   objective = config_lib.given(config.objective)
   if 'name' not in objective:
     objective = _objective(folder, causal) | objective
-  if objective['name'] == CLASSIFY and 'pool' not in objective:
-    objective |= _reading(folder, causal, families(config)) | objective
+  if objective['name'] in POOLED and 'pool' not in objective:
+    objective = _reading(objective['name'], folder, causal, families(config)) | objective
     logging.info('objective.pool=%s, as %s has it.', objective['pool'], folder)
   return dataclasses.replace(
     config,
@@ -259,7 +260,7 @@ def _continued(config: Config, saved: Config) -> Config:
   else:
     model = _named_or(config.model, saved.model)
   objective = _named_or(config.objective, saved.objective)
-  if objective['name'] == CLASSIFY and objective.get('pool') is None:
+  if objective['name'] in POOLED and objective.get('pool') is None:
     objective |= {key: saved.objective[key] for key in READING if key in saved.objective}
   return dataclasses.replace(
     config,
@@ -310,8 +311,8 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
       adapter,
     )
   objective = _named_or(config.objective, saved.objective)
-  if objective['name'] == CLASSIFY and objective.get('pool') is None:
-    objective |= {'pool': _pool(saved)}
+  if objective['name'] in POOLED and objective.get('pool') is None:
+    objective |= {'pool': _pool(saved, objective['name'])}
     logging.info('objective.pool=%s, as %s was trained.', objective['pool'], folder)
   return dataclasses.replace(
     config,
@@ -322,12 +323,14 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
   )
 
 
-def _pool(saved: Config) -> str:
-  """What a classifier reads of a run's model: the first token where the run learned from it."""
+def _pool(saved: Config, name: str) -> str:
+  """What an objective reads of a run's model: what the run did; a classifier, the first token where
+  the run learned from it.
+  """
   names = {saved.objective['name'], *(saved.objective.get('parts') or {})}
-  if CLASSIFY in names:
-    return saved.objective.get('pool') or 'cls'
-  if names & FIRST_TOKEN:
+  if names & POOLED and saved.objective.get('pool'):
+    return saved.objective['pool']
+  if name != CONTRAST and names & (FIRST_TOKEN | {CLASSIFY}):
     return 'cls'
   return 'last' if assemble.model_module(saved.model['name']).Model.causal else 'mean'
 
@@ -337,14 +340,21 @@ def _named_or(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 
 
 def _reading(
-  folder: pathlib.Path, causal: bool, known: Mapping[str, tuple[str, Family]]
+  name: str, folder: pathlib.Path, causal: bool, known: Mapping[str, tuple[str, Family]]
 ) -> dict[str, Any]:
-  """How a classifier reads the model of a Hugging Face folder: as a sentence-transformers model
-  makes its vectors, or as the classifiers of the family do.
+  """How an objective reads the model of a Hugging Face folder: as a sentence-transformers model
+  makes its vectors; else as the classifiers of the family do, or for vectors by the mean, of a
+  decoder by the last token.
   """
   said = sentences.read(folder) if hf.labels(str(folder)) is None else None
   if said is not None:
+    if said.lower:
+      logging.warning(
+        '%s makes vectors of texts in small letters; here they are read as they are.', folder
+      )
     return {'pool': said.pool}
+  if name == CONTRAST:
+    return {'pool': 'last' if causal else 'mean'}
   return _of_class(folder, causal, known)
 
 
@@ -362,6 +372,8 @@ def _objective(folder: pathlib.Path, causal: bool) -> dict[str, Any]:
   labels = hf.labels(str(folder))
   if hf.answers_questions(str(folder)):
     return {'name': 'qa'}
+  if hf.chooses(str(folder)):
+    return {'name': 'choice'}
   if labels is None:
     return {'name': 'clm' if causal else 'mlm'}
   if hf.tags_tokens(str(folder)):

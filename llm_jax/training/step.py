@@ -104,6 +104,9 @@ def gradient(
     shardings: as in `train_step`.
   """
   loss = functools.partial(_loss, network=network, frozen=frozen)
+  if network.objective.compares and micro_batches > 1:
+    loss = functools.partial(_compared, network=network, frozen=frozen, count=micro_batches)
+    micro_batches = 1
 
   def differentiate(*args: Any) -> tuple[Any, Metrics]:
     grads, metrics = jax.grad(loss, has_aux=True)(*args)
@@ -150,6 +153,41 @@ def _loss(
   if weights is not None:
     shares = {name: (metrics[name][0], weight) for name, weight in weights.items()}
   return metrics_lib.total(shares, network.terms), metrics
+
+
+def _compared(
+  params: PyTree,
+  batch: Batch,
+  rng: Rng | None,
+  weights: None,
+  *,
+  network: Network,
+  frozen: PyTree,
+  count: int,
+) -> tuple[jax.Array, Metrics]:
+  """The total loss of a batch whose rows are compared with one another, run in `count` parts.
+
+  Of each part only what is compared is kept; in the backward pass it is run once more. Memory is
+  that of one part, the gradient that of the whole (Gao et al. 2021, arXiv:2101.06983).
+  """
+  del weights
+
+  @functools.partial(jax.checkpoint, prevent_cse=False)
+  def part(params: PyTree, micro: Batch, key: Rng | None) -> tuple[Metrics, dict[str, jax.Array]]:
+    train = key is not None
+    rngs = {'dropout': key} if train else {}
+    everything = _all(params, frozen)
+    return networks.apply(network, everything, micro, method='part', rngs=rngs, train=train)
+
+  def body(carry: None, indexed: PyTree) -> tuple[None, PyTree]:
+    index, micro = indexed
+    return carry, part(params, micro, None if rng is None else jax.random.fold_in(rng, index))
+
+  parts = jax.tree.map(lambda x: _micro(x, count), dict(batch))
+  _, (metrics, found) = jax.lax.scan(body, None, (jnp.arange(count), parts))
+  metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
+  metrics |= network.compare(jax.tree.map(_whole, found), batch)
+  return metrics_lib.total(metrics, network.terms), metrics
 
 
 def _accumulated(
@@ -201,3 +239,8 @@ def _micro(x_B: jax.Array, count: int) -> jax.Array:
   # Row r goes to micro-batch r % count: with rows sharded over devices, each device's rows are
   # dealt out without moving.
   return x_B.reshape(x_B.shape[0] // count, count, *x_B.shape[1:]).swapaxes(0, 1)
+
+
+def _whole(x: jax.Array) -> jax.Array:
+  """The inverse of `_micro`."""
+  return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

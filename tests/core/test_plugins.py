@@ -63,7 +63,19 @@ def test_what_the_program_gives_is_no_option():
 
 
 def test_known_names_are_the_modules():
-  assert plugins.names('objective') == ['classify', 'clm', 'mix', 'mlm', 'nsp', 'qa', 'sop', 'tag']
+  assert plugins.names('objective') == [
+    'choice',
+    'classify',
+    'clm',
+    'contrast',
+    'mix',
+    'mlm',
+    'nsp',
+    'qa',
+    'rerank',
+    'sop',
+    'tag',
+  ]  # not the folder `shared`
   assert {'train', 'eval', 'predict', 'plan'} <= set(plugins.names('mode'))
   assert plugins.names('source') == [
     'conll',
@@ -76,12 +88,13 @@ def test_known_names_are_the_modules():
     'parquet',
     'squad',
     'stdlib',
+    'summaries',
     'text',
     'tfds',
     'word_tag',
   ]
   with pytest.raises(
-    ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: classify, "
+    ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: choice, "
   ):
     plugins.load('objective', 'mln')
 

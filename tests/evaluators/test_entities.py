@@ -7,7 +7,8 @@ from llm_jax.core import contracts
 from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
 from llm_jax.evaluators import entities
-from llm_jax.objectives import _tags, tag
+from llm_jax.objectives import tag
+from llm_jax.objectives.shared import tags as tags_lib
 
 TOKENIZER = byte.create()
 RIGHT = [['B-PER', 'I-PER', 'O', 'B-LOC'], ['O', 'B-PER'], ['B-LOC', 'I-LOC']]
@@ -53,19 +54,21 @@ def test_no_entities_at_all():
 def test_the_strict_mode_is_exact_matching_of_spans(scheme):
   """For tags that keep their scheme: by sets of (text, type, first, stop)."""
   rng = np.random.default_rng(0)
-  names = ['O', *(f'{letter}-{kind}' for letter in _tags.SCHEMES[scheme] for kind in 'xy')]
+  names = ['O', *(f'{letter}-{kind}' for letter in tags_lib.SCHEMES[scheme] for kind in 'xy')]
 
   def drawn():
     tags = ['O']
     while len(tags) < 9:
-      tags.append(str(rng.choice([t for t in names if _tags.allowed(scheme, tags[-1], t)])))
-    while not _tags.allowed(scheme, tags[-1], 'O'):
-      tags.append(next(t for t in names[1:] if t[0] in 'EL' and _tags.allowed(scheme, tags[-1], t)))
+      tags.append(str(rng.choice([t for t in names if tags_lib.allowed(scheme, tags[-1], t)])))
+    while not tags_lib.allowed(scheme, tags[-1], 'O'):
+      tags.append(
+        next(t for t in names[1:] if t[0] in 'EL' and tags_lib.allowed(scheme, tags[-1], t))
+      )
     return [*tags, *['O'] * (12 - len(tags))]
 
   right, said = [drawn() for _ in range(30)], [drawn() for _ in range(30)]
   wanted, found = (
-    {(i, *entity) for i, tags in enumerate(texts) for entity in _tags.entities(tags)}
+    {(i, *entity) for i, tags in enumerate(texts) for entity in tags_lib.entities(tags)}
     for texts in (right, said)
   )
   numbers, _ = entities.scores(right, said, scheme)

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from llm_jax.core import plugins
 from llm_jax.data.documents import Memory
-from llm_jax.objectives import _text_rows, classify
+from llm_jax.objectives import classify
+from llm_jax.objectives.shared import text_rows
 
 RNG = np.random.default_rng(0)
 LETTERS = ('a', 'b', 'c')
@@ -132,7 +133,7 @@ def test_every_text_has_one_slot_and_no_row_overflows(small, lengths, seq_len, p
     assert row['label_weight'].tolist() == [1] * len(texts) + [0] * (slots - len(texts))
     for slot, text in enumerate(texts):
       first, last = row['text_firsts'][slot], row['text_lasts'][slot]
-      n, m = _text_rows.fit(
+      n, m = text_rows.fit(
         lengths[text], lengths[text] // 2 if paired else None, seq_len, 2 + paired
       )
       assert row['tokens'][first : last + 1].tolist() == [
@@ -183,15 +184,15 @@ def test_fit_takes_arrays():
   first, second = np.random.default_rng(0).integers(0, 30, (2, 200))
   for both in (second, None):
     special = 2 if both is None else 3
-    n, m = _text_rows.fit(first, both, 17, special)
+    n, m = text_rows.fit(first, both, 17, special)
     for i, (a, b) in enumerate(zip(first.tolist(), second.tolist(), strict=True)):
-      alone = _text_rows.fit(a, None if both is None else b, 17, special)
+      alone = text_rows.fit(a, None if both is None else b, 17, special)
       assert (n[i], None if both is None else m[i]) == alone
 
 
 @given(st.integers(0, 40), st.none() | st.integers(0, 40), st.integers(4, 30))
 def test_fit_cuts_the_longer_text_first(first, second, seq_len):
-  n, m = _text_rows.fit(first, second, seq_len, 2 if second is None else 3)
+  n, m = text_rows.fit(first, second, seq_len, 2 if second is None else 3)
   if second is None:
     assert (n, m) == (min(first, seq_len - 2), None)
     return

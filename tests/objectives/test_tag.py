@@ -12,7 +12,8 @@ from llm_jax.data import encoding
 from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
 from llm_jax.nn.crf import FIRST, GAP, LAST, WORD
-from llm_jax.objectives import _tags, mix, mlm, tag
+from llm_jax.objectives import mix, mlm, tag
+from llm_jax.objectives.shared import tags as tags_lib
 
 RNG = np.random.default_rng(0)
 TOKENIZER = byte.create()
@@ -176,11 +177,13 @@ def test_training_evaluation_and_prediction_label_the_same_words(
 def test_spans_of_characters_become_tags():
   text = 'Ann Lee went to New  York.'
   spans = [[16, 25, 'LOC'], [0, 7, 'PER']]
-  (tags,) = _tags.given(memory({'text': text, 'spans': spans}, words='punctuation'))
+  (tags,) = tags_lib.given(memory({'text': text, 'spans': spans}, words='punctuation'))
   assert tags == ['B-PER', 'I-PER', 'O', 'O', 'B-LOC', 'I-LOC', 'O']
-  (tags,) = _tags.given(memory({'text': '我在北京', 'spans': [[2, 4, 'LOC']]}, words='character'))
+  (tags,) = tags_lib.given(
+    memory({'text': '我在北京', 'spans': [[2, 4, 'LOC']]}, words='character')
+  )
   assert tags == ['O', 'O', 'B-LOC', 'I-LOC']
-  (again,) = _tags.given(memory({'text': '', 'spans': []}))
+  (again,) = tags_lib.given(memory({'text': '', 'spans': []}))
   assert again == []
 
 
@@ -204,7 +207,7 @@ def test_spans_of_characters_become_tags():
 )
 def test_spans_that_cannot_be(spans, message):
   with pytest.raises(ValueError, match=message):
-    list(_tags.given(memory({'text': 'Ann Lee went', 'spans': spans})))
+    list(tags_lib.given(memory({'text': 'Ann Lee went', 'spans': spans})))
 
 
 @pytest.mark.parametrize(
@@ -274,7 +277,7 @@ def test_tags_that_can_be():
   ],
 )
 def test_a_scheme_is_known_by_the_names_of_tags(tags, scheme):
-  assert _tags.scheme_of(tags) == scheme
+  assert tags_lib.scheme_of(tags) == scheme
 
 
 def legal(scheme, tags):
@@ -306,10 +309,10 @@ def legal(scheme, tags):
   return search([], None)
 
 
-@pytest.mark.parametrize('scheme', _tags.SCHEMES)
+@pytest.mark.parametrize('scheme', tags_lib.SCHEMES)
 def test_rules_allow_just_what_spells_entities(scheme):
-  names = ['O', *(f'{letter}-{kind}' for letter in _tags.SCHEMES[scheme] for kind in 'xy')]
-  rules = _tags.rules(scheme, names)
+  names = ['O', *(f'{letter}-{kind}' for letter in tags_lib.SCHEMES[scheme] for kind in 'xy')]
+  rules = tags_lib.rules(scheme, names)
   rng = np.random.default_rng(0)
   seen = set()
   for size in rng.integers(1, 5, 800):
@@ -328,7 +331,7 @@ def test_entities_are_those_of_seqeval(tags):
   from seqeval.metrics.sequence_labeling import get_entities
 
   wanted = [(kind, first, last + 1) for kind, first, last in get_entities(tags)]
-  assert [tuple(entity) for entity in _tags.entities(tags)] == wanted
+  assert [tuple(entity) for entity in tags_lib.entities(tags)] == wanted
 
 
 def test_entities_have_characters():
@@ -507,4 +510,4 @@ def test_an_answer_breaks_no_rule_where_words_are_not_read():
     (answer,) = objective.answers({k: np.asarray(v)[0] for k, v in said.items()}, rows, 0)
     padded = ['O', *answer['tags'], 'O']
     assert answer['unread'] == [0, 2, 5, 6]
-    assert all(_tags.allowed('BILOU', a, b) for a, b in zip(padded, padded[1:], strict=False))
+    assert all(tags_lib.allowed('BILOU', a, b) for a, b in zip(padded, padded[1:], strict=False))

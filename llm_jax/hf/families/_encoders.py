@@ -1,6 +1,7 @@
 """What several families of encoders share. BERT's names of tensors are RoBERTa's and ESM's too."""
 
 from llm_jax.hf.tensors import (
+  CHOOSES,
   HEADS_IN,
   HEADS_OUT,
   TAGS,
@@ -71,6 +72,7 @@ LM_HEAD = (
 )
 QUESTIONS = linear('qa_outputs', 'heads_spans/dense')
 TAGGER = linear('classifier', 'heads_tagger/dense', of=TAGS)
+CHOICE = linear('classifier', 'heads_choice/dense', of=CHOOSES)
 CLASSIFIER = (
   *linear('classifier.dense', 'heads_pooler/dense', needs='heads_classifier'),
   *linear('classifier.out_proj', 'heads_classifier/dense'),

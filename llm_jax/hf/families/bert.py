@@ -15,6 +15,7 @@ _HEADS = (
   *linear('cls.seq_relationship', 'heads_nsp/dense'),
   *linear('classifier', 'heads_classifier/dense', of=CLASSIFIES),
   *shared.TAGGER,
+  *shared.CHOICE,
   *shared.QUESTIONS,
 )
 
@@ -39,6 +40,7 @@ FAMILIES = {
       'BertForSequenceClassification': ('pooler', 'classifier'),
       'BertForQuestionAnswering': ('spans',),
       'BertForTokenClassification': ('tagger',),
+      'BertForMultipleChoice': ('pooler', 'choice'),
       'BertForMaskedLM': ('mlm',),
       'BertForNextSentencePrediction': ('pooler', 'nsp'),
       'BertModel': (),

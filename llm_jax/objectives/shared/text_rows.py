@@ -114,20 +114,20 @@ class TextRows:
       )
 
 
-def fit(first: Any, second: Any, seq_len: int, special: int) -> tuple[Any, Any]:
+def fit(first: Any, second: Any, seq_len: Any, special: int) -> tuple[Any, Any]:
   """How many tokens of each text are kept so that a row holds them with its special tokens; the
   longer text loses first.
 
   Args:
     first: tokens of a text, or of each text of an array.
     second: likewise of the second text of a pair; None where there is none.
-    seq_len: T.
+    seq_len: tokens of the row, or what each text of an array may take of one.
     special: how many special tokens stand around each text or pair.
 
   Returns:
     What is kept of `first`, and of `second` or None.
   """
-  if seq_len <= special:
+  if np.min(seq_len, initial=special + 1) <= special:
     raise ValueError(f'seq_len={seq_len} must be more than the {special} special tokens of a row.')
   room = seq_len - special
   if second is None:

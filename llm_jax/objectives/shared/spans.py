@@ -10,7 +10,7 @@ from absl import logging
 from llm_jax.core.contracts import Documents, Example
 from llm_jax.data import pairs
 from llm_jax.data.pairs import Frame
-from llm_jax.objectives._text_rows import plan
+from llm_jax.objectives.shared.text_rows import plan
 
 CANDIDATE, START, END = 1, 2, 4  # bits of `span`
 Answer = tuple[str, int]  # its text, and its first character in the context

@@ -1,4 +1,4 @@
-"""Labels of `classify`: the classes of a corpus, and a label as the number that a loss wants."""
+"""Labels of texts: the classes of a corpus, and a label as the number that a loss wants."""
 
 import functools
 import itertools
@@ -21,6 +21,7 @@ class Labels:
   Args:
     classes: their names in the order of their numbers; None for regression.
     task: one of `TASKS`.
+    name: of the objective, for messages.
 
   Raises:
     ValueError: classes that do not fit the task.
@@ -30,9 +31,9 @@ class Labels:
     shape: of the label of one text in a batch.
   """
 
-  def __init__(self, classes: tuple[str, ...] | None, task: str):
+  def __init__(self, classes: tuple[str, ...] | None, task: str, name: str = 'classify'):
     _check_classes(classes, task)
-    self.classes, self.task = classes, task
+    self.classes, self.task, self.name = classes, task, name
     self.number = {name: i for i, name in enumerate(classes or ())}
     self.dtype = np.int32 if task in ('multiclass', 'binary') else np.float32
     self.shape = (len(classes),) if task == 'multilabel' else ()
@@ -64,12 +65,14 @@ class Labels:
     if labels is None:
       if required:
         raise ValueError(
-          'objective classify needs labels and this corpus has none; name its field by '
+          f'objective {self.name} needs labels and this corpus has none; name its field by '
           "config.data.label, or set objective.unlabelled='ignore' where another objective learns "
           'from it.'
         )
       logging.info(
-        'classify: none of %d documents has a label; they count for nothing here.', len(documents)
+        '%s: none of %d documents has a label; they count for nothing here.',
+        self.name,
+        len(documents),
       )
       return
     missing = 0
@@ -88,7 +91,8 @@ class Labels:
         raise ValueError(f'{documents.where(index)} has the label {label!r}; it {error}.') from None
     if missing:
       logging.info(
-        'classify: %d of %d documents have no label and count for nothing here.',
+        '%s: %d of %d documents have no label and count for nothing here.',
+        self.name,
         missing,
         len(documents),
       )

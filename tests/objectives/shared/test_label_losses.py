@@ -8,7 +8,7 @@ from scipy import special
 from sklearn.utils.class_weight import compute_class_weight
 
 from llm_jax.objectives import classify
-from llm_jax.objectives._label_losses import LabelLoss, balanced
+from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
 
 RNG = np.random.default_rng(0)
 LOGITS = RNG.normal(0, 3, (2, 3, 4))

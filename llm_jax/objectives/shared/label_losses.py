@@ -23,7 +23,7 @@ class LabelLoss:
   """A loss by the options of `classify`.
 
   Attributes:
-    task: one of `_labels.TASKS`.
+    task: one of `labels_lib.TASKS`.
     classes: C; 0 in regression.
     class_weights: of each class; None for 1. A text counts as its class does, so that the loss is a
       weighted mean. In multilabel, of each class's positive labels alone.

@@ -1,0 +1,39 @@
+"""Multiple choice: which of four continuations belongs to this summary of a docstring?
+
+`--config.init_from=FOLDER` starts from pretrained weights. For another corpus:
+`--config.data.source=jsonl --config.data.path=FILE "--config.data.fields=('choices',)"
+--config.data.label=FIELD`.
+"""
+
+from configs import base
+
+
+def get_config():
+  """A few hundred steps on four candidates, from the weights of `init_from` or from scratch; from
+  pretrained weights BERT's recipe (arXiv:1810.04805, section 4.4).
+  """
+  config = base.get_config()
+  config.steps = 300
+  config.batch_size = 16
+  config.seq_len = 512
+  config.micro_batches = 1
+  config.log_every = 10
+  config.eval_every = 100
+  config.data.source = 'summaries'
+  config.data.candidates = 4
+  config.data.validation = 0.1
+  config.tokenizer.vocab_size = 4096
+  config.model = base.model('encoder', 'bert_tiny')
+  config.objective = dict(
+    name='choice', dropout=0.1, pool='mean', unlabelled='error', packing='best_fit'
+  )
+  config.optimizer.name = 'muon'
+  config.optimizer.learning_rate = 1e-2
+  config.checkpoint.every = 100
+  config.evaluation.rows = 0
+  config.pretrained = base.fine_tuning() | dict(
+    epochs=3.0,
+    eval_every=0,
+    objective=dict(pool=base.unset(str)),  # as the folder has it
+  )
+  return config

@@ -1,0 +1,43 @@
+"""Vectors of texts by contrastive learning: which docstring follows this summary?
+
+`--config.init_from=FOLDER` starts from pretrained weights. For another corpus:
+`--config.data.source=jsonl --config.data.path=FILE --config.data.text=FIELD
+--config.data.pair=FIELD`; without pairs a text is compared with itself under dropout (SimCSE).
+"""
+
+from configs import base
+
+
+def get_config():
+  """A few hundred steps on pairs, from the weights of `init_from` or from scratch."""
+  config = base.get_config()
+  config.steps = 300
+  config.batch_size = 32
+  config.seq_len = 256
+  config.micro_batches = 1
+  config.log_every = 10
+  config.eval_every = 100
+  config.data.source = 'summaries'
+  config.data.validation = 0.1
+  config.tokenizer.vocab_size = 4096
+  config.model = base.model('encoder', 'bert_tiny')
+  config.objective = dict(
+    name='contrast',
+    loss='softmax',
+    temperature=0.05,
+    symmetric=False,
+    dims=(),
+    pool='mean',
+    projection=False,
+    packing='best_fit',
+  )
+  config.optimizer.name = 'muon'
+  config.optimizer.learning_rate = 1e-2
+  config.checkpoint.every = 100
+  config.evaluation.rows = 0
+  config.pretrained = base.fine_tuning() | dict(
+    epochs=1.0,
+    eval_every=0,
+    objective=dict(pool=base.unset(str)),  # as the folder has it
+  )
+  return config

@@ -1,0 +1,1 @@
+"""What several objectives share, and the host half of those that are long."""
