@@ -314,6 +314,8 @@ class Objective:
     predictor: what answers for single texts: itself, a part of it, or nothing.
     evaluators: the evaluators of a validation set where the config names none.
     derived: the options that `derive` may give; their default is None.
+    text_fields: the fields of a record with a `text` that hold a text or a list of texts; a
+      tokenizer that is trained for the run learns from them.
     compares: whether losses come from `compare`, of all rows of the global batch together.
     embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
       not.
@@ -323,6 +325,7 @@ class Objective:
   predictor: 'Predictor | None' = None
   evaluators: tuple[str, ...] = ('loss',)
   derived: ClassVar[tuple[str, ...]] = ()
+  text_fields: ClassVar[tuple[str, ...]] = ('text', 'pair')
   compares: bool = False
   embedding_pool: str | None = None
 

@@ -37,6 +37,7 @@ class Objective(Candidates):
 
   name, head = 'choice', 'choice'
   terms = {'choice': 1.0}
+  text_fields = ('text', 'pair', 'choices')
 
   def __init__(
     self,

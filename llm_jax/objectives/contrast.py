@@ -67,6 +67,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   """
 
   terms = {'contrast': 1.0}
+  text_fields = ('text', 'pair', 'negatives')
   compares = True
 
   def __init__(

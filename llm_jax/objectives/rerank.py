@@ -42,6 +42,7 @@ class Objective(Candidates):
 
   name, head = 'rerank', 'classifier'
   terms = {'rerank': 1.0}
+  text_fields = ('text', 'pair', 'passages')
   evaluators = ('loss', 'ranking')
 
   def __init__(

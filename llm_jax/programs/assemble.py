@@ -3,6 +3,7 @@
 The only module that looks plug-ins up by name.
 """
 
+import contextlib
 import dataclasses
 import functools
 import types
@@ -315,6 +316,12 @@ def encoder(config: Config) -> encoding.Encoder:
   return encoding.Encoder(functions)
 
 
+def text_fields(config: Config) -> tuple[str, ...]:
+  """The fields of a record with a text that hold texts, as the objective and its parts say."""
+  leaves = [_objective_class(part) for _, part in _leaf_sections(config.objective)]
+  return tuple(dict.fromkeys(name for leaf in leaves for name in leaf.text_fields))
+
+
 def derive(config: Config, documents: Sequence[Documents]) -> Config:
   """The config with the options that only the training documents decide filled in."""
 
@@ -339,13 +346,15 @@ def with_derived(config: Config, saved: Config) -> Config:
 
 def with_stand_ins(config: Config, tokenizer: Tokenizer) -> Config:
   """The config with derived options taken from made-up records where they are still open."""
-  return derive(config, [_sample_documents(config, tokenizer)])
+  with _unlogged():
+    return derive(config, [_sample_documents(config, tokenizer)])
 
 
 def template(config: Config, objective: Objective, tokenizer: Tokenizer) -> Example:
   """One row as the objective makes it of made-up records: the shapes of every row."""
   rng = np.random.default_rng(0)
-  rows = objective.rows(_sample_documents(config, tokenizer), config.seq_len)
+  with _unlogged():
+    rows = objective.rows(_sample_documents(config, tokenizer), config.seq_len)
   return objective.transform(rows.example(0, rng), rng)
 
 
@@ -502,6 +511,18 @@ def _sample_documents(config: Config, tokenizer: Tokenizer) -> Documents:
   if config.data.get('pair') is not None:
     records = [record | {'pair': record['text']} for record in records]
   return documents_lib.Memory(records, encoder(config), tokenizer)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+  """What is said of made-up records would be taken for the data's."""
+  logger = logging.get_absl_logger()
+  before = logger.level
+  logger.setLevel('ERROR')
+  try:
+    yield
+  finally:
+    logger.setLevel(before)
 
 
 def _objective_sections(section: Section) -> list[tuple[str, Section]]:

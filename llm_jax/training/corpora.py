@@ -218,30 +218,31 @@ def _new_tokenizer(config: Config) -> Tokenizer:
     return pretrained.load_tokenizer(config)  # it comes along with the weights
   sources, _ = assemble.sources(config)
   share = config.data['validation']
-  texts = functools.partial(_training_texts, sources, share)
-  fingerprint = ' '.join([*(source.fingerprint for source in sources), str(share)])
+  fields = assemble.text_fields(config)
+  texts = functools.partial(_training_texts, sources, share, fields)
+  further = () if fields == Objective.text_fields else fields  # as it always was
+  fingerprint = ' '.join([*(source.fingerprint for source in sources), str(share), *further])
   folder = str(cache_directory(config) / 'tokenizers')
   return assemble.create_tokenizer(config, texts, fingerprint, folder)
 
 
-def _training_texts(sources: Sequence[Source], validation: float) -> Iterator[str]:
-  """Every string of every training record, those in lists too; of a record with a text, the text
-  and its pair; of one with words, these with spaces between them.
+def _training_texts(
+  sources: Sequence[Source], validation: float, fields: Sequence[str]
+) -> Iterator[str]:
+  """Every string of every training record, those in lists too; of a record with a text, those in
+  `fields`; of one with words, these with spaces between them.
   """
   for source in sources:
     indices = range(len(source))
     for index in progress.shown(indices, 'Reading for the tokenizer', len(source), 'records'):
       record = source[index]
       if not cache.held_out(record, validation):
-        yield from _strings(record)
+        yield from _strings(record, fields)
 
 
-def _strings(record: dict[str, Any]) -> Iterator[str]:
+def _strings(record: dict[str, Any], fields: Sequence[str]) -> Iterator[str]:
   if 'text' in record:
-    yield record['text']
-    if 'pair' in record:
-      yield record['pair']
-    return
+    record = {name: record[name] for name in fields if name in record}
   words = record.get('words')
   if isinstance(words, list) and all(isinstance(word, str) for word in words):
     yield ' '.join(words)  # as they run in a text; `tags` are no text
