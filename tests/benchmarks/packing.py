@@ -2,10 +2,11 @@
 interleaved run of the compiled train steps.
 
     python tests/benchmarks/packing.py                            # configs/classify.py
+    python tests/benchmarks/packing.py --task=tag                 # configs/tag.py
     python tests/benchmarks/packing.py --config.seq_len=256       # any option of it
 
-By default: the docstrings, bert_tiny, rows of 128 positions. Both have the same model, rows and
-optimizer; what differs is how many texts the rows hold.
+By default: the config's own data, bert_tiny, rows of 128 positions. Both have the same model, rows
+and optimizer; what differs is how many texts the rows hold.
 """
 
 import argparse
@@ -22,11 +23,13 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))  # the configs
 
-from configs import classify  # noqa: E402
+from configs import classify, tag  # noqa: E402
 from llm_jax.core import config  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
 from llm_jax.programs import assemble, pretrained, workdir  # noqa: E402
 from llm_jax.training import corpora, program  # noqa: E402
+
+TASKS = {'classify': classify, 'tag': tag}
 
 
 def main() -> None:
@@ -37,9 +40,10 @@ def main() -> None:
   flags.add_argument('--pairs', type=int, default=9, help='measurements of each, alternating')
   flags.add_argument('--steps', type=int, default=3, help='train steps per measurement')
   flags.add_argument('--json', type=pathlib.Path)
+  flags.add_argument('--task', choices=TASKS, default='classify')
   given, options = flags.parse_known_args()
   with tempfile.TemporaryDirectory() as folder:
-    data = _load(options, pathlib.Path(folder))
+    data = _load(given.task, options, pathlib.Path(folder))
     sides = {packing: Side(data, packing) for packing in ('best_fit', 'none')}
   for side in sides.values():
     side.run(given.steps)  # compiles
@@ -93,15 +97,15 @@ class Side:
     began, texts = time.perf_counter(), 0
     for _ in range(steps):
       batch = next(self._batches)
-      texts += int(np.sum(batch['label_weight']))
+      texts += int(np.sum(np.max(batch['segments'], axis=1)))
       self._state, metrics = self._program.train_step(self._state, self._program.put(batch))
     jax.block_until_ready(metrics)
     return (time.perf_counter() - began) / texts
 
 
-def _load(options, folder):
+def _load(task, options, folder):
   workdir.open_workdir(folder)
-  parsed = config.parse(_settings(options).to_dict())
+  parsed = config.parse(_settings(task, options).to_dict())
   return corpora.load(pretrained.fill_in(parsed, folder), folder)
 
 
@@ -110,8 +114,8 @@ def _fill(rows, seq_len):
   return len(rows.sizes) / len(rows), float(rows.sizes.sum() / (len(rows) * seq_len))
 
 
-def _settings(options):
-  settings = classify.get_config()
+def _settings(task, options):
+  settings = TASKS[task].get_config()
   for option in options:
     path, _, value = option.removeprefix('--config.').partition('=')
     try:

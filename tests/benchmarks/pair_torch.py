@@ -1,12 +1,13 @@
 """Training here and by transformers + torch: the same model, weights, shapes, optimizer and
 precision, alternating.
 
-    python tests/benchmarks/pair_torch.py [--case=bert_base|gpt2|finetune] [--pairs=5] [--json=FILE]
+    python tests/benchmarks/pair_torch.py [--case=CASE] [--pairs=5] [--json=FILE]
 
     bert_base   masked LM, 8 rows of 128 tokens, 15 % of them masked, dropout as in the paper
     gpt2        causal LM, 4 rows of 256 tokens, dropout as in the paper
     finetune    BERT-base as a classifier of docstrings of 8 to 128 tokens: theirs 32 texts per
                 batch, padded to the longest of them; ours as many in packed rows of 128
+    lora        the same with LoRA of rank 8 on queries and values, theirs by peft
 
 All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which
 one works at a time: ours keeps freed memory as `llm_jax.main` does, with `model.unroll=0`; theirs
@@ -32,6 +33,7 @@ if '--serve=ours' in sys.argv:
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
+import peft  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
@@ -48,7 +50,8 @@ from llm_jax.training import corpora, program  # noqa: E402
 RATE = 1e-4
 TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune
 WARM = 3  # steps; in the first ones each takes the memory that it goes on with
-UNITS = {'bert_base': 'tokens', 'gpt2': 'tokens', 'finetune': 'texts'}
+UNITS = {'bert_base': 'tokens', 'gpt2': 'tokens', 'finetune': 'texts', 'lora': 'texts'}
+RANK, ALPHA = 8, 16.0  # of the case lora
 
 
 class Ours:
@@ -60,8 +63,11 @@ class Ours:
     self.program = made = program.build(settings, objective, example)
     loaded = folders.load(folder, families.known(), made.params, made.infos)
     start = made.init(0)
-    params = tree.replace(start.params, loaded.params)  # a head that is not there stays new
-    self.state, self.batches = start.replace(params=params), batches
+    params, frozen = (  # a head that is not there, and an adapter, stay new
+      tree.map_with_path(lambda path, leaf: loaded.params.get(path, leaf), part)
+      for part in (start.params, start.frozen)
+    )
+    self.state, self.batches = start.replace(params=params, frozen=frozen), batches
     self.kept = memory.Kept()  # as the loop of `train` does
 
   def step(self) -> tuple[float, int]:
@@ -78,14 +84,15 @@ class Theirs:
 
   def __init__(self, model, batches):
     self.model, self.batches = model.train(), batches
-    self.optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, fused=True)
+    self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    self.optimizer = torch.optim.AdamW(self.trained, lr=RATE, weight_decay=0.01, fused=True)
 
   def step(self) -> tuple[float, int]:
     """The loss of one step, and how many of the units it learned from."""
     batch, count = next(self.batches)
     loss = self.model(**batch).loss
     loss.backward()
-    torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
     self.optimizer.step()
     self.optimizer.zero_grad(set_to_none=True)
     return float(loss.detach()), count
@@ -192,13 +199,16 @@ class Short:
     return None if values is None else [values[i] for i in self.kept]
 
 
-def finetune(folder):
+def finetune(folder, lora=False):
   """Functions that make each side of a classifier over docstrings."""
   torch.manual_seed(0)
   objective = classify.get_config().objective.to_dict() | dict(pool='cls')  # as theirs
   settings = settings_of(
     classify, seq_len=LENGTH, objective=objective, model=dict(variant='bert_base')
   )
+  if lora:
+    adapter = dict(name='lora', rank=RANK, alpha=ALPHA, targets='query|value')
+    settings = dataclasses.replace(settings, adapter=adapter)
   run = pathlib.Path(folder) / 'run'
   workdir.open_workdir(run)
   data = corpora.load(pretrained.fill_in(settings, run), run)
@@ -213,6 +223,11 @@ def finetune(folder):
   )
   model = transformers.BertForSequenceClassification(shape)
   model.save_pretrained(folder)
+  if lora:
+    method = peft.LoraConfig(
+      task_type='SEQ_CLS', r=RANK, lora_alpha=ALPHA, target_modules=['query', 'value']
+    )
+    model = peft.get_peft_model(model, method)
   size = documents.lengths('tokens').mean() + 2
   print(
     f'{len(documents)} texts of {size:.1f} tokens; {rows} rows hold {TEXTS} of them.', flush=True
@@ -251,7 +266,10 @@ def serve(case, side):
   the input says.
   """
   with tempfile.TemporaryDirectory() as folder:
-    ours, theirs = finetune(folder) if case == 'finetune' else language_model(case, folder)
+    if case in ('finetune', 'lora'):
+      ours, theirs = finetune(folder, lora=case == 'lora')
+    else:
+      ours, theirs = language_model(case, folder)
     chosen = ours() if side == 'ours' else theirs()
     del ours, theirs  # and with them the model of the other side
     losses = [chosen.step()[0] for _ in range(WARM)]
@@ -311,7 +329,7 @@ def main(argv):
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('--case', choices=UNITS, action='append', help='all three by default')
+  parser.add_argument('--case', choices=UNITS, action='append', help='all by default')
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=1, help='per measurement')
   parser.add_argument('--json')
@@ -324,6 +342,7 @@ def main(argv):
     'cores': os.cpu_count(),
     'torch': torch.__version__,
     'transformers': transformers.__version__,
+    'peft': peft.__version__,
     'jax': jax.__version__,
   }
   for case in options.case or UNITS:

@@ -1,0 +1,40 @@
+"""A frozen base costs no products for gradients of its weights: FLOPs of the compiled step."""
+
+import jax
+import pytest
+
+from configs import classify
+from llm_jax.core import config as config_lib
+from llm_jax.planning import costs
+from llm_jax.training import program as programs
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('as_in_use')]
+LAYERS, DIM, MLP, ROWS, LENGTH, RANK = 3, 64, 256, 8, 128, 4
+SHAPE = dict(variant='bert_base', layers=LAYERS, dim=DIM, heads=2, mlp_dim=MLP, vocab_size=512)
+
+
+def flops(adapter, unroll):
+  settings = classify.get_config().to_dict()
+  del settings['pretrained']
+  settings |= dict(batch_size=ROWS, seq_len=LENGTH, adapter=adapter)
+  settings['model'] |= SHAPE | dict(remat='none', unroll=unroll, attention='xla')
+  settings['optimizer'] = dict(name='adamw', learning_rate=1e-3)  # it has no products
+  built = programs.outline(config_lib.parse(settings), jax.devices())
+  found = costs.costs(built.train_step.lower(built.state, built.batch).compile().as_text())
+  assert not found.unknown_loops
+  return found.flops
+
+
+@pytest.mark.parametrize('unroll', [0, LAYERS])
+def test_a_frozen_base_has_two_thirds_of_the_products_of_its_weights(unroll):
+  tokens = ROWS * LENGTH
+  weights = 2 * tokens * (4 * DIM**2 + 2 * DIM * MLP) * LAYERS
+  attention = 2 * tokens * LENGTH * DIM * 2 * LAYERS
+  lora = 2 * tokens * 2 * DIM * RANK * 2 * LAYERS  # beside queries and values
+  pool = 2 * tokens * (LENGTH // 4) * DIM  # means of texts
+  full = flops({}, unroll)
+  assert full == pytest.approx(3 * (weights + attention) + 2 * pool, rel=0.01)
+  method = dict(name='lora', rank=RANK, targets='query|value')
+  adapted = flops(method, unroll)
+  assert adapted <= 2 * weights + 3 * attention + 3 * lora + 2 * pool
+  assert adapted > 1.8 * weights + 2 * attention  # the base is there
