@@ -92,6 +92,8 @@ def get_config() -> config_dict.ConfigDict:
     dict(
       epochs=unset(float),  # passes over the training rows, in place of steps
       seed=0,
+      folds=unset(int),  # of a cross-validation
+      fold=unset(int),  # the one that this run holds out; None: all, one after the other
       micro_batches=unset(int),  # None: the fewest with a moderate number of tokens per device
       log_every=10,
       eval_every=500,  # 0: an epoch

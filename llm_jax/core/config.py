@@ -26,6 +26,8 @@ IDENTITY = (
   'adapter',
   'seq_len',
   'seed',
+  'folds',
+  'fold',
   'optimizer.name',
 )
 NOT_IDENTITY = (
@@ -125,6 +127,8 @@ class Config:
       filled in from there.
     seed: of parameters, data order and dropout.
     micro_batches: in how many parts a batch is run; None for as few as keep memory moderate.
+    folds: in how many parts the documents are dealt out for a cross-validation; None for none.
+    fold: which of them a run holds out, from 1 on; None for one run after the other for each.
     log_every, eval_every: steps between two log lines, and between two evaluations (0: an epoch).
     init_from: the folder of a run or of a Hugging Face model whose parameters the run starts from.
     mesh: sizes of the mesh axes, and the name of the sharding rules.
@@ -147,6 +151,8 @@ class Config:
   seq_len: int | None = None
   seed: int = 0
   micro_batches: int | None = None
+  folds: int | None = None
+  fold: int | None = None
   log_every: int = 10
   eval_every: int = 500
   init_from: str | None = None
@@ -164,6 +170,7 @@ class Config:
     _check_names(self)
     _check_batch(self)
     _check_data(self)
+    _check_folds(self)
     _check_not_negative(self)
 
 
@@ -179,8 +186,9 @@ def parse(tree: Mapping[str, Any]) -> Config:
   for name, section in sections.items():
     if name in tree:
       tree[name] = plugins.construct(name, section, tree[name])
-  if given(tree.get('validation') or {}) and tree.get('data'):
-    tree['data'] = dict(tree['data']) | {'validation': 0.0}  # nothing is held out of the data then
+  held_out = given(tree.get('validation') or {}) or tree.get('folds')
+  if held_out and tree.get('data'):
+    tree['data'] = dict(tree['data']) | {'validation': 0.0}  # no share of the data then
   return plugins.construct('', Config, tree)
 
 
@@ -259,8 +267,8 @@ def given(section: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validates(config: Config) -> bool:
-  """Whether there are validation documents: given ones, or a share of the data."""
-  return bool(given(config.validation) or config.data.get('validation'))
+  """Whether there are validation documents: given ones, a share of the data, or a fold."""
+  return bool(given(config.validation) or config.data.get('validation') or config.folds)
 
 
 def require(config: Config, *sections: str) -> None:
@@ -295,6 +303,21 @@ def _check_data(config: Config) -> None:
     raise ValueError(
       f'config.data.validation={share} must be the share of the documents to hold out, at least 0 '
       'and below 1.'
+    )
+
+
+def _check_folds(config: Config) -> None:
+  folds, fold = config.folds, config.fold
+  if folds is None and fold is not None:
+    raise ValueError(f'config.fold={fold} is one of config.folds; give their number too.')
+  if folds is not None and folds < 2:
+    raise ValueError(f'config.folds={folds} must be at least 2, or None for no cross-validation.')
+  if folds is not None and fold is not None and not 1 <= fold <= folds:
+    raise ValueError(f'config.fold={fold} must be from 1 to {folds}, the number of config.folds.')
+  if folds is not None and given(config.validation):
+    raise ValueError(
+      f'config.folds={folds} holds out parts of the documents, and config.validation names others; '
+      'leave one of them out.'
     )
 
 

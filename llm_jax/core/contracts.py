@@ -297,11 +297,13 @@ class Net(NamedTuple):
     model: the bound model; `model.table()` is the projection on the vocabulary.
     heads: the bound heads by name.
     forward: (batch, positions) -> `Outputs`: a further pass through the model.
+    train: whether it is training: dropout is on, and drawn anew in each pass.
   """
 
   model: Model
   heads: Mapping[str, 'nn.Module']
   forward: Callable[..., Outputs]
+  train: bool = False
 
 
 class Objective:

@@ -140,6 +140,7 @@ def load(
   infos: Mapping[str, Info],
   adapter: Adapter,
   loaded: Loaded,
+  leave: str | None = None,
 ) -> Loaded:
   """The parameters of an adapter, and of the heads that were trained with it, beside its base's.
 
@@ -150,6 +151,7 @@ def load(
     infos: what each of them is.
     adapter: gives `Adapter.ported`.
     loaded: the base's, from its own folder.
+    leave: a head whose last layer starts anew, whatever the folder holds of it.
 
   Raises:
     ValueError: a tensor that belongs to no parameter, or is of another shape; a parameter of the
@@ -184,7 +186,9 @@ def load(
   for name in (name for name in rest if name.startswith('heads_')):
     there = [each for each in locations[name] if set(each.names) <= set(left)]
     held = [each for each in there if each.tensor.held_by(architectures)]
-    if held:
+    if held and name.split('/')[0] == leave:
+      used.update(left[each] for each in held[0].names)
+    elif held:
       read(name, held[0], left)
   lost = sorted(set(tensors) - used)
   if lost:

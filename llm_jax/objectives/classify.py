@@ -23,6 +23,7 @@ from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts, Tokenizer
 from llm_jax.data import pairs
 from llm_jax.nn import heads
+from llm_jax.objectives.shared import label_losses
 from llm_jax.objectives.shared import labels as labels_lib
 from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
 from llm_jax.objectives.shared.text_rows import TextRows
@@ -61,6 +62,8 @@ class Objective(contracts.Objective, contracts.Predictor):
       'balanced'.
     label_smoothing: the share of a label's probability that is spread over all classes.
     focal: the exponent of the focal loss, by which texts that are easy count less; 0 for none.
+    r_drop: above 0, each step runs its texts twice under different dropout, learns from both, and
+      adds so many times by how much the two answers differ (R-Drop, arXiv:2106.14448; 0.5 to 5).
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
     packing: 'best_fit' puts several texts in a row, the longest first, each where least room is
       left; at most one for every 4 tokens, and 128. 'none': one text per row.
@@ -84,6 +87,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     balance: bool = False,
     label_smoothing: float = 0.0,
     focal: float = 0.0,
+    r_drop: float = 0.0,
   ):
     transform = transform or ('pooler' if pool == 'cls' else 'none')
     for name, value, allowed in (
@@ -97,6 +101,8 @@ class Objective(contracts.Objective, contracts.Predictor):
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(allowed)}.')
     if not 0 <= dropout < 1:
       raise ValueError(f'objective.dropout={dropout} must be at least 0 and below 1.')
+    if not 0 <= r_drop < float('inf'):
+      raise ValueError(f'objective.r_drop={r_drop} must be a number from 0 on.')
     if balance and (task == 'regression' or class_weights is None):
       raise ValueError(
         'objective.balance=True takes weights from the classes of the training documents, and '
@@ -106,7 +112,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.label_loss = LabelLoss(task, len(classes or ()), class_weights, label_smoothing, focal)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
-    self.transform_name = transform
+    self.transform_name, self.r_drop = transform, r_drop
+    self.terms = {'classify': 1.0} | ({'r_drop': r_drop} if r_drop else {})
     self.frame = pairs.frame(tokenizer, causal=pool == 'last')
     self.predictor = self
 
@@ -141,11 +148,18 @@ class Objective(contracts.Objective, contracts.Predictor):
     return [record | {'label': next(labels)} for record in records]
 
   def check(self, model: contracts.Model) -> None:
-    """A causal model has no pool 'cls'."""
+    """A causal model has no pool 'cls'; without dropout two passes are one."""
     if model.causal and self.pool == 'cls':
       raise ValueError(
         "objective.pool='cls' reads the first token, which in a causal model has seen nothing; use "
         "'last' or 'mean'."
+      )
+    if self.r_drop and not any(
+      (self.dropout, model.options.dropout, model.options.attention_dropout)
+    ):
+      raise ValueError(
+        f'objective.r_drop={self.r_drop} compares two passes under dropout, and there is none; set '
+        'config.model.dropout.'
       )
 
   def rows(self, documents: Documents, seq_len: int) -> Rows:
@@ -236,7 +250,12 @@ class Objective(contracts.Objective, contracts.Predictor):
     logits_BGC = self.logits(net, hidden_BPD, batch)
     label, weight_BG = batch['label'], batch['label_weight']
     loss_BG, counts_BG = self.label_loss(logits_BGC, label)
-    found = {'classify': (jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG))}
+    found: Metrics = {}
+    if self.r_drop:
+      again_BG, apart_BG = self._again(net, logits_BGC, batch)
+      loss_BG = (loss_BG + again_BG) / 2
+      found['r_drop'] = jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
+    found['classify'] = jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG)
     if self.task == 'regression':
       return found
     if self.task == 'multiclass':
@@ -245,6 +264,23 @@ class Objective(contracts.Objective, contracts.Predictor):
       label_BGC = label if self.task == 'multilabel' else label[..., None]
       right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
     return found | {'classify_accuracy': (jnp.sum(right_BG * weight_BG), jnp.sum(weight_BG))}
+
+  def _again(self, net: Net, logits_BGC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The loss of each text in a second pass, and by how much its answer differs, [B, G] both."""
+    other_BGC = logits_BGC  # without dropout it would be the same
+    if net.train:
+      hidden_BPD = net.forward(batch, self.positions(batch)).hidden
+      other_BGC = self.logits(net, hidden_BPD, batch)
+    loss_BG, _ = self.label_loss(other_BGC, batch['label'])
+    return loss_BG, label_losses.disagreement(self.task, logits_BGC, other_BGC)
+
+  def flops(self, model: contracts.Model, batch: Batch) -> float:
+    """With `r_drop` those of the second pass; heads are small beside it."""
+    if not self.r_drop:
+      return 0.0
+    rows, length = batch['tokens'].shape
+    positions = length if self.pool == 'mean' else batch['text_firsts'].shape[1]
+    return rows * model.flops(length, positions)
 
   def predict(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`probabilities` [B, G, C] of the classes (binary: C = 2); in regression `values` [B, G]."""

@@ -71,7 +71,7 @@ class Network(nn.Module):
     def forward(batch: Batch, positions: jax.Array | None = None) -> Outputs:
       return self.model(batch, positions, train=train)
 
-    return Net(self.model, self.heads, forward)
+    return Net(self.model, self.heads, forward, train)
 
 
 def initialize(network: Network, key: jax.Array, rows: Batch) -> dict[str, Any]:

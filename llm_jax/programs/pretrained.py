@@ -105,7 +105,8 @@ def load_params(program: Inference, folder: pathlib.Path) -> Loaded:
     loaded = load_params(program, pathlib.Path(peft.base(folder)))
     wanted, adapter = tree.flatten(program.params), program.network.adapter
     known = families(program.config)
-    return peft.load(folder, known, wanted, program.infos, adapter, loaded)
+    leave = _head_of_other_size(folder, wanted)
+    return peft.load(folder, known, wanted, program.infos, adapter, loaded, leave)
   if not hf.is_folder(str(folder)):
     return checkpoints.restore_params(folder / 'checkpoints', program.params)
   head = _head_of_other_classes(program.objective, folder)
@@ -138,6 +139,25 @@ def _head_of_other_classes(objective: Objective, folder: pathlib.Path) -> str | 
     ', '.join(classes[:20]) or 'one output',
   )
   return 'heads_tagger' if hf.tags_tokens(str(folder)) else 'heads_classifier'
+
+
+def _head_of_other_size(folder: pathlib.Path, wanted: Mapping[str, Any]) -> str | None:
+  """The head that a network should not take from a folder of the library peft, which has another
+  number of classes there.
+  """
+  outputs = peft.outputs(folder)
+  for head in ('heads_classifier', 'heads_tagger'):
+    leaf = wanted.get(f'{head}/dense/kernel')
+    if leaf is not None and outputs not in (None, leaf.shape[-1]):
+      logging.warning(
+        'The last layer of %s is left out, and starts anew: it is for %d classes, and this run has '
+        '%d.',
+        folder,
+        outputs,
+        leaf.shape[-1],
+      )
+      return head
+  return None
 
 
 def families(config: Config) -> dict[str, tuple[str, Family]]:

@@ -20,6 +20,7 @@ from llm_jax.core.contracts import Documents, Objective, Source, Tokenizer
 from llm_jax.data import cache
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, pretrained, workdir
+from llm_jax.training import folds
 
 EMBEDDED = ('stdlib', 'docstrings', 'headings')  # sources that come with Python
 
@@ -91,7 +92,9 @@ def load(config: Config, folder: pathlib.Path) -> Data:
     )
   tokenizer = _tokenizer(config, folder, saved is not None)
   splits = documents(config, tokenizer)
-  config = assemble.derive(config, splits.train)
+  # In a cross-validation all folds have the same classes.
+  known = [*splits.train, *(splits.validation if config.folds else ())]
+  config = assemble.derive(config, known)
   config = assemble.resolve(config, tokenizer.vocab_size)
   hosts.check_same('options that the data decide', config_lib.to_json(config))
   return Data(config, tokenizer, assemble.create_objective(config, tokenizer), splits)
@@ -118,9 +121,12 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
     if source
   }
   share = config.data['validation']
-  train, validation = zip(*(corpus.split(share) for corpus in corpora), strict=True)
+  if config.folds:
+    train, validation = folds.split(corpora, tokenizer, config)
+  else:
+    train, validation = zip(*(corpus.split(share) for corpus in corpora), strict=True)
   splits = {name: [corpus.split(0)[0] for corpus in found] for name, found in others.items()}
-  validation = splits.get('validation', validation if share else ())
+  validation = splits.get('validation', validation if share or config.folds else ())
   _warn_of_copies(train, splits)
   fingerprint = ' '.join(corpus.content for corpus in [*corpora, *others.get('validation', ())])
   tested = ' '.join(corpus.content for corpus in others.get('test', ()))

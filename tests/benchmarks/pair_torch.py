@@ -42,6 +42,7 @@ sys.path.insert(0, str(ROOT))  # the configs
 
 from configs import bert_base, classify, gpt2  # noqa: E402
 from llm_jax.core import config, tree  # noqa: E402
+from llm_jax.core import params as params_lib  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
 from llm_jax.hf import families, folders  # noqa: E402
 from llm_jax.programs import assemble, pretrained, workdir  # noqa: E402
@@ -61,7 +62,8 @@ class Ours:
 
   def __init__(self, settings, objective, example, batches, folder):
     self.program = made = program.build(settings, objective, example)
-    loaded = folders.load(folder, families.known(), made.params, made.infos)
+    base, _ = params_lib.split(made.params, made.base.__contains__)
+    loaded = folders.load(folder, families.known(), base, made.infos)
     start = made.init(0)
     params, frozen = (  # a head that is not there, and an adapter, stay new
       tree.map_with_path(lambda path, leaf: loaded.params.get(path, leaf), part)

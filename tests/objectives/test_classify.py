@@ -11,11 +11,14 @@ import pytest
 from absl import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import special
 
 from llm_jax.core import plugins
 from llm_jax.data.documents import Memory
+from llm_jax.models import encoder
 from llm_jax.objectives import classify
 from llm_jax.objectives.shared import text_rows
+from llm_jax.programs import network as networks
 
 RNG = np.random.default_rng(0)
 LETTERS = ('a', 'b', 'c')
@@ -486,8 +489,6 @@ def test_regression(small):
 
 
 def test_head_dropout_acts_only_where_the_stream_is_given(small):
-  from llm_jax.models import encoder
-
   model = encoder.Model(vocab_size=50, dim=8, layers=1, heads=2, mlp_dim=16, max_len=8)
   objective = classify.Objective(small.Tokenizer(), LETTERS, dropout=0.5)
   heads = objective.heads(model)
@@ -511,3 +512,62 @@ def test_head_dropout_acts_only_where_the_stream_is_given(small):
   assert plain.shape == (2, 1, 3)
   np.testing.assert_array_equal(plain, again)
   assert np.abs(dropped - plain).max() > 1e-3
+
+
+@pytest.mark.parametrize('task', ['multiclass', 'binary', 'multilabel', 'regression'])
+def test_r_drop(small, task):
+  """Equations 3 and 4 of its paper, with the mean of both passes' losses."""
+  classes = {'multiclass': LETTERS, 'binary': LETTERS[:2], 'multilabel': LETTERS}.get(task)
+  labels = {
+    'multiclass': ['c', 'a'],
+    'binary': ['b', 'a'],
+    'multilabel': [['a', 'c'], []],
+    'regression': [1.5, -1.0],
+  }[task]
+  options = dict(task=task, pool='last', packing='none')
+  objective = classify.Objective(small.Tokenizer(), classes, r_drop=3.0, **options)
+  assert objective.terms == {'classify': 1.0, 'r_drop': 3.0}
+  rows = objective.rows(small.Documents([[10], [12]], labels=labels), 6)
+  batch = small.stack([rows.example(i, RNG) for i in range(2)])
+  size = 3 if task in ('multiclass', 'multilabel') else 1
+  a, b = np.random.default_rng(1).normal(size=(2, 2, 1, size))
+  forward = lambda batch, positions: types.SimpleNamespace(hidden=b)
+  net = types.SimpleNamespace(heads={'classifier': jnp.asarray}, forward=forward, train=True)
+  found = objective.loss(net, a, batch)
+  plain = classify.Objective(small.Tokenizer(), classes, **options)
+  alone = [float(plain.loss(net, x, batch)['classify'][0]) for x in (a, b)]
+  assert float(found['classify'][0]) == pytest.approx(np.mean(alone), rel=1e-5)
+  if task == 'regression':
+    wanted = ((a - b) ** 2).sum()
+  elif task == 'multiclass':
+    p, q = special.softmax(a, -1), special.softmax(b, -1)
+    wanted = (special.rel_entr(p, q) + special.rel_entr(q, p)).sum() / 2
+  else:
+    p, q = special.expit(a), special.expit(b)
+    both = special.rel_entr(p, q) + special.rel_entr(q, p)
+    both += special.rel_entr(1 - p, 1 - q) + special.rel_entr(1 - q, 1 - p)
+    wanted = both.sum() / 2 / size
+  assert tuple(map(float, found['r_drop'])) == (pytest.approx(wanted, rel=1e-4), 2)
+  net.train = False  # without dropout the second pass is the first
+  silent = objective.loss(net, a, batch)
+  assert float(silent['r_drop'][0]) == 0
+  assert float(silent['classify'][0]) == pytest.approx(alone[0], rel=1e-6)
+
+
+def test_the_two_passes_of_r_drop_have_different_dropout(small):
+  shape = dict(vocab_size=50, dim=8, layers=2, heads=2, mlp_dim=16, max_len=8)
+  model = encoder.Model(**shape, dropout=0.2, attention_dropout=0.0, unroll=0)
+  objective = classify.Objective(small.Tokenizer(), LETTERS, r_drop=1.0, dropout=0.0)
+  rows = objective.rows(small.Documents([[10, 11], [12]], labels=['c', 'a']), 8)
+  batch = small.stack([rows.example(i, RNG) for i in range(len(rows))])
+  network = networks.Network(model, objective.heads(model), objective)
+  params = nn.meta.unbox(network.init(jax.random.PRNGKey(0), batch)['params'])
+  rngs = {'dropout': jax.random.PRNGKey(1)}
+  trained = networks.apply(network, params, batch, rngs=rngs, train=True)
+  assert float(trained['r_drop'][0]) > 0
+  assert float(networks.apply(network, params, batch)['r_drop'][0]) == 0
+  still = model.clone(dropout=0.0)
+  with pytest.raises(ValueError, match='r_drop=1.0 compares two passes under dropout, and there'):
+    objective.check(still)
+  with pytest.raises(ValueError, match='objective.r_drop=-1.0 must be a number from 0 on'):
+    classify.Objective(small.Tokenizer(), LETTERS, r_drop=-1.0)

@@ -133,21 +133,37 @@ def test_a_decoder_writes_what_it_writes_there(tiny, tmp_path):
   assert list(texts_there(folder, tmp_path / 'again')) == theirs
 
 
-@pytest.mark.parametrize('saved', ['sentences'], indirect=True)
-def test_training_goes_on_from_it(saved, tmp_path):
-  """By a config that names the objective, from the adapter and its head; the base stays."""
-  _, adapter = saved
-  rows = [dict(text=text, label=f'LABEL_{i % 3}') for i, text in enumerate(TEXTS * 4)]
-  (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+def started_from(adapter, folder, classes):
+  """A run of a config that names the objective."""
+  rows = [dict(text=text, label=f'LABEL_{i % classes}') for i, text in enumerate(TEXTS * 4)]
+  (folder / 'x.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   tree = classify.get_config().to_dict() | dict(
     init_from=str(adapter), steps=2, batch_size=2, seq_len=32
   )
-  tree['data'] = dict(source='jsonl', path=str(tmp_path / 'x.jsonl'), label='label')
-  tree['data'] |= dict(validation=0.0, cache=str(tmp_path))
+  tree['data'] = dict(source='jsonl', path=str(folder / 'x.jsonl'), label='label')
+  tree['data'] |= dict(validation=0.0, cache=str(folder))
   tree['model'] |= dict(name=None, variant=None)
   tree = recipes.chosen(tree, ()) | dict(logging=dict(tensorboard=False))
   config = pretrained.fill_in(config_lib.parse(tree))
-  started = loop.prepare(config, tmp_path / 'w')
+  return loop.prepare(config, folder / 'w')
+
+
+@pytest.mark.parametrize('saved', ['sentences'], indirect=True)
+def test_a_head_of_other_classes_starts_anew(saved, tmp_path, caplog):
+  _, adapter = saved
+  started, known = started_from(adapter, tmp_path, 2), flatten(llm_jax.open(adapter).params)
+  assert 'it is for 3 classes, and this run has 2' in caplog.text
+  head = started.state.params['heads_classifier']['dense']['kernel']
+  assert head.shape[-1] == 2
+  taken = {path: x for path, x in flatten(started.state.params).items() if 'lora' in path}
+  assert taken and all(np.array_equal(np.array(x), known[path]) for path, x in taken.items())
+
+
+@pytest.mark.parametrize('saved', ['sentences'], indirect=True)
+def test_training_goes_on_from_it(saved, tmp_path):
+  """From the adapter and its head; the base stays."""
+  _, adapter = saved
+  started = started_from(adapter, tmp_path, 3)
   copied = lambda params: {path: np.array(x) for path, x in flatten(params).items()}
   trained, frozen = copied(started.state.params), copied(started.state.frozen)
   known = flatten(llm_jax.open(adapter).params)  # which answers as peft does

@@ -116,6 +116,25 @@ class LabelLoss:
     return jnp.asarray(self.class_weights, dtype)[label_BG]
 
 
+def disagreement(task: str, a_BGC: jax.Array, b_BGC: jax.Array) -> jax.Array:
+  """[B, G]: how far the answers of two passes are apart: half the divergence of Kullback and
+  Leibler in both directions (Liang et al. 2021, "R-Drop", arXiv:2106.14448, equation 3), in
+  multilabel the mean over the classes; in regression the squared difference.
+
+  Args:
+    task: one of `labels_lib.TASKS`.
+    a_BGC: logits of one pass.
+    b_BGC: of the other.
+  """
+  if task == 'regression':
+    return jnp.square(a_BGC - b_BGC)[..., 0]
+  if task == 'multiclass':
+    a_BGC, b_BGC = jax.nn.log_softmax(a_BGC), jax.nn.log_softmax(b_BGC)
+    return jnp.sum((jnp.exp(a_BGC) - jnp.exp(b_BGC)) * (a_BGC - b_BGC), -1) / 2
+  both_BGC = (jax.nn.sigmoid(a_BGC) - jax.nn.sigmoid(b_BGC)) * (a_BGC - b_BGC)
+  return jnp.mean(both_BGC, -1) / 2
+
+
 def balanced(
   classes: Sequence[str], task: str, documents: Sequence[Documents]
 ) -> tuple[float, ...]:
