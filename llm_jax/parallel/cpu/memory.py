@@ -5,7 +5,9 @@ step and asks for it again, and the system hands it out anew, zeroed: page by pa
 fifth of the time of a BERT-base step, in pages of 2 MiB little, unless the machine is virtual and
 its host has to be asked too. So it is kept, while steps are taken (`Kept`). For that one step has
 to be over before the next is dispatched, as JAX else takes the block of the next one while the last
-one's is in use, and both would be kept. glibc and JAX read what they are to do from the environment
+one's is in use, and both would be kept. Once the block is there, the system is asked for no more
+huge pages: it would go on to fill up those of which only a small block is in use, minute by minute,
+and a run would seem to leak. glibc and JAX read what they are to do from the environment
 (`set_up`). Imports nothing that takes long, since it must come before JAX.
 """
 
@@ -24,7 +26,9 @@ _VARIABLE, _HUGE_PAGES = 'GLIBC_TUNABLES', '/sys/kernel/mm/transparent_hugepage/
 _ASYNCHRONOUS = 'JAX_CPU_ENABLE_ASYNC_DISPATCH'
 ROOM = 2**26  # bytes for small blocks beside that of a step
 LONGEST, PAUSE = 1.0, 1e-4  # seconds to wait for that of a step, and between two looks
+WARM = 3  # steps, of which each may take memory that it goes on with
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
+_HUGE, _NOT_HUGE = 14, 15  # advice of Linux's mman.h
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
 
@@ -60,6 +64,7 @@ class Kept:
       self.libc.mallopt(_M_TRIM_THRESHOLD, -1)
       self.libc.malloc.restype, self.libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
       self.libc.free.argtypes = [ctypes.c_void_p]
+      self.libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
       self.end = None
     self.renew()
 
@@ -73,6 +78,8 @@ class Kept:
       self.end = _make_room(self.libc)
       release()  # each block of that has taken a huge page, by a word at its beginning
       self.limit = self._in_use() + ROOM
+      self.waits = 0
+      self._advise(_HUGE)
 
   def wait(self) -> None:
     """Waits until the block of the last step is free: some microseconds after its results are
@@ -81,6 +88,9 @@ class Kept:
     """
     if not self.active:
       return
+    self.waits += 1
+    if self.waits == WARM + 1:
+      self._advise(_NOT_HUGE)
     looks = int(LONGEST / PAUSE)  # not by a clock, which goes on while this process does not
     while self._in_use() > self.limit:
       looks -= 1
@@ -90,6 +100,14 @@ class Kept:
 
   def _in_use(self) -> int:
     return self.libc.mallinfo2().uordblks
+
+  def _advise(self, advice: int) -> None:
+    """For what the C library holds; pages that are there stay as they are."""
+    maps = pathlib.Path('/proc/self/maps').read_text().splitlines()
+    heap = [line.split()[0].split('-') for line in maps if line.endswith('[heap]')]
+    if heap:
+      start, stop = int(heap[0][0], 16), int(heap[-1][1], 16)
+      self.libc.madvise(start, stop - start, advice)
 
 
 class _Mallinfo(ctypes.Structure):

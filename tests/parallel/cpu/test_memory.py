@@ -128,6 +128,34 @@ def test_the_block_of_each_step_lies_where_the_last_ones_was():
   assert places(memory.ROOM) == 1 < places(2**20)
 
 
+ADVICE = """
+import pathlib, re
+from llm_jax.parallel.cpu import memory
+memory.set_up()
+kept = memory.Kept()
+def advice():
+  maps = pathlib.Path('/proc/self/smaps').read_text().split('VmFlags:')
+  heap = [i + 1 for i, text in enumerate(maps) if '[heap]' in text]
+  flags = [maps[i].splitlines()[0].split() for i in heap]
+  return {'huge' if 'hg' in each else 'not' if 'nh' in each else 'none' for each in flags}
+said = []
+for step in range(2 * memory.WARM):
+  kept.wait()
+  bytes(100_000_000)
+  said.append(advice())
+kept.renew()
+print(said == [{'huge'}] * memory.WARM + [{'not'}] * memory.WARM, advice() == {'huge'}, said)
+"""
+
+
+@pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
+def test_no_more_huge_pages_are_made_once_steps_have_their_block():
+  command = [sys.executable, '-c', ADVICE]
+  env = os.environ | dict(JAX_PLATFORMS='cpu')
+  said = subprocess.check_output(command, text=True, env=env)
+  assert said.split()[:2] == ['True', 'True'], said
+
+
 ROOM_IN_HOLES = """
 from llm_jax.parallel.cpu import memory
 memory.set_up()
