@@ -98,11 +98,6 @@ class Kept:
         self.limit = self._in_use() + ROOM
       time.sleep(PAUSE)
 
-  def pause(self) -> None:
-    """Gives back the block of the last step, beside which an evaluation or a save would stand."""
-    self.wait()
-    release()
-
   def _in_use(self) -> int:
     return self.libc.mallinfo2().uordblks
 
