@@ -304,7 +304,6 @@ def _loop(
       continue
     peaks.over('the steps')
     gauge.flush()  # what is said about a step stands in the log before the step is saved
-    host_memory.release()  # of the step's block, or what comes now would stand beside it
     if evaluated:
       values = _evaluate(run, log, step, baselines)
       peaks.over('evaluation')
