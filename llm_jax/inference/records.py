@@ -50,7 +50,7 @@ class Records:
     text: the field with the text.
     pair: the field with the second text.
     whole: a record is all the fields of its line, as an objective with an `encode` of its own wants
-      them.
+      them, with `text` and `pair` from where the run has them.
 
   Attributes:
     fields: the fields with text and pair; None where records are whole.
@@ -76,6 +76,7 @@ class Records:
     if whole and (text or pair):
       raise ValueError('this model reads each record as it is; leave --text and --pair out.')
     self.fields = None if whole else self._fields(data, text, pair, known, strings)
+    self._own = {name: data.get(name) or name for name in ('text', 'pair')}
 
   def __len__(self) -> int:
     return len(self._table)
@@ -119,11 +120,10 @@ class Records:
       values, record, fault = {}, {}, ''
       try:
         values = self._table.values(index)
-        record = values
-        if self.fields is not None:
-          record = self.fields.record(values, self._table.where(index))
+        where = self._table.where(index)
+        record = self.fields.record(values, where) if self.fields else self._whole(values, where)
         if check is not None:
-          fault = _fault(check, record, self._table.where(index))
+          fault = _fault(check, record, where)
       except ValueError as error:
         fault = str(error)
       self._waiting.append((values, fault))
@@ -131,6 +131,15 @@ class Records:
         yield index, record
         continue
       self.faults, self._fault = self.faults + 1, self._fault or fault
+
+  def _whole(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """All fields of a line, with `text` and `pair` from the fields that the run has them in."""
+    found = {
+      name: _record.string(values[field], f'{where}: field {field!r}')
+      for name, field in self._own.items()
+      if values.get(field) is not None
+    }
+    return {**values, **found}
 
   def _faulty(self, answer: Mapping[str, Any]) -> dict[str, Any]:
     values, fault = self._waiting.popleft()

@@ -23,16 +23,12 @@ from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts, Tokenizer
 from llm_jax.data import pairs
 from llm_jax.nn import heads
-from llm_jax.objectives.shared import label_losses
+from llm_jax.objectives.shared import label_losses, text_rows
 from llm_jax.objectives.shared import labels as labels_lib
 from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
 from llm_jax.objectives.shared.text_rows import TextRows
 
 PACKINGS = ('best_fit', 'none')
-TOKENS_PER_TEXT = 4  # slots are enough for texts of so many on average, special ones included
-MOST_TEXTS = (
-  128  # of a row, so that what is kept per slot stays small beside what is kept per token
-)
 
 
 class Objective(contracts.Objective, contracts.Predictor):
@@ -191,12 +187,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     return _Rows(self, documents, seq_len, None)
 
   def slots(self, seq_len: int) -> int:
-    """G: the most texts of a row. Of seq_len alone, so that every corpus, host and split has arrays
-    of the same shape.
-    """
-    if self.packing == 'none':
-      return 1
-    return max(1, min(MOST_TEXTS, seq_len // TOKENS_PER_TEXT))
+    """G: the most texts of a row."""
+    return 1 if self.packing == 'none' else text_rows.slots(seq_len)
 
   def lay_out(
     self, texts: Sequence[tuple[np.ndarray, np.ndarray | None]], labels: Sequence[Any], seq_len: int

@@ -154,9 +154,9 @@ class Objective(contracts.Objective, contracts.Predictor):
           "objective.loss='cosine' compares pairs; config.data.pair names the field of the second "
           'text.'
         )
-    rows = _Rows(self, documents, seq_len, twice=True)
+    rows = _Rows(self, documents, seq_len, learn=True)
     rows.log()
-    if rows.paired is None:
+    if not rows.paired:
       logging.info('contrast: texts have no pairs; each is compared with itself, under dropout.')
     return rows
 
@@ -171,7 +171,7 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   def layout(self, documents: Documents, seq_len: int) -> '_Rows':
     """The rows of texts to compare: no label is looked at, and a text alone stays so."""
-    return _Rows(self, documents, seq_len, twice=False)
+    return _Rows(self, documents, seq_len, learn=False)
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """What `projection` says; predicting needs nothing."""
@@ -290,35 +290,37 @@ class _Rows(GroupRows):
     objective: whose rows they are.
     documents: the groups.
     seq_len: T.
-    twice: a text without a pair is one with itself.
+    learn: negatives are read, and a text without a pair is one with itself; otherwise it is alone.
 
   Attributes:
-    paired: how many tokens the pairs have; None where there are none.
+    paired: whether any text has a pair of its own.
   """
 
-  def __init__(self, objective: Objective, documents: Documents, seq_len: int, twice: bool):
-    self.objective, names, count = objective, documents.names, len(documents)
-    self.paired = documents.lengths('pair_tokens') if 'pair_tokens' in names else None
-    self.twice = twice and self.paired is None
-    texts = 1 if self.paired is None and not twice else 2
+  def __init__(self, objective: Objective, documents: Documents, seq_len: int, learn: bool):
+    self.objective, self.learn, count = objective, learn, len(documents)
+    self.paired = 'pair_tokens' in documents.names
+    lengths = documents.lengths('tokens')
+    seconds = documents.lengths('pair_tokens') if self.paired else lengths * learn
+    self.lone = np.zeros(count, bool) if learn else seconds == 0
     negatives = [np.zeros(0, np.int64)] * count
-    if 'negative_sizes' in names:
+    if learn and 'negative_sizes' in documents.names:
       negatives = [documents.array('negative_sizes', index) for index in range(count)]
-      if self.paired is None:
+      if not self.paired:
         raise ValueError(
           'objective contrast: records have negatives and no pair; config.data.pair names the '
           'field of the text that is like the first.'
         )
-    lengths = documents.lengths('tokens')
-    seconds = lengths if self.paired is None else self.paired
-    leading = np.stack([lengths, seconds], axis=1)[:, :texts]
+    sizes = [
+      np.array([first] if lone else [first, second, *others])
+      for first, second, lone, others in zip(lengths, seconds, self.lone, negatives, strict=True)
+    ]
     super().__init__(
       documents,
       seq_len,
       objective.frame,
       'contrast',
-      counts=texts + np.array([len(sizes) for sizes in negatives], np.int64),
-      first=_interleaved(leading, negatives),
+      counts=np.array([len(each) for each in sizes], np.int64),
+      first=np.concatenate([np.zeros(0, np.int64), *sizes]),
       alone=objective.packing == 'none',
     )
 
@@ -326,10 +328,8 @@ class _Rows(GroupRows):
     """The ids of the text, its pair and its negatives."""
     take = self.documents.array
     found = [take('tokens', document)]
-    if self.paired is not None:
-      found.append(take('pair_tokens', document))
-    elif self.twice:
-      found *= 2
+    if not self.lone[document]:
+      found.append(take('pair_tokens', document) if self.paired else found[0])
     if self.counts[document] > len(found):
       ends = np.cumsum(take('negative_sizes', document))[:-1]
       found += np.split(take('negative_tokens', document), ends)
@@ -392,9 +392,3 @@ def _key(ids: np.ndarray) -> np.ndarray:
   """[2] int32 that is another for other ids."""
   digest = hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8).digest()
   return np.frombuffer(digest, np.int32)
-
-
-def _interleaved(leading: np.ndarray, further: Sequence[np.ndarray]) -> np.ndarray:
-  """Per document the numbers of its row of `leading`, then those of `further`, end to end."""
-  parts = itertools.chain.from_iterable(zip(leading, further, strict=True))
-  return np.concatenate([np.zeros(0, np.int64), *parts])

@@ -108,18 +108,24 @@ def without_replaced_options(
     ValueError: a name that is not known.
   """
   settings = dict(settings)
-  for kind in ('tokenizer', 'model', 'objective', *takes):
-    if f'{kind}.name' not in overrides or not settings[kind].get('name'):
+  takes = {
+    **{
+      kind: functools.partial(_plugin_options, kind) for kind in ('tokenizer', 'model', 'objective')
+    },
+    'data': _data_options,
+    **takes,
+  }
+  for kind, options_of in takes.items():
+    key, section = 'source' if kind == 'data' else 'name', settings.get(kind) or {}
+    if f'{kind}.{key}' not in overrides or not section.get(key):
       continue
-    section = settings[kind]
-    options = takes.get(kind, functools.partial(_plugin_options, kind))(section['name'])
-    taken = {'name', 'variant', 'parts', *options}
+    taken = {key, 'variant', 'parts', *options_of(section[key])}
     said = {key for key in section if f'{kind}.{key}' in overrides}
     dropped = sorted(key for key in config_lib.given(section) if key not in taken | said)
     if dropped:
       names = ', '.join(f'config.{kind}.{key}' for key in dropped)
       logging.info(
-        '%s: not an option of %s; what the config file says is dropped.', names, section['name']
+        '%s: not an option of %s; what the config file says is dropped.', names, section[key]
       )
     settings[kind] = _without(section, *dropped)
   _settle(settings, overrides)
@@ -490,6 +496,12 @@ def _check_section(
 
 def _plugin_options(kind: str, name: str) -> Collection[str]:
   return plugins.signature(getattr(plugins.load(kind, name), plugins.KINDS[kind][1]))
+
+
+def _data_options(source: str) -> Collection[str]:
+  """The options of `config.data` with a source; those of a mixture stand in its parts."""
+  own = () if source == 'mixture' else _plugin_options('source', source)
+  return (*DATA_OPTIONS, *own)
 
 
 def _named(

@@ -5,7 +5,7 @@ import types
 import pytest
 from absl import flags
 
-from configs import bert_tiny, llama
+from configs import bert_tiny, choice, llama
 from llm_jax import main
 from llm_jax.core import plugins
 from llm_jax.modes import _command
@@ -71,6 +71,17 @@ def test_a_plug_in_named_by_a_flag_drops_what_the_file_sets_for_the_old_one():
     kept = Command('train', settings, None, overrides).parsed()
     with pytest.raises(ValueError, match='config.tokenizer.vocab_size is not an option'):
       program.check(kept)
+
+
+def test_a_source_named_by_a_flag_drops_what_the_file_sets_for_the_old_one():
+  """choice sets how many candidates its own source makes."""
+  settings = choice.get_config().to_dict()
+  settings['data'] |= dict(source='jsonl', path='x.jsonl', label='answer')
+  named = Command('train', settings, None, frozenset({'data.source', 'data.path'})).parsed()
+  assert 'candidates' not in named.data and named.data['validation'] == 0.1
+  assert named.data['path'] == 'x.jsonl'
+  kept = Command('train', settings, None, frozenset({'data.source', 'data.candidates'})).parsed()
+  assert kept.data['candidates'] == 4  # to be refused: a flag says so
 
 
 def test_of_two_options_that_exclude_each_other_the_flag_counts():

@@ -17,6 +17,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.hf import sentences
 from llm_jax.inference import testing
 from llm_jax.inference.export import export
+from llm_jax.modes import predict as predict_mode
 from llm_jax.modes import train as train_mode
 from llm_jax.training import corpora, logs, loop
 
@@ -35,11 +36,11 @@ def records(count, seed):
     texts = [said[i] for i in order]
     found.append(
       dict(
-        text=f'{right} {rng.integers(100)}',
-        pair=said[0],
+        query=f'{right} {rng.integers(100)}',
+        passage=said[0],
         negatives=said[1:2],
         choices=texts,
-        label=str(int(np.flatnonzero(order == 0)[0])),
+        answer=int(np.flatnonzero(order == 0)[0]),
         passages=texts,
         relevance=(order == 0).astype(int).tolist(),
       )
@@ -48,8 +49,8 @@ def records(count, seed):
 
 
 FIELDS = {
-  'contrast': dict(pair='pair', fields=('negatives',)),
-  'choice': dict(label='label', fields=('choices',)),
+  'contrast': dict(pair='passage', fields=('negatives',)),
+  'choice': dict(label='answer', fields=('choices',)),
   'rerank': dict(fields=('passages', 'relevance')),
 }
 
@@ -62,6 +63,7 @@ def settings(name, folder):
   found['data'] = dict(
     source='jsonl',
     path=str(folder / 'train.jsonl'),
+    text='query',
     validation=0.2,
     cache=str(folder / 'cache'),
     **FIELDS[name],
@@ -112,6 +114,11 @@ def test_vectors_learn_resume_to_the_bit_and_are_exported(folder):
   assert [x['similarity'] for x in answers] == pytest.approx((a * b).sum(1), abs=1e-5)
   assert (np.argmax(a @ b.T, axis=1) == [0, 1]).all()
   assert session.predict(['red 7']) == [{'similarity': None}]
+  predict_mode.predict(session, folder / 'test.jsonl', folder / 'similar.jsonl')
+  written = [json.loads(line) for line in (folder / 'similar.jsonl').read_text().splitlines()]
+  asked = [(record['query'], record['passage']) for record in records(40, 1)]
+  wanted = [answer['similarity'] for answer in session.predict(asked)]
+  assert [line['similarity'] for line in written] == pytest.approx(wanted, abs=1e-5)
   export(session, folder / 'exported')
   assert sentences.read(folder / 'exported') == ('mean', True, False)
   np.testing.assert_allclose(llm_jax.open(folder / 'exported').embed(texts), a, atol=1e-5)
@@ -123,10 +130,14 @@ def test_candidates_are_answered_as_they_were_scored(folder, name):
   testing.score(run)
   assert last(run)[f'{name}_accuracy'] > 0.7  # a third by chance
   scored = json.loads((run.workdir / 'test.json').read_text())
-  asked = records(40, 1)
-  answers = llm_jax.open(run.workdir).predict(asked)
+  asked, session = records(40, 1), llm_jax.open(run.workdir)
+  answers = session.predict([{'text': record['query'], **record} for record in asked])
+  target = folder / f'{name}.answers.jsonl'
+  predict_mode.predict(session, folder / 'test.jsonl', target)
+  written = [json.loads(line) for line in target.read_text().splitlines()]
+  assert written == [record | answer for record, answer in zip(asked, answers, strict=True)]
   if name == 'choice':
-    right = [str(a['choice']) == r['label'] for a, r in zip(answers, asked, strict=True)]
+    right = [a['choice'] == r['answer'] for a, r in zip(answers, asked, strict=True)]
     assert scored['choice_accuracy'] == pytest.approx(np.mean(right), abs=1e-9)
     assert all(sum(answer['probabilities']) == pytest.approx(1) for answer in answers)
   else:
@@ -140,8 +151,9 @@ def test_candidates_are_answered_as_they_were_scored(folder, name):
 def test_a_tokenizer_learns_from_candidates_too(folder):
   config = config_lib.parse(settings('rerank', folder) | dict(validation={}))
   source = records(2, 0)
+  source = [{'text': record['query'], **record} for record in source]
   texts = lambda fields: list(corpora._training_texts([source], 0.0, fields))
   fields = corpora.assemble.text_fields(config)
   assert fields == ('text', 'pair', 'passages')
-  assert texts(fields)[:5] == [source[0]['text'], source[0]['pair'], *source[0]['passages']]
-  assert texts(('text', 'pair'))[:2] == [source[0]['text'], source[0]['pair']]
+  assert texts(fields)[:4] == [source[0]['text'], *source[0]['passages']]
+  assert texts(('text', 'pair')) == [record['text'] for record in source]

@@ -11,10 +11,7 @@ from absl import logging
 from llm_jax.core.contracts import Documents, Example
 from llm_jax.data import pairs
 from llm_jax.data.pairs import Frame
-from llm_jax.objectives.shared.text_rows import fit, plan
-
-TOKENS_PER_TEXT = 4  # slots are enough for texts of so many on average, special ones included
-MOST_TEXTS = 128  # of a row
+from llm_jax.objectives.shared.text_rows import fit, plan, slots
 
 
 class GroupRows:
@@ -54,7 +51,7 @@ class GroupRows:
     alone: bool = False,
   ):
     self.documents, self.seq_len, self.frame, self.name = documents, seq_len, frame, name
-    self.counts, self.slots = np.asarray(counts), slots(seq_len)
+    self.counts, self.slots = np.asarray(counts), max(2, slots(seq_len))
     special = frame.single if second is None else frame.double
     self._check(special)
     self.bounds = np.append(0, np.cumsum(self.counts))
@@ -168,13 +165,6 @@ class GroupRows:
       start, stop = self.bounds[document : document + 2]
       levels[document] = level(sizes[start:stop].tolist(), self.seq_len)
     return levels
-
-
-def slots(seq_len: int) -> int:
-  """G: the most texts of a row. Of seq_len alone, so that every corpus, host and split has arrays
-  of the same shape.
-  """
-  return max(2, min(MOST_TEXTS, seq_len // TOKENS_PER_TEXT))
 
 
 def level(sizes: Sequence[int], room: int) -> int:

@@ -12,6 +12,9 @@ from llm_jax.core.contracts import Documents
 from llm_jax.data import pack
 from llm_jax.data.pairs import Frame
 
+TOKENS_PER_TEXT = 4  # slots are enough for texts of so many on average, special ones included
+MOST_TEXTS = 128  # of a row, so that what is kept per slot stays small beside that per token
+
 
 class TextRows:
   """A plan of which documents share a row.
@@ -112,6 +115,13 @@ class TextRows:
         length,
         self.slots,
       )
+
+
+def slots(seq_len: int) -> int:
+  """G: the most texts of a row. Of seq_len alone, so that every corpus, host and split has arrays
+  of the same shape.
+  """
+  return max(1, min(MOST_TEXTS, seq_len // TOKENS_PER_TEXT))
 
 
 def fit(first: Any, second: Any, seq_len: Any, special: int) -> tuple[Any, Any]:

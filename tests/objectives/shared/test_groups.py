@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from llm_jax.data.documents import Memory
 from llm_jax.data.pairs import Frame
-from llm_jax.objectives.shared.groups import GroupRows, level, slots
+from llm_jax.objectives.shared.groups import GroupRows, level
 
 FRAME = Frame((1,), (2,), (1,), (2,), (2,))
 RNG = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def test_every_group_stands_whole_in_one_row(lengths):
   assert sorted(seen) == list(range(len(lengths)))
   for index in range(len(rows)):
     row = rows.example(index, RNG)
-    assert len(row['group']) == slots(32) == 8 and len(rows.texts(index)) <= 8
+    assert len(row['group']) == 8 and len(rows.texts(index)) <= 8
     for slot, document in enumerate(rows.texts(index)):
       inside = row['tokens'][row['segments'] == slot + 1]
       text = int(row['member'][slot])
