@@ -29,6 +29,7 @@ def get_config():
     dims=(),
     pool='mean',
     projection=False,
+    unlabelled='error',
     packing='best_fit',
   )
   config.optimizer.name = 'muon'

@@ -63,6 +63,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     pool: 'mean' of all tokens of a text, 'cls' its first, 'last' its last, for decoders.
     projection: while it learns, vectors go through a linear layer and tanh, which embedding leaves
       out (SimCSE, section 3 and table 7).
+    unlabelled: with 'cosine', a pair without a label is an 'error', or counts for nothing
+      ('ignore').
     packing: 'best_fit' puts several groups in a row; 'none': one.
   """
 
@@ -79,11 +81,13 @@ class Objective(contracts.Objective, contracts.Predictor):
     dims: tuple[int, ...] = (),
     pool: str = 'mean',
     projection: bool = False,
+    unlabelled: str = 'error',
     packing: str = 'best_fit',
   ):
     for name, value, known in (
       ('loss', loss, LOSSES),
       ('pool', pool, heads.POOLS),
+      ('unlabelled', unlabelled, ('error', 'ignore')),
       ('packing', packing, PACKINGS),
     ):
       if value not in known:
@@ -96,7 +100,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       raise ValueError(f'objective.dims={dims} must be different numbers above 0.')
     self.kind, self.temperature, self.symmetric, self.dims = loss, temperature, symmetric, dims
     self.pool = self.embedding_pool = pool
-    self.projection, self.packing = projection, packing
+    self.projection, self.unlabelled, self.packing = projection, unlabelled, packing
     self.labels = labels_lib.Labels(None, 'regression', 'contrast')
     self.frame = pairs.frame(tokenizer, causal=pool == 'last', closed=False)
     self.predictor = self
@@ -148,7 +152,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         text without a pair, naming the document.
     """
     if self.kind == 'cosine':
-      self.labels.check(documents, required=True)
+      self.labels.check(documents, required=self.unlabelled == 'error')
       if 'pair_tokens' not in documents.names:
         raise ValueError(
           "objective.loss='cosine' compares pairs; config.data.pair names the field of the second "

@@ -322,6 +322,11 @@ def encoder(config: Config) -> encoding.Encoder:
   return encoding.Encoder(functions)
 
 
+def objective_options(name: str) -> Collection[str]:
+  """The options that an objective takes."""
+  return _plugin_options('objective', name)
+
+
 def text_fields(config: Config) -> tuple[str, ...]:
   """The fields of a record with a text that hold texts, as the objective and its parts say."""
   leaves = [_objective_class(part) for _, part in _leaf_sections(config.objective)]

@@ -25,9 +25,10 @@ from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, checkpoints, workdir
 from llm_jax.programs.inference import Inference
 
-CLASSIFY, CONTRAST = 'classify', 'contrast'
-POOLED = {CLASSIFY, CONTRAST, 'choice', 'rerank'}  # objectives with an option `pool`
-READING = ('pool', 'transform')  # options of them that a folder decides
+CLASSIFY = 'classify'
+# Options that a folder decides: what a text is read by, and what stands before a last layer. An
+# objective with both reads a model as classifiers do, one with the first alone makes vectors.
+POOL, TRANSFORM = READING = ('pool', 'transform')
 FIRST_TOKEN = {'nsp', 'sop'}  # objectives that train what the first token says
 AUTO = 'auto'
 # AdamW's rate for fine-tuning: 1e-4 at the width of MiniLM (arXiv:2002.10957), 3e-5 at that of
@@ -211,8 +212,10 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   objective = config_lib.given(config.objective)
   if 'name' not in objective:
     objective = _objective(folder, causal) | objective
-  if objective['name'] in POOLED and 'pool' not in objective:
-    objective = _reading(objective['name'], folder, causal, families(config)) | objective
+  options = assemble.objective_options(objective['name'])
+  if POOL in options and POOL not in objective:
+    reading = _reading(TRANSFORM in options, folder, causal, families(config))
+    objective = {key: value for key, value in reading.items() if key in options} | objective
     logging.info('objective.pool=%s, as %s has it.', objective['pool'], folder)
   return dataclasses.replace(
     config,
@@ -280,7 +283,7 @@ def _continued(config: Config, saved: Config) -> Config:
   else:
     model = _named_or(config.model, saved.model)
   objective = _named_or(config.objective, saved.objective)
-  if objective['name'] in POOLED and objective.get('pool') is None:
+  if POOL in assemble.objective_options(objective['name']) and objective.get('pool') is None:
     objective |= {key: saved.objective[key] for key in READING if key in saved.objective}
   return dataclasses.replace(
     config,
@@ -331,8 +334,9 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
       adapter,
     )
   objective = _named_or(config.objective, saved.objective)
-  if objective['name'] in POOLED and objective.get('pool') is None:
-    objective |= {'pool': _pool(saved, objective['name'])}
+  options = assemble.objective_options(objective['name'])
+  if POOL in options and objective.get('pool') is None:
+    objective |= {'pool': _pool(saved, TRANSFORM in options)}
     logging.info('objective.pool=%s, as %s was trained.', objective['pool'], folder)
   return dataclasses.replace(
     config,
@@ -343,14 +347,14 @@ def _from_run(config: Config, folder: pathlib.Path) -> Config:
   )
 
 
-def _pool(saved: Config, name: str) -> str:
+def _pool(saved: Config, classifies: bool) -> str:
   """What an objective reads of a run's model: what the run did; a classifier, the first token where
   the run learned from it.
   """
   names = {saved.objective['name'], *(saved.objective.get('parts') or {})}
-  if names & POOLED and saved.objective.get('pool'):
+  if saved.objective.get('pool'):
     return saved.objective['pool']
-  if name != CONTRAST and names & (FIRST_TOKEN | {CLASSIFY}):
+  if classifies and names & (FIRST_TOKEN | {CLASSIFY}):
     return 'cls'
   return 'last' if assemble.model_module(saved.model['name']).Model.causal else 'mean'
 
@@ -360,7 +364,7 @@ def _named_or(given: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, A
 
 
 def _reading(
-  name: str, folder: pathlib.Path, causal: bool, known: Mapping[str, tuple[str, Family]]
+  classifies: bool, folder: pathlib.Path, causal: bool, known: Mapping[str, tuple[str, Family]]
 ) -> dict[str, Any]:
   """How an objective reads the model of a Hugging Face folder: as a sentence-transformers model
   makes its vectors; else as the classifiers of the family do, or for vectors by the mean, of a
@@ -373,7 +377,7 @@ def _reading(
         '%s makes vectors of texts in small letters; here they are read as they are.', folder
       )
     return {'pool': said.pool}
-  if name == CONTRAST:
+  if not classifies:
     return {'pool': 'last' if causal else 'mean'}
   return _of_class(folder, causal, known)
 

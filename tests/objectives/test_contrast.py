@@ -137,6 +137,9 @@ def test_cosines_learn_how_alike_texts_are():
     total += (a @ b / np.linalg.norm(a) / np.linalg.norm(b) - label) ** 2
   assert found == {'contrast': (pytest.approx(total, rel=1e-5), 2)}
   assert rows.label(1) == 1 and objective.evaluators == ('loss', 'similarity')
+  lenient = contrast.Objective(TOKENIZER, loss='cosine', unlabelled='ignore')
+  _, batch = batch_of(lenient, pair('ab', 'cd', label=0.25), pair('ef', 'gh'))
+  assert batch['label_weight'].sum() == 1
 
 
 def test_texts_stand_as_embedding_has_them():
