@@ -285,7 +285,7 @@ def _loop(
     meter.Meter(program, log, step, run.unlogged),
   )
   values: dict[str, float] = {}
-  stopping, peaks, kept = False, meter.Peaks(), host_memory.Kept()
+  stopping, peaks, kept = False, meter.Peaks(), _kept(program)
   peaks.over('the data')
   while step < config.steps and not run.patience.over and not stopping:
     profiler.before(step, gauge)
@@ -303,6 +303,7 @@ def _loop(
     if not (evaluated or saving or called):
       continue
     peaks.over('the steps')
+    kept.pause()
     gauge.flush()  # what is said about a step stands in the log before the step is saved
     if evaluated:
       values = _evaluate(run, log, step, baselines)
@@ -322,6 +323,12 @@ def _loop(
     gauge.restart(step)
   peaks.say(log)
   return values | (baselines if values else {})
+
+
+def _kept(program: Training) -> host_memory.Kept:
+  """What a CPU keeps from one step to the next."""
+  cpu = program.layout.platform == 'cpu'
+  return host_memory.Kept(jax.local_device_count() * memory.temporaries(program) if cpu else 0)
 
 
 def _due(step: int, every: int, last: int) -> bool:

@@ -69,6 +69,12 @@ def needed(program: Training) -> Need:
   return Need(held + memory.temp_size_in_bytes, compiled)
 
 
+def temporaries(program: Training) -> int:
+  """Bytes that a step takes of the memory of each device for no longer than it runs."""
+  compiled = program.train_step.lower(program.state, program.batch).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
 def limit(devices: Sequence[jax.Device]) -> int:
   """Bytes that a program may use of a device's memory; CPU devices share what the machine has.
 

@@ -5,9 +5,12 @@ step and asks for it again, and the system hands it out anew, zeroed: page by pa
 fifth of the time of a BERT-base step, in pages of 2 MiB little, unless the machine is virtual and
 its host has to be asked too. So it is kept, while steps are taken (`Kept`). For that one step has
 to be over before the next is dispatched, as JAX else takes the block of the next one while the last
-one's is in use, and both would be kept. Once the block is there, the system is asked for no more
-huge pages: it would go on to fill up those of which only a small block is in use, minute by minute,
-and a run would seem to leak. glibc and JAX read what they are to do from the environment
+one's is in use, and both would be kept. Before an evaluation or a save, whose copies would stand
+beside it, it is given back, and its addresses stay reserved until steps go on: were they taken for
+a while, the next step would look for others, the one after that find the first again, and both
+would be kept. Once the block is there, the system is asked for no more huge pages: it would go on
+to fill up those of which only a small block is in use, minute by minute, and a run would seem to
+leak. glibc and JAX read what they are to do from the environment
 (`set_up`). Imports nothing that takes long, since it must come before JAX.
 """
 
@@ -28,7 +31,8 @@ ROOM = 2**26  # bytes for small blocks beside that of a step
 LONGEST, PAUSE = 1.0, 1e-4  # seconds to wait for that of a step, and between two looks
 WARM = 3  # steps, of which each may take memory that it goes on with
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
-_HUGE, _NOT_HUGE = 14, 15  # advice of Linux's mman.h
+_DROP, _HUGE, _NOT_HUGE = 4, 14, 15  # advice of Linux's mman.h
+_HUGE_PAGE = 2**21  # bytes
 _ACCELERATORS = ('/dev/accel*', '/dev/vfio/[0-9]*', '/dev/nvidia[0-9]*')
 
 
@@ -49,34 +53,52 @@ def set_up() -> None:
 class Kept:
   """From now on what is freed stays with this process, where `set_up` has prepared it.
 
+  Args:
+    block: bytes of the block of a step.
+
   Attributes:
-    active: whether it does; where not, nothing is waited for.
+    active: whether it stays; where not, nothing is waited for.
     limit: bytes in use, by the C library's count, above which the last step's block is still there.
   """
 
-  def __init__(self):
+  def __init__(self, block: int):
     prepared = 'glibc.malloc.hugetlb=1' in os.environ.get(_VARIABLE, '')
     self.active = prepared and os.environ.get(_ASYNCHRONOUS) == '0' and _possible()
     if self.active:
-      self.libc = ctypes.CDLL(None)
-      self.libc.mallinfo2.restype = _Mallinfo
+      self.libc = _c_library()
       self.libc.mallopt(_M_MMAP_MAX, 0)
       self.libc.mallopt(_M_TRIM_THRESHOLD, -1)
-      self.libc.malloc.restype, self.libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-      self.libc.free.argtypes = [ctypes.c_void_p]
-      self.libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-      self.end = None
+      self.size = (
+        block + 2 * ROOM
+      )  # small blocks look for the smallest hole: first that of the room
+      self.end, self.limit = None, self._in_use() + ROOM
+      self.reserved = self.libc.malloc(self.size)
     self.renew()
 
+  def pause(self) -> None:
+    """Gives back the block of the last step, and lets nothing else take its addresses: before an
+    evaluation or a save.
+    """
+    if self.active:
+      self.wait()
+      self.reserved = self.libc.malloc(self.size)
+      first = -(-self.reserved // _HUGE_PAGE) * _HUGE_PAGE
+      last = (self.reserved + self.size) // _HUGE_PAGE * _HUGE_PAGE
+      self.libc.madvise(first, last - first, _DROP)
+    release()
+
   def renew(self) -> None:
-    """Gives back what is not used, and makes room for small blocks anew: after an evaluation, say,
-    whose small blocks may have filled it.
+    """Gives back what is not used, and makes room for a step's block and small ones anew: after an
+    evaluation or a save, whose small blocks may have filled it.
     """
     release()
     if self.active:
       self.libc.free(self.end)
       self.end = _make_room(self.libc)
-      release()  # each block of that has taken a huge page, by a word at its beginning
+      self.libc.free(self.reserved)
+      self.reserved = None
+      release()  # each block of the room has taken a huge page, by a word at its beginning
+      self._settle()
       self.limit = self._in_use() + ROOM
       self.waits = 0
       self._advise(_HUGE)
@@ -91,6 +113,9 @@ class Kept:
     self.waits += 1
     if self.waits == WARM + 1:
       self._advise(_NOT_HUGE)
+    self._settle()
+
+  def _settle(self) -> None:
     looks = int(LONGEST / PAUSE)  # not by a clock, which goes on while this process does not
     while self._in_use() > self.limit:
       looks -= 1
@@ -108,6 +133,15 @@ class Kept:
     if heap:
       start, stop = int(heap[0][0], 16), int(heap[-1][1], 16)
       self.libc.madvise(start, stop - start, advice)
+
+
+def _c_library() -> ctypes.CDLL:
+  libc = ctypes.CDLL(None)
+  libc.mallinfo2.restype = _Mallinfo
+  libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+  libc.free.argtypes = [ctypes.c_void_p]
+  libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+  return libc
 
 
 class _Mallinfo(ctypes.Structure):

@@ -17,7 +17,7 @@ from llm_jax.parallel.cpu import memory
 if {wanted}:
   memory.set_up()
 if {kept}:
-  memory.Kept()
+  memory.Kept(300_000_000)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 bytes([120]) * 200_000_000  # freed at once
 before = faults()
@@ -64,7 +64,7 @@ BETWEEN = """
 import threading, time
 from llm_jax.parallel.cpu import memory
 memory.set_up()
-kept = memory.Kept()
+kept = memory.Kept(300_000_000)
 block = bytes(200_000_000)
 def free():
   global block
@@ -99,7 +99,7 @@ import ctypes, sys
 from llm_jax.parallel.cpu import memory
 memory.set_up()
 memory.ROOM = int(sys.argv[1])
-kept = memory.Kept()
+kept = memory.Kept(300_000_000)
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 libc.malloc.argtypes = libc.free.argtypes = [ctypes.c_size_t]
@@ -128,11 +128,56 @@ def test_the_block_of_each_step_lies_where_the_last_ones_was():
   assert places(memory.ROOM) == 1 < places(2**20)
 
 
+PAUSE = """
+import ctypes, sys
+from llm_jax.parallel.cpu import memory
+memory.set_up()
+kept = memory.Kept(300_000_000)
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+libc.free.argtypes = [ctypes.c_void_p]
+libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+blocks = set()
+def step():
+  kept.wait()
+  block = libc.malloc(300_000_000)
+  libc.memset(block, 1, 300_000_000)
+  blocks.add(block)
+  libc.free(block)
+for _ in range(5):
+  step()
+before = memory.held('VmRSS')
+if sys.argv[1] == 'pause':
+  kept.pause()
+copies = [bytes([120]) * 40_000_000 for _ in range(5)]
+beside = memory.held('VmRSS') - before
+kept.renew()
+step()
+del copies  # late
+for _ in range(5):
+  step()
+print(len(blocks), beside)
+"""
+
+
+@pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
+def test_what_comes_between_steps_stands_neither_beside_the_block_nor_where_it_was():
+  def said(*arguments):
+    command = [sys.executable, '-c', PAUSE, *arguments]
+    env = os.environ | dict(JAX_PLATFORMS='cpu')
+    return map(int, subprocess.check_output(command, text=True, env=env).split())
+
+  places, beside = said('pause')
+  assert places == 1 and beside < -90_000_000
+  places, _ = said('')
+  assert places > 1
+
+
 ADVICE = """
 import pathlib, re
 from llm_jax.parallel.cpu import memory
 memory.set_up()
-kept = memory.Kept()
+kept = memory.Kept(300_000_000)
 def advice():
   maps = pathlib.Path('/proc/self/smaps').read_text().split('VmFlags:')
   heap = [i + 1 for i, text in enumerate(maps) if '[heap]' in text]
@@ -159,7 +204,7 @@ def test_no_more_huge_pages_are_made_once_steps_have_their_block():
 ROOM_IN_HOLES = """
 from llm_jax.parallel.cpu import memory
 memory.set_up()
-kept = memory.Kept()
+kept = memory.Kept(300_000_000)
 before = memory.held('VmRSS')
 large, small = [], []
 for _ in range(100):
