@@ -48,6 +48,8 @@ class Loaded(NamedTuple):
     step: the other run's step; None where the parameters are of no run.
     values: the numbers of the validation set with which a run saved them; None where there are
       none.
+    base: what a run says of parameters that it does not hold itself (`programs.bases`); None where
+      it holds all.
   """
 
   params: dict[str, jax.Array]
@@ -55,3 +57,4 @@ class Loaded(NamedTuple):
   unused: Sequence[str]
   step: int | None
   values: Mapping[str, float] | None = None
+  base: Mapping[str, Any] | None = None

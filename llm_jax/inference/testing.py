@@ -14,7 +14,7 @@ from llm_jax.inference import answers
 from llm_jax.inference.prediction import Labeller
 from llm_jax.inference.records import merged
 from llm_jax.parallel import hosts
-from llm_jax.programs import assemble, checkpoints
+from llm_jax.programs import assemble, pretrained
 from llm_jax.training import evaluation
 from llm_jax.training.loop import Run
 
@@ -29,8 +29,8 @@ def score(run: Run) -> None:
   """
   if not run.over or not len(run.test):
     return
-  program, folder = run.program, run.workdir / 'checkpoints'
-  loaded = checkpoints.restore_params(folder, program.params)
+  program = run.program
+  loaded = pretrained.load_params(program, run.workdir)
   scored = {'step': loaded.step, 'data': config_lib.given(program.config.test)}
   if program.objective.predictor is not None:
     program.objective.predictor.calibrate(loaded.values or {})

@@ -18,7 +18,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +35,9 @@ DAMAGED = 'damaged'  # the folder of checkpoints that do not agree with their se
 UNFINISHED = 'unfinished'  # the folder of those without a seal
 _NONE, _NONE_LEFT = -1, -2  # instead of a step, agreed on by all processes
 _PARAMETERS = ('params/', 'frozen/')  # where a state keeps the parameters of the network
+
+
+Elsewhere = Callable[[Mapping[str, Any]], Mapping[str, jax.Array]]
 
 
 class Restored(NamedTuple):
@@ -134,7 +137,9 @@ class Checkpoints:
     """The step with the lowest validation loss; None where none was saved with one."""
     return _best(_seals(self._directory))
 
-  def restore(self, abstract_state: PyTree) -> Restored | None:
+  def restore(
+    self, abstract_state: PyTree, elsewhere: Elsewhere = lambda meta: {}
+  ) -> Restored | None:
     """Reads the newest checkpoint that is whole; None in a folder that never had one.
 
     Damaged checkpoints are moved to `damaged/<step>`, saves that did not end to
@@ -143,6 +148,8 @@ class Checkpoints:
     Args:
       abstract_state: the state wanted, each leaf with shape, dtype and sharding; the sharding need
         not be that of the save.
+      elsewhere: gives the leaves that the checkpoint does not hold, by path, from what was saved
+        beside it.
 
     Raises:
       ValueError: no checkpoint is left whole; or the newest does not fit, listing '-' parameters
@@ -157,15 +164,18 @@ class Checkpoints:
         f'{DAMAGED}/. Put one back that you trust, or start over in another workdir.'
       )
     path = self._directory / str(step)
-    wanted = tree.flatten(abstract_state)
+    record = _record(self._orbax, path)
+    others = elsewhere(record['meta'])
+    wanted = {
+      name: leaf for name, leaf in tree.flatten(abstract_state).items() if name not in others
+    }
     difference = tree.difference(wanted, _stored(self._orbax, path))
     if difference:
       raise ValueError(
         f'Checkpoint {path} does not fit the state wanted (- it lacks, + it has beyond, ! '
         f'differs):\n{difference}'
       )
-    leaves = _read(self._orbax, path, wanted)
-    record = _record(self._orbax, path)
+    leaves = _read(self._orbax, path, wanted) | others
     return Restored(tree.replace(abstract_state, leaves), record['position'], record['meta'], step)
 
   def _clear(self) -> None:
@@ -222,12 +232,14 @@ class Checkpoints:
     )
 
 
-def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dict[str, Any], int]:
+def read_meta(
+  directory: str | pathlib.Path, which: str | int = 'latest'
+) -> tuple[dict[str, Any], int]:
   """What a run saved beside its state, and the step.
 
   Args:
     directory: the run's checkpoints.
-    which: 'latest' or 'best', as in `restore_params`.
+    which: as in `restore_params`.
 
   Raises:
     ValueError: no whole checkpoint there.
@@ -240,15 +252,15 @@ def read_meta(directory: str | pathlib.Path, which: str = 'latest') -> tuple[dic
 
 
 def restore_params(
-  directory: str | pathlib.Path, abstract_params: PyTree, which: str = 'best'
+  directory: str | pathlib.Path, abstract_params: PyTree, which: str | int = 'best'
 ) -> Loaded:
   """Reads parameters of another run, by path; that run's folder is not changed.
 
   Args:
     directory: the checkpoints of that run.
     abstract_params: parameters wanted, each leaf with shape, dtype and sharding.
-    which: 'best' (lowest validation loss; the latest where none was measured) or 'latest'. A
-      damaged checkpoint is skipped, with an error in the log.
+    which: 'best' (lowest validation loss; the latest where none was measured), 'latest', or a
+      step. A damaged checkpoint is skipped, with an error in the log.
 
   Raises:
     ValueError: no whole checkpoint there; or a parameter that both have, in another shape or type.
@@ -268,6 +280,7 @@ def restore_params(
   leaves = {}
   if shared:
     leaves = _read(orbax, path, {paths[name]: leaf for name, leaf in shared.items()})
+  base = _record(orbax, path)['meta'].get('base')
   orbax.close()
   return Loaded(
     params={name: leaves[paths[name]] for name in shared},
@@ -275,6 +288,7 @@ def restore_params(
     unused=[name for name in paths if name not in wanted],
     step=int(path.name),
     values=(_read_seal(path) or {}).get('metrics'),
+    base=base,
   )
 
 
@@ -320,10 +334,12 @@ def _read(
   return tree.flatten(orbax.restore(path, args=ocp.args.Composite(state=restore)).state)
 
 
-def _choose(directory: pathlib.Path, which: str) -> pathlib.Path:
-  if which not in ('best', 'latest'):
-    raise ValueError(f"which={which!r} must be 'best' or 'latest'.")
+def _choose(directory: pathlib.Path, which: str | int) -> pathlib.Path:
+  if which not in ('best', 'latest') and isinstance(which, str):
+    raise ValueError(f"which={which!r} must be 'best', 'latest' or a step.")
   step = hosts.agree(lambda: _whole(directory, which))
+  if step == _NONE and isinstance(which, int):
+    raise ValueError(f'{directory} holds no whole checkpoint of step {which} any more.')
   if step == _NONE:
     raise ValueError(
       f'{directory} holds no whole checkpoint; train there first, or name the workdir of another '
@@ -332,8 +348,8 @@ def _choose(directory: pathlib.Path, which: str) -> pathlib.Path:
   return directory / str(step)
 
 
-def _whole(directory: pathlib.Path, which: str) -> int:
-  order = _folders(directory)[::-1]
+def _whole(directory: pathlib.Path, which: str | int) -> int:
+  order = [step for step in _folders(directory)[::-1] if which in ('best', 'latest', step)]
   if which == 'best':
     seals = _seals(directory)
     order.sort(key=lambda step: _loss(seals[step]) if step in seals else math.inf)

@@ -5,10 +5,12 @@ leaves open.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from absl import logging
 
 from llm_jax.core import config as config_lib
@@ -22,7 +24,7 @@ from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
-from llm_jax.programs import assemble, checkpoints, workdir
+from llm_jax.programs import assemble, bases, checkpoints, workdir
 from llm_jax.programs.inference import Inference
 
 CLASSIFY = 'classify'
@@ -92,15 +94,17 @@ def load_tokenizer(config: Config) -> Tokenizer:
   return tokenizer
 
 
-def load_params(program: Inference, folder: pathlib.Path) -> Loaded:
-  """The parameters in a folder that a network wants too; of a run, those of its best checkpoint.
+def load_params(program: Inference, folder: pathlib.Path, step: int | None = None) -> Loaded:
+  """The parameters in a folder that a network wants too; of a run, those of its best checkpoint,
+  with those of the base that it names.
 
   Args:
     program: of the network.
     folder: of a run, of Hugging Face, which holds nothing of an adapter, or of the library peft.
+    step: of a run, that of another checkpoint.
 
   Raises:
-    ValueError: nothing to load there, a parameter of another shape.
+    ValueError: nothing to load there, a parameter of another shape, a base that is gone or another.
   """
   if peft.is_folder(folder):
     loaded = load_params(program, pathlib.Path(peft.base(folder)))
@@ -109,13 +113,40 @@ def load_params(program: Inference, folder: pathlib.Path) -> Loaded:
     leave = _head_of_other_size(folder, wanted)
     return peft.load(folder, known, wanted, program.infos, adapter, loaded, leave)
   if not hf.is_folder(str(folder)):
-    return checkpoints.restore_params(folder / 'checkpoints', program.params)
+    which = 'best' if step is None else step
+    loaded = checkpoints.restore_params(folder / 'checkpoints', program.params, which)
+    return _with_base(program, folder, loaded)
   head = _head_of_other_classes(program.objective, folder)
   base, added = params_lib.split(
     program.params, lambda path: path in program.base and path.split('/')[0] != head
   )
   loaded = hf.load(str(folder), families(program.config), base, program.infos)
   return loaded._replace(new=[*loaded.new, *tree.paths(added)])
+
+
+def read_base(
+  program: Inference, workdir: pathlib.Path, said: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """The parameters that the checkpoints of a run have from elsewhere, by path.
+
+  Args:
+    program: of a network that wants some of them.
+    workdir: of the run.
+    said: what a checkpoint says of them.
+
+  Raises:
+    ValueError: they are gone, or others.
+  """
+  load = functools.partial(load_params, program)
+  return bases.read(bases.Base(**said), workdir, load, program.mesh)
+
+
+def _with_base(program: Inference, workdir: pathlib.Path, loaded: Loaded) -> Loaded:
+  if loaded.base is None:
+    return loaded
+  found = read_base(program, workdir, loaded.base)
+  new = [path for path in loaded.new if path not in found]
+  return loaded._replace(params=loaded.params | found, new=new)
 
 
 def _head_of_other_classes(objective: Objective, folder: pathlib.Path) -> str | None:

@@ -5,6 +5,7 @@ Numbers of step n are fetched after step n + 1 is dispatched.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from llm_jax.core.state import TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
-from llm_jax.programs import assemble, pretrained, workdir
+from llm_jax.programs import assemble, bases, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import adapted, corpora, evaluation, logs, memory, meter, page, slices
 from llm_jax.training import program as programs
@@ -72,6 +73,8 @@ class Run:
     position: examples consumed so far.
     patience: where early stopping stands.
     unlogged: sums of the metrics since the last line of the log.
+    base: what checkpoints say of parameters that they do not hold (`programs.bases`); None where
+      they hold all.
   """
 
   program: Training
@@ -88,6 +91,7 @@ class Run:
   position: int
   patience: Patience
   unlogged: Mapping[str, Sequence[float]]
+  base: Mapping[str, Any] | None
 
   @property
   def step(self) -> int:
@@ -156,9 +160,10 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
   checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
-  restored = checkpoints.restore(program.state)
+  elsewhere = functools.partial(_frozen_elsewhere, program, folder)
+  restored = checkpoints.restore(program.state, elsewhere)
   if restored is None:
-    state, position, unlogged = _first_state(program), 0, {}
+    (state, found), position, unlogged = _first_state(program), 0, {}
     patience = Patience(config.evaluation.patience)
     if program.network.adapter is not None:
       logging.info('What is trained:\n%s', adapted.report(program, state, train))
@@ -169,7 +174,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
         f'{folder}/checkpoints/{restored.step} holds numbers that are not finite; remove that '
         'folder, and the run goes on from the checkpoint before it.'
       )
-    state, position = restored.state, restored.position
+    state, position, found = restored.state, restored.position, restored.meta.get('base')
     unlogged = restored.meta.get('unlogged', {})
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
@@ -188,6 +193,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     position=position,
     patience=patience,
     unlogged=unlogged,
+    base=found,
   )
 
 
@@ -313,7 +319,8 @@ def _loop(
     if saving:
       _check_finite(run, step)
       run.unlogged = gauge.unlogged
-      run.checkpoints.save(step, run.state, run.position, _meta(run), values if evaluated else None)
+      measured = values if evaluated else None
+      run.checkpoints.save(step, _held(run), run.position, _meta(run), measured)
       if program.layout.platform == 'cpu':
         run.checkpoints.wait()  # beside the next steps it would take as long, and memory
       peaks.over('saving')
@@ -371,7 +378,26 @@ def _meta(run: Run) -> dict[str, Any]:
     'tokenizer': workdir.pack_tokenizer(run.workdir),
     'patience': {'best': run.patience.best, 'waited': run.patience.waited},
     'unlogged': run.unlogged,
+    'base': run.base,
   }
+
+
+def _held(run: Run) -> TrainState:
+  """The state but for what its checkpoints have from elsewhere."""
+  if run.base is None:
+    return run.state
+  frozen, held = tree.flatten(run.state.frozen), set(run.base['paths'])
+  return run.state.replace(frozen=tree.nest({k: x for k, x in frozen.items() if k not in held}))
+
+
+def _frozen_elsewhere(
+  program: Training, folder: pathlib.Path, meta: Mapping[str, Any]
+) -> dict[str, jax.Array]:
+  """The frozen parameters that a checkpoint does not hold, by their paths in the state."""
+  if meta.get('base') is None:
+    return {}
+  found = pretrained.read_base(program, folder, meta['base'])
+  return {f'frozen/{path}': leaf for path, leaf in found.items()}
 
 
 def _say_how_it_ended(run: Run, log: logs.Log) -> None:
@@ -408,8 +434,9 @@ def _check_corpus(
     )
 
 
-def _first_state(program: Training) -> TrainState:
-  """A new state, with the parameters of `config.init_from` if there is one.
+def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
+  """A new state, with the parameters of `config.init_from` if there is one, and which of those its
+  checkpoints need not hold.
 
   Raises:
     ValueError: a folder that has no parameter in common with the model.
@@ -417,7 +444,7 @@ def _first_state(program: Training) -> TrainState:
   config = program.config
   state = program.init(config.seed)
   if config.init_from is None:
-    return state
+    return state, None
   folder = pathlib.Path(config.init_from)
   loaded = pretrained.load_params(program, folder)
   if not loaded.params:
@@ -426,4 +453,5 @@ def _first_state(program: Training) -> TrainState:
   whole = tree.replace(state.network_params, loaded.params)
   trained = set(tree.paths(state.params))
   params, frozen = params_lib.split(whole, trained.__contains__)
-  return state.replace(params=params, frozen=frozen)
+  found = bases.describe(config.init_from, loaded, tree.flatten(frozen), program.mesh)
+  return state.replace(params=params, frozen=frozen), found and found._asdict()

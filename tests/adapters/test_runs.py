@@ -13,7 +13,7 @@ from llm_jax.adapters import lora
 from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.inference.export import export
-from llm_jax.programs import pretrained
+from llm_jax.programs import checkpoints, pretrained
 from llm_jax.training import loop
 
 pytestmark = pytest.mark.slow
@@ -144,3 +144,47 @@ def test_what_is_trained_is_said_and_what_would_not_learn_is_refused(
   monkeypatch.setattr(lora.Adapter, 'no_gradient', lambda adapter, path: None)
   with pytest.raises(ValueError, match='(?s)does not depend on.*query/lora_a'):
     prepared(settings, tmp_path / 'refused')
+
+
+def test_checkpoints_hold_what_is_trained_and_name_the_rest(run, settings, tmp_path):
+  folder, workdir = tmp_path / 'folder', tmp_path / 'run'
+  export(llm_jax.open(run.workdir), folder)
+  export(llm_jax.open(run.workdir), tmp_path / 'other', form='base')
+  changes = settings | dict(init_from=str(folder))
+  whole = prepared(changes, workdir)
+  loop.train(whole)
+  held = checkpoints.restore_params(workdir / 'checkpoints', whole.program.params)
+  assert sorted(held.new) == sorted(tree.paths(whole.state.frozen)) == whole.base['paths']
+
+  def last_steps():
+    shutil.rmtree(workdir / 'checkpoints' / '4')
+    again = prepared(changes, workdir)
+    assert again.step == 2
+    loop.train(again)
+    return bits(again.state)
+
+  assert last_steps() == bits(whole.state)
+  assert bits(llm_jax.open(workdir).params) == bits(whole.state.network_params)
+  folder.rename(tmp_path / 'moved')
+  with pytest.raises(ValueError, match=f'(?s)base, {folder}, is gone.*{workdir}/base'):
+    _ = llm_jax.open(workdir).params
+  with pytest.raises(ValueError, match='is gone'):
+    last_steps()
+  (workdir / 'base').symlink_to(tmp_path / 'moved')
+  loop.train(prepared(changes, workdir))
+  assert bits(llm_jax.open(workdir).params) == bits(whole.state.network_params)
+  (tmp_path / 'other').rename(folder)
+  with pytest.raises(ValueError, match=f'{folder} is not the base of {workdir} any more'):
+    _ = llm_jax.open(workdir).params
+
+
+def test_a_run_may_be_the_base_of_another(run, settings, tmp_path):
+  base, workdir = tmp_path / 'base', tmp_path / 'run'
+  shutil.copytree(run.workdir, base)
+  started = prepared(settings | dict(init_from=str(base)), workdir)
+  loop.train(started)
+  assert started.base['step'] == 4
+  assert bits(llm_jax.open(workdir).params) == bits(started.state.network_params)
+  shutil.rmtree(base / 'checkpoints' / '4')
+  with pytest.raises(ValueError, match='no whole checkpoint of step 4 any more'):
+    _ = llm_jax.open(workdir).params

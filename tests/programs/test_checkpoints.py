@@ -229,7 +229,7 @@ def test_parameters_of_another_run(opened, tmp_path):
     checkpoint.restore_params(directory, abstract({'model': {'norm': {'scale': jnp.zeros(9)}}}))
   with pytest.raises(ValueError, match='holds no whole checkpoint'):
     checkpoint.restore_params(tmp_path / 'nowhere', wanted)
-  with pytest.raises(ValueError, match="'best' or 'latest'"):
+  with pytest.raises(ValueError, match="'best', 'latest' or a step"):
     checkpoint.read_meta(directory, 'newest')
 
 

@@ -1,0 +1,131 @@
+"""The base of a run: the frozen parameters that it took from another folder. Its checkpoints do not
+hold them. They name the folder, and a fingerprint of the values, and whoever opens the run reads
+them there again, or refuses others.
+"""
+
+import hashlib
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from llm_jax.core.state import Loaded
+from llm_jax.parallel import hosts, sharding
+
+FOLDER = 'base'  # of a workdir: where a base may also lie
+_SEEDS = (0x9E3779B9, 0x85EBCA6B)
+_WORDS = {1: jnp.uint8, 2: jnp.uint16}  # by the bytes of a number; else those of 32 bits
+
+
+class Base(NamedTuple):
+  """What a checkpoint says of the parameters that it does not hold.
+
+  Attributes:
+    folder: where they were taken from: a run, or a model of Hugging Face.
+    step: of the run's checkpoint; None where it is no run.
+    fingerprint: of their values.
+    paths: theirs in the network.
+  """
+
+  folder: str
+  step: int | None
+  fingerprint: str
+  paths: list[str]
+
+
+# Reads the parameters of a network from a folder; of a run, those of a step.
+Load = Callable[[pathlib.Path, int | None], Loaded]
+
+
+def describe(
+  folder: str, loaded: Loaded, frozen: Mapping[str, jax.Array], mesh: jax.sharding.Mesh
+) -> Base | None:
+  """The base of a new run; None where it has none.
+
+  Args:
+    folder: `config.init_from`.
+    loaded: what was found there.
+    frozen: the frozen parameters of the network, by path.
+    mesh: where they lie.
+  """
+  found = {path: x for path, x in frozen.items() if path in loaded.params}
+  if not found:
+    return None
+  return Base(folder, loaded.step, fingerprint(found, mesh), sorted(found))
+
+
+def read(base: Base, workdir: pathlib.Path, load: Load, mesh: jax.sharding.Mesh) -> dict[str, Any]:
+  """The parameters of a base, by path.
+
+  Args:
+    base: as a checkpoint of the run has it.
+    workdir: of the run. Where the folder is gone, `base` in there is read.
+    load: reads a folder.
+    mesh: where the parameters will lie.
+
+  Raises:
+    ValueError: the folder is gone, lacks some of them, or holds others.
+  """
+  folder, beside = pathlib.Path(base.folder), workdir / FOLDER
+  if hosts.agree(lambda: not folder.exists()):
+    folder = beside
+  way_out = f'Bring it back, or put a copy or a link of it at {beside}.'
+  if hosts.agree(lambda: not folder.exists()):
+    raise ValueError(
+      f'the checkpoints of {workdir} hold what was trained alone, and their base, {base.folder}, '
+      f'is gone. {way_out}'
+    )
+  try:
+    loaded = load(folder, base.step)
+  except ValueError as error:
+    raise ValueError(f'the base of {workdir} cannot be read. {way_out} Cause: {error}') from error
+  missing = [path for path in base.paths if path not in loaded.params]
+  if missing:
+    listed = '\n  '.join(missing[:10])
+    raise ValueError(f'{folder} is not the base of {workdir}: it lacks\n  {listed}\n{way_out}')
+  found = {path: loaded.params[path] for path in base.paths}
+  if fingerprint(found, mesh) != base.fingerprint:
+    raise ValueError(
+      f'{folder} is not the base of {workdir} any more: its parameters are others than those that '
+      f'the run was trained on. {way_out}'
+    )
+  return found
+
+
+def fingerprint(leaves: Mapping[str, jax.Array], mesh: jax.sharding.Mesh) -> str:
+  """64 hexadecimal digits that depend on paths, shapes, types and every bit, and not on where the
+  arrays lie.
+
+  Each array is summed up on the devices, in integers, so that no host reads it; the sums are
+  hashed. That finds what has changed, by chance or by training, not what was made to look equal.
+  """
+  sums = hosts.compiled(jax.jit(_sums, out_shardings=sharding.replicated(mesh)))(dict(leaves))
+  digest = hashlib.sha256()
+  for path, found in sorted(jax.device_get(sums).items()):
+    leaf = leaves[path]
+    digest.update(f'{path} {leaf.shape} {leaf.dtype} {found.tolist()}\n'.encode())
+  return digest.hexdigest()
+
+
+def _sums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+  return {path: _sum(x) for path, x in leaves.items()}
+
+
+def _sum(x: jax.Array) -> jax.Array:
+  """[2] uint32: the sum of all words of an array, each mixed with its index, for two seeds."""
+  words = jax.lax.bitcast_convert_type(x, _WORDS.get(x.dtype.itemsize, jnp.uint32))
+  words = words.astype(jnp.uint32)
+  index = jnp.zeros((), jnp.uint32)
+  for axis, size in enumerate(words.shape):  # from 2 ** 32 words on it begins anew
+    index = index * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+  mixed = [_mixed(words ^ _mixed(index + jnp.uint32(seed))) for seed in _SEEDS]
+  return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in mixed])
+
+
+def _mixed(x: jax.Array) -> jax.Array:
+  """The finalizer of MurmurHash3: every bit of a word depends on every other."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
