@@ -47,6 +47,7 @@ from llm_jax.data import pipeline  # noqa: E402
 from llm_jax.hf import families, folders  # noqa: E402
 from llm_jax.programs import assemble, pretrained, workdir  # noqa: E402
 from llm_jax.training import corpora, program  # noqa: E402
+from llm_jax.training import memory as step_memory  # noqa: E402
 
 RATE = 1e-4
 TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune
@@ -70,7 +71,7 @@ class Ours:
       for part in (start.params, start.frozen)
     )
     self.state, self.batches = start.replace(params=params, frozen=frozen), batches
-    self.kept = memory.Kept()  # as the loop of `train` does
+    self.kept = memory.Kept(step_memory.temporaries(made))  # as the loop of `train` does
 
   def step(self) -> tuple[float, int]:
     """The loss of one step, and how many of the units it learned from."""
