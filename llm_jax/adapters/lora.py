@@ -49,6 +49,8 @@ class Adapter(_low_rank.Adapter):
     targets: of the maps, a regular expression for the end of their paths (`_targets`).
     rslora: s = alpha / sqrt(R).
     dora: learns `lora_magnitude`, d, as well.
+    loraplus_lr_ratio: how many times the learning rate of A that of B is (LoRA+, arXiv:2402.12354,
+      section 4, who take 16).
     heads: the heads that are trained whole, a regular expression for their names; '' for none,
       None for all but the masked-LM head.
 
@@ -69,8 +71,13 @@ class Adapter(_low_rank.Adapter):
     targets: str = 'query|value',
     rslora: bool = False,
     dora: bool = False,
+    loraplus_lr_ratio: float = 1.0,
     heads: str | None = None,
   ):
+    if not 0 < loraplus_lr_ratio < math.inf:
+      raise ValueError(
+        f'config.adapter.loraplus_lr_ratio={loraplus_lr_ratio} must be above 0; 1 is LoRA itself.'
+      )
     if rank < 1:
       raise ValueError(f'config.adapter.rank={rank} must be at least 1.')
     if not 0 < alpha < math.inf:
@@ -79,7 +86,10 @@ class Adapter(_low_rank.Adapter):
     _targets.check_pattern('targets', targets)
     self.rank, self.dropout, self.targets, self.dora = rank, dropout, targets, dora
     self.rslora, self.scale = rslora, alpha / (math.sqrt(rank) if rslora else rank)
-    self.heads = _targets.Heads(heads)
+    self.ratio, self.heads = loraplus_lr_ratio, _targets.Heads(heads)
+
+  def rate(self, path: str) -> float:
+    return self.ratio if path.endswith(f'/{B}') else 1.0
 
   def no_gradient(self, path: str) -> str | None:
     return 'lora_b is 0' if path.endswith(f'/{A}') else None

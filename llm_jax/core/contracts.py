@@ -87,6 +87,9 @@ class Tokenizer(Protocol):
     token_bytes: [vocab_size] int32, UTF-8 bytes that each id spells, 0 for special tokens.
     word_start: [vocab_size] bool, whether the id begins a word (whole-word masking).
     special: [vocab_size] bool, whether the id is a special token.
+
+  One that an adapter gave virtual tokens (`data.prompted`) has them as `prompt`, ids that stand
+  before each text, and its arrays go on to the last of them.
   """
 
   vocab_size: int
@@ -607,9 +610,13 @@ class Adapter:
 
   Attributes:
     terms: name of each metric that `loss` gives -> its coefficient in the loss that is trained.
+    positions: how many positions it takes before each document; a row is shorter by as many.
+    tokens: how many virtual tokens it puts before each text, ids from the model's `vocab_size` on.
   """
 
   terms: Mapping[str, float] = {}
+  positions: int = 0
+  tokens: int = 0
 
   def check(self, infos: Mapping[str, 'Info'], base: Collection[str]) -> None:
     """Raises ValueError where an option does not fit the network; called before a run trains.
@@ -665,6 +672,11 @@ class Adapter:
     """
     del path
     return None
+
+  def rate(self, path: str) -> float:
+    """A factor on the learning rate of a trained parameter."""
+    del path
+    return 1.0
 
   def merged(self, params: PyTree, infos: Mapping[str, 'Info']) -> PyTree:
     """The parameters of the base alone, nested, with which it computes what the adapted network

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llm_jax.core.contracts import Documents, Example, Tokenizer
-from llm_jax.data import pack
+from llm_jax.data import pack, prompted
 
 
 class Chunks:
@@ -113,19 +113,21 @@ class Frame(NamedTuple):
 
 def frame(tokenizer: Tokenizer, causal: bool = False, closed: bool = True) -> Frame:
   """The special tokens that a tokenizer's texts stand in: those of its Hugging Face folder, or of
-  our own ones.
+  our own ones; before them the virtual tokens, if it has any.
 
   Args:
     tokenizer: the tokenizer.
     causal: BOS and EOS of our own tokenizers are at the ends, not [CLS] and [SEP].
     closed: of a causal model's own tokenizer, texts end with EOS.
   """
+  prompt = prompted.prompt(tokenizer)
   if tokenizer.template is not None:
-    return Frame(*tokenizer.template, *tokenizer.pair_template, filler=tokenizer.bos_id)
+    found = Frame(*tokenizer.template, *tokenizer.pair_template, filler=tokenizer.bos_id)
+    return found._replace(before=(*prompt, *found.before), first=(*prompt, *found.first))
   begin, end = (tokenizer.cls_id,), (tokenizer.sep_id,)
   if causal:
     begin, end = (tokenizer.bos_id,), (tokenizer.eos_id,) if closed else ()
-  return Frame(begin, end, begin, (tokenizer.sep_id,), end)
+  return Frame((*prompt, *begin), end, (*prompt, *begin), (tokenizer.sep_id,), end)
 
 
 def row(first: np.ndarray, second: np.ndarray | None, seq_len: int, frame: Frame) -> Example:

@@ -10,6 +10,7 @@ import numpy as np
 
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.tree import PyTree
+from llm_jax.data import pairs
 from llm_jax.inference.generation.decoding import Generator
 from llm_jax.inference.generation.sampling import Sampling
 
@@ -21,9 +22,8 @@ Stream = Callable[[int, str], None]
 
 def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The ids that stand before and after one text, as the model was trained."""
-  if tokenizer.template is not None:
-    return tokenizer.template
-  return ((tokenizer.bos_id,), ()) if causal else ((tokenizer.cls_id,), (tokenizer.sep_id,))
+  frame = pairs.frame(tokenizer, causal, closed=False)
+  return frame.before, frame.after
 
 
 class Completer:

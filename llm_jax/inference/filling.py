@@ -82,7 +82,7 @@ class Filler:
 
   def ids(self, text: str) -> np.ndarray:
     """The ids of a text; ValueError for one without a mask, or longer than the model takes."""
-    return _masked(text, self._tokenizer, self._program.network.model.max_len)
+    return _masked(text, self._tokenizer, self._program.network.longest)
 
   def _function(self, top: int) -> Any:
     if top not in self._functions:
@@ -128,7 +128,7 @@ def _batch(
 ) -> dict[str, jax.Array]:
   """Texts and the indices of their masks, filled up to `rows` rows."""
   longest = max(map(len, ids))
-  length = min(-(-longest // TILE) * TILE, program.network.model.max_len)
+  length = min(-(-longest // TILE) * TILE, program.network.longest)
   masks = [np.flatnonzero(row == mask_id) for row in ids]
   most = 1 << (max(map(len, masks)) - 1).bit_length()
   batch = {name: np.zeros((rows, length), np.int32) for name in ('tokens', 'segments')}

@@ -10,6 +10,7 @@ import numpy as np
 from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
+from llm_jax.data import prompted
 from llm_jax.inference.completion import Completer
 from llm_jax.inference.generation.decoding import Generator
 from llm_jax.inference.generation.sampling import Sampling
@@ -57,10 +58,11 @@ class Samples:
     self._tokenizer, self._path, self._log = tokenizer, path, log
     generator = Generator(model, program.model_infos, program.layout, adapter)
     self._completer = Completer(generator, tokenizer, rows=count)
-    begin = min(PROMPT_TOKENS, model.max_len // 4)
+    longest = program.network.longest
+    begin = min(PROMPT_TOKENS, longest // 4)
     self._beginnings = _beginnings(documents, begin, count)
     self._sampling = Sampling(
-      max_new_tokens=min(NEW_TOKENS, model.max_len - begin - 1),
+      max_new_tokens=min(NEW_TOKENS, longest - begin - 1),
       temperature=TEMPERATURE,
       seed=program.config.seed,
     )
@@ -89,7 +91,8 @@ class Samples:
 
   def texts(self, params: PyTree) -> list[tuple[str, str]]:
     """Beginnings and their completions, the same each time for the same parameters."""
-    prompts = [[self._tokenizer.bos_id, *ids] for ids in self._beginnings]
+    before = (*prompted.prompt(self._tokenizer), self._tokenizer.bos_id)
+    prompts = [[*before, *ids] for ids in self._beginnings]
     weights = self._completer.generator.weights(params['model'])
     texts = self._completer.from_ids(weights, prompts, self._sampling)
     beginnings = [self._tokenizer.decode(ids) for ids in self._beginnings]

@@ -90,6 +90,10 @@ class Transformer(contracts.Model, nn.Module, Options):
     """
     return stack.flops(self.options, length, self._last_layer_positions(length, positions))
 
+  def before(self) -> int:
+    """How many positions are taken before each document; an adapter may stand around this."""
+    return 0
+
   @nn.nowrap
   def _last_layer_positions(self, length: int, positions: int) -> int:
     reads = stack.reads_in_last_layer(self.unroll, length, positions)

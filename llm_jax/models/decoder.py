@@ -86,7 +86,7 @@ class Model(Transformer):
       ValueError: a row longer than `max_len`.
     """
     tokens_BT = read(batch, 'tokens')
-    check_length(tokens_BT.shape[1], self.max_len)
+    check_length(tokens_BT.shape[1] + self.before(), self.max_len)
     context = self._context(batch, positions, train, cache)
     x_BTD = self.embedder(tokens_BT, context.positions_BT, None, train)
     x_BTD, layers = self.stack(x_BTD, context, cache and cache.layers)
@@ -116,6 +116,7 @@ class Model(Transformer):
       if cache is not None:
         real_BT = segments_BT > 0 if segments_BT is not None else jnp.ones_like(batch['tokens'])
         lengths_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+    positions_BT += self.before()
     return LayerContext(
       segments_BT, positions_BT, self._rotations(positions_BT), lengths_B, read_BP, train
     )

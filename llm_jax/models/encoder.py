@@ -89,8 +89,8 @@ class Model(Transformer):
     if cache is not None:
       raise ValueError('an encoder keeps no cache; generation needs a decoder.')
     tokens_BT, token_types_BT = read(batch, 'tokens'), read(batch, 'token_types')
-    check_length(tokens_BT.shape[1], self.max_len)
-    positions_BT = positions_of(batch)
+    check_length(tokens_BT.shape[1] + self.before(), self.max_len)
+    positions_BT = positions_of(batch) + self.before()
     context = LayerContext(
       segments_BT=read(batch, 'segments'),
       positions_BT=positions_BT,

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from llm_jax.nn.attention.cache import KeyValues, extended, recall
 from llm_jax.nn.attention.dispatch import attention
+from llm_jax.nn.attention.masks import Prefix
 from llm_jax.nn.attention.xla import attention_at, probabilities
 from llm_jax.nn.dropout import drop
 from llm_jax.nn.linear import Linear, Norm
@@ -76,13 +77,17 @@ class Attention(nn.Module):
     if cache is not None:
       cache = extended(cache, k_BTKH, v_BTKH, context.lengths_B)
     if cache is not None and x_BTD.shape[1] == 1:
-      x_BTNH = recall(q_BTNH, cache, context.lengths_B)
+      x_BTNH = recall(q_BTNH, cache, context.lengths_B, self.prefix())
     else:
       x_BTNH = self._mixed(q_BTNH, k_BTKH, v_BTKH, context)
     x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
     shape = options.heads, options.head_dim, options.dim
     out = Linear('...NH,NHD->...D', shape, options, options.bias, options.residual_std, name='out')
     return checkpoint_name(between_layers(out(x_BTNH)), PROJECTIONS), cache
+
+  def prefix(self) -> Prefix | None:
+    """Keys and values that all tokens see before their own; an adapter may stand around this."""
+    return None
 
   @nn.nowrap
   def _projected(
@@ -114,6 +119,7 @@ class Attention(nn.Module):
     options = self.options
     drops = context.train and options.attention_dropout > 0.0
     given = dict(
+      prefix=self.prefix(),
       segments_BT=context.segments_BT,
       causal=options.causal,
       window=self.window,
@@ -122,7 +128,7 @@ class Attention(nn.Module):
     )
     if context.read_BP is None:
       if self.is_mutable_collection(MAPS) and not self.is_initializing():
-        masks = {name: given[name] for name in ('segments_BT', 'causal', 'window')}
+        masks = {name: given[name] for name in ('prefix', 'segments_BT', 'causal', 'window')}
         maps_BNTS = probabilities(q_BTNH, k_BTKH, **masks)
         self.sow(MAPS, 'probabilities', maps_BNTS, lambda _, new: new, lambda: None)
       return attention(q_BTNH, k_BTKH, v_BTKH, **given, implementation=options.attention)

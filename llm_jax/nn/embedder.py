@@ -56,12 +56,15 @@ class Embedder(nn.Module):
       x_BTD = self.embedding_norm(x_BTD) if self.norm else x_BTD.astype(self.options.compute_dtype)
     return between_layers(drop(self, x_BTD, self.options.dropout, train))
 
+  def vectors(self, tokens_BT: jax.Array) -> jax.Array:
+    """Those of tokens, [B, T, D]; an adapter may stand around this."""
+    return lookup(self.token.embedding, tokens_BT, self.options.compute_dtype)
+
   def _summed(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None
   ) -> jax.Array:
     options = self.options
-    x_BTD = lookup(self.token.embedding, tokens_BT, options.compute_dtype)
-    x_BTD = x_BTD.astype(options.accumulation_dtype)
+    x_BTD = self.vectors(tokens_BT).astype(options.accumulation_dtype)
     if self.positions:
       x_BTD += self.position(positions_BT + self.position_offset)
     if self.token_types:

@@ -12,7 +12,7 @@ import numpy as np
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
-from llm_jax.data import pack
+from llm_jax.data import pack, prompted
 from llm_jax.nn import vocabulary
 
 
@@ -93,23 +93,22 @@ class _Rows:
     self.tokenizer, self.documents, self.seq_len = objective.tokenizer, documents, seq_len
     self.lengths = documents.lengths('tokens')
     inputs = np.where(self.lengths > 0, self.lengths + 1, 0)  # BOS and the tokens
-    self.plan = pack.PACKINGS[objective.packing](inputs, seq_len)
+    self.prompt = np.array(prompted.prompt(self.tokenizer), np.int32)
+    self.plan = pack.PACKINGS[objective.packing](inputs, seq_len, overhead=len(self.prompt))
 
   def __len__(self) -> int:
     return len(self.plan)
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
     pieces = [self.ids(*piece) for piece in self.plan[index]]
-    example = pack.assemble([ids[:-1] for ids in pieces], self.seq_len)
-    counted = np.concatenate([ids[1:] for ids in pieces])
+    example = pack.assemble([np.append(self.prompt, ids[:-1]) for ids in pieces], self.seq_len)
+    counted_T = (example['segments'] > 0) & (example['positions'] >= len(self.prompt))
     targets_T = np.zeros(self.seq_len, np.int32)
-    weights_T = np.zeros(self.seq_len, np.float32)
-    targets_T[: len(counted)] = counted
-    weights_T[: len(counted)] = 1.0
+    targets_T[counted_T] = np.concatenate([ids[1:] for ids in pieces])
     return example | {
       'targets': targets_T,
-      'weights': weights_T,
-      'bytes': np.float32(np.sum(self.tokenizer.token_bytes[counted])),
+      'weights': counted_T.astype(np.float32),
+      'bytes': np.float32(np.sum(self.tokenizer.token_bytes[targets_T[counted_T]])),
     }
 
   def ids(self, document: int, start: int, stop: int) -> np.ndarray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
-from llm_jax.data import pack, segmenters
+from llm_jax.data import pack, prompted, segmenters
 from llm_jax.data.encoding import Encode
 from llm_jax.data.segmenters import WORD_STARTS
 from llm_jax.nn import heads, vocabulary
@@ -216,8 +216,11 @@ class Objective(contracts.Objective):
 class _Rows:
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
     self.documents, self.seq_len = documents, seq_len
-    self.plan = pack.PACKINGS[objective.packing](documents.lengths('tokens'), seq_len, overhead=2)
-    self.edges = np.array([[objective.tokenizer.cls_id], [objective.tokenizer.sep_id]], np.int32)
+    tokenizer = objective.tokenizer
+    begin = *prompted.prompt(tokenizer), tokenizer.cls_id
+    self.edges = np.array(begin, np.int32), np.array([tokenizer.sep_id], np.int32)
+    pack_in = pack.PACKINGS[objective.packing]
+    self.plan = pack_in(documents.lengths('tokens'), seq_len, overhead=len(begin) + 1)
     self.segmented = objective.words is not None
 
   def __len__(self) -> int:
@@ -227,8 +230,8 @@ class _Rows:
     begin, end = self.edges
     row = self._row('tokens', index, begin, end)
     if self.segmented:
-      none = np.zeros(1, np.int32)
-      row[WORD_STARTS] = self._row(WORD_STARTS, index, none, none)['tokens']
+      none = map(np.zeros_like, self.edges)
+      row[WORD_STARTS] = self._row(WORD_STARTS, index, *none)['tokens']
     return row
 
   def _row(self, name: str, index: int, begin: np.ndarray, end: np.ndarray) -> Example:

@@ -31,6 +31,7 @@ from llm_jax.core.contracts import (
 )
 from llm_jax.data import documents as documents_lib
 from llm_jax.data import encoding
+from llm_jax.data.prompted import Prompted
 from llm_jax.evaluators import loss
 from llm_jax.parallel import sharding
 
@@ -70,16 +71,18 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   config = with_stand_ins(resolve(config, 1), tokenizer)
   config = with_compute_type(config, layout.platform)
   model = create_model(config)
-  if config.seq_len > model.max_len:
+  adapter = create_adapter(config)
+  before = 0 if adapter is None else adapter.positions
+  if config.seq_len + before > model.max_len:
     way_out = 'lower it' if config.init_from else 'lower it, or raise max_len'
+    beside = f', less {before} positions of the adapter' if before else ''
     raise ValueError(
-      f'config.seq_len={config.seq_len} is more than config.model.max_len={model.max_len}; '
+      f'config.seq_len={config.seq_len} is more than config.model.max_len={model.max_len}{beside}; '
       f'{way_out}.'
     )
   objective = create_objective(config, tokenizer)
   objective.check(model)
   objective.heads(model)
-  create_adapter(config)
   _check_patience(config, create_evaluators(config, objective))
   _check_slices(config, objective)
   for key, section in config.hooks.items():
@@ -213,12 +216,21 @@ def create_tokenizer(
   module = plugins.load('tokenizer', config.tokenizer['name'])
   options = _without(config.tokenizer, 'name')
   given = dict(texts=texts, texts_fingerprint=fingerprint, cache=cache)
-  return plugins.construct('tokenizer', module.create, options, **given)
+  return _prompted(config, plugins.construct('tokenizer', module.create, options, **given))
 
 
 def load_tokenizer(config: Config, directory: str) -> Tokenizer:
   """The tokenizer that was saved in a folder."""
-  return plugins.load('tokenizer', config.tokenizer['name']).load(directory)
+  return _prompted(config, plugins.load('tokenizer', config.tokenizer['name']).load(directory))
+
+
+def _prompted(config: Config, tokenizer: Tokenizer) -> Tokenizer:
+  """The tokenizer with the virtual tokens of the adapter, if it has any."""
+  adapter = create_adapter(config)
+  if adapter is None or not adapter.tokens:
+    return tokenizer
+  first = model_options(config, tokenizer.vocab_size)['vocab_size']
+  return Prompted(tokenizer, first, adapter.tokens)
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -36,6 +36,11 @@ class Network(nn.Module):
     """Coefficients of the metrics that make up the loss: the objective's and the model's."""
     return dict(self.model.terms) | dict(self.objective.terms)
 
+  @property
+  def longest(self) -> int:
+    """The longest row: the model's, less the positions that the adapter takes."""
+    return self.model.max_len - (0 if self.adapter is None else self.adapter.positions)
+
   def __call__(self, batch: Batch, train: bool = False) -> Metrics:
     """The (sum, weight) metrics of a batch; dropout draws from the stream `dropout` in training."""
     metrics, found = self.part(batch, train)

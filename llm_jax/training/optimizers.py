@@ -285,7 +285,11 @@ def options(name: str) -> list[str]:
 
 
 def create(
-  section: Mapping[str, Any], steps: int, params: PyTree, infos: Infos
+  section: Mapping[str, Any],
+  steps: int,
+  params: PyTree,
+  infos: Infos,
+  factor: Callable[[str], float] = lambda path: 1.0,
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The gradient transformation of a config section, and its learning rate by step.
 
@@ -294,6 +298,7 @@ def create(
     steps: length of the whole run in optimizer steps.
     params: the (abstract) parameters that are trained.
     infos: what each parameter is, by path; those of others are ignored.
+    factor: on the learning rate of a parameter.
 
   Raises:
     ValueError: as `parse` does; a warmup longer than the run.
@@ -306,8 +311,10 @@ def create(
   if optimizer.clip_norm:
     parts.append(optax.clip_by_global_norm(optimizer.clip_norm))
   parts.append(optimizer.direction(params, infos, decay))
-  if optimizer.layer_decay != 1:
-    parts.append(_scale_by_layer(params, infos, optimizer.layer_decay))
+  factors = {path: factor(path) for path in tree.paths(params)}
+  if optimizer.layer_decay != 1 or set(factors.values()) - {1.0}:
+    by_layer = layer_rates(params, infos, optimizer.layer_decay)
+    parts.append(_scaled(tree.map_with_path(lambda path, x: x * factors[path], by_layer)))
   return optax.chain(*parts, optax.scale_by_learning_rate(rate)), rate
 
 
@@ -407,10 +414,8 @@ def _fans(shape: tuple[int, ...], axes: contrib.MuonDimensionNumbers) -> tuple[i
   )
 
 
-def _scale_by_layer(
-  params: PyTree, infos: Infos, layer_decay: float
-) -> optax.GradientTransformation:
-  rates = layer_rates(params, infos, layer_decay)
+def _scaled(rates: PyTree) -> optax.GradientTransformation:
+  """Each update times its rate."""
 
   def scale(updates: PyTree, params: PyTree = None) -> Any:
     del params

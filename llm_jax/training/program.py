@@ -80,7 +80,8 @@ def build(
   _log_micro_batches(config, base.mesh, micro_batches)
   trained, layers = _trained(base)
   params, _ = params_lib.split(base.params, trained.__contains__)
-  tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos)
+  factor = (lambda path: 1.0) if network.adapter is None else network.adapter.rate
+  tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos, factor)
   init = functools.partial(
     _init, network=network, rows=inference.sample_rows(example), trained=trained, tx=tx
   )

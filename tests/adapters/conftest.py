@@ -32,6 +32,11 @@ MODELS = {
     **SHAPE,
   ),
 }
+DRAWN = {  # not at 0 or 1
+  *('lora_a', 'adalora_a', 'adalora_b', 'bottleneck_down'),
+  *('prefix', 'prefix_up', 'prefix_embedding', 'prefix_hidden', 'prompt_embedding'),
+  *('prompt_inner', 'prompt_middle', 'prompt_outer'),
+}
 CLASSIFY = dict(name='classify', task='multiclass', classes=('a', 'b', 'c'), dropout=0.0)
 OBJECTIVES = {
   'encoder': CLASSIFY | dict(pool='cls'),
@@ -53,8 +58,12 @@ def config(model='encoder', adapter=None, objective=None, **changes):
   return config_lib.parse(settings)
 
 
+def outlined(made):
+  return programs.outline(made, jax.devices())
+
+
 def program(*args, **kwargs):
-  return programs.outline(config(*args, **kwargs), jax.devices())
+  return outlined(config(*args, **kwargs))
 
 
 @functools.cache
@@ -105,7 +114,7 @@ def first_state(program, model, objective=None):
   base = base_params(model, tuple(sorted((objective or {}).items())))
   for path, leaf in tree.flatten(program.params).items():
     drawn = base.get(path)
-    if path.endswith(('lora_a', 'adalora_b', 'bottleneck_down')):
+    if path.split('/')[-1] in DRAWN:
       drawn = rng.uniform(-0.2, 0.2, leaf.shape)
     elif drawn is None:
       drawn = np.full(leaf.shape, float('/ia3_' in path))
@@ -147,6 +156,7 @@ def tiny():
   return types.SimpleNamespace(
     config=config,
     program=program,
+    outlined=outlined,
     known=known,
     batch=batch,
     shaken=shaken,

@@ -15,20 +15,30 @@ ADAPTERS = {
   'adalora': dict(name='adalora', rank=2, target_rank=1),
   'ia3': dict(name='ia3'),
   'bottleneck': dict(name='bottleneck', size=4),
+  'prefix': dict(name='prefix', length=3),
+  'prefix_mlp': dict(name='prefix', length=3, hidden=5),
+  'p_tuning': dict(name='p_tuning', length=3, hidden=5),
 }
+
+
+def prompts(program):
+  """Those above, behind the virtual tokens of the adapter."""
+  adapter = program.network.adapter
+  virtual = 64 + np.arange(adapter.tokens if adapter else 0)
+  return [[*virtual.tolist(), *prompt] for prompt in PROMPTS]
 
 
 def written(program, params):
   network = program.network
   made = Generator(network.model, program.model_infos, program.layout, network.adapter)
-  tokens = made.tokens(made.weights(params['model']), PROMPTS, GREEDY)
+  tokens = made.tokens(made.weights(params['model']), prompts(program), GREEDY)
   return np.stack(list(tokens), axis=1).tolist()
 
 
 def greedy(tiny, program, params):
   """The same by whole forward passes of one prompt after the other."""
   run = program.function(lambda network, batch: network.model.logits(network.model(batch).hidden))
-  for prompt in PROMPTS:
+  for prompt in prompts(program):
     ids = list(prompt)
     for _ in range(GREEDY.max_new_tokens):
       row = np.zeros((1, 16), np.int32)

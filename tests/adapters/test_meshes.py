@@ -27,6 +27,9 @@ CASES = [
   (dict(name='adalora', rank=2, target_rank=1), dict(fsdp=2, tensor=2), {}),
   (dict(name='ia3'), dict(fsdp=2, tensor=2), {}),
   (dict(name='bottleneck', size=4), dict(fsdp=2, tensor=2), {}),
+  (dict(name='prefix', length=3, hidden=5), dict(fsdp=2, tensor=2), dict(remat='full')),
+  (dict(name='prefix', length=3, hidden=5), dict(data=2, sequence=2), {}),
+  (dict(name='p_tuning', length=3, hidden=5), dict(fsdp=2, tensor=2), {}),
 ]
 
 

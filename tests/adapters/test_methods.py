@@ -3,13 +3,15 @@ the base starts the network and keeps its bits, the trained share is what the pa
 optimizer keeps nothing of the rest, and merging changes nothing.
 """
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 from llm_jax.core import tree
 
-D, L, F, N, H, C, R = 16, 2, 32, 2, 8, 3, 2
+D, L, F, N, H, C, R, P = 16, 2, 32, 2, 8, 3, 2, 4
 HEADS = D * D + D + D * C + C  # pooler and classifier
 LABELS = dict(name='classify', task='multiclass', classes=('a', 'b', 'c'), dropout=0.0, pool='last')
 # In each layer four of attention, two of the mlp, two of norms; and that of one more norm.
@@ -34,6 +36,16 @@ METHODS = {
     L * (2 * 4 * D + 4 + D),
   ),
   'freeze': (dict(name='freeze'), 0),
+  'prefix': (dict(name='prefix', length=P), L * P * 2 * N * H),
+  'prefix_mlp': (
+    dict(name='prefix', length=P, hidden=5),
+    P * D + D * 5 + 5 + L * (5 * 2 * N * H + 2 * N * H),
+  ),
+  'prompt': (dict(name='prompt', length=P), P * D),
+  'p_tuning': (
+    dict(name='p_tuning', length=P, hidden=5),
+    P * D + D * 5 + 5 + 5 * 5 + 5 + 5 * D + D,
+  ),
 }
 # How far each is moved: what is added is about as large as what is there.
 OWN = dict(
@@ -43,8 +55,12 @@ OWN = dict(
   ia3_input=0.3,
   ia3_output=0.3,
   bottleneck_up=0.1,
+  prefix=0.5,
+  prefix_up=0.5,
+  prompt_embedding=0.5,
 )
 CURVED = ('houlsby', 'pfeiffer', 'parallel')  # not linear
+PREFIXES, VIRTUAL = ('prefix', 'prefix_mlp'), ('prompt', 'p_tuning')
 QUICK = {('dora', 'encoder', 1)}
 
 
@@ -53,6 +69,14 @@ def case(*values):
 
 
 CASES = [case(m, k, u) for m in METHODS for k in ('encoder', 'decoder') for u in (1, 0)]
+
+
+def with_virtual(batch):
+  """A batch whose two texts per row begin with virtual tokens."""
+  tokens = np.array(batch['tokens'])
+  for first in (0, 8):
+    tokens[:, first : first + P] = 64 + np.arange(P)  # behind the vocabulary
+  return batch | {'tokens': jax.device_put(tokens, batch['tokens'].sharding)}
 
 
 @pytest.mark.parametrize(('method', 'model', 'unroll'), CASES)
@@ -72,10 +96,15 @@ def test_the_base_keeps_its_bits_and_the_rest_learns(tiny, method, model, unroll
   moments = [x.shape for x in jax.tree.leaves(program.state.opt_state) if x.ndim]
   assert sorted(moments) == sorted(2 * [x.shape for x in jax.tree.leaves(first.params)])
 
-  # The network starts as its base, to the bit where the compiler does not fuse sums otherwise.
+  # The network starts as its base, to the bit where the compiler does not fuse sums otherwise; but
+  # for a prefix, which is seen from the start.
   plain = {path: x for path, x in tree.flatten(whole).items() if path in base.base}
   at_first = tiny.hidden(base, tree.nest(plain), batch)
-  assert tiny.hidden(program, whole, batch).tobytes() == at_first.tobytes()
+  started = tiny.hidden(program, whole, batch)
+  assert (started.tobytes() == at_first.tobytes()) == (method not in PREFIXES)
+  if method in VIRTUAL:
+    batch = with_virtual(batch)
+    at_first = tiny.hidden(program, whole, batch)
 
   # Steps change what is trained, and nothing else.
   losses = []
@@ -90,8 +119,8 @@ def test_the_base_keeps_its_bits_and_the_rest_learns(tiny, method, model, unroll
   # Merged into the base it is the same; without it, another.
   strong = tiny.shaken(state.network_params, OWN)
   adapted = tiny.hidden(program, strong, batch)
-  if method in CURVED:
-    with pytest.raises(ValueError, match='adapters.bottleneck cannot be merged'):
+  if method in (*CURVED, *PREFIXES, *VIRTUAL):
+    with pytest.raises(ValueError, match=f'adapters.{adapter["name"]} cannot be merged'):
       program.network.adapter.merged(strong, program.infos)
     assert np.abs(adapted - at_first).max() > 1e-3
     return
@@ -121,3 +150,27 @@ def test_the_layers_from_the_top_are_trained_alone(tiny, model, unroll):
   for path in stacks:
     assert before[path][0].tobytes() == after[path][0].tobytes()
     assert not np.array_equal(before[path][1], after[path][1])
+
+
+@pytest.mark.slow
+def test_b_of_lora_may_learn_faster(tiny):
+  """LoRA+: the update of B is so many times larger, all others are as they are; and with decay of
+  the rate by layer both factors act.
+  """
+  moved = {}
+  for ratio, decay in ((1.0, 1.0), (16.0, 1.0), (16.0, 0.5)):
+    config = tiny.config('llama', dict(name='lora', rank=R, loraplus_lr_ratio=ratio))
+    optimizer = config.optimizer | dict(layer_decay=decay)
+    program = tiny.outlined(dataclasses.replace(config, optimizer=optimizer))
+    state = tiny.first_state(program, 'llama')
+    state = state.replace(params=tiny.shaken(state.params, dict(lora_b=0.05)))
+    before = {path: np.asarray(x) for path, x in tree.flatten(state.params).items()}
+    state, _ = program.train_step(state, tiny.batch(program))
+    after = tree.flatten(state.params)
+    moved[ratio, decay] = {path: np.asarray(after[path]) - x for path, x in before.items()}
+  plain, plus, both = moved.values()
+  for path, x in plain.items():
+    times = 16.0 if path.endswith('lora_b') else 1.0
+    np.testing.assert_allclose(plus[path], times * x, rtol=1e-3, atol=1e-6)
+    of_layers = np.array([0.5, 1.0]).reshape(2, *[1] * (x.ndim - 1))
+    np.testing.assert_allclose(both[path], of_layers * plus[path], rtol=1e-3, atol=1e-6)

@@ -5,11 +5,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.adapters import _targets, adalora, bitfit, bottleneck, freeze, ia3, lora
+from llm_jax.adapters import (
+  _targets,
+  adalora,
+  bitfit,
+  bottleneck,
+  freeze,
+  ia3,
+  lora,
+  p_tuning,
+  prefix,
+  prompt,
+)
 from llm_jax.core import plugins, tree
 from llm_jax.programs import assemble
 
-SHIPPED = (adalora, bitfit, bottleneck, freeze, ia3, lora)
+SHIPPED = (adalora, bitfit, bottleneck, freeze, ia3, lora, p_tuning, prefix, prompt)
 QUERY = 'model/stack/layers/block/attention/query'
 
 
@@ -56,6 +67,7 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
     ('encoder', dict(name='lora', rank=0), 'rank=0 must be at least 1'),
     ('encoder', dict(name='lora', alpha=0.0), 'alpha=0.0 must be above 0'),
     ('encoder', dict(name='lora', dropout=1.0), 'dropout=1.0 must be'),
+    ('encoder', dict(name='lora', loraplus_lr_ratio=0.0), 'loraplus_lr_ratio=0.0 must be above 0'),
     ('encoder', dict(name='lora', rnak=3), 'rnak is not an option.*rank'),
     ('encoder', dict(name='lora', heads='clasifier'), 'heads=.*there are: classifier, pooler'),
     ('encoder', dict(name='lorra'), "'lorra' is not known.*did you mean 'lora'"),
@@ -66,6 +78,10 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
     ('decoder', dict(name='freeze', layers=-1), 'layers=-1 must be at least 0'),
     ('encoder', dict(name='bottleneck', size=17), 'size=17 is above the width of the model, 16'),
     ('encoder', dict(name='bottleneck', placement='houlsbi'), "mean 'houlsby'"),
+    ('encoder', dict(name='prefix', length=0), 'length=0 must be at least 1'),
+    ('encoder', dict(name='prefix', hidden=0), 'hidden=0 must be at least 1, or None'),
+    ('encoder', dict(name='prompt', length=0), 'length=0 must be at least 1'),
+    ('encoder', dict(name='p_tuning', hidden=0), 'hidden=0 must be at least 1'),
     ('llama', dict(name='bitfit'), 'this model has none'),
     ('llama', dict(name='adalora', rank=2), 'target_rank=8 must be at least 1 and at most'),
     (
@@ -78,6 +94,12 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
 def test_what_does_not_fit_is_refused_before_anything_is_compiled(tiny, model, adapter, message):
   with pytest.raises(ValueError, match=message):
     tiny.program(model, adapter)
+
+
+def test_a_prefix_leaves_room_for_the_rows(tiny):
+  assemble.check(tiny.config('decoder', dict(name='prefix', length=16)))
+  with pytest.raises(ValueError, match='seq_len=16 .*max_len=32, less 17 positions of the adapter'):
+    assemble.check(tiny.config('decoder', dict(name='prefix', length=17)))
 
 
 def test_every_adapter_that_ships_has_defaults(tiny):

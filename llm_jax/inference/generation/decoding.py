@@ -84,6 +84,7 @@ class Generator:
     adapter: Adapter | None = None,
   ):
     self._model, self._layout = model, layout
+    self._longest = model.max_len - (0 if adapter is None else adapter.positions)
     self._forward = Forward(model, infos, layout, adapter)
     self._compiled: set[tuple[Any, ...]] = set()
     self.weights = self._jit(self._forward.weights)
@@ -142,9 +143,9 @@ class Generator:
     Raises:
       ValueError: rows that are longer than the model takes.
     """
-    if not 0 < slots <= self._model.max_len:
+    if not 0 < slots <= self._longest:
       raise ValueError(
-        f'slots={slots} must be at least 1, and at most max_len={self._model.max_len} of the model.'
+        f'slots={slots} must be at least 1, and at most max_len={self._longest} of the model.'
       )
     key = 'empty', rows, slots
     return self._together(key, self._blank, rows=rows, slots=slots)
@@ -217,7 +218,7 @@ class Generator:
       raise ValueError(f'{len(samplings)} samplings for {len(prompts)} prompts: give one for each.')
     if max(s.beams for s in samplings) > 1 and len(set(samplings)) > 1:
       raise ValueError('beam search takes one sampling for all prompts; give them one by one.')
-    most = self._model.max_len
+    most = self._longest
     for length, sampling in zip(lengths, samplings, strict=True):
       longest = length + sampling.max_new_tokens
       if longest > most:
@@ -239,7 +240,7 @@ class Generator:
       shards = 1 if self._layout is None else sharding.row_shards(self._layout.mesh)
     fill = _rounded_rows(len(prompts), shards) - len(prompts)
     lengths = [*map(len, prompts), *[1] * fill]
-    tokens_BT = np.zeros((len(lengths), min(_rounded(max(lengths)), self._model.max_len)), np.int32)
+    tokens_BT = np.zeros((len(lengths), min(_rounded(max(lengths)), self._longest)), np.int32)
     for row, prompt in enumerate(prompts):
       tokens_BT[row, : len(prompt)] = prompt
     chosen = numbers([*samplings, *[GREEDY] * fill], [*rows, *[0] * fill])

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from llm_jax.nn.attention.masks import Prefix
 from llm_jax.parallel import sharding
 
 
@@ -42,7 +43,9 @@ def extended(
   return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in new))
 
 
-def recall(q_B1NH: jax.Array, cache: KeyValues, lengths_B: jax.Array) -> jax.Array:
+def recall(
+  q_B1NH: jax.Array, cache: KeyValues, lengths_B: jax.Array, prefix: Prefix | None = None
+) -> jax.Array:
   """Mixes the values of a cache by the softmax of scaled scores, at least float32, for the newest
   token of each row.
 
@@ -50,19 +53,30 @@ def recall(q_B1NH: jax.Array, cache: KeyValues, lengths_B: jax.Array) -> jax.Arr
     q_B1NH: its queries.
     cache: has the newest token in it. All that is in it is seen.
     lengths_B: tokens of each row so far, at least 1.
+    prefix: keys and values before those of the cache; None for none.
 
   Returns:
     [B, 1, N, H] in the type of `q_B1NH`.
   """
-  (B, _, N, H), (K, S) = q_B1NH.shape, cache.keys.shape[1:3]
+  full_BS = _positions(lengths_B, cache.keys.shape[2]) >= 0
+  if prefix is not None:
+    cache = KeyValues(*(_after(x, old) for x, old in zip(prefix, cache, strict=True)))
+    full_BS = jnp.pad(full_BS, [(0, 0), (len(prefix.keys), 0)], constant_values=True)
+  (B, _, N, H), K = q_B1NH.shape, cache.keys.shape[1]
   dtype = jnp.promote_types(q_B1NH.dtype, jnp.float32)
   q_BKGH = q_B1NH.reshape(B, K, N // K, H)
   scores_BKGS = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, cache.keys, preferred_element_type=dtype)
   scores_BKGS = scores_BKGS * H**-0.5
-  full_BS = _positions(lengths_B, S) >= 0
   scores_BKGS = jnp.where(full_BS[:, None, None], scores_BKGS, jnp.finfo(dtype).min / 2)
   weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(cache.values.dtype)
   return jnp.einsum('BKGS,BKSH->BKGH', weights_BKGS, cache.values).reshape(B, 1, N, H)
+
+
+def _after(x_PKH: jax.Array, old_BKSH: jax.Array) -> jax.Array:
+  """The slots of a cache, behind those of a prefix."""
+  x_KPH = x_PKH.swapaxes(0, 1).astype(old_BKSH.dtype)
+  x_BKPH = jnp.broadcast_to(x_KPH, (len(old_BKSH), *x_KPH.shape))
+  return jnp.concatenate([x_BKPH, old_BKSH], axis=2)
 
 
 def _with_newest(old_BKSH: jax.Array, x_B1KH: jax.Array, slots_B: jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ Letters are those of `llm_jax.nn.options`. Implementations, each a module beside
     auto       ring where rows are cut; else splash on a TPU and cudnn on a GPU, where they can do
                what is asked; else blockwise for rows of more than `LONG` tokens, and xla for others
 
+Keys and values before a row (`masks.Prefix`) are for xla alone.
+
 Where no more than a few positions of a row are read, `xla.attention_at` is theirs over the whole of
 it. A row that grows token by token keeps its keys and values (module `cache`).
 """
@@ -23,6 +25,7 @@ import jax
 from absl import logging
 
 from llm_jax.nn.attention import cudnn, ring, splash, xla
+from llm_jax.nn.attention.masks import Prefix
 from llm_jax.parallel import sharding
 
 IMPLEMENTATIONS = ('auto', 'xla', 'blockwise', 'splash', 'cudnn', 'ring')
@@ -35,6 +38,7 @@ def attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   *,
+  prefix: Prefix | None = None,
   segments_BT: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
@@ -52,6 +56,7 @@ def attention(
     q_BTNH: queries.
     k_BSKH: keys of the same row, S = T.
     v_BSKH: values.
+    prefix: keys and values that all tokens see; None for none.
     segments_BT: one number per document; a token sees only its own number. None: the row is one
       document.
     causal: a token sees no later position of the row.
@@ -74,7 +79,7 @@ def attention(
   drops = dropout_rng is not None and dropout_rate > 0.0
   masks = dict(segments_BT=segments_BT, causal=causal, window=window)
   drop = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if drops else {}
-  chosen = _chosen(implementation, q_BTNH, drops)
+  chosen = _chosen(implementation, q_BTNH, drops, prefix is not None)
   if chosen == 'splash':
     return splash.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
   if chosen == 'cudnn':
@@ -82,7 +87,7 @@ def attention(
   if chosen in ('ring', 'blockwise'):
     tile = ring.BLOCK if chosen == 'blockwise' else ring.TILE
     return ring.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop, tile=tile)
-  return xla.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop)
+  return xla.attention(q_BTNH, k_BSKH, v_BSKH, prefix=prefix, **masks, **drop)
 
 
 def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, implementation: str) -> None:
@@ -98,7 +103,7 @@ def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, implementation: str) -> None:
     raise ValueError(f'{T} queries and {S} keys: both must be the positions of one row.')
 
 
-def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
+def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool, prefixed: bool) -> str:
   """The name of the implementation to use."""
   layout = sharding.current()
   sequence = 1 if layout is None else layout.mesh.shape['sequence']
@@ -110,8 +115,11 @@ def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool) -> str:
     'blockwise': cut,
     'xla': None,
   }
+  if prefixed:
+    refusals = {name: 'it takes no keys before those of a row' for name in refusals}
+    refusals['xla'] = None
   if implementation == 'auto':
-    anywhere = 'blockwise' if q_BTNH.shape[1] > LONG and not cut else 'xla'
+    anywhere = 'blockwise' if q_BTNH.shape[1] > LONG and not cut and not prefixed else 'xla'
     wanted = 'ring' if cut else KERNELS.get(sharding.platform(), anywhere)
     return _best(wanted, anywhere, refusals[wanted])
   if refusals[implementation]:

@@ -3,6 +3,7 @@ backward passes read.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,14 @@ import jax.numpy as jnp
 # Output, and log of the sum of exponentials, for remat policies (`checkpoint_name` of
 # `jax.ad_checkpoint`).
 RESIDUALS = 'attention'
+
+
+class Prefix(NamedTuple):
+  """Keys and values before those of a row, [P, K, H] each, which all of its tokens see, whatever
+  their document."""
+
+  keys: jax.Array
+  values: jax.Array
 
 
 def visible(

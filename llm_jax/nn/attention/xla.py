@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llm_jax.nn.attention.masks import visible
+from llm_jax.nn.attention.masks import Prefix, visible
 from llm_jax.nn.dropout import dropout
 from llm_jax.parallel import sharding
 
@@ -19,6 +19,7 @@ def attention(
   k_BSKH: jax.Array,
   v_BSKH: jax.Array,
   *,
+  prefix: Prefix | None = None,
   segments_BT: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
@@ -29,7 +30,7 @@ def attention(
   run = _mix(causal, window, dropout_rate if dropout_rng is not None else 0.0)
   indices_1T = jnp.arange(q_BTNH.shape[1])[None]
   segments = None if segments_BT is None else (segments_BT, segments_BT)
-  return run(q_BTNH, k_BSKH, v_BSKH, indices_1T, segments, dropout_rng)
+  return run(q_BTNH, k_BSKH, v_BSKH, prefix, indices_1T, segments, dropout_rng)
 
 
 def attention_at(
@@ -38,6 +39,7 @@ def attention_at(
   v_BTKH: jax.Array,
   indices_BP: jax.Array,
   *,
+  prefix: Prefix | None = None,
   segments_BT: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
@@ -51,7 +53,7 @@ def attention_at(
     k_BTKH: keys of all positions of the row.
     v_BTKH: their values.
     indices_BP: the indices, in any order, any of them more than once.
-    segments_BT, causal, window, dropout_rate, dropout_rng: as in `attention`.
+    prefix, segments_BT, causal, window, dropout_rate, dropout_rng: as in `attention`.
 
   Returns:
     [B, P, N, H] in the type of `q_BPNH`.
@@ -61,21 +63,28 @@ def attention_at(
   segments = None
   if segments_BT is not None:
     segments = jnp.take_along_axis(segments_BT, indices_BP, axis=1), segments_BT
-  return run(q_BPNH, k_BTKH, v_BTKH, indices_BP, segments, dropout_rng if drops else None)
+  rng = dropout_rng if drops else None
+  return run(q_BPNH, k_BTKH, v_BTKH, prefix, indices_BP, segments, rng)
 
 
 def probabilities(
   q_BTNH: jax.Array,
   k_BSKH: jax.Array,
   *,
+  prefix: Prefix | None = None,
   segments_BT: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
 ) -> jax.Array:
-  """How much of each value `attention` takes, [B, N, T, S], at least float32."""
+  """How much of each value `attention` takes, [B, N, T, S], at least float32; what it takes of a
+  prefix is not among them.
+  """
   indices_1T = jnp.arange(q_BTNH.shape[1])[None]
   segments = None if segments_BT is None else (segments_BT, segments_BT)
-  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_1T, segments, causal, window)
+  before = 0 if prefix is None else len(prefix.keys)
+  k_BSKH = extended(k_BSKH, prefix and prefix.keys)
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_1T, segments, causal, window, before)
+  weights_BKGTS = weights_BKGTS[..., before:]
   B, K, G, T, S = weights_BKGTS.shape
   return weights_BKGTS.reshape(B, K * G, T, S)
 
@@ -91,24 +100,40 @@ def _mix(causal, window, dropout_rate):
 
 
 def _equation(
-  q_BTNH, k_BSKH, v_BSKH, indices_BT, segments, dropout_rng, *, causal, window, dropout_rate
+  q_BTNH, k_BSKH, v_BSKH, prefix, indices_BT, segments, dropout_rng, *, causal, window, dropout_rate
 ):
-  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window)
+  before = 0
+  if prefix is not None:
+    before, k_BSKH = len(prefix.keys), extended(k_BSKH, prefix.keys)
+    v_BSKH = extended(v_BSKH, prefix.values)
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window, before)
   weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
   if dropout_rng is not None:
     weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_rng)
   return jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS, v_BSKH).reshape(q_BTNH.shape)
 
 
-def _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window):
-  """Query heads of one key head side by side, so that nothing is repeated in memory."""
+def extended(x_BSKH: jax.Array, before_PKH: jax.Array | None) -> jax.Array:
+  """What stands before each row, and the row."""
+  if before_PKH is None:
+    return x_BSKH
+  shape = x_BSKH.shape[0], *before_PKH.shape
+  before_BPKH = jnp.broadcast_to(before_PKH.astype(x_BSKH.dtype)[None], shape)
+  return jnp.concatenate([before_BPKH, x_BSKH], axis=1)
+
+
+def _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window, before):
+  """Query heads of one key head side by side, so that nothing is repeated in memory. The first
+  `before` keys are seen by all.
+  """
   (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
   dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   scores_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=dtype)
   scores_BKGTS = scores_BKGTS * H**-0.5
-  mask = visible(indices_BT, jnp.arange(S), segments, causal, window)
+  mask = visible(indices_BT, jnp.arange(S - before), segments, causal, window)
   if mask is not None:
+    mask = jnp.pad(mask, [(0, 0)] * 4 + [(before, 0)], constant_values=True)
     # Finite, so that no gradient is NaN; low enough for an exact zero after the softmax.
     scores_BKGTS = jnp.where(mask, scores_BKGTS, jnp.finfo(dtype).min / 2)
   return jax.nn.softmax(scores_BKGTS, axis=-1)

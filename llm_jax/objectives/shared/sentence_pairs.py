@@ -10,11 +10,9 @@ import optax
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
-from llm_jax.data import pairs
+from llm_jax.data import pairs, prompted
 from llm_jax.data.segmenters import WORD_STARTS
 from llm_jax.nn import heads
-
-_NO_WORD = pairs.Frame((0,), (0,), (0,), (0,), (0,))
 
 
 class SentencePairs(contracts.Objective):
@@ -92,25 +90,28 @@ class _Rows:
   def __init__(self, objective: SentencePairs, documents: Documents, seq_len: int):
     self.objective, self.seq_len = objective, seq_len
     beside = WORD_STARTS if WORD_STARTS in documents.names else None  # as masked LM asks for
-    self.chunks = pairs.Chunks(documents, seq_len - 3, beside)
+    tokenizer = objective.tokenizer
+    begin, sep = (*prompted.prompt(tokenizer), tokenizer.cls_id), (tokenizer.sep_id,)
+    self.frame = pairs.Frame(begin, sep, begin, sep, sep)
+    none = (0,) * len(begin)
+    self.no_word = pairs.Frame(none, (0,), none, (0,), (0,))
+    self.chunks = pairs.Chunks(documents, seq_len - self.frame.double, beside)
 
   def __len__(self) -> int:
     return len(self.chunks)
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
     objective = self.objective
-    cls_id, sep_id = objective.tokenizer.cls_id, objective.tokenizer.sep_id
-    frame = pairs.Frame((cls_id,), (sep_id,), (cls_id,), (sep_id,), (sep_id,))
     first, second = pairs.split(self.chunks[index], objective.short_seq_rate, rng)
     paired = len(second) > 0
     label = paired and rng.random() < 0.5
     if label:
       first, second = objective.change(first, second, self.chunks, index, rng)
     if self.chunks.beside is None:
-      example = pairs.row(first, second, self.seq_len, frame)
+      example = pairs.row(first, second, self.seq_len, self.frame)
     else:
-      example = pairs.row(first[:, 0], second[:, 0], self.seq_len, frame)
-      starts = pairs.row(first[:, 1], second[:, 1], self.seq_len, _NO_WORD)
+      example = pairs.row(first[:, 0], second[:, 0], self.seq_len, self.frame)
+      starts = pairs.row(first[:, 1], second[:, 1], self.seq_len, self.no_word)
       example[WORD_STARTS] = starts['tokens']
     example[f'{objective.name}_label'] = np.int32(label)
     example[f'{objective.name}_weight'] = np.float32(paired)

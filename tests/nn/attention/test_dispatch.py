@@ -185,7 +185,7 @@ def test_wrong_arguments(reference):
 
 
 def test_auto_takes_what_can(reference):
-  chosen = lambda q, drops=False: dispatch._chosen('auto', q, drops)
+  chosen = lambda q, drops=False: dispatch._chosen('auto', q, drops, False)
   long, odd = jnp.zeros((1, 256, 2, 64)), jnp.zeros((1, 100, 2, 64))
   assert chosen(long) == 'xla'
   with mock.patch.object(dispatch.sharding, 'platform', lambda: 'tpu'):
