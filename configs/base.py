@@ -144,13 +144,14 @@ def get_config() -> config_dict.ConfigDict:
         weight_decay=0.01,
         clip_norm=1.0,
         layer_decay=1.0,
+        ema_decay=0.0,
         b1=unset(float),
         b2=unset(float),
         eps=unset(float),
         momentum=unset(float),
       ),
-      # What is trained beside a frozen base: lora | adalora | ia3 | bitfit | bottleneck | freeze,
-      # each with options of its own among these
+      # What is trained beside a frozen base: lora | adalora | ia3 | bitfit | bottleneck | prefix |
+      # prompt | p_tuning | freeze, each with options of its own among these
       adapter=dict(
         name=unset(str),
         rank=unset(int),
@@ -159,6 +160,7 @@ def get_config() -> config_dict.ConfigDict:
         targets=unset(str),
         rslora=unset(bool),
         dora=unset(bool),
+        loraplus_lr_ratio=unset(float),
         target_rank=unset(int),
         warmup_steps=unset(int),
         final_steps=unset(int),
@@ -170,6 +172,8 @@ def get_config() -> config_dict.ConfigDict:
         placement=unset(str),
         activation=unset(str),
         scale=unset(float),
+        length=unset(int),
+        hidden=unset(int),
         layers=unset(int),
         heads=unset(str),
       ),

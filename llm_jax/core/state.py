@@ -11,6 +11,8 @@ import jax
 from llm_jax.core import params as params_lib
 from llm_jax.core.tree import PyTree
 
+AVERAGES = 'averages'  # of the trained parameters, in `TrainState.extras`
+
 
 @flax.struct.dataclass
 class TrainState:
@@ -36,6 +38,14 @@ class TrainState:
   def network_params(self) -> Any:
     """All parameters of the network, trained or not."""
     return params_lib.merge(self.params, self.frozen) if self.frozen else self.params
+
+  @property
+  def answering_params(self) -> Any:
+    """Those that evaluations and predictions use: in place of the trained ones their averages over
+    the steps, where the run keeps these.
+    """
+    averages = self.extras.get(AVERAGES)
+    return self.network_params if averages is None else self.replace(params=averages).network_params
 
 
 class Loaded(NamedTuple):

@@ -81,7 +81,7 @@ class Samples:
   def __call__(self, step: int, state: TrainState, values: Mapping[str, float]) -> None:
     """Shows the samples of a step; all processes call it."""
     del values
-    lines = [shown(*sample) for sample in self.texts(state.network_params)]
+    lines = [shown(*sample) for sample in self.texts(state.answering_params)]
     for line in lines:
       self._log.say('step %d  sample: %s', step, line)
     self._log.text(step, 'samples', '\n'.join(lines))

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from llm_jax.core import files, tree
-from llm_jax.core.state import Loaded
+from llm_jax.core.state import AVERAGES, Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import hosts
 
@@ -34,7 +34,8 @@ SEAL = 'seal.json'
 DAMAGED = 'damaged'  # the folder of checkpoints that do not agree with their seals
 UNFINISHED = 'unfinished'  # the folder of those without a seal
 _NONE, _NONE_LEFT = -1, -2  # instead of a step, agreed on by all processes
-_PARAMETERS = ('params/', 'frozen/')  # where a state keeps the parameters of the network
+# Where a state keeps the parameters of the network; what comes later goes before.
+_PARAMETERS = ('params/', 'frozen/', f'extras/{AVERAGES}/')
 
 
 Elsewhere = Callable[[Mapping[str, Any]], Mapping[str, jax.Array]]
@@ -306,12 +307,13 @@ def _stored(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, jax.S
 
 
 def _parameter_paths(stored: Iterable[str]) -> dict[str, str]:
-  """By the path of each parameter in the network, its path in the state: trained or frozen."""
-  paths = {}
-  for path in stored:
-    for prefix in _PARAMETERS:
-      if path.startswith(prefix):
-        paths[path.removeprefix(prefix)] = path
+  """By the path of each parameter in the network, its path in the state: trained or frozen, or its
+  average.
+  """
+  paths, stored = {}, list(stored)
+  for prefix in _PARAMETERS:
+    found = (path for path in stored if path.startswith(prefix))
+    paths |= {path.removeprefix(prefix): path for path in found}
   return paths
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Example, Hook, Objective, Rows
-from llm_jax.core.state import TrainState
+from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.data import pipeline
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
@@ -252,7 +253,7 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
       workdir.write_config(run.workdir, config)
     values = _train(run, log, hooks)
     if run.over:
-      params, tokenizer = run.state.network_params, run.data.tokenizer
+      params, tokenizer = run.state.answering_params, run.data.tokenizer
       page.write(run.workdir, run.step, values, run.program, params, tokenizer, run.validation)
     _say_how_it_ended(run, log)
     return values
@@ -344,7 +345,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
-  params, tokenizer = run.state.network_params, run.data.tokenizer
+  params, tokenizer = run.state.answering_params, run.data.tokenizer
   groups, rows = run.slices['validation'], run.rows['validation']
   values = evaluation.scores(program, params, tokenizer, run.validation, report, groups, rows)
   shown = values | baselines
@@ -453,5 +454,7 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
   whole = tree.replace(state.network_params, loaded.params)
   trained = set(tree.paths(state.params))
   params, frozen = params_lib.split(whole, trained.__contains__)
+  if AVERAGES in state.extras:
+    state = state.replace(extras=dict(state.extras) | {AVERAGES: jax.tree.map(jnp.copy, params)})
   found = bases.describe(config.init_from, loaded, tree.flatten(frozen), program.mesh)
   return state.replace(params=params, frozen=frozen), found and found._asdict()

@@ -53,6 +53,10 @@ class Optimizer(abc.ABC):
     layer_decay: layer l of L learns at rate * layer_decay ** (L - 1 - l), embeddings at rate *
       layer_decay ** L, whatever comes after the layers at the full rate (arXiv:1801.06146, section
       3.2; ELECTRA's and BEiT's fine-tuning).
+    ema_decay: d of a moving average of the trained parameters, a = d a + (1 - d) p after each step,
+      where d is at first (1 + step) / (10 + step), so that the first values are forgotten. The
+      average is what evaluations, predictions and exports use (arXiv:1706.03762, section 6.1,
+      averages too); training goes on with p. 0: none.
   """
 
   learning_rate: float
@@ -64,6 +68,7 @@ class Optimizer(abc.ABC):
   weight_decay: float = 0.01
   clip_norm: float = 1.0
   layer_decay: float = 1.0
+  ema_decay: float = 0.0
 
   def __post_init__(self):
     if self.schedule not in SCHEDULES:
@@ -98,6 +103,7 @@ class Optimizer(abc.ABC):
     _check_range(self, 'weight_decay', 0, math.inf)
     _check_range(self, 'clip_norm', 0, math.inf)
     _check_range(self, 'layer_decay', 0, 1, open_below=True)
+    _check_range(self, 'ema_decay', 0, 1, open_above=True)
     for field in dataclasses.fields(self):
       if field.name in ('b1', 'b2', 'momentum'):
         _check_range(self, field.name, 0, 1, open_above=True)
@@ -357,6 +363,20 @@ def schedule(optimizer: Optimizer, steps: int) -> Schedule:
     )
 
   return rate
+
+
+def averaged(averages: PyTree, params: PyTree, step: jax.Array, decay: float) -> Any:
+  """The moving averages after a step; see `Optimizer.ema_decay`.
+
+  Args:
+    averages: those before.
+    params: the parameters after the step.
+    step: optimizer steps taken before it.
+    decay: d.
+  """
+  step = step.astype(jnp.float32)
+  kept = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+  return jax.tree.map(lambda a, p: a + ((1.0 - kept) * (p - a)).astype(a.dtype), averages, params)
 
 
 def layer_rates(params: PyTree, infos: Infos, layer_decay: float) -> Any:

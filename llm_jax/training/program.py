@@ -14,8 +14,8 @@ from absl import logging
 from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
-from llm_jax.core.state import TrainState
+from llm_jax.core.contracts import Adapter, Batch, Example, Metrics, Objective, Tokenizer
+from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import fsdp, hosts, sharding
 from llm_jax.programs import assemble, inference
@@ -82,8 +82,14 @@ def build(
   params, _ = params_lib.split(base.params, trained.__contains__)
   factor = (lambda path: 1.0) if network.adapter is None else network.adapter.rate
   tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos, factor)
+  ema_decay = _ema_decay(config, network.adapter)
   init = functools.partial(
-    _init, network=network, rows=inference.sample_rows(example), trained=trained, tx=tx
+    _init,
+    network=network,
+    rows=inference.sample_rows(example),
+    trained=trained,
+    tx=tx,
+    averages=bool(ema_decay),
   )
   shapes = jax.eval_shape(init, 0)
   shardings = _state_shardings(layout, shapes, base.infos)
@@ -96,6 +102,7 @@ def build(
     micro_batches=micro_batches,
     shardings=gradient_shardings,
     layers=layers,
+    ema_decay=ema_decay,
   )
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
   return Training(
@@ -142,6 +149,17 @@ def outline(
   return build(config, objective, assemble.template(config, objective, tokenizer), devices)
 
 
+def _ema_decay(config: Config, adapter: Adapter | None) -> float:
+  """That of the optimizer's section; ValueError where an adapter changes parameters itself."""
+  decay = optimizers.parse(config.optimizer).ema_decay
+  if decay and adapter is not None and type(adapter).after_update is not Adapter.after_update:
+    raise ValueError(
+      f'config.optimizer.ema_decay={decay} would bring back what the adapter '
+      f'{config.adapter["name"]!r} takes out of its parameters after a step; set it to 0.'
+    )
+  return decay
+
+
 def _init(
   seed: jax.typing.ArrayLike,
   *,
@@ -149,12 +167,15 @@ def _init(
   rows: Batch,
   trained: frozenset[str],
   tx: optax.GradientTransformation,
+  averages: bool,
 ) -> TrainState:
   """The first state."""
   param_key, rng = jax.random.split(jax.random.PRNGKey(seed))
   whole = nn.meta.unbox(networks.initialize(network, param_key, rows))
   params, frozen = params_lib.split(whole, trained.__contains__)
-  extras = {} if network.adapter is None else network.adapter.extras(whole)
+  extras = {} if network.adapter is None else dict(network.adapter.extras(whole))
+  if averages:
+    extras[AVERAGES] = jax.tree.map(jnp.copy, params)  # a state has no buffer twice
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -190,13 +211,16 @@ def _state_shardings(
 ) -> TrainState:
   everywhere = sharding.replicated(layout.mesh)
   kept = sharding.parameter_shardings(layout, shapes.params, infos, optimizer=True)
+  extras = jax.tree.map(lambda _: everywhere, dict(shapes.extras))
+  if AVERAGES in extras:
+    extras[AVERAGES] = kept
   return TrainState(
     step=everywhere,
     params=sharding.parameter_shardings(layout, shapes.params, infos),
     opt_state=sharding.optimizer_shardings(layout.mesh, shapes.params, kept, shapes.opt_state),
     rng=everywhere,
     frozen=sharding.parameter_shardings(layout, shapes.frozen, infos),
-    extras=jax.tree.map(lambda _: everywhere, shapes.extras),
+    extras=extras,
   )
 
 

@@ -18,10 +18,11 @@ from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.contracts import Adapter, Batch, Metrics
-from llm_jax.core.state import TrainState
+from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.programs import network as networks
 from llm_jax.programs.network import Network
+from llm_jax.training import optimizers
 
 Rng = jax.Array
 
@@ -36,6 +37,7 @@ def train_step(
   micro_batches: int = 1,
   shardings: PyTree = None,
   layers: Mapping[str, np.ndarray] | None = None,
+  ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
@@ -49,6 +51,7 @@ def train_step(
     shardings: where the gradients lie: as what the optimizer keeps for each parameter. None:
       anywhere.
     layers: of stacks that are trained in part, which of their layers are, by path.
+    ema_decay: of the averages, `Optimizer.ema_decay`; 0: there are none.
 
   Returns:
     The state after, and metrics: the objective's, and `loss`, `gradient_norm`, `learning_rate`,
@@ -77,6 +80,10 @@ def train_step(
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
   if network.adapter is not None:
     state = network.adapter.after_update(state, grads)
+  if ema_decay:
+    before = state.extras[AVERAGES]
+    averages = optimizers.averaged(before, state.params, state.step - 1, ema_decay)
+    state = state.replace(extras=dict(state.extras) | {AVERAGES: averages})
   return state, metrics
 
 

@@ -14,7 +14,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.inference.export import export
 from llm_jax.programs import checkpoints, pretrained
-from llm_jax.training import loop
+from llm_jax.training import evaluation, loop
 
 pytestmark = pytest.mark.slow
 SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=32, max_len=32)
@@ -188,3 +188,39 @@ def test_a_run_may_be_the_base_of_another(run, settings, tmp_path):
   shutil.rmtree(base / 'checkpoints' / '4')
   with pytest.raises(ValueError, match='no whole checkpoint of step 4 any more'):
     _ = llm_jax.open(workdir).params
+
+
+def test_averages_of_the_parameters_answer(settings, tmp_path):
+  """They are evaluated, predict and are taken elsewhere; training goes on without them."""
+  optimizer = settings['optimizer'] | dict(ema_decay=0.8)
+  settings = settings | dict(data=settings['data'] | dict(validation=0.3))
+  changes = settings | dict(optimizer=optimizer)
+  whole = prepared(changes, tmp_path / 'whole')
+  loss = loop.train(whole)['loss']
+  plain = prepared(settings, tmp_path / 'plain')
+  loop.train(plain)
+  assert bits(whole.state.params) == bits(plain.state.params)
+  answering = whole.state.answering_params
+  assert bits(answering) != bits(whole.state.network_params)
+  averages = tree.flatten(whole.state.extras['averages'])
+  assert {path: bits(x) for path, x in tree.flatten(answering).items() if path in averages} == bits(
+    averages
+  )
+  assert bits(plain.state.answering_params) == bits(plain.state.network_params)
+  session = llm_jax.open(tmp_path / 'whole')
+  assert bits(session.params) == bits(answering)
+  program, tokenizer, rows = whole.program, whole.data.tokenizer, whole.rows['validation']
+  evaluated = evaluation.scores(
+    program, answering, tokenizer, whole.validation, None, whole.slices['validation'], rows
+  )
+  assert evaluated['loss'] == loss
+  shutil.copytree(whole.workdir, tmp_path / 'again')
+  shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '4')
+  again = prepared(changes, tmp_path / 'again')
+  assert again.step == 2
+  loop.train(again)
+  assert bits(again.state) == bits(whole.state)
+  # A run that begins with these parameters begins with the averages.
+  next_one = prepared(changes | dict(init_from=str(whole.workdir)), tmp_path / 'next')
+  assert bits(next_one.state.network_params) == bits(answering)
+  assert bits(next_one.state.answering_params) == bits(answering)

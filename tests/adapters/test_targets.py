@@ -1,5 +1,7 @@
 """What patterns match, what is refused before anything is compiled, and weight forms as bases."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -190,3 +192,11 @@ def test_layers_of_a_pattern_and_one_by_itself_are_adapted(tiny):
   leaves = tree.flatten(params)
   plain = tree.nest({path: leaves[path] for path in base.base})
   assert np.abs(tiny.hidden(base, plain, batch) - expected).max() > 1e-3
+
+
+def test_averages_would_bring_back_ranks_that_are_taken_out(tiny):
+  adapter = dict(name='adalora', rank=2, target_rank=1)
+  config = tiny.config('llama', adapter)
+  optimizer = config.optimizer | dict(ema_decay=0.9)
+  with pytest.raises(ValueError, match="ema_decay=0.9 would bring back what the adapter 'adalora'"):
+    tiny.outlined(dataclasses.replace(config, optimizer=optimizer))

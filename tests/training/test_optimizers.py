@@ -369,3 +369,21 @@ def test_all_combinations_compile_on_abstract_parameters():
     state = jax.eval_shape(tx.init, abstract)
     updates, after = jax.eval_shape(tx.update, abstract, state, abstract)
     assert tree.difference(abstract, updates) == '' and tree.difference(state, after) == ''
+
+
+def test_averages_are_those_of_their_definition():
+  """a = d a + (1 - d) p, d = min(0.9, (1 + step) / (10 + step)), in float64."""
+  rng = np.random.default_rng(0)
+  params = [{'a': rng.normal(size=(3, 2)), 'b': rng.normal(size=2)} for _ in range(200)]
+  found = expected = params[0]
+  found = jax.tree.map(jnp.float32, found)
+  for step, new in enumerate(params[1:]):
+    d = min(0.9, (1 + step) / (10 + step))
+    expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, expected, new)
+    new = jax.tree.map(jnp.float32, new)
+    found = optimizers.averaged(found, new, jnp.int32(step), 0.9)
+  for path, x in tree.flatten(found).items():
+    np.testing.assert_allclose(x, tree.flatten(expected)[path], rtol=1e-4, atol=1e-5)
+  assert np.abs(found['a'] - params[-1]['a']).max() > 0.1
+  with pytest.raises(ValueError, match=r'ema_decay=1.0 must be at least 0 and below 1'):
+    optimizers.parse(section('adamw') | dict(ema_decay=1.0))
