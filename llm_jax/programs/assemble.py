@@ -75,7 +75,9 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   before = 0 if adapter is None else adapter.positions
   if config.seq_len + before > model.max_len:
     way_out = 'lower it' if config.init_from else 'lower it, or raise max_len'
-    beside = f', less {before} positions of the adapter' if before else ''
+    beside = ''
+    if before:
+      beside, way_out = f', less {before} positions of the adapter', f'{way_out}, or the latter'
     raise ValueError(
       f'config.seq_len={config.seq_len} is more than config.model.max_len={model.max_len}{beside}; '
       f'{way_out}.'

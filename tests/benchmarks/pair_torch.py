@@ -1,7 +1,7 @@
 """Training here and by transformers + torch: the same model, weights, shapes, optimizer and
 precision, alternating.
 
-    python tests/benchmarks/pair_torch.py [--case=CASE] [--pairs=5] [--json=FILE]
+    python tests/benchmarks/pair_torch.py [--case=CASE] [--pairs=5] [--apart] [--json=FILE]
 
     bert_base   masked LM, 8 rows of 128 tokens, 15 % of them masked, dropout as in the paper
     gpt2        causal LM, 4 rows of 256 tokens, dropout as in the paper
@@ -11,10 +11,13 @@ precision, alternating.
 
 All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which
 one works at a time: ours keeps freed memory as `llm_jax.main` does, with `model.unroll=0`; theirs
-is plain Python. The first losses must agree, or no speed is reported.
+is plain Python. The first losses must agree, or no speed is reported. What one gives back to a
+virtual machine between its steps, the other gets slowly: with `--apart` each ends before the next
+begins.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -54,6 +57,7 @@ TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune
 WARM = 3  # steps; in the first ones each takes the memory that it goes on with
 UNITS = {'bert_base': 'tokens', 'gpt2': 'tokens', 'finetune': 'texts', 'lora': 'texts'}
 RANK, ALPHA = 8, 16.0  # of the case lora
+SIDES = 'theirs', 'ours'
 
 
 class Ours:
@@ -298,25 +302,46 @@ def ask(process, steps):
   return answer(process)
 
 
-def measure(case, pairs, steps):
-  """Pairs of speeds, theirs and ours, alternating, both compiled and warm."""
-  sides, losses = [], []
-  for side in ('theirs', 'ours'):
-    command = [sys.executable, __file__, f'--case={case}', f'--serve={side}']
-    sides.append(
-      subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    )
-    losses.append(answer(sides[-1]))
+@contextlib.contextmanager
+def running(case, side):
+  """A side in its own process, compiled and warm, and its first loss."""
+  command = [sys.executable, __file__, f'--case={case}', f'--serve={side}']
+  process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+  try:
+    yield process, answer(process)
+  finally:
+    process.stdin.close()
+    process.wait()
+
+
+def measure(case, pairs, steps, apart):
+  """Pairs of speeds, theirs and ours, alternating; `apart`: each process alone on the machine."""
+  if apart:
+    return [measure_apart(case, steps) for _ in range(pairs)]
+  with contextlib.ExitStack() as stack:
+    sides = [stack.enter_context(running(case, side)) for side in SIDES]
+    check(case, [loss for _, loss in sides])
+    return [tuple(ask(side, steps) for side, _ in sides) for _ in range(pairs)]
+
+
+def measure_apart(case, steps):
+  """The two speeds, of processes one after the other."""
+  speeds, losses = [], []
+  for side in SIDES:
+    with running(case, side) as (process, loss):
+      speeds.append(ask(process, steps))
+      losses.append(loss)
+  check(case, losses)
+  return tuple(speeds)
+
+
+def check(case, losses):
+  """Raises AssertionError unless both sides are the same model."""
   if abs(losses[0] - losses[1]) > 0.1 * losses[0]:
     raise AssertionError(
       f'{case}: the first losses are {losses[0]:.3f} and {losses[1]:.3f}; this is not the same '
       'model.'
     )
-  found = [tuple(ask(side, steps) for side in sides) for _ in range(pairs)]
-  for side in sides:
-    side.stdin.close()
-    side.wait()
-  return found
 
 
 def speed(side, steps):
@@ -335,8 +360,9 @@ def main(argv):
   parser.add_argument('--case', choices=UNITS, action='append', help='all by default')
   parser.add_argument('--pairs', type=int, default=5)
   parser.add_argument('--steps', type=int, default=1, help='per measurement')
+  parser.add_argument('--apart', action='store_true', help='never both processes at once')
   parser.add_argument('--json')
-  parser.add_argument('--serve', choices=('ours', 'theirs'), help=argparse.SUPPRESS)
+  parser.add_argument('--serve', choices=SIDES, help=argparse.SUPPRESS)
   options = parser.parse_args(argv)
   if options.serve:
     serve(options.case[0], options.serve)
@@ -349,7 +375,7 @@ def main(argv):
     'jax': jax.__version__,
   }
   for case in options.case or UNITS:
-    pairs = measure(case, options.pairs, options.steps)
+    pairs = measure(case, options.pairs, options.steps, options.apart)
     a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
     ratio = statistics.median(b / a for a, b in pairs)
     found[case] = {
