@@ -350,7 +350,7 @@ def open_model(folder: pathlib.Path | None, given: Config | None = None) -> Sess
   """
   if given is not None and given.init_from:
     return Session(pathlib.Path(given.init_from), given, pretrained.load_tokenizer(given))
-  config = workdir.read_config(folder)
+  config = _on_devices_here(workdir.read_config(folder))
   if given is not None:
     config = _with_data_of(given, config)
   return Session(folder, config, workdir.load_tokenizer(config, folder))
@@ -383,6 +383,20 @@ def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -
   if predictor is not None:
     predictor.calibrate(loaded.values or {})
   return tree.nest(loaded.params)
+
+
+def _on_devices_here(config: Config) -> Config:
+  """The config of a run; where its mesh is for other devices, all that are here share parameters
+  and rows.
+  """
+  try:
+    assemble.create_layout(config)
+  except ValueError:
+    whole = dict.fromkeys(('data', 'sequence', 'tensor', 'dcn_data', 'dcn_fsdp'), 1)
+    logging.info('The mesh of the run, %s, is for other devices; here: fsdp=-1.', config.mesh)
+    config = dataclasses.replace(config, mesh=dict(config.mesh) | whole | {'fsdp': -1})
+    assemble.create_layout(config)
+  return config
 
 
 def _with_data_of(given: Config, config: Config) -> Config:

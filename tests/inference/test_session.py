@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import jax
 import numpy as np
@@ -95,6 +96,25 @@ def test_answers_come_in_order_and_pairs_are_read(runs):
     assert alone['probabilities'] == pytest.approx(answer['probabilities'], abs=1e-5)
   unread = session.predict([('aa', 'dd d')])[0]  # the second text is read too
   assert unread['probabilities'] != answers[0]['probabilities']
+
+
+def test_a_run_of_a_pod_opens_here(runs, tmp_path, caplog):
+  """A mesh that other devices had: all that are here share the parameters."""
+  shutil.copytree(runs['pairs'].origin, tmp_path / 'run')
+  path = tmp_path / 'run' / 'config.json'
+  config = json.loads(path.read_text())
+  config['mesh'] |= dict(data=2, fsdp=16, tensor=3, dcn_data=2)
+  path.write_text(json.dumps(config))
+  with caplog.at_level('INFO', 'absl'):
+    session = llm_jax.open(tmp_path / 'run')
+  assert 'is for other devices; here: fsdp=-1' in caplog.text
+  texts = [('aa', 'bb'), ('cc d', 'a')]
+  for answer, wanted in zip(session.predict(texts), runs['pairs'].predict(texts), strict=True):
+    assert answer['probabilities'] == pytest.approx(wanted['probabilities'], abs=1e-5)
+  config['mesh'] |= dict(rules='none such')  # another error stays one
+  path.write_text(json.dumps(config))
+  with pytest.raises(ValueError, match="rules='none such' is not known"):
+    llm_jax.open(tmp_path / 'run')
 
 
 def test_blocks_of_a_stream_are_answered_as_they_are_read(runs, monkeypatch):
