@@ -37,15 +37,17 @@ class TrainState:
   @property
   def network_params(self) -> Any:
     """All parameters of the network, trained or not."""
-    return params_lib.merge(self.params, self.frozen) if self.frozen else self.params
+    return self._whole(self.params)
 
   @property
   def answering_params(self) -> Any:
     """Those that evaluations and predictions use: in place of the trained ones their averages over
     the steps, where the run keeps these.
     """
-    averages = self.extras.get(AVERAGES)
-    return self.network_params if averages is None else self.replace(params=averages).network_params
+    return self._whole(self.extras.get(AVERAGES, self.params))
+
+  def _whole(self, trained: PyTree) -> Any:
+    return params_lib.merge(trained, self.frozen) if self.frozen else trained
 
 
 class Loaded(NamedTuple):
