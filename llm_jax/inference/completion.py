@@ -10,7 +10,7 @@ import numpy as np
 
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.tree import PyTree
-from llm_jax.data import pairs
+from llm_jax.data import prompted
 from llm_jax.inference.generation.decoding import Generator
 from llm_jax.inference.generation.sampling import Sampling
 
@@ -22,8 +22,12 @@ Stream = Callable[[int, str], None]
 
 def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple[int, ...]]:
   """The ids that stand before and after one text, as the model was trained."""
-  frame = pairs.frame(tokenizer, causal, closed=False)
-  return frame.before, frame.after
+  if tokenizer.template is not None:
+    before, after = tokenizer.template
+  else:
+    before = (tokenizer.bos_id if causal else tokenizer.cls_id,)
+    after = () if causal else (tokenizer.sep_id,)
+  return (*prompted.prompt(tokenizer), *before), after
 
 
 class Completer:
