@@ -45,7 +45,11 @@ SPLITS = ('validation', 'test')
 LOCATIONS = ('path', 'data_dir')
 # Options that may change, but not to or from the value that leaves out a part of the optimizer,
 # whose state would then be another: option -> (default, that value).
-SWITCHES = {'optimizer.clip_norm': (1.0, 0.0), 'optimizer.layer_decay': (1.0, 1.0)}
+SWITCHES = {
+  'optimizer.clip_norm': (1.0, 0.0),
+  'optimizer.layer_decay': (1.0, 1.0),
+  'optimizer.ema_decay': (0.0, 0.0),
+}
 
 _INIT_FROM = ', or --config.init_from=FOLDER, the folder of a run or of a Hugging Face model'
 

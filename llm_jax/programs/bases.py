@@ -5,7 +5,7 @@ them there again, or refuses others.
 
 import hashlib
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,14 +25,12 @@ class Base(NamedTuple):
   Attributes:
     folder: where they were taken from: a run, or a model of Hugging Face.
     step: of the run's checkpoint; None where it is no run.
-    fingerprint: of their values.
-    paths: theirs in the network.
+    fingerprints: of the values of each, by its path in the network.
   """
 
   folder: str
   step: int | None
-  fingerprint: str
-  paths: list[str]
+  fingerprints: Mapping[str, str]
 
 
 # Reads the parameters of a network from a folder; of a run, those of a step.
@@ -53,16 +51,23 @@ def describe(
   found = {path: x for path, x in frozen.items() if path in loaded.params}
   if not found:
     return None
-  return Base(folder, loaded.step, fingerprint(found, mesh), sorted(found))
+  return Base(folder, loaded.step, fingerprints(found, mesh))
 
 
-def read(base: Base, workdir: pathlib.Path, load: Load, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-  """The parameters of a base, by path.
+def read(
+  base: Base,
+  workdir: pathlib.Path,
+  load: Load,
+  wanted: Collection[str],
+  mesh: jax.sharding.Mesh,
+) -> dict[str, Any]:
+  """The parameters of a base that a network wants, by path.
 
   Args:
     base: as a checkpoint of the run has it.
     workdir: of the run. Where the folder is gone, `base` in there is read.
     load: reads a folder.
+    wanted: the paths of the network's parameters.
     mesh: where the parameters will lie.
 
   Raises:
@@ -81,32 +86,34 @@ def read(base: Base, workdir: pathlib.Path, load: Load, mesh: jax.sharding.Mesh)
     loaded = load(folder, base.step)
   except ValueError as error:
     raise ValueError(f'the base of {workdir} cannot be read. {way_out} Cause: {error}') from error
-  missing = [path for path in base.paths if path not in loaded.params]
+  paths = [path for path in base.fingerprints if path in wanted]
+  missing = [path for path in paths if path not in loaded.params]
   if missing:
     listed = '\n  '.join(missing[:10])
     raise ValueError(f'{folder} is not the base of {workdir}: it lacks\n  {listed}\n{way_out}')
-  found = {path: loaded.params[path] for path in base.paths}
-  if fingerprint(found, mesh) != base.fingerprint:
-    raise ValueError(
-      f'{folder} is not the base of {workdir} any more: its parameters are others than those that '
-      f'the run was trained on. {way_out}'
-    )
+  found = {path: loaded.params[path] for path in paths}
+  for path, known in fingerprints(found, mesh).items():
+    if known != base.fingerprints[path]:
+      raise ValueError(
+        f'{folder} is not the base of {workdir} any more: {path} is not what the run was trained '
+        f'on. {way_out}'
+      )
   return found
 
 
-def fingerprint(leaves: Mapping[str, jax.Array], mesh: jax.sharding.Mesh) -> str:
-  """64 hexadecimal digits that depend on paths, shapes, types and every bit, and not on where the
-  arrays lie.
+def fingerprints(leaves: Mapping[str, jax.Array], mesh: jax.sharding.Mesh) -> dict[str, str]:
+  """Of each array 64 hexadecimal digits that depend on its shape, its type and every bit, and not
+  on where it lies.
 
   Each array is summed up on the devices, in integers, so that no host reads it; the sums are
   hashed. That finds what has changed, by chance or by training, not what was made to look equal.
   """
   sums = hosts.compiled(jax.jit(_sums, out_shardings=sharding.replicated(mesh)))(dict(leaves))
-  digest = hashlib.sha256()
-  for path, found in sorted(jax.device_get(sums).items()):
-    leaf = leaves[path]
-    digest.update(f'{path} {leaf.shape} {leaf.dtype} {found.tolist()}\n'.encode())
-  return digest.hexdigest()
+  said = {
+    path: f'{leaves[path].shape} {leaves[path].dtype} {found.tolist()}'
+    for path, found in sorted(jax.device_get(sums).items())
+  }
+  return {path: hashlib.sha256(text.encode()).hexdigest() for path, text in said.items()}
 
 
 def _sums(leaves: Mapping[str, jax.Array]) -> dict[str, jax.Array]:

@@ -138,7 +138,8 @@ def read_base(
     ValueError: they are gone, or others.
   """
   load = functools.partial(load_params, program)
-  return bases.read(bases.Base(**said), workdir, load, program.mesh)
+  wanted = tree.paths(program.params)
+  return bases.read(bases.Base(**said), workdir, load, wanted, program.mesh)
 
 
 def _with_base(program: Inference, workdir: pathlib.Path, loaded: Loaded) -> Loaded:

@@ -387,7 +387,7 @@ def _held(run: Run) -> TrainState:
   """The state but for what its checkpoints have from elsewhere."""
   if run.base is None:
     return run.state
-  frozen, held = tree.flatten(run.state.frozen), set(run.base['paths'])
+  frozen, held = tree.flatten(run.state.frozen), set(run.base['fingerprints'])
   return run.state.replace(frozen=tree.nest({k: x for k, x in frozen.items() if k not in held}))
 
 
@@ -455,6 +455,8 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
   trained = set(tree.paths(state.params))
   params, frozen = params_lib.split(whole, trained.__contains__)
   if AVERAGES in state.extras:
-    state = state.replace(extras=dict(state.extras) | {AVERAGES: jax.tree.map(jnp.copy, params)})
+    where = jax.tree.map(lambda leaf: leaf.sharding, program.state.extras[AVERAGES])
+    copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=where)(params)
+    state = state.replace(extras=dict(state.extras) | {AVERAGES: copied})
   found = bases.describe(config.init_from, loaded, tree.flatten(frozen), program.mesh)
   return state.replace(params=params, frozen=frozen), found and found._asdict()

@@ -154,7 +154,8 @@ def test_checkpoints_hold_what_is_trained_and_name_the_rest(run, settings, tmp_p
   whole = prepared(changes, workdir)
   loop.train(whole)
   held = checkpoints.restore_params(workdir / 'checkpoints', whole.program.params)
-  assert sorted(held.new) == sorted(tree.paths(whole.state.frozen)) == whole.base['paths']
+  named = sorted(whole.base['fingerprints'])
+  assert sorted(held.new) == sorted(tree.paths(whole.state.frozen)) == named
 
   def last_steps():
     shutil.rmtree(workdir / 'checkpoints' / '4')
@@ -176,6 +177,23 @@ def test_checkpoints_hold_what_is_trained_and_name_the_rest(run, settings, tmp_p
   (tmp_path / 'other').rename(folder)
   with pytest.raises(ValueError, match=f'{folder} is not the base of {workdir} any more'):
     _ = llm_jax.open(workdir).params
+
+
+def test_another_objective_takes_what_it_wants_of_the_base(run, settings, tmp_path):
+  """A head that the run kept frozen is none of a network that begins with it."""
+  mlm = settings | dict(objective=dict(name='mlm'), adapter={}, steps=2)
+  loop.train(prepared(mlm, tmp_path / 'mlm'))
+  adapted = mlm | dict(adapter=dict(name='lora', rank=2), init_from=str(tmp_path / 'mlm'))
+  middle = prepared(adapted, tmp_path / 'adapted')
+  assert any(path.startswith('heads_mlm') for path in middle.base['fingerprints'])
+  loop.train(middle)
+  last = prepared(settings | dict(init_from=str(tmp_path / 'adapted')), tmp_path / 'last')
+  wanted, found = tree.flatten(middle.state.network_params), tree.flatten(last.state.network_params)
+  shared = [path for path in found if path in wanted]
+  assert any('lora_b' in path for path in shared) and any('embedder' in path for path in shared)
+  assert bits({path: wanted[path] for path in shared}) == bits(
+    {path: found[path] for path in shared}
+  )
 
 
 def test_a_run_may_be_the_base_of_another(run, settings, tmp_path):
@@ -220,6 +238,8 @@ def test_averages_of_the_parameters_answer(settings, tmp_path):
   assert again.step == 2
   loop.train(again)
   assert bits(again.state) == bits(whole.state)
+  with pytest.raises(ValueError, match='ema_decay: 0.8 -> 0.0 .*state of the optimizer'):
+    prepared(settings | dict(optimizer=optimizer | dict(ema_decay=0.0)), whole.workdir)
   # A run that begins with these parameters begins with the averages.
   next_one = prepared(changes | dict(init_from=str(whole.workdir)), tmp_path / 'next')
   assert bits(next_one.state.network_params) == bits(answering)

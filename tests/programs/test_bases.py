@@ -16,33 +16,32 @@ def mesh():
 
 def fingerprint(leaves, *axes):
   where = jax.sharding.NamedSharding(mesh(), jax.sharding.PartitionSpec(*axes))
-  return bases.fingerprint({path: jax.device_put(x, where) for path, x in leaves.items()}, mesh())
+  return bases.fingerprints({path: jax.device_put(x, where) for path, x in leaves.items()}, mesh())
 
 
 @pytest.mark.parametrize('dtype', TYPES)
 def test_it_is_the_same_wherever_the_arrays_lie(dtype):
   leaves = {'a': jnp.arange(48).reshape(16, 3).astype(dtype), 'b': jnp.ones(8, dtype)}
-  assert fingerprint(leaves) == fingerprint(leaves, 'data') and len(fingerprint(leaves)) == 64
+  found = fingerprint(leaves)
+  assert found == fingerprint(leaves, 'data') and {len(x) for x in found.values()} == {64}
 
 
-def test_it_changes_with_any_bit_order_shape_type_or_path():
+def test_it_changes_with_any_bit_order_shape_or_type():
   x = jnp.arange(1, 49, dtype=jnp.float32).reshape(16, 3)
   bit = np.array(x).view(np.uint32)
   bit[7, 1] ^= 1
   others = [
     {'a': x},
-    {'b': x},
     {'a': jnp.asarray(bit.view(np.float32))},
     {'a': x.at[7].set(x[8]).at[8].set(x[7])},
     {'a': x.T},
     {'a': x.reshape(3, 16)},
     {'a': x.astype(jnp.bfloat16)},
     {'a': -x},
-    {'a': x, 'b': x},
     {'a': jnp.zeros((16, 3))},
     {'a': jnp.zeros((16, 3)).at[0, 0].set(-0.0)},
   ]
-  assert len({fingerprint(leaves) for leaves in others}) == len(others)
+  assert len({fingerprint(leaves)['a'] for leaves in others}) == len(others)
 
 
 def test_float64_counts_whole():

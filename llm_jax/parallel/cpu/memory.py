@@ -68,9 +68,8 @@ class Kept:
       self.libc = _c_library()
       self.libc.mallopt(_M_MMAP_MAX, 0)
       self.libc.mallopt(_M_TRIM_THRESHOLD, -1)
-      self.size = (
-        block + 2 * ROOM
-      )  # small blocks look for the smallest hole: first that of the room
+      # Small blocks look for the smallest hole: first that of the room.
+      self.size = block + 2 * ROOM
       self.end, self.limit = None, self._in_use() + ROOM
       self.reserved = self.libc.malloc(self.size)
     self.renew()
@@ -82,6 +81,7 @@ class Kept:
     if self.active:
       self.wait()
       self.reserved = self.libc.malloc(self.size)
+    if self.active and self.reserved:  # a system may refuse so much
       first = -(-self.reserved // _HUGE_PAGE) * _HUGE_PAGE
       last = (self.reserved + self.size) // _HUGE_PAGE * _HUGE_PAGE
       self.libc.madvise(first, last - first, _DROP)
