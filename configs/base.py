@@ -94,10 +94,12 @@ def get_config() -> config_dict.ConfigDict:
       seed=0,
       folds=unset(int),  # of a cross-validation
       fold=unset(int),  # the one that this run holds out; None: all, one after the other
+      fold_groups=unset(str),  # a field of the records whose values are never cut apart
       micro_batches=unset(int),  # None: the fewest with a moderate number of tokens per device
       log_every=10,
       eval_every=500,  # 0: an epoch
       init_from=unset(str),
+      reinit_layers=0,  # layers from the top that start anew, whatever init_from has
       data=dict(
         # stdlib | docstrings | text | jsonl | csv | parquet | tfds | conll | conllu | word_tag |
         # squad, or 'mixture' with a section for each of its sources in `parts`

@@ -30,6 +30,7 @@ def get_config():
     label_all=False,
     unread=base.unset(str),
     dropout=0.1,
+    transform=base.unset(str),
     unlabelled='error',
     packing='best_fit',
   )

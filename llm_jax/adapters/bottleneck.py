@@ -1,12 +1,14 @@
 """Bottleneck adapters: small mlps, `size` wide in the middle, that add to what the halves of a
-layer give,
+layer add to the residual stream x,
 
     y + s (activation(z D + d) U + u)
 
-with z = y after attention and after the mlp (Houlsby et al., arXiv:1902.00751, figure 2), after the
-mlp alone (Pfeiffer et al., arXiv:2005.00247), or z = x, the input of the mlp (parallel: He et al.,
-arXiv:2110.04366, table 5, who take s = 4). U and u start at zero, so that the network starts as its
-base; Houlsby draws them near zero. They are not linear, and cannot be merged.
+with z = y after attention and after the mlp (Houlsby et al., arXiv:1902.00751, figure 2); after the
+mlp alone with z = norm(x + y), the norm being the layer's own where it comes after the sum
+(Pfeiffer et al., arXiv:2005.00247, figure 5); or beside the mlp with z = x (parallel: He et al.,
+arXiv:2110.04366, table 5, who take s = 4). They compute what the library `adapters` does, also for
+models with norms before the sum, where z is never normed. U and u start at zero, so that the
+network starts as its base; Houlsby draws them near zero. They are not linear, and cannot be merged.
 """
 
 import math
@@ -21,11 +23,12 @@ from llm_jax.core import contracts
 from llm_jax.core import params as params_lib
 from llm_jax.core.contracts import WeightForm
 from llm_jax.core.params import Info
-from llm_jax.nn.block import MLP, Attention
+from llm_jax.nn.block import Block
 from llm_jax.nn.linear import form, multiply, with_leading_axes
 from llm_jax.nn.options import ACTIVATIONS, DTYPES, Options, check_known
 
-PLACEMENTS = {'houlsby': (Attention, MLP), 'pfeiffer': (MLP,), 'parallel': (MLP,)}
+HALVES = {'after_attention': 'attention', 'after_mlp': 'mlp'}  # methods of a block
+PLACEMENTS = {'houlsby': tuple(HALVES), 'pfeiffer': ('after_mlp',), 'parallel': ('after_mlp',)}
 DOWN, UP = 'bottleneck_down', 'bottleneck_up'
 
 
@@ -63,7 +66,7 @@ class Adapter(contracts.Adapter):
 
   def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
     self.heads.check(base)
-    if not any(path.endswith(f'/{DOWN}') for path in infos):
+    if not any(path.endswith(f'_{DOWN}') for path in infos):
       raise ValueError(
         "config.adapter.name='bottleneck' stands after the attention and the mlp of "
         '`nn.block.Block`, and this model has none.'
@@ -73,7 +76,7 @@ class Adapter(contracts.Adapter):
     return not base or path in self.heads
 
   def no_gradient(self, path: str) -> str | None:
-    before = (f'/{DOWN}', f'/{DOWN}_bias')
+    before = (f'_{DOWN}', f'_{DOWN}_bias')
     return 'bottleneck_up is 0' if path.endswith(before) else None
 
   def intercept(
@@ -83,29 +86,34 @@ class Adapter(contracts.Adapter):
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
   ) -> Any:
-    module = context.module
-    found = next_fun(*args, **kwargs)
-    if context.method_name != '__call__' or not isinstance(module, PLACEMENTS[self.placement]):
-      return found
-    if isinstance(module, Attention):
-      y_BTD, cache = found
-      return y_BTD + self._added(module, y_BTD), cache
-    return found + self._added(module, args[0] if self.placement == 'parallel' else found)
+    method = context.method_name
+    if not isinstance(context.module, Block) or method not in PLACEMENTS[self.placement]:
+      return next_fun(*args, **kwargs)
+    x_BTD, y_BTD, *norm = args
+    if self.placement == 'houlsby':
+      z_BTD = y_BTD
+    elif self.placement == 'parallel':
+      z_BTD = x_BTD
+    else:
+      z_BTD = next_fun(*args)
+    y_BTD = y_BTD + self._added(context.module, HALVES[method], z_BTD)
+    return next_fun(x_BTD, y_BTD, *norm)
 
-  def _added(self, module: Attention | MLP, z_BTD: jax.Array) -> jax.Array:
-    options, size = module.options, self.size
+  def _added(self, block: Block, half: str, z_BTD: jax.Array) -> jax.Array:
+    options, size = block.options, self.size
     if size > options.dim:
       raise ValueError(
         f'config.adapter.size={size} is above the width of the model, {options.dim}; lower it.'
       )
     dtype = options.compute_dtype
     std = nn.initializers.normal(options.init_std)
-    down_DR = _parameter(module, DOWN, (options.dim, size), ('embed', 'rank'), std)
-    up_RD = _parameter(module, UP, (size, options.dim), ('rank', 'embed'), nn.initializers.zeros)
+    down, up = f'{half}_{DOWN}', f'{half}_{UP}'
+    down_DR = _parameter(block, down, (options.dim, size), ('embed', 'rank'), std)
+    up_RD = _parameter(block, up, (size, options.dim), ('rank', 'embed'), nn.initializers.zeros)
     h_BTR = multiply(down_DR, '...D,DR->...R', z_BTD, ('embed', 'rank'), dtype, dtype)
-    h_BTR = ACTIVATIONS[self.activation](h_BTR + _bias(module, f'{DOWN}_bias', 'rank', size, h_BTR))
+    h_BTR = ACTIVATIONS[self.activation](h_BTR + _bias(block, f'{down}_bias', 'rank', size, h_BTR))
     y_BTD = multiply(up_RD, '...R,RD->...D', h_BTR, ('rank', 'embed'), dtype, dtype)
-    return self.scale * (y_BTD + _bias(module, f'{UP}_bias', 'norm', options.dim, y_BTD))
+    return self.scale * (y_BTD + _bias(block, f'{up}_bias', 'norm', options.dim, y_BTD))
 
 
 def _parameter(

@@ -1,6 +1,6 @@
 """The base is frozen as it is, but for its last layers: the heads are trained (linear probing), and
-the layers from the top, as many as are asked for (arXiv:1801.06146, section 3.3, at its first
-stages).
+the layers from the top, as many as are asked for, from the start or one after the other (gradual
+unfreezing: ULMFiT, arXiv:1801.06146, section 3.3).
 """
 
 from collections.abc import Collection, Mapping
@@ -18,11 +18,13 @@ class Adapter(contracts.Adapter):
 
   Args:
     layers: how many layers are trained, and the norm after the last one with them.
+    every: so many steps pass before the uppermost layer is trained, and again before each further
+      one; 0: all are trained from the start.
     heads: the heads that are trained, a regular expression for their names; '' for none, None for
       all but the masked-LM head.
 
   Raises:
-    ValueError: fewer than 0 layers, no regular expression.
+    ValueError: a number below 0, `every` without layers, no regular expression.
 
   Example:
     >>> adapter = Adapter()
@@ -30,10 +32,16 @@ class Adapter(contracts.Adapter):
     True
   """
 
-  def __init__(self, layers: int = 0, heads: str | None = None):
-    if layers < 0:
-      raise ValueError(f'config.adapter.layers={layers} must be at least 0.')
-    self.top, self.heads = layers, _targets.Heads(heads)
+  def __init__(self, layers: int = 0, every: int = 0, heads: str | None = None):
+    for name, value in (('layers', layers), ('every', every)):
+      if value < 0:
+        raise ValueError(f'config.adapter.{name}={value} must be at least 0.')
+    if every and not layers:
+      raise ValueError(
+        f'config.adapter.every={every} unfreezes one layer after the other, and '
+        'config.adapter.layers=0 has none; say how many in the end.'
+      )
+    self.top, self.every, self.heads = layers, every, _targets.Heads(heads)
 
   def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
     self.heads.check(base)
@@ -57,15 +65,29 @@ class Adapter(contracts.Adapter):
   def trained_layers(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, np.ndarray]:
     if not self.top:
       return {}
-    leaves = tree.flatten(params)
-    depths = {path: infos[path].depths(leaf.shape) for path, leaf in leaves.items()}
-    numbers = {path: depth for path, depth in depths.items() if depth is not None}
-    count = 1 + max(int(depth.max()) for depth in numbers.values())
+    below = _below(params, infos)
+    count = 1 + max(int(number.max()) for number in below.values())
     if self.top > count:
       raise ValueError(
         f'config.adapter.layers={self.top} is more than the {count} layers of the model.'
       )
-    return {path: depth >= count - self.top for path, depth in numbers.items()}
+    return {path: number < self.top for path, number in below.items()}
+
+  def begins(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, np.ndarray]:
+    if not self.every:
+      return {}
+    found = {path: self.every * (1 + number) for path, number in _below(params, infos).items()}
+    last = [path for path in tree.flatten(params) if _is_last_norm(path, infos[path])]
+    return found | {path: np.asarray(self.every) for path in last}
+
+
+def _below(params: PyTree, infos: Mapping[str, Info]) -> dict[str, np.ndarray]:
+  """How many layers stand above each layer of a parameter, by path."""
+  leaves = tree.flatten(params)
+  depths = {path: infos[path].depths(leaf.shape) for path, leaf in leaves.items()}
+  numbers = {path: depth for path, depth in depths.items() if depth is not None}
+  highest = max(int(depth.max()) for depth in numbers.values())
+  return {path: highest - depth for path, depth in numbers.items()}
 
 
 def _in_stack(info: Info) -> bool:

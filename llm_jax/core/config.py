@@ -28,6 +28,7 @@ IDENTITY = (
   'seed',
   'folds',
   'fold',
+  'fold_groups',
   'optimizer.name',
 )
 NOT_IDENTITY = (
@@ -132,9 +133,11 @@ class Config:
     seed: of parameters, data order and dropout.
     micro_batches: in how many parts a batch is run; None for as few as keep memory moderate.
     folds: in how many parts the documents are dealt out for a cross-validation; None for none.
+    fold_groups: a field of the records; those with the same value are all in one fold.
     fold: which of them a run holds out, from 1 on; None for one run after the other for each.
     log_every, eval_every: steps between two log lines, and between two evaluations (0: an epoch).
     init_from: the folder of a run or of a Hugging Face model whose parameters the run starts from.
+    reinit_layers: how many of the layers from the top start anew all the same.
     mesh: sizes of the mesh axes, and the name of the sharding rules.
     adapter: what is trained beside a frozen base; {} trains all parameters.
     evaluators: sections by name, or by any key with a `name` in the section (a dotted one, say);
@@ -157,9 +160,11 @@ class Config:
   micro_batches: int | None = None
   folds: int | None = None
   fold: int | None = None
+  fold_groups: str | None = None
   log_every: int = 10
   eval_every: int = 500
   init_from: str | None = None
+  reinit_layers: int = 0
   mesh: dict = dataclasses.field(default_factory=dict)
   adapter: dict = dataclasses.field(default_factory=dict)
   evaluators: dict = dataclasses.field(default_factory=dict)
@@ -314,6 +319,11 @@ def _check_folds(config: Config) -> None:
   folds, fold = config.folds, config.fold
   if folds is None and fold is not None:
     raise ValueError(f'config.fold={fold} is one of config.folds; give their number too.')
+  if folds is None and config.fold_groups is not None:
+    raise ValueError(
+      f'config.fold_groups={config.fold_groups!r} keeps documents in one fold; give config.folds '
+      'too.'
+    )
   if folds is not None and folds < 2:
     raise ValueError(f'config.folds={folds} must be at least 2, or None for no cross-validation.')
   if folds is not None and fold is not None and not 1 <= fold <= folds:
@@ -327,6 +337,16 @@ def _check_folds(config: Config) -> None:
 
 def _check_not_negative(config: Config) -> None:
   numbers = (config.evaluation.rows, config.evaluation.patience, config.evaluation.samples)
+  if config.reinit_layers < 0 or (config.reinit_layers and not config.init_from):
+    raise ValueError(
+      f'config.reinit_layers={config.reinit_layers} is a number from 0 on of layers that start '
+      'anew where config.init_from is given.'
+    )
+  if config.reinit_layers and config.adapter.get('name'):
+    raise ValueError(
+      f'config.reinit_layers={config.reinit_layers} makes layers that must be trained, and the '
+      f'adapter {config.adapter["name"]!r} stands beside a frozen base; leave one of them out.'
+    )
   if min(config.seed, config.eval_every, *numbers) < 0:
     raise ValueError(
       f'config.seed={config.seed}, config.eval_every={config.eval_every} and {config.evaluation} '

@@ -322,6 +322,8 @@ class Objective:
     text_fields: the fields of a record with a `text` that hold a text or a list of texts; a
       tokenizer that is trained for the run learns from them.
     compares: whether losses come from `compare`, of all rows of the global batch together.
+    turns: the objectives that batches are learned from in turn, one after the other; none where
+      each batch is learned from by all of it.
     embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
       not.
   """
@@ -332,6 +334,7 @@ class Objective:
   derived: ClassVar[tuple[str, ...]] = ()
   text_fields: ClassVar[tuple[str, ...]] = ('text', 'pair')
   compares: bool = False
+  turns: 'tuple[Objective, ...]' = ()
   embedding_pool: str | None = None
 
   @staticmethod
@@ -446,6 +449,16 @@ class Objective:
     del means
     return {}
 
+  def terms_at(self, done: Number) -> Mapping[str, Number]:
+    """The coefficients in a step of training; `terms` are those of its last one, by which a
+    validation set is scored from first to last.
+
+    Args:
+      done: the share of the steps that is over, from 0 to 1.
+    """
+    del done
+    return self.terms
+
   def targets(self, batch: Batch) -> tuple[Number, Number] | None:
     """Ids that a batch asks for, and their weights; None where no tokens are predicted."""
     del batch
@@ -547,7 +560,10 @@ class Validation(NamedTuple):
 
 
 class Evaluator(Protocol):
-  """Numbers of a validation set; a run may have several."""
+  """Numbers of a validation set; a run may have several.
+
+  One that scores the groups of `Validation.slices` has an attribute `slices` that is true.
+  """
 
   def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
     """Numbers by name, and a report for people, which may be empty.
@@ -662,6 +678,19 @@ class Adapter:
     Args:
       params: those that `trains` says are trained, arrays or shapes.
       infos: what each of them is, by path.
+    """
+    del params, infos
+    return {}
+
+  def begins(self, params: PyTree, infos: Mapping[str, 'Info']) -> Mapping[str, np.ndarray]:
+    """Of parameters that are not trained from the first step on: after how many steps each of their
+    layers is, int32 by path, as `trained_layers` has them.
+
+    Until then they stay as they are; what the optimizer keeps of their gradients it keeps from the
+    first step on, so that their first update is like any other.
+
+    Args:
+      params, infos: as for `trained_layers`.
     """
     del params, infos
     return {}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from llm_jax.core.contracts import Metrics
+from llm_jax.core.contracts import Metrics, Number
 
 
 def divide(metrics: Metrics) -> dict[str, float]:
@@ -28,7 +28,7 @@ def divide(metrics: Metrics) -> dict[str, float]:
   return means
 
 
-def total(metrics: Metrics, terms: Mapping[str, float]) -> jax.Array:
+def total(metrics: Metrics, terms: Mapping[str, Number]) -> jax.Array:
   """The loss: coefficient * sum / weight, summed over `terms`.
 
   A term of weight 0 counts 0, and so does its gradient.

@@ -17,6 +17,8 @@ KEYS = ('label', 'label_weight')  # what is read of a batch beside the predictio
 class Evaluator:
   """Scores of the objective's predictor, which must be a classifier or a regressor."""
 
+  slices = True
+
   def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
     """See the function `evaluate`."""
     predictor = validation.objective.predictor

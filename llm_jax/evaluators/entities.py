@@ -30,6 +30,8 @@ class Evaluator:
     ImportError: seqeval is not installed.
   """
 
+  slices = True
+
   def __init__(self):
     _seqeval()  # now, and not after the first steps
 

@@ -52,6 +52,8 @@ class Evaluator:
     ValueError: another version.
   """
 
+  slices = True
+
   def __init__(self, version: str | None = None):
     if version not in (None, *VERSIONS):
       raise ValueError(f'evaluators.squad.version={version!r} must be one of {VERSIONS}.')

@@ -110,6 +110,11 @@ def class_of(
       "that were trained with objective.pool='cls' (BERT, RoBERTa, bert_tiny), with 'last' "
       "(decoders), or with objective.transform='norm' (ModernBERT)."
     )
+  if 'tagger' in heads and 'tagger' not in held:
+    raise ValueError(
+      f'transformers has no {kind} that tags as this model does; ModernBERT does with '
+      "objective.transform='norm', encoders like BERT without."
+    )
   if 'moves' in heads:
     raise ValueError(
       "transformers has no tagger that scores moves from tag to tag: with objective.loss='softmax' "

@@ -186,11 +186,33 @@ class Block(nn.Module):
     dropped = functools.partial(drop, self, rate=options.dropout, train=context.train)
     if options.norm_order == 'post':
       added_BTD, cache = attend(x_BTD, context, cache)
-      x_BTD = norm_1(at(x_BTD, context.read_BP) + dropped(added_BTD))
-      return norm_2(x_BTD + dropped(mlp(x_BTD))), cache
+      x_BTD = self.after_attention(at(x_BTD, context.read_BP), dropped(added_BTD), norm_1)
+      return self.after_mlp(x_BTD, dropped(mlp(x_BTD)), norm_2), cache
     added_BTD, cache = attend(norm_1(x_BTD), context, cache)
-    x_BTD = at(x_BTD, context.read_BP) + dropped(added_BTD)
-    return x_BTD + dropped(mlp(norm_2(x_BTD))), cache
+    x_BTD = self.after_attention(at(x_BTD, context.read_BP), dropped(added_BTD))
+    return self.after_mlp(x_BTD, dropped(mlp(norm_2(x_BTD)))), cache
+
+  def after_attention(
+    self, x_BTD: jax.Array, added_BTD: jax.Array, norm: Norm | None = None
+  ) -> jax.Array:
+    """The residual stream after attention; an adapter may stand around this.
+
+    Args:
+      x_BTD: the stream before.
+      added_BTD: what attention adds to it.
+      norm: of the sum; None where norms come first.
+    """
+    return _joined(x_BTD, added_BTD, norm)
+
+  def after_mlp(
+    self, x_BTD: jax.Array, added_BTD: jax.Array, norm: Norm | None = None
+  ) -> jax.Array:
+    """The same after the mlp."""
+    return _joined(x_BTD, added_BTD, norm)
+
+
+def _joined(x_BTD: jax.Array, added_BTD: jax.Array, norm: Norm | None) -> jax.Array:
+  return x_BTD + added_BTD if norm is None else norm(x_BTD + added_BTD)
 
 
 def between_layers(x_BTD: jax.Array) -> jax.Array:

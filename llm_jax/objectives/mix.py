@@ -3,6 +3,9 @@ losses.
 
 The BERT loss is `mlm` and `nsp` over rows of `nsp`; `mlm` and `classify` over rows of `classify` is
 supervised and self-supervised training in one, where unlabelled documents count for `mlm` only.
+
+The sum may move during training, from one objective to another, or each batch may be one
+objective's alone, in turn: then only that one is computed.
 """
 
 import itertools
@@ -15,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import contracts
-from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Number, Rows
 from llm_jax.nn.rows import at
 
 
@@ -28,14 +31,19 @@ class Objective(contracts.Objective):
   Args:
     parts: name -> objective, ready made; their losses must have different names.
     rows: the part that lays out the rows; the others add their arrays to them.
-    weights: name -> factor of that part's loss, above 0, one for each part.
+    weights: name -> factor of that part's loss, above 0, one for each part; or two of them, at the
+      first step and at the last: the factor goes from one to the other in a straight line. A
+      validation set is scored by those of the last step, so that its losses can be compared.
+    alternate: each batch is learned from by one part alone, in the order of `parts`.
   """
 
-  def __init__(self, parts: dict, rows: str, weights: dict):
+  def __init__(self, parts: dict, rows: str, weights: dict, alternate: bool = False):
     _check(parts, rows, weights)
     self.parts: dict[str, contracts.Objective] = dict(parts)
-    self.lays_out, self.weights = parts[rows], dict(weights)
-    self.terms = _terms(parts, weights)
+    self.lays_out = parts[rows]
+    self.weights = {name: _ends(weights[name]) for name in parts}
+    self.terms = self.terms_at(1.0)
+    self.turns = tuple(parts.values()) if alternate else ()
     predictors = [part.predictor for part in parts.values() if part.predictor is not None]
     self.predictor = predictors[0] if predictors else None
     evaluators = itertools.chain.from_iterable(part.evaluators for part in parts.values())
@@ -120,6 +128,15 @@ class Objective(contracts.Objective):
       found |= part.summary(means)
     return found
 
+  def terms_at(self, done: Number) -> dict[str, Number]:
+    """Those of each part, by its weight."""
+    found: dict[str, Number] = {}
+    for name, part in self.parts.items():
+      first, last = self.weights[name]
+      weight = last if first == last else first + (last - first) * done
+      found |= {term: weight * number for term, number in part.terms_at(done).items()}
+    return found
+
   def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray] | None:
     """The targets of the first part that predicts tokens, or None."""
     found = (part.targets(batch) for part in self.parts.values())
@@ -139,24 +156,29 @@ def _check(parts: dict, rows: str, weights: dict) -> None:
       f'{", ".join(sorted(parts))}.'
     )
   for name, weight in weights.items():
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    if not number or not 0 < weight < float('inf'):
+    if not _possible(weight):
       raise ValueError(
-        f'objective.weights.{name}={weight!r} must be a number above 0; leave out a part that is '
-        'not wanted.'
+        f'objective.weights.{name}={weight!r} must be a number above 0, or two numbers from 0 '
+        'on, at the first step and at the last, one of them above 0; leave out a part that is not '
+        'wanted.'
       )
-
-
-def _terms(parts: dict, weights: dict) -> dict[str, float]:
-  """The coefficients of all parts' losses."""
-  terms: dict[str, float] = {}
+  terms: set[str] = set()
   for name, part in parts.items():
-    twice = sorted(terms.keys() & part.terms.keys())
-    if twice:
+    if twice := sorted(terms & part.terms.keys()):
       raise ValueError(
         f'objective.parts.{name} has a loss that another part has: {", ".join(twice)}; keep one of '
         'them.'
       )
-    for term, coefficient in part.terms.items():
-      terms[term] = weights[name] * coefficient
-  return terms
+    terms |= part.terms.keys()
+
+
+def _possible(weight: Any) -> bool:
+  """Whether a weight is one, or two, and does something."""
+  ends = weight if isinstance(weight, list | tuple) and len(weight) == 2 else (weight,)
+  numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in ends)
+  return numbers and all(0 <= x < float('inf') for x in ends) and any(x > 0 for x in ends)
+
+
+def _ends(weight: Any) -> tuple[float, float]:
+  """A weight at the first step and at the last."""
+  return tuple(weight) if isinstance(weight, list | tuple) else (weight, weight)

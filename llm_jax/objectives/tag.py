@@ -62,6 +62,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     label_all: all tokens of a word learn its tag, not only the first; with 'softmax'.
     unread: the tag that a word without a token gets; None for O, or else the most frequent one.
     dropout: rate before the last linear layer.
+    transform: what stands between model and last layer: 'norm', ModernBERT's linear map, activation
+      and norm; 'none'. None: what the folder has that the run starts from, or else none.
     unlabelled: a document without tags is an 'error', or counts for nothing ('ignore').
     packing: 'best_fit' puts several texts in a row; 'none': one text per row.
   """
@@ -80,11 +82,14 @@ class Objective(contracts.Objective, contracts.Predictor):
     label_all: bool = False,
     unread: str | None = None,
     dropout: float = 0.1,
+    transform: str | None = None,
     unlabelled: str = 'error',
     packing: str = 'best_fit',
   ):
+    transform = transform or 'none'
     for name, value, known in (
       ('loss', loss, LOSSES),
+      ('transform', transform, ('norm', 'none')),
       ('unlabelled', unlabelled, ('error', 'ignore')),
       ('packing', packing, PACKINGS),
     ):
@@ -104,7 +109,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     if self.unread not in self.tags:
       raise ValueError(f'objective.unread={unread!r} must be one of the tags: {self.tags}.')
     self.kind, self.label_all, self.dropout = loss, label_all, dropout
-    self.unlabelled, self.packing = unlabelled, packing
+    self.unlabelled, self.packing, self.transform_name = unlabelled, packing, transform
     self.frame = pairs.frame(tokenizer)
     self.predictor = self
 
@@ -197,15 +202,20 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """A linear layer, and the scores of moves from tag to tag."""
-    found: dict[str, Any] = {
+    found: dict[str, nn.Module] = {
       'tagger': heads.ClassifierHead(model.options, len(self.tags), self.dropout)
     }
+    if self.transform_name != 'none':
+      name, module = heads.TRANSFORMS[self.transform_name]
+      found[name] = module(model.options)
     if self.kind != 'softmax':
       found['moves'] = crf.Transitions(model.options, len(self.tags))
     return found
 
   def logits(self, net: Net, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, C], at least float32."""
+    if self.transform_name != 'none':
+      hidden_BTD = net.heads[heads.TRANSFORMS[self.transform_name][0]](hidden_BTD)
     logits_BTC = net.heads['tagger'](hidden_BTD)
     return logits_BTC.astype(jnp.promote_types(logits_BTC.dtype, jnp.float32))
 

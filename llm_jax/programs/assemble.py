@@ -85,8 +85,9 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   objective = create_objective(config, tokenizer)
   objective.check(model)
   objective.heads(model)
-  _check_patience(config, create_evaluators(config, objective))
-  _check_slices(config, objective)
+  evaluators = create_evaluators(config, objective)
+  _check_patience(config, evaluators)
+  _check_slices(config, objective, evaluators)
   for key, section in config.hooks.items():
     factory, options = _named('hook', key, section, 'Hook')
     plugins.check(f'hooks.{key}', factory, options, ('run', 'log'))
@@ -491,7 +492,9 @@ def _check_patience(config: Config, evaluators: Mapping[str, Evaluator]) -> None
     )
 
 
-def _check_slices(config: Config, objective: Objective) -> None:
+def _check_slices(
+  config: Config, objective: Objective, evaluators: Mapping[str, Evaluator]
+) -> None:
   measured = config_lib.validates(config) or config_lib.given(config.test)
   if config.evaluation.slices and config.data and not measured:
     raise ValueError(
@@ -502,6 +505,12 @@ def _check_slices(config: Config, objective: Objective) -> None:
     raise ValueError(
       f'config.evaluation.slices={config.evaluation.slices} are groups of texts that are answered, '
       f'and the objective {config.objective["name"]} gives no answers; leave it empty.'
+    )
+  read = any(getattr(evaluator, 'slices', False) for evaluator in evaluators.values())
+  if config.evaluation.slices and not read:
+    raise ValueError(
+      f'config.evaluation.slices={config.evaluation.slices} are groups that none of the evaluators '
+      f'{", ".join(evaluators)} scores; leave it empty.'
     )
 
 

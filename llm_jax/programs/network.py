@@ -9,10 +9,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.core.contracts import Adapter, Batch, Metrics, Net, Objective, Outputs
+from llm_jax.core.contracts import Adapter, Batch, Metrics, Net, Number, Objective, Outputs
 from llm_jax.core.tree import PyTree
 
 
@@ -35,6 +36,10 @@ class Network(nn.Module):
   def terms(self) -> dict[str, float]:
     """Coefficients of the metrics that make up the loss: the objective's and the model's."""
     return dict(self.model.terms) | dict(self.objective.terms)
+
+  def terms_at(self, done: Number) -> dict[str, Number]:
+    """The coefficients in training, when a share `done` of its steps is over."""
+    return dict(self.model.terms) | dict(self.objective.terms_at(done))
 
   @property
   def longest(self) -> int:
@@ -82,7 +87,8 @@ class Network(nn.Module):
 def initialize(network: Network, key: jax.Array, rows: Batch) -> dict[str, Any]:
   """New parameters, boxed (`core.params`): those of the base first, then the adapter's own.
 
-  The base draws what it would draw without an adapter.
+  The base draws what it would draw without an adapter. What is trained beside a frozen base of few
+  bits, or in it, is float32, that small steps are not lost.
   """
   base = network.clone(adapter=None)
   params = base.init(key, rows)['params']
@@ -90,7 +96,8 @@ def initialize(network: Network, key: jax.Array, rows: Batch) -> dict[str, Any]:
     return params
   with nn.intercept_methods(network.adapter.intercept):
     adapted = base.init(jax.random.fold_in(key, 1), rows)['params']
-  return _with_new(params, adapted)
+  frozen_too = frozenset(params_lib.infos(params))
+  return _wide_where_trained(_with_new(params, adapted), network.adapter, frozen_too)
 
 
 def apply(
@@ -134,6 +141,19 @@ def _with_new(old: PyTree, new: Any) -> dict[str, Any]:
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_box):
       found[jax.tree_util.keystr(path, simple=True, separator='/')] = leaf
   return tree.nest(found)
+
+
+def _wide_where_trained(params: PyTree, adapter: Adapter, base: frozenset[str]) -> Any:
+  """The parameters, those that an adapter trains in 32 bits at least."""
+  infos = params_lib.infos(params)
+
+  def leaf(keys: Any, x: Any) -> Any:
+    path = jax.tree_util.keystr(keys, simple=True, separator='/')
+    if not adapter.trains(path, infos[path], path in base):
+      return x
+    return jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), x)
+
+  return jax.tree_util.tree_map_with_path(leaf, params, is_leaf=_is_box)
 
 
 def _is_box(leaf: Any) -> bool:

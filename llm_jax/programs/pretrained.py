@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 
 from llm_jax.core import config as config_lib
@@ -18,7 +19,9 @@ from llm_jax.core import files, tree
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Objective, Tokenizer
+from llm_jax.core.params import Info
 from llm_jax.core.state import Loaded
+from llm_jax.core.tree import PyTree
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
@@ -122,6 +125,36 @@ def load_params(program: Inference, folder: pathlib.Path, step: int | None = Non
   )
   loaded = hf.load(str(folder), families(program.config), base, program.infos)
   return loaded._replace(new=[*loaded.new, *tree.paths(added)])
+
+
+def without_top(loaded: Loaded, drawn: PyTree, infos: Mapping[str, Info], count: int) -> Loaded:
+  """What was loaded, with the `count` layers from the top as they were drawn (Zhang et al. 2021,
+  arXiv:2006.05987, section 4).
+
+  Args:
+    loaded: of `load_params`.
+    drawn: new parameters of the network, nested.
+    infos: what each of them is.
+    count: at most all layers.
+
+  Raises:
+    ValueError: more layers than the model has.
+  """
+  params, leaves = dict(loaded.params), tree.flatten(drawn)
+  found = {path: infos[path].depths(leaf.shape) for path, leaf in leaves.items()}
+  depths = {path: depth for path, depth in found.items() if depth is not None and depth.max() >= 0}
+  layers = 1 + max((int(depth.max()) for depth in depths.values()), default=-1)
+  if count > layers:
+    raise ValueError(
+      f'config.reinit_layers={count} is more than the {layers} layers of the model; lower it.'
+    )
+  for path in depths.keys() & params.keys():
+    leaf, new = leaves[path], depths[path] >= layers - count
+    mask = new.reshape(-1, *[1] * (leaf.ndim - 1)) if new.ndim else new
+    choose = jax.jit(functools.partial(jnp.where, mask), out_shardings=leaf.sharding)
+    params[path] = choose(leaf, params[path])
+  logging.info('The upper %d of %d layers start anew.', count, layers)
+  return loaded._replace(params=params)
 
 
 def read_base(
@@ -249,6 +282,9 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
     reading = _reading(TRANSFORM in options, folder, causal, families(config))
     objective = {key: value for key, value in reading.items() if key in options} | objective
     logging.info('objective.pool=%s, as %s has it.', objective['pool'], folder)
+  elif TRANSFORM in options and POOL not in options and TRANSFORM not in objective:
+    reading = hf.classifier(str(folder), families(config))
+    objective |= {key: value for key, value in reading.items() if key == TRANSFORM}
   return dataclasses.replace(
     config,
     model=_decided(config.model, found, folder),
@@ -315,8 +351,10 @@ def _continued(config: Config, saved: Config) -> Config:
   else:
     model = _named_or(config.model, saved.model)
   objective = _named_or(config.objective, saved.objective)
-  if POOL in assemble.objective_options(objective['name']) and objective.get('pool') is None:
-    objective |= {key: saved.objective[key] for key in READING if key in saved.objective}
+  options = assemble.objective_options(objective['name'])
+  for key in READING:
+    if key in options and objective.get(key) is None and key in saved.objective:
+      objective[key] = saved.objective[key]
   return dataclasses.replace(
     config,
     model=model,

@@ -3,7 +3,8 @@ one report of all.
 
 Which documents are in a fold is decided by scikit-learn's StratifiedGroupKFold: each fold has the
 classes in about the shares of the whole, and documents that say the same, but for case, signs and
-spaces, are all in one.
+spaces, are all in one; so are those whose records have the same value in the field
+`config.fold_groups` (a patient, an author).
 """
 
 import collections
@@ -18,12 +19,14 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from scipy import sparse
 
 from llm_jax.core import files
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.data import cache, encoding
 from llm_jax.parallel import hosts
+from llm_jax.training import slices
 
 NUMBERS, REPORT = 'folds.json', 'folds.txt'
 BINS = 5  # of labels that are numbers
@@ -40,11 +43,13 @@ def split(
   """Training and validation documents of each corpus, for the fold `config.fold`.
 
   Raises:
-    ValueError: too few documents for so many folds.
+    ValueError: too few documents or groups for so many folds, a field that records do not have.
   """
   wholes = [corpus.split(0)[0] for corpus in corpora]
   keys = [key for whole in wholes for key in normalized(whole, tokenizer)]
   labels = [label for whole in wholes for label in strata(whole)]
+  if config.fold_groups:
+    keys = joined(keys, groups(wholes, config))
   number = assigned(labels, keys, config.folds, config.seed)
   train, validation, start = [], [], 0
   for corpus, whole in zip(corpora, wholes, strict=True):
@@ -63,6 +68,46 @@ def normalized(documents: Documents, tokenizer: Tokenizer) -> list[str]:
     texts = (tokenizer.decode(documents.array(name, index).tolist()) for name in names)
     found.append('\0'.join(map(_letters, texts)))
   return found
+
+
+def groups(wholes: Sequence[Documents], config: Config) -> list[str | None]:
+  """The value of each document's field `config.fold_groups`; None where a record has none."""
+  field, found = config.fold_groups, []
+  try:
+    sources = slices.sources(config, 'data', (field,))
+  except ValueError as error:
+    raise ValueError(
+      f'config.fold_groups={field!r} names a field of the records: {error}'
+    ) from error
+  for whole, source in zip(wholes, sources, strict=True):
+    values = (source[int(index)].get(field) for index in whole.ids)
+    found += [None if value in (None, '') else str(value) for value in values]
+  known = len(set(found) - {None})
+  if known < config.folds:
+    raise ValueError(
+      f'config.folds={config.folds} needs as many groups of documents, and the field '
+      f'{field!r} of config.fold_groups has {known} different values.'
+    )
+  logging.info('Folds: %d groups of documents by the field %r.', known, field)
+  return found
+
+
+def joined(keys: Sequence[str], others: Sequence[str | None]) -> list[str]:
+  """A key for each document, equal where documents hang together: by an equal key or an equal other
+  one, or by a chain of such; no other one hangs together with nothing.
+  """
+  count = len(keys)
+  nodes: dict[tuple[int, str], int] = {}
+  pairs = []
+  for index, named in enumerate(zip(keys, others, strict=True)):
+    for kind, name in enumerate(named):
+      if name is not None:
+        pairs.append((index, count + nodes.setdefault((kind, name), len(nodes))))
+  rows, columns = np.array(pairs).T
+  size = count + len(nodes)
+  graph = sparse.coo_array((np.ones(len(pairs)), (rows, columns)), (size, size))
+  _, component = sparse.csgraph.connected_components(graph, directed=False)
+  return [str(number) for number in component[:count]]
 
 
 def strata(documents: Documents) -> list[str]:
@@ -94,11 +139,13 @@ def assigned(labels: Sequence[str], keys: Sequence[str], folds: int, seed: int) 
   different = len(set(keys))
   if different < folds:
     raise ValueError(
-      f'config.folds={folds} needs as many different documents, and there are {different}.'
+      f'config.folds={folds} needs as many documents that have nothing in common, and there are '
+      f'{different}.'
     )
   if different < len(keys):
     logging.info(
-      'Folds: %d of %d documents say the same as an earlier one, and are in its fold.',
+      'Folds: %d of %d documents say the same as an earlier one, or are of its group, and are in '
+      'its fold.',
       len(keys) - different,
       len(keys),
     )

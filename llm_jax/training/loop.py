@@ -451,7 +451,10 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
   if not loaded.params:
     raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
   meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))
-  whole = tree.replace(state.network_params, loaded.params)
+  drawn = state.network_params
+  if config.reinit_layers:
+    loaded = pretrained.without_top(loaded, drawn, program.infos, config.reinit_layers)
+  whole = tree.replace(drawn, loaded.params)
   trained = set(tree.paths(state.params))
   params, frozen = params_lib.split(whole, trained.__contains__)
   if AVERAGES in state.extras:

@@ -99,9 +99,11 @@ def build(
     network=network,
     tx=tx,
     learning_rate=learning_rate,
+    steps=config.steps,
     micro_batches=micro_batches,
     shardings=gradient_shardings,
     layers=layers,
+    begins={} if network.adapter is None else network.adapter.begins(params, base.infos),
     ema_decay=ema_decay,
   )
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
@@ -234,7 +236,9 @@ def _flops(program: Inference) -> float:
     model = network.model.flops(length, read)
   if not model:
     return 0.0
-  return 3.0 * (rows * model + network.objective.flops(network.model, batch))
+  turns = network.objective.turns or (network.objective,)
+  heads = sum(turn.flops(network.model, batch) for turn in turns) / len(turns)
+  return 3.0 * (rows * model + heads)
 
 
 def _log_micro_batches(config: Config, mesh: jax.sharding.Mesh, count: int) -> None:

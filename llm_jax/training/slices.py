@@ -27,6 +27,29 @@ def check(config: Config) -> None:
       _sources(config, name)
 
 
+def sources(config: Config, name: str, fields: Sequence[str]) -> list[Source]:
+  """The sources of a set, whose records also hold some fields: a given one, or those of the data.
+
+  Raises:
+    ValueError: a record without one of them.
+  """
+  data = config.data
+  if data.get('parts'):
+    parts = {name: _with_fields(part, fields) for name, part in data['parts'].items()}
+    data = data | {'parts': parts}
+  else:
+    data = _with_fields(data, fields)
+  if name != 'data' and config_lib.given(getattr(config, name)):
+    section = _with_fields(assemble.split_section(config, name) or {}, fields)
+    found = assemble.split_source(dataclasses.replace(config, **{name: section}), name)
+    given = [found] if found else []
+  else:
+    given, _ = assemble.sources(dataclasses.replace(config, data=data))
+  for source in given:
+    source[0]  # some know their fields by their records alone
+  return given
+
+
 def read(
   config: Config, name: str, splits: Sequence[Documents], rows: Sequence[Rows], limit: int = 0
 ) -> dict[str, list[list[str]]]:
@@ -50,11 +73,11 @@ def read(
       f'config.evaluation.slices={fields} needs rows of whole texts, and the objective '
       f'{config.objective["name"]} lays out pieces of them; leave it empty.'
     )
-  sources = _sources(config, name) if rows else []
+  found_in = _sources(config, name) if rows else []
   found: dict[str, list[list[str]]] = {field: [] for field in fields}
   for corpus, row in pipeline.validation_indices(rows, config.seed, limit):
     ids = [int(splits[corpus].ids[text]) for text in rows[corpus].texts(row)]
-    records = [sources[corpus][index] for index in ids]
+    records = [found_in[corpus][index] for index in ids]
     for field, values in found.items():
       values.append([_group(record[field]) for record in records])
   for field, values in found.items():
@@ -63,24 +86,9 @@ def read(
 
 
 def _sources(config: Config, name: str) -> list[Source]:
-  """The sources of a set, whose records also hold the fields: a given one, or those of the data."""
-  data, fields = config.data, config.evaluation.slices
-  if data.get('parts'):
-    parts = {name: _with_fields(part, fields) for name, part in data['parts'].items()}
-    data = data | {'parts': parts}
-  else:
-    data = _with_fields(data, fields)
-  given = config_lib.given(getattr(config, name))
+  fields = config.evaluation.slices
   try:
-    if given:
-      section = _with_fields(assemble.split_section(config, name) or {}, fields)
-      found = assemble.split_source(dataclasses.replace(config, **{name: section}), name)
-      sources = [found] if found else []
-    else:
-      sources, _ = assemble.sources(dataclasses.replace(config, data=data))
-    for source in sources:
-      source[0]  # some know their fields by their records alone
-    return sources
+    return sources(config, name, fields)
   except ValueError as error:
     raise ValueError(
       f'config.evaluation.slices={fields} names fields of records: {error}'

@@ -17,7 +17,7 @@ import optax
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.core.contracts import Adapter, Batch, Metrics
+from llm_jax.core.contracts import Adapter, Batch, Metrics, Number, Objective
 from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.programs import network as networks
@@ -34,9 +34,11 @@ def train_step(
   network: Network,
   tx: optax.GradientTransformation,
   learning_rate: Callable[[jax.Array], jax.Array],
+  steps: int = 1,
   micro_batches: int = 1,
   shardings: PyTree = None,
   layers: Mapping[str, np.ndarray] | None = None,
+  begins: Mapping[str, np.ndarray] | None = None,
   ema_decay: float = 0.0,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
@@ -47,10 +49,13 @@ def train_step(
     network: what to train; its adapter's `after_update` comes after the optimizer.
     tx: the optimizer of `state.params`.
     learning_rate: step to rate, for the log only.
+    steps: of the whole run; at which of them the state is decides the terms of its loss.
     micro_batches: in how many parts the batch is run, one after the other, to save memory.
     shardings: where the gradients lie: as what the optimizer keeps for each parameter. None:
       anywhere.
     layers: of stacks that are trained in part, which of their layers are, by path.
+    begins: of what is not trained from the first step on, after how many steps it is, by path; see
+      `Adapter.begins`.
     ema_decay: of the averages, `Optimizer.ema_decay`; 0: there are none.
 
   Returns:
@@ -58,19 +63,21 @@ def train_step(
     `tokens` (a count, not a mean).
   """
   rng = jax.random.fold_in(state.rng, state.step)
-  grads, metrics = gradient(
-    state.params,
+  grads, metrics = _gradient_in_turn(
+    state,
     batch,
     rng,
-    frozen=state.frozen,
     network=network,
+    steps=steps,
     micro_batches=micro_batches,
     shardings=shardings,
   )
   grads = _in_layers(grads, layers, 0.0)
   with jax.named_scope('optimizer'):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    updates = _in_layers(updates, layers, -0.0)  # added to any number, its bits stay
+    begun = {path: steps <= state.step for path, steps in (begins or {}).items()}
+    for chosen in (layers, begun):
+      updates = _in_layers(updates, chosen, -0.0)  # added to any number, its bits stay
     params = optax.apply_updates(state.params, updates)
   metrics |= {
     'gradient_norm': (optax.global_norm(grads), 1.0),
@@ -87,6 +94,36 @@ def train_step(
   return state, metrics
 
 
+def _gradient_in_turn(
+  state: TrainState, batch: Batch, rng: Rng, *, network: Network, steps: int, **options: Any
+) -> tuple[Any, Metrics]:
+  """The gradient of what this step learns: all of the objective, or the part whose turn it is."""
+  done = state.step / max(steps - 1, 1)
+  terms = network.terms_at(done)
+
+  def of(objective: Objective) -> tuple[Any, Metrics]:
+    part = network.clone(objective=objective)
+    own = {name: terms[name] for name in part.terms}
+    return gradient(
+      state.params, batch, rng, frozen=state.frozen, network=part, terms=own, **options
+    )
+
+  turns = network.objective.turns
+  if not turns:
+    return of(network.objective)
+  nothing: Metrics = {}  # what a step says of the parts whose turn it is not
+  for turn in turns:
+    _, metrics = jax.eval_shape(functools.partial(of, turn))
+    nothing |= jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), metrics)
+
+  def branch(turn: Objective) -> tuple[Any, Metrics]:
+    grads, metrics = of(turn)
+    return grads, nothing | jax.tree.map(jnp.asarray, metrics)
+
+  branches = [functools.partial(branch, turn) for turn in turns]
+  return jax.lax.switch(state.step % len(turns), branches)
+
+
 def gradient(
   params: PyTree,
   batch: Batch,
@@ -96,6 +133,7 @@ def gradient(
   frozen: PyTree = None,
   micro_batches: int = 1,
   shardings: PyTree = None,
+  terms: Mapping[str, Number] | None = None,
 ) -> tuple[Any, Metrics]:
   """The gradient of the total loss over one global batch, and the metrics with it as `loss`.
 
@@ -109,10 +147,14 @@ def gradient(
     frozen: its other parameters.
     micro_batches: as in `train_step`.
     shardings: as in `train_step`.
+    terms: the coefficients; None for `network.terms`.
   """
-  loss = functools.partial(_loss, network=network, frozen=frozen)
+  terms = network.terms if terms is None else terms
+  loss = functools.partial(_loss, network=network, frozen=frozen, terms=terms)
   if network.objective.compares and micro_batches > 1:
-    loss = functools.partial(_compared, network=network, frozen=frozen, count=micro_batches)
+    loss = functools.partial(
+      _compared, network=network, frozen=frozen, terms=terms, count=micro_batches
+    )
     micro_batches = 1
 
   def differentiate(*args: Any) -> tuple[Any, Metrics]:
@@ -128,9 +170,8 @@ def gradient(
     whole = networks.apply(network, _all(params, frozen), batch)
     weights = {name: weight for name, (_, weight) in whole.items()}
     grads, metrics = _accumulated(differentiate, params, batch, rng, weights, micro_batches)
-  terms = network.terms
   if network.adapter is not None and network.adapter.terms:
-    terms = terms | network.adapter.terms
+    terms = dict(terms) | network.adapter.terms
     more, own = jax.grad(_own_loss, has_aux=True)(params, network.adapter)
     grads, metrics = jax.tree.map(jnp.add, grads, more), metrics | own
   total = metrics_lib.total(metrics, terms)
@@ -151,6 +192,7 @@ def _loss(
   *,
   network: Network,
   frozen: PyTree,
+  terms: Mapping[str, Number],
 ) -> tuple[jax.Array, Metrics]:
   """The total loss of a part of a batch; `weights`: those of the whole, None where it is all."""
   train = rng is not None
@@ -159,7 +201,7 @@ def _loss(
   shares = metrics
   if weights is not None:
     shares = {name: (metrics[name][0], weight) for name, weight in weights.items()}
-  return metrics_lib.total(shares, network.terms), metrics
+  return metrics_lib.total(shares, terms), metrics
 
 
 def _compared(
@@ -170,6 +212,7 @@ def _compared(
   *,
   network: Network,
   frozen: PyTree,
+  terms: Mapping[str, Number],
   count: int,
 ) -> tuple[jax.Array, Metrics]:
   """The total loss of a batch whose rows are compared with one another, run in `count` parts.
@@ -194,7 +237,7 @@ def _compared(
   _, (metrics, found) = jax.lax.scan(body, None, (jnp.arange(count), parts))
   metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
   metrics |= network.compare(jax.tree.map(_whole, found), batch)
-  return metrics_lib.total(metrics, network.terms), metrics
+  return metrics_lib.total(metrics, terms), metrics
 
 
 def _accumulated(
@@ -220,7 +263,7 @@ def _accumulated(
   return summed
 
 
-def _in_layers(x: PyTree, layers: Mapping[str, np.ndarray] | None, other: float) -> Any:
+def _in_layers(x: PyTree, layers: Mapping[str, np.ndarray | jax.Array] | None, other: float) -> Any:
   """`x` with `other` in the layers of its stacks that are not trained."""
   if not layers:
     return x

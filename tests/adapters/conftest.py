@@ -33,7 +33,7 @@ MODELS = {
   ),
 }
 DRAWN = {  # not at 0 or 1
-  *('lora_a', 'adalora_a', 'adalora_b', 'bottleneck_down'),
+  *('lora_a', 'adalora_a', 'adalora_b', 'attention_bottleneck_down', 'mlp_bottleneck_down'),
   *('prefix', 'prefix_up', 'prefix_embedding', 'prefix_hidden', 'prompt_embedding'),
   *('prompt_inner', 'prompt_middle', 'prompt_outer'),
 }

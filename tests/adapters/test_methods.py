@@ -54,7 +54,8 @@ OWN = dict(
   adalora_values=0.2,
   ia3_input=0.3,
   ia3_output=0.3,
-  bottleneck_up=0.1,
+  attention_bottleneck_up=0.1,
+  mlp_bottleneck_up=0.1,
   prefix=0.5,
   prefix_up=0.5,
   prompt_embedding=0.5,
@@ -153,6 +154,30 @@ def test_the_layers_from_the_top_are_trained_alone(tiny, model, unroll):
 
 
 @pytest.mark.slow
+def test_one_layer_after_the_other_begins_to_learn(tiny):
+  """Heads from the start, the upper layer and the last norm after two steps, the lower one after
+  four; and then by steps of the usual size, as Adam has known their gradients all along.
+  """
+  program = tiny.known('decoder', dict(name='freeze', layers=2, every=2, heads=''), unroll=1)
+  state, batch = tiny.first_state(program, 'decoder'), tiny.batch(program)
+  moved = []
+  for _ in range(5):
+    before = tree.flatten(jax.tree.map(np.asarray, state.params))
+    state, _ = program.train_step(state, batch)
+    after = tree.flatten(jax.tree.map(np.asarray, state.params))
+    moved.append({path: np.abs(after[path] - before[path]) for path in before})
+  stacks, norm = [path for path in moved[0] if '/layers/' in path], 'model/final_norm/scale'
+  for step, moves in enumerate(moved):
+    assert (moves[norm].max() > 0) == (step >= 2)
+    for path in stacks:
+      lower, upper = moves[path]
+      assert (lower.max() > 0, upper.max() > 0) == (step >= 4, step >= 2)
+  # The rate is 0.01, and Adam's first updates are as large as that.
+  assert max(moved[2][path].max() for path in stacks) < 0.013
+  assert program.state.params.keys() == {'model'}
+
+
+@pytest.mark.slow
 def test_b_of_lora_may_learn_faster(tiny):
   """LoRA+: the update of B is so many times larger, all others are as they are; and with decay of
   the rate by layer both factors act.
@@ -174,3 +199,28 @@ def test_b_of_lora_may_learn_faster(tiny):
     np.testing.assert_allclose(plus[path], times * x, rtol=1e-3, atol=1e-6)
     of_layers = np.array([0.5, 1.0]).reshape(2, *[1] * (x.ndim - 1))
     np.testing.assert_allclose(both[path], of_layers * plus[path], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_beside_a_base_in_bfloat16_is_trained_in_float32(tiny):
+  """Base, and what was drawn of it, in bfloat16; what learns, gradients' moments and heads, in
+  float32, where steps far below the spacing of bfloat16 are kept.
+  """
+  kinds = lambda *trees: {str(x.dtype) for x in jax.tree.leaves(trees) if x.ndim}
+  program = tiny.known(adapter=dict(name='lora', rank=R), unroll=0, param_dtype='bfloat16')
+  assert kinds(program.state.frozen) == {'bfloat16'}
+  assert kinds(program.state.params, program.state.opt_state) == {'float32'}
+  whole = tiny.known(param_dtype='bfloat16', unroll=0)
+  assert kinds(whole.state.params) == {'bfloat16'}  # without an adapter it is as the config says
+  drawn, alone = (tree.flatten(made.init(0).network_params) for made in (program, whole))
+  for path, x in alone.items():
+    # The same draws; those in float32 may not have been rounded on the way.
+    off = 2.0**-8 if drawn[path].dtype == np.float32 else 0.0
+    np.testing.assert_allclose(np.asarray(drawn[path], np.float32), np.asarray(x, np.float32), off)
+  state = program.init(0)
+  frozen, before = tiny.bits(state.frozen), tree.flatten(jax.tree.map(np.asarray, state.params))
+  state, _ = program.train_step(state, tiny.batch(program))
+  after = tree.flatten(jax.tree.map(np.asarray, state.params))
+  assert tiny.bits(state.frozen) == frozen
+  learned = [path for path in before if not np.array_equal(before[path], after[path])]
+  assert len(learned) > len(before) // 2  # all but the A of each pair, whose B is zero

@@ -35,6 +35,11 @@ def test_a_tagger_is_written_unless_it_scores_moves():
   kind, family = writing.family_of(families.known(), 'encoder', model)
   tagger = {f'heads_tagger/dense/{name}': None for name in ('kernel', 'bias')}
   assert writing.class_of(kind, family, model, tagger, []) == 'BertForTokenClassification'
+  modern = {'modernbert': families.known()['modernbert']}
+  with pytest.raises(
+    ValueError, match="no modernbert that tags as this .*objective.transform='norm'"
+  ):
+    writing.class_of('modernbert', modern['modernbert'][1], model, tagger, [])
   moves = {'heads_moves/first': None}
   with pytest.raises(ValueError, match='transformers has no tagger that scores moves'):
     writing.class_of(kind, family, model, tagger | moves, list(moves))

@@ -20,7 +20,9 @@ def batch_of(small, objective, documents, seq_len=16, rows=4):
 
 def test_the_bert_loss(small):
   objective = bert(small, mlm=0.5, nsp=2)
-  assert objective.terms == {'mlm': 0.5, 'nsp': 2.0}
+  assert objective.terms == {'mlm': 0.5, 'nsp': 2.0} == objective.terms_at(0.3)
+  moving = bert(small, mlm=(1.0, 0.0)).terms_at(0.25)
+  assert moving == {'mlm': 0.75, 'nsp': 1.0}
   batch = batch_of(small, objective, small.random_documents([60, 40]))
   assert {'mask_positions', 'nsp_label', 'token_types'} <= batch.keys() and (
     batch['mask_weights'].sum(-1) > 0
@@ -119,7 +121,7 @@ def test_refuses(small):
     mix.Objective({'mlm': part, 'nsp': other}, 'npp', {'mlm': 1.0, 'nsp': 1.0})
   with pytest.raises(ValueError, match='weights has mlm; it must have one for each part: mlm, nsp'):
     mix.Objective({'mlm': part, 'nsp': other}, 'nsp', {'mlm': 1.0})
-  for weight in (0.0, -1.0, float('nan'), True, '1'):
+  for weight in (0.0, -1.0, float('nan'), True, '1', (1.0,), (0, 0.0), (1.0, -1.0)):
     with pytest.raises(ValueError, match='weights.nsp=.*above 0'):
       mix.Objective({'mlm': part, 'nsp': other}, 'nsp', {'mlm': 1.0, 'nsp': weight})
   with pytest.raises(ValueError, match='parts.again.*mlm'):

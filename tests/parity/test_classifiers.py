@@ -131,7 +131,7 @@ def tags_of_transformers(path, text):
   return [model.config.id2label[i] for i in firsts.argmax(-1)], firsts.max(-1)
 
 
-@pytest.mark.parametrize('name', ['Bert', 'Roberta', 'XLMRoberta', 'Esm'])
+@pytest.mark.parametrize('name', ['Bert', 'Roberta', 'XLMRoberta', 'Esm', 'ModernBert'])
 def test_words_are_tagged_as_by_transformers_and_so_by_the_export(tiny, name, tmp_path):
   folder = tiny.written(name, 'TokenClassification', tmp_path / 'in')
   change_labels(folder, ['O', 'B-PER', 'I-PER'])

@@ -7,12 +7,14 @@ import json
 import random
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
 import llm_jax
 from configs import base, classify, hf
 from llm_jax.core import config as config_lib
+from llm_jax.core import params as params_lib
 from llm_jax.core import recipes, tree
 from llm_jax.data.tokenizers import byte
 from llm_jax.inference import completion, session
@@ -419,3 +421,34 @@ def test_a_head_of_other_classes_is_not_taken(tmp_path, caplog):
   assert new('a', 'b', 'c') == new('LABEL_0', 'LABEL_1', 'LABEL_2') == []
   head = [f'heads_classifier/dense/{name}' for name in ('bias', 'kernel')]
   assert new('c', 'b', 'a') == new('a', 'b') == new('x', 'y', 'z', 'w') == head
+
+
+def test_layers_from_the_top_start_anew():
+  """Of a stack its last layers, of layers apart the last ones; embeddings and heads are loaded."""
+  names = params_lib.LAYERS, 'embed'
+  infos = {
+    'model/layers/kernel': params_lib.Info(names, layer=0),
+    'model/apart/scale': params_lib.Info(('norm',), layer=3),
+    'model/embedder/table': params_lib.Info(('vocab', 'embed'), layer=params_lib.EMBEDDINGS),
+    'heads_mlm/bias': params_lib.Info(('vocab',)),
+  }
+  shapes = {path: (3, 2) if 'layers' in path else (2,) * len(infos[path].names) for path in infos}
+  drawn = {path: jax.numpy.zeros(shape) for path, shape in shapes.items()}
+  found = {path: jax.numpy.ones(shape) for path, shape in shapes.items()}
+  loaded = pretrained.Loaded(found, [], [], None)
+  for count, kept in ((1, [1, 1, 1, 1]), (2, [1, 1, 0, 0]), (4, [0, 0, 0, 0])):
+    new = pretrained.without_top(loaded, tree.nest(drawn), infos, count).params
+    values = [*new['model/layers/kernel'].mean(axis=1), new['model/apart/scale'].mean()]
+    assert values == [*kept[:3], 0]
+    assert new['model/embedder/table'].min() == new['heads_mlm/bias'].min() == 1
+  with pytest.raises(ValueError, match='reinit_layers=5 is more than the 4 layers'):
+    pretrained.without_top(loaded, tree.nest(drawn), infos, 5)
+
+
+def test_new_layers_need_weights_and_no_adapter():
+  settings = classify.get_config().to_dict() | dict(reinit_layers=1)
+  with pytest.raises(ValueError, match='reinit_layers=1 is a number .* where config.init_from is'):
+    config_lib.parse(settings)
+  adapter = dict(name='lora')
+  with pytest.raises(ValueError, match="reinit_layers=1 makes layers .* adapter 'lora' stands"):
+    config_lib.parse(settings | dict(init_from='x', adapter=adapter))

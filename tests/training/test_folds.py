@@ -1,6 +1,7 @@
 """Cross-validation: every document is held out once, and the report is of what was measured."""
 
 import collections
+import dataclasses
 import json
 import types
 
@@ -30,7 +31,7 @@ def test_equal_documents_are_in_one_fold(documents, count):
   labels, keys = zip(*documents, strict=True)
   keys = [str(key) for key in keys]
   if len(set(keys)) < count:
-    with pytest.raises(ValueError, match=f'config.folds={count} needs as many different documents'):
+    with pytest.raises(ValueError, match=f'config.folds={count} needs as many documents that have'):
       folds.assigned(labels, keys, count, 0)
     return
   found = folds.assigned(labels, keys, count, 0)
@@ -39,6 +40,32 @@ def test_equal_documents_are_in_one_fold(documents, count):
   for key, fold in zip(keys, found, strict=True):
     where[key].add(int(fold))
   assert all(len(each) == 1 for each in where.values())
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.none() | st.integers(0, 9)), min_size=1))
+def test_what_hangs_together_by_text_or_by_group(documents):
+  keys, others = zip(*documents, strict=True)
+  named = [None if other is None else str(other) for other in others]
+  found = folds.joined(list(map(str, keys)), named)
+  alike = np.equal.outer(keys, keys) | np.array(
+    [[x is not None and x == y for y in others] for x in others]
+  )
+  for _ in documents:  # chains, by squaring
+    alike = alike @ alike
+  assert (np.equal.outer(found, found) == alike).all()
+
+
+def test_groups_are_a_field_of_the_records(tmp_path):
+  lines = ['text,label,author,kind', 'a,x,Ann,s', 'b,y,Bob,t', 'c,x,,s', 'd,y,Ann,t', 'e,x,Cid,s']
+  (tmp_path / 'x.csv').write_text('\n'.join(lines))
+  config = config_lib.parse(tree(tmp_path) | dict(fold_groups='author'))
+  split = types.SimpleNamespace(ids=np.array([0, 1, 3, 2, 4]))
+  assert folds.groups([split], config) == ['Ann', 'Bob', 'Ann', None, 'Cid']
+  with pytest.raises(ValueError, match="folds=3 needs as many groups.*'kind'.*has 2 different"):
+    folds.groups([split], dataclasses.replace(config, fold_groups='kind'))
+  with pytest.raises(ValueError, match="config.fold_groups='editor' names a field.*editor"):
+    folds.groups([split], dataclasses.replace(config, fold_groups='editor'))
 
 
 def test_folds_have_the_classes_of_the_whole():
@@ -84,6 +111,7 @@ def test_a_class_with_few_documents_is_named(monkeypatch):
   ('changes', 'message'),
   [
     (dict(folds=1), 'config.folds=1 must be at least 2'),
+    (dict(fold_groups='author'), "config.fold_groups='author' keeps documents in one fold; give"),
     (dict(fold=1), 'config.fold=1 is one of config.folds; give their number too'),
     (dict(folds=3, fold=4), 'config.fold=4 must be from 1 to 3'),
     (dict(folds=3, validation=dict(path='x.csv')), 'config.folds=3 holds out parts of'),
@@ -111,15 +139,16 @@ def tree(folder):
 
 @pytest.mark.slow
 def test_three_runs_and_one_report(tmp_path, monkeypatch):
-  rng, lines = np.random.default_rng(0), ['text,label']
+  rng, lines = np.random.default_rng(0), ['text,label,author']
   for index in range(60):
     word, label = (('good', 'pos'), ('bad', 'neg'))[index % 2]
-    lines.append(f'{word} {rng.integers(1000)},{label}')
-  lines += ['twice the same,pos', 'TWICE the same!,pos', 'alone,third']
+    author = 'Ann' if index in (3, 40) else index
+    lines.append(f'{word} {rng.integers(1000)},{label},{author}')
+  lines += ['twice the same,pos,Ann', 'TWICE the same!,pos,', 'alone,third,']
   (tmp_path / 'x.csv').write_text('\n'.join(lines))
   workdir = tmp_path / 'w'
   command = types.SimpleNamespace(
-    parsed=lambda: config_lib.parse(tree(tmp_path)),
+    parsed=lambda: config_lib.parse(tree(tmp_path) | dict(fold_groups='author')),
     workdir=workdir,
     use_compilation_cache=lambda folder: None,
   )
@@ -127,12 +156,14 @@ def test_three_runs_and_one_report(tmp_path, monkeypatch):
   held = []
   for fold in (1, 2, 3):
     folder = folds.folder(workdir, fold)
-    run = loop.prepare(config_lib.parse(tree(tmp_path) | dict(fold=fold)), folder)
+    run = loop.prepare(
+      config_lib.parse(tree(tmp_path) | dict(fold_groups='author', fold=fold)), folder
+    )
     assert run.over and list(run.program.config.objective['classes']) == ['neg', 'pos', 'third']
     (train,), (validation,) = run.data.splits.train, run.data.splits.validation
     assert sorted([*train.ids, *validation.ids]) == list(range(63))
     held += validation.ids.tolist()
-    assert (60 in validation.ids) == (61 in validation.ids)
+    assert len({index in validation.ids for index in (3, 40, 60, 61)}) == 1
     lines = [line for line in logs.read(folder) if line['split'] == 'validation']
     assert numbers[f'fold_{fold}']['accuracy'] == min(lines, key=lambda x: x['loss'])['accuracy']
   assert sorted(held) == list(range(63))

@@ -83,3 +83,5 @@ def test_what_is_refused(path):
     assemble.check(settings(path, ['kind'], data=alone))
   with pytest.raises(ValueError, match='and the objective mlm gives no answers'):
     assemble.check(settings(path, ['kind'], objective=dict(name='mlm')))
+  with pytest.raises(ValueError, match='groups that none of the evaluators loss scores'):
+    assemble.check(settings(path, ['kind'], evaluators=dict(loss={})))

@@ -133,6 +133,46 @@ def test_micro_batches_have_the_gradient_of_the_whole(small, kind):
       assert_close(wrong, whole, 1e-3)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('alternate', [False, True])
+def test_weights_move_with_the_step_and_parts_take_turns(small, alternate):
+  """Each step goes down the gradient of coefficient * sum / weight by hand, of all parts or of the
+  one whose turn it is, in micro-batches too.
+  """
+  model, objective, batch = uneven(small, 'partly labelled')
+  weights = {'mlm': (1.0, 0.0), 'classify': (0.5, 2.0)}
+  objective = mix.Objective(objective.parts, 'classify', weights, alternate)
+  assert objective.terms == {'mlm': 0.0, 'classify': 2.0}  # a validation set has the last ones
+  network, params = build(model, objective, batch)
+  take = functools.partial(
+    step.train_step, network=network, tx=optax.sgd(1.0), learning_rate=lambda n: 1.0, steps=5
+  )
+  of_two = jax.jit(functools.partial(take, micro_batches=2))
+  state = TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optax.sgd(1.0).init(params),
+    rng=jax.random.PRNGKey(0),
+  )
+
+  @jax.jit
+  def by_hand(params, coefficients):
+    def loss(params):
+      found = networks.apply(network, params, batch)
+      return sum(c * found[name][0] / found[name][1] for name, c in coefficients.items())
+
+    return jax.grad(loss)(params)
+
+  for number, (mlm_weight, classify_weight) in enumerate(((1, 0.5), (0.75, 0.875), (0.5, 1.25))):
+    turn = [('mlm', 'classify')[number % 2]] if alternate else ['mlm', 'classify']
+    values = {'mlm': float(mlm_weight), 'classify': float(classify_weight)}
+    wanted = by_hand(state.params, {name: values[name] * (name in turn) for name in values})
+    after, metrics = of_two(state, batch)
+    assert_close(jax.tree.map(jnp.subtract, state.params, after.params), wanted)
+    assert [name for name in ('mlm', 'classify') if metrics[name][1] > 0] == turn
+    state = after
+
+
 class Small(contracts.Adapter):
   """Wants its parameters small."""
 

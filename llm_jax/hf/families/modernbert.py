@@ -108,6 +108,7 @@ _HEADS = (
   *linear('head.dense', 'heads_transform/dense'),  # the same tensors in both classes
   *norm('head.norm', 'heads_transform/norm'),
   *linear('classifier', 'heads_classifier/dense', of=CLASSIFIES),
+  *shared.TAGGER,
   *linear('head.dense', 'heads_mlm/dense'),
   *norm('head.norm', 'heads_mlm/norm'),
   *bias('decoder.bias', 'heads_mlm/bias'),
@@ -146,6 +147,7 @@ FAMILIES = {
     heads=_HEADS,
     classes={
       'ModernBertForSequenceClassification': ('transform', 'classifier'),
+      'ModernBertForTokenClassification': ('transform', 'tagger'),
       'ModernBertForMaskedLM': ('mlm',),
       'ModernBertModel': (),
     },
