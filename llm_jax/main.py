@@ -5,6 +5,7 @@ slip of the pen is answered at once.
 """
 
 import importlib
+import os
 import pathlib
 import re
 import signal
@@ -12,7 +13,7 @@ import sys
 import traceback
 import types
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -217,7 +218,7 @@ def cli() -> None:
   except KeyboardInterrupt as error:
     print('llm_jax: stopped by Ctrl-C; what was saved before is whole.', file=sys.stderr)
     _abort(f'{type(error).__name__}', INTERRUPTED)
-    sys.exit(INTERRUPTED)
+    _leave(INTERRUPTED)
   except Exception as error:
     if _several():
       lost = sys.modules['llm_jax.parallel.hosts'].lost(error)
@@ -232,6 +233,15 @@ def cli() -> None:
 def _abort(reason: str, status: int) -> None:
   if _several():
     sys.modules['llm_jax.parallel.hosts'].abort(reason, status)
+
+
+def _leave(status: int) -> NoReturn:
+  """Ends the process at once. Where Ctrl-C comes while XLA compiles, an orderly exit takes down
+  Python under what XLA still holds of it, and ends in a segmentation fault.
+  """
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(status)
 
 
 def _several() -> bool:

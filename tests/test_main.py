@@ -78,6 +78,40 @@ def test_no_config_no_workdir_no_file():
   assert "'config.data.text' without --config=FILE; --text and --pair name" in said
 
 
+SLOW = """
+import os, signal, threading
+
+WORKDIR, ALONE = 'never', True
+
+
+def run(command):
+  import jax
+  import jax.numpy as jnp
+
+  def long(x):
+    for _ in range(300):
+      x = jnp.sin(x @ x) + jnp.cumsum(jnp.sort(x), 0)
+    return x
+
+  lowered = jax.jit(long).lower(jnp.ones((64, 64)))
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # shells take it from what is behind &
+  threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+  lowered.compile()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_xla_compiles_is_no_crash(tmp_path):
+  """An orderly exit would be one, by SIGSEGV."""
+  (tmp_path / 'mine').mkdir()
+  (tmp_path / 'mine' / 'slow.py').write_text(SLOW)
+  done = call('--mode=mine.slow', cwd=tmp_path)
+  assert (done.returncode, done.stderr.splitlines()[-1:]) == (
+    130,
+    ['llm_jax: stopped by Ctrl-C; what was saved before is whole.'],
+  )
+
+
 @pytest.mark.slow
 def test_the_configs_work_from_any_folder_and_a_run_predicts(tmp_path):
   rows = [
