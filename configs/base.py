@@ -163,6 +163,7 @@ def get_config() -> config_dict.ConfigDict:
         rslora=unset(bool),
         dora=unset(bool),
         loraplus_lr_ratio=unset(float),
+        embeddings=unset(bool),
         target_rank=unset(int),
         warmup_steps=unset(int),
         final_steps=unset(int),

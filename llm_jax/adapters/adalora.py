@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.adapters import _low_rank, _targets
+from llm_jax.adapters import _low_rank, _ported, _targets
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.core.contracts import Metrics
+from llm_jax.core.contracts import Metrics, Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
@@ -33,6 +33,12 @@ from llm_jax.nn.options import DTYPES
 
 A, VALUES, B = 'adalora_a', 'adalora_values', 'adalora_b'
 TERM = 'orthogonality'
+PEFT_TYPES = ('ADALORA',)
+_SMALL = 1e-5  # added to the rank in the scale, as there
+_IN_PEFT = (  # a schedule there is for a run here to say anew, and rsLoRA's scale is not read there
+  'r init_r target_r lora_alpha lora_dropout rank_pattern total_step tinit tfinal deltaT beta1 '
+  'beta2 orth_reg_weight init_lora_weights use_rslora megatron_core qalora_group_size'.split()
+)
 
 
 class Adapter(_low_rank.Adapter):
@@ -98,7 +104,7 @@ class Adapter(_low_rank.Adapter):
     self.dropout, self.targets = dropout, targets
     self.warmup_steps, self.final_steps, self.every = warmup_steps, final_steps, every
     self.beta1, self.beta2, self.terms = beta1, beta2, {TERM: orthogonality}
-    self.scale = alpha / (rank + 1e-5)  # peft has this small number too
+    self.scale = alpha / (rank + _SMALL)
     self.heads = _targets.Heads(heads)
 
   def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
@@ -120,6 +126,38 @@ class Adapter(_low_rank.Adapter):
       added = _low_rank.product(a * _beside(values, a, stacked), b, stacked)
       merged[path] = (kernel + self.scale * added).astype(kernel.dtype)
     return tree.nest(merged)
+
+  def ported(self, times: int = 1) -> Ported:
+    rank = self.rank * times
+    settings = dict(
+      peft_type='ADALORA',
+      bias='none',
+      init_r=rank,
+      target_r=self.target_rank * times,
+      lora_alpha=self.scale * (rank + _SMALL),
+      lora_dropout=self.dropout,
+      total_step=self.steps,
+      tinit=self.warmup_steps,
+      tfinal=self.final_steps,
+      deltaT=self.every,
+      beta1=self.beta1,
+      beta2=self.beta2,
+      orth_reg_weight=self.terms[TERM],
+    )
+    a, b = Piece(A, '.lora_A', 'RI', 'IR'), Piece(B, '.lora_B', 'OR', 'RO')
+    return Ported(settings, (a, b, Piece(VALUES, '.lora_E', 'R1', 'R')))
+
+  @classmethod
+  def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """See the contract; the schedule of ranks is not among them."""
+    _ported.check('adalora', settings, _IN_PEFT, bias=('none',))
+    rank = settings.get('init_r', 12)  # peft's defaults
+    return dict(
+      rank=rank,
+      target_rank=min(settings.get('target_r', 8), rank),
+      alpha=float(settings.get('lora_alpha', 8)),
+      dropout=float(settings.get('lora_dropout', 0)),
+    )
 
   def loss(self, params: PyTree) -> Metrics:
     """How far A and B are from orthogonal, a mean over all of them."""

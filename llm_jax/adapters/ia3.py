@@ -9,15 +9,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.adapters import _targets
+from llm_jax.adapters import _ported, _targets
 from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
+from llm_jax.core.contracts import Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.linear import AXES, Linear, sides, with_leading_axes
 from llm_jax.nn.options import DTYPES
 
 INPUT, OUTPUT = 'ia3_input', 'ia3_output'
+PEFT_TYPES = ('IA3',)
 
 
 class Adapter(contracts.Adapter):
@@ -26,12 +28,12 @@ class Adapter(contracts.Adapter):
   Args:
     outputs: the maps whose outputs, bias included, are scaled: a regular expression for the end of
       their paths (`_targets`).
-    inputs: the maps whose inputs are scaled.
+    inputs: the maps whose inputs are scaled. Either may be '' for none, not both.
     heads: the heads that are trained whole, a regular expression for their names; '' for none,
       None for all but the masked-LM head.
 
   Raises:
-    ValueError: no regular expression.
+    ValueError: no regular expression, or nothing to scale.
   """
 
   def __init__(
@@ -39,11 +41,14 @@ class Adapter(contracts.Adapter):
   ):
     _targets.check_pattern('outputs', outputs)
     _targets.check_pattern('inputs', inputs)
+    if not outputs and not inputs:
+      raise ValueError("config.adapter.outputs='' and inputs='' scale nothing; give one of them.")
     self.outputs, self.inputs, self.heads = outputs, inputs, _targets.Heads(heads)
 
   def check(self, infos: Mapping[str, Info], base: Collection[str]) -> None:
-    _targets.check_found('outputs', self.outputs, infos, base)
-    _targets.check_found('inputs', self.inputs, infos, base)
+    for option, pattern in (('outputs', self.outputs), ('inputs', self.inputs)):
+      if pattern:
+        _targets.check_found(option, pattern, infos, base)
     self.heads.check(base)
 
   def trains(self, path: str, info: Info, base: bool) -> bool:
@@ -78,6 +83,20 @@ class Adapter(contracts.Adapter):
         if name == OUTPUT and bias in merged:
           merged[bias] = merged[bias] * scale
     return tree.nest(merged)
+
+  def ported(self, times: int = 1) -> Ported:
+    scale = dict(suffix='.ia3_l', fill=1.0)
+    outputs = Piece(OUTPUT, theirs='O1', ours='O', targets='outputs', **scale)
+    inputs = Piece(
+      INPUT, theirs='1I', ours='I', targets='inputs', listed='feedforward_modules', **scale
+    )
+    return Ported(dict(peft_type='IA3'), (outputs, inputs))
+
+  @classmethod
+  def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """See the contract; that a map scales its inputs, the shape of its vector says."""
+    _ported.check('ia3', settings, ('feedforward_modules', 'init_ia3_weights'))
+    return {}
 
 
 def _scaled(linear: Linear, name: str, x: jax.Array) -> jax.Array:

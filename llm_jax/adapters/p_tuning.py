@@ -6,10 +6,17 @@ mlp gives of a table, so that they move together:
 as `peft` has it (`PromptEncoder`, MLP). The paper puts an LSTM before it.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import flax.linen as nn
 import jax
 
-from llm_jax.adapters import prompt
+from llm_jax.adapters import _targets, prompt
+from llm_jax.core import tree
+from llm_jax.core.contracts import Ported
+from llm_jax.core.params import Info
+from llm_jax.core.tree import PyTree
 from llm_jax.nn.embedder import Embedder
 
 KERNELS = 'prompt_inner', 'prompt_middle', 'prompt_outer'
@@ -46,8 +53,34 @@ class Adapter(prompt.Adapter):
       prompt.parameter(module, f'{name}_bias', shape[1:], ('norm' if i == 2 else 'rank',), zeros)
 
   def vectors(self, module: Embedder) -> jax.Array:
-    x_PD = prompt.value(module, prompt.TABLE)
-    for i, name in enumerate(KERNELS):
-      x_PD = x_PD @ prompt.value(module, name) + prompt.value(module, f'{name}_bias')
-      x_PD = x_PD if i == 2 else jax.nn.relu(x_PD)
-    return x_PD
+    return _made(lambda name: prompt.value(module, name))
+
+  def ported(self, times: int = 1) -> Ported:
+    found = super().ported(times)
+    more = dict(
+      peft_type='P_TUNING',
+      encoder_hidden_size=self.hidden,
+      encoder_reparameterization_type='MLP',
+    )
+    return found._replace(settings={**found.settings, **more})
+
+  def to_ported(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
+    """See the contract: the vectors that the mlp gives, in place of the table."""
+    leaves = tree.flatten(params)
+    for module in _targets.modules(leaves, prompt.TABLE):
+      found = {name: leaves[f'{module}/{name}'] for name in _names()}
+      leaves[f'{module}/{prompt.TABLE}'] = _made(found.__getitem__)
+    return tree.nest(leaves)
+
+
+def _names() -> tuple[str, ...]:
+  return prompt.TABLE, *KERNELS, *(f'{name}_bias' for name in KERNELS)
+
+
+def _made(value: Callable[[str], jax.Array]) -> jax.Array:
+  """The vectors of the virtual tokens, [P, D], from the parameters by name."""
+  x_PD = value(prompt.TABLE)
+  for i, name in enumerate(KERNELS):
+    x_PD = x_PD @ value(name) + value(f'{name}_bias')
+    x_PD = x_PD if i == 2 else jax.nn.relu(x_PD)
+  return x_PD

@@ -18,9 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from llm_jax.adapters import _targets
+from llm_jax.adapters import _ported, _targets
 from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
+from llm_jax.core.contracts import Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.attention.masks import Prefix
@@ -31,7 +32,12 @@ from llm_jax.nn.stack import Stack
 
 PREFIX, UP, UP_BIAS = 'prefix', 'prefix_up', 'prefix_up_bias'
 TABLE, HIDDEN, HIDDEN_BIAS = 'prefix_embedding', 'prefix_hidden', 'prefix_hidden_bias'
+PEFT_TYPES = ('PREFIX_TUNING',)
 _HEADS = (None, 'kv_heads', 'head_dim')
+_IN_PEFT = (
+  'num_virtual_tokens token_dim num_attention_heads num_layers init_weights encoder_hidden_size '
+  'prefix_projection'.split()
+)
 
 
 @flax.struct.dataclass
@@ -111,6 +117,28 @@ class Adapter(contracts.Adapter):
         made = jnp.einsum('PR,...RCKH->...PCKH', hidden_PR, leaves[up])
         leaves[up] = Made(made + jnp.expand_dims(bias_2KH, -4))
     return tree.nest(leaves)
+
+  def ported(self, times: int = 1) -> Ported:
+    settings = dict(
+      peft_type='PREFIX_TUNING',
+      num_virtual_tokens=self.positions,
+      num_transformer_submodules=1,
+      prefix_projection=False,
+    )
+    name = PREFIX if self.hidden is None else UP
+    prompt = Piece(name, 'prompt_embeddings', 'P(LCKH)', 'LPCKH')
+    return Ported(settings, prompt=prompt, tasks=('CAUSAL_LM',))
+
+  def to_ported(self, params: PyTree, infos: Mapping[str, Info]) -> dict[str, Any]:
+    """See the contract: what the mlp gives, where there is one."""
+    leaves = tree.flatten(self.weights(params))
+    return tree.nest({path.replace(f'/{UP}/{PREFIX}', f'/{UP}'): x for path, x in leaves.items()})
+
+  @classmethod
+  def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """See the contract; whatever made the prefix, it is what is learned here."""
+    _ported.check('prefix', settings, _IN_PEFT, num_transformer_submodules=(None, 1))
+    return dict(length=settings.get('num_virtual_tokens'))
 
   def _whole(self, module: Attention) -> jax.Array:
     shape = self.positions, *_sizes(module.options)

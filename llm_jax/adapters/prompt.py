@@ -11,14 +11,22 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.adapters import _targets
+from llm_jax.adapters import _ported, _targets
 from llm_jax.core import contracts
 from llm_jax.core import params as params_lib
+from llm_jax.core.contracts import Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.nn.embedder import Embedder
 from llm_jax.nn.options import DTYPES
 
 TABLE = 'prompt_embedding'
+PEFT_TYPES = ('PROMPT_TUNING', 'P_TUNING')  # of either, peft saves the vectors alone
+_TASKS = ('CAUSAL_LM', 'SEQ_CLS', 'TOKEN_CLS')
+_IN_PEFT = (
+  'num_virtual_tokens token_dim num_attention_heads num_layers prompt_tuning_init '
+  'prompt_tuning_init_text tokenizer_name_or_path tokenizer_kwargs encoder_hidden_size '
+  'encoder_reparameterization_type encoder_num_layers encoder_dropout'.split()
+)
 
 
 class Adapter(contracts.Adapter):
@@ -69,6 +77,18 @@ class Adapter(contracts.Adapter):
     prompt_PD = self.vectors(module).astype(x_BTD.dtype)
     prompt_BTD = prompt_PD[jnp.clip(number_BT, 0, self.tokens - 1)]
     return jnp.where(virtual_BT[..., None], prompt_BTD, x_BTD)
+
+  def ported(self, times: int = 1) -> Ported:
+    settings = dict(
+      peft_type='PROMPT_TUNING', num_virtual_tokens=self.tokens, num_transformer_submodules=1
+    )
+    return Ported(settings, prompt=Piece(TABLE, 'prompt_embeddings', 'PD', 'PD'), tasks=_TASKS)
+
+  @classmethod
+  def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """See the contract; whatever made the vectors, they are what is learned here."""
+    _ported.check('prompt', settings, _IN_PEFT, num_transformer_submodules=(None, 1))
+    return dict(length=settings.get('num_virtual_tokens'))
 
   def create(self, module: Embedder) -> None:
     """Creates what is learned, in an embedder."""

@@ -593,30 +593,47 @@ class WeightForm(Protocol):
 
 
 class Piece(NamedTuple):
-  """A parameter of an adapter beside a linear map, and the tensor of the library peft that it is.
+  """A parameter of an adapter, and the tensor of the library peft that it is.
 
   Attributes:
     name: ours, the last component of its path.
-    suffix: theirs, after the name of the map.
-    theirs: the axes of their tensor: R rank, I inputs of the map, O its outputs.
+    suffix: theirs, after the name of the linear map, or of the table, that it stands beside.
+    theirs: the axes of their tensor: R rank, I inputs of the map or rows of the table, O outputs, 1
+      an axis of length one.
     ours: those of our parameter, where I and O may be several each.
-    fills: zeros may stand for a map that is not adapted, where several maps are one tensor.
+    fill: what may stand for a map that is not adapted, where several maps are one tensor; None:
+      nothing.
+    targets: the option of the adapter that names the maps.
+    listed: a list of adapter_config.json that names them, beside target_modules.
+    beside: the last component of the path of the base's parameter: kernel, or embedding.
   """
 
   name: str
   suffix: str
   theirs: str
   ours: str
-  fills: bool = True
+  fill: float | None = 0.0
+  targets: str = 'targets'
+  listed: str | None = None
+  beside: str = 'kernel'
 
 
 class Ported(NamedTuple):
-  """What an adapter is to the library peft: its adapter_config.json, but for what the base decides,
-  and its parameters. The first of them is there in every adapted map.
+  """What an adapter is to the library peft.
+
+  Attributes:
+    settings: its adapter_config.json, but for what the base decides.
+    pieces: what it has beside linear maps. Of those with the same `targets`, the first is there in
+      every adapted map.
+    prompt: instead, one tensor of the whole model, whose name is the `suffix`; of its axes L counts
+      layers where our parameter is in layers.
+    tasks: peft's names of the tasks in which the network is the same there and here; () for all.
   """
 
   settings: Mapping[str, Any]
-  pieces: tuple[Piece, ...]
+  pieces: tuple[Piece, ...] = ()
+  prompt: Piece | None = None
+  tasks: tuple[str, ...] = ()
 
 
 class Adapter:
@@ -752,8 +769,8 @@ class Adapter:
 
   @classmethod
   def ported_options(cls, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of the adapter, from an adapter_config.json of its `PEFT_TYPE`; targets are not among
-    them.
+    """Options of the adapter, from an adapter_config.json whose type is one of `PEFT_TYPES` of its
+    module; targets are not among them.
 
     Raises:
       ValueError: a setting that the adapter cannot have.

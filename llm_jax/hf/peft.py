@@ -2,10 +2,7 @@
 beside a Hugging Face folder, their base.
 
 What the parameters of a method are called there, an adapter says itself (`contracts.Ported`); where
-they belong, the base's family. A tensor of the base that is several maps of ours (queries, keys and
-values in one) has one pair of matrices there. Ours are written into it side by side: A's one below
-the other, B's on a diagonal of blocks, at a rank that is so many times ours.
-All maps get that rank, for an adapter has one; the rest is zeros.
+they belong, the base's family (`peft_tensors`).
 
 (Formats: huggingface.co/docs/peft, "checkpoint format"; tests hold this module to peft 0.21.2.)
 """
@@ -13,21 +10,22 @@ All maps get that rank, for an adapter has one; the rest is zeros.
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
+import jax
 import numpy as np
 
 from llm_jax.core import files, tree
-from llm_jax.core.contracts import Adapter, Model, Piece
+from llm_jax.core.contracts import Adapter, Model, Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.core.state import Loaded
-from llm_jax.hf import folders, reading, safetensors, writing
+from llm_jax.hf import folders, peft_tensors, reading, safetensors, writing
 from llm_jax.hf.family import Families, Family
-from llm_jax.hf.tensors import ANSWERS, CLASSIFIES, FLOATS, TAGS, Location, Tensor
+from llm_jax.hf.peft_tensors import CONFIG, PROMPT_ROOT, ROOT, WEIGHTS
+from llm_jax.hf.tensors import ANSWERS, CLASSIFIES, FLOATS, TAGS, TOKEN, Location
 from llm_jax.parallel import hosts
 
-CONFIG, WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 TASKS = {
   'SEQ_CLS': (CLASSIFIES,),
   'TOKEN_CLS': (TAGS,),
@@ -35,9 +33,6 @@ TASKS = {
   'CAUSAL_LM': ('ForCausalLM', 'LMHeadModel'),
 }
 """peft's names of tasks -> ends of the names of their classes."""
-
-_ROOT = 'base_model.model.'
-_RANK = 'R'  # the letter of an adapter's own axis, in `contracts.Piece`
 
 
 def is_folder(path: str | os.PathLike[str]) -> bool:
@@ -76,8 +71,11 @@ def base(path: str | os.PathLike[str]) -> str:
   )
 
 
-def maps(path: str | os.PathLike[str], families: Families, pieces: Sequence[Piece]) -> str:
-  """A pattern for the linear maps that an adapter acts on, for `config.adapter.targets`.
+def maps(
+  path: str | os.PathLike[str], families: Families, pieces: Sequence[Piece]
+) -> dict[str, Any]:
+  """The options of `config.adapter` that `pieces` name: patterns for the linear maps that an
+  adapter acts on, '' where there is none, and whether it acts on a table.
 
   Args:
     path: the folder.
@@ -91,18 +89,22 @@ def maps(path: str | os.PathLike[str], families: Families, pieces: Sequence[Piec
   config = folders.read_config(folder)
   _, family = folders.family_of(folder, config, families)
   layers = folders.model_options(folder, families)['layers']
-  found: dict[str, set[int]] = {}
-  for module in _modules(_tensors(path), pieces):
-    tensor, layer = _tensor_of(path, module, family)
+  found: dict[tuple[str, str], set[int]] = {}
+  for module, piece in peft_tensors.adapted(peft_tensors.read(path, pieces), pieces).items():
+    tensor, layer = peft_tensors.of_map(path, module, family, piece.beside)
     for name in tensor.paths:
-      found.setdefault(name.removesuffix('/kernel'), set()).add(layer)
-  for name, held in found.items():
+      found.setdefault((piece.targets, name.rpartition('/')[0]), set()).add(layer)
+  for (_, name), held in found.items():
     if held not in ({-1}, set(range(layers))):
       raise ValueError(
         f'{path} adapts {name} in {len(held)} of {layers} layers, and all layers of a model have '
         'the same maps adapted here; merge it by peft (merge_and_unload) and open the result.'
       )
-  return '|'.join(map(re.escape, sorted(found)))
+  options: dict[str, Any] = {}
+  for piece in pieces:
+    names = [re.escape(name) for option, name in sorted(found) if option == piece.targets]
+    options[piece.targets] = '|'.join(names) if piece.beside == 'kernel' else bool(names)
+  return options
 
 
 def rank(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> int:
@@ -111,13 +113,7 @@ def rank(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> int:
   Raises:
     ValueError: there are several.
   """
-  tensors = _tensors(path)
-  known = {
-    tensors[_ROOT + module + piece.suffix].shape[piece.theirs.index(_RANK)]
-    for module in _modules(tensors, pieces)
-    for piece in pieces
-    if _RANK in piece.theirs
-  }
+  known = peft_tensors.ranks(peft_tensors.read(path, pieces), pieces)
   if len(known) > 1:
     raise ValueError(
       f'{path} has matrices of the ranks {", ".join(map(str, sorted(known)))}, and an adapter here '
@@ -128,9 +124,10 @@ def rank(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> int:
 
 def outputs(path: str | os.PathLike[str]) -> int | None:
   """How many classes the head has that was trained with an adapter; None where there is none."""
-  tensors = _tensors(path)
+  tensors = peft_tensors.read(path)
   names = ('score.weight', 'classifier.out_proj.weight', 'classifier.weight', 'qa_outputs.weight')
-  return next((tensors[_ROOT + name].shape[0] for name in names if _ROOT + name in tensors), None)
+  there = (root + name for name in names for root in (ROOT, PROMPT_ROOT))
+  return next((tensors[name].shape[0] for name in there if name in tensors), None)
 
 
 def load(
@@ -159,9 +156,11 @@ def load(
   """
   config = folders.read_config(base(path))
   _, family = folders.family_of(base(path), config, families)
-  tensors, new = _tensors(path), set(loaded.new)
-  names = {name.removeprefix(_ROOT): name for name in tensors if name.startswith(_ROOT)}
-  pieces = {piece.name: piece for piece in adapter.ported().pieces}
+  ported, new = adapter.ported(), set(loaded.new)
+  tensors = peft_tensors.read(path, ported.pieces)
+  root = ROOT if ported.prompt is None else PROMPT_ROOT
+  names = {name.removeprefix(root): name for name in tensors if name.startswith(root)}
+  pieces = {piece.name: piece for piece in ported.pieces or (ported.prompt,)}
   own = {p for p in abstract_params if p in new and p.rpartition('/')[2] in pieces}
   rest = {p: leaf for p, leaf in abstract_params.items() if p not in own}
   locations = family.locations(rest, infos)
@@ -176,9 +175,17 @@ def load(
     params[name] = reading.read(leaf[name], location, tensors, theirs)
     used.update(theirs[each] for each in location.names)
 
-  for name in own:
-    kernel = f'{name.rpartition("/")[0]}/kernel'
-    location = _beside(locations[kernel][0], pieces[name.rpartition('/')[2]], infos[kernel].inputs)
+  used |= _base_layers(path, tensors, params)
+  if ported.prompt is not None:
+    params |= _read_prompt(
+      path, tensors, ported.prompt, {p: abstract_params[p] for p in own}, infos
+    )
+    used.add(ported.prompt.suffix)
+  for name in own if ported.prompt is None else ():
+    module, _, last = name.rpartition('/')
+    path_of = f'{module}/{pieces[last].beside}'
+    inputs = peft_tensors.inputs_of(path_of, infos)
+    location = peft_tensors.beside(locations[path_of][0], pieces[last], inputs)
     read(name, location, _full_names(path, location.names, family, names))
   left = family.canonical(config, [name for name, full in names.items() if full not in used])
   left = {name: names[full] for name, full in left.items()}
@@ -246,98 +253,114 @@ def save(
   if lost:
     raise ValueError(f'a folder of peft cannot hold {lost[0]}; --export=merged writes everything.')
   bodies = writing.pieces(family, architecture, known, True)
-  values = tree.flatten(adapter.to_ported(tree.nest(dict(params)), infos))
-  groups = dict(_groups(bodies, adapter, own, infos))
-  if not groups:
-    raise ValueError('the adapter adds no parameter; --export=merged writes what it trained.')
+  task = next((task for task, ends in TASKS.items() if architecture.endswith(ends)), None)
+  ported = adapter.ported()
+  check_task(ported, task, architecture)
+  root = ROOT if ported.prompt is None else PROMPT_ROOT
   arrays = {
-    f'{_ROOT}{name}': piece.array(rest, FLOATS[dtype], piece.shape(rest))
+    f'{root}{name}': piece.array(rest, FLOATS[dtype], piece.shape(rest))
     for name, piece in heads.items()
   }
-  times = max(len(group.held) for group in groups.values())
-  for name, group in groups.items():
-    arrays |= {f'{_ROOT}{key}': x for key, x in group.arrays(name, values, times, FLOATS[dtype])}
-  task = next((task for task, ends in TASKS.items() if architecture.endswith(ends)), None)
-  config = dict(adapter.ported(times).settings) | {
-    'fan_in_fan_out': any(group.inputs_first for group in groups.values()),
+  values = tree.flatten(adapter.to_ported(tree.nest(dict(params)), infos))
+  if ported.prompt is None:
+    settings, more = _beside_maps(bodies, adapter, values, own, infos, FLOATS[dtype])
+  else:
+    settings, found = dict(ported.settings), ported.prompt
+    mine = {p: x for p, x in values.items() if p in own and p.rpartition('/')[2] == found.name}
+    more = {found.suffix: peft_tensors.prompt(found, mine, infos).astype(FLOATS[dtype])}
+  config = settings | {
     'base_model_name_or_path': origin,
     'task_type': task,
-    'target_modules': sorted(groups),
     'modules_to_save': sorted({_whole_module(name, heads, bodies) for name in heads}) or None,
-    'bias': 'none',
     'inference_mode': True,
   }
-  _write(os.path.abspath(directory), config, arrays, also)
+  _write(os.path.abspath(directory), config, arrays | more, also)
 
 
-class _Group(NamedTuple):
-  """The maps of ours that are one tensor of the base.
+def check_task(ported: Ported, task: str | None, what: str) -> None:
+  """Raises ValueError where an adapter does not do there what it does here.
 
-  Attributes:
-    location: of one of them.
-    held: path in the tensor -> (path of the map, its layer or None, dimensions that are inputs);
-      those that are adapted.
-    pieces: what is beside each.
+  Args:
+    ported: what it is there.
+    task: peft's name of the task; None for none.
+    what: what is of this task, for the message.
   """
-
-  location: Location
-  held: dict[str, tuple[str, int | None, tuple[int, ...]]]
-  pieces: tuple[Piece, ...]
-
-  @property
-  def inputs_first(self) -> bool:
-    """Whether the weight is [inputs, outputs], as GPT-2's are."""
-    _, _, inputs = next(iter(self.held.values()))
-    theirs, ours = self.location.tensor.axes.split('->')
-    return ours[inputs[0]] in re.match(r'\(\w+\)|\w', theirs)[0]
-
-  def arrays(
-    self, name: str, values: Mapping[str, Any], times: int, dtype: np.dtype
-  ) -> Iterator[tuple[str, np.ndarray]]:
-    """The tensors, by the map's name with their suffix, of `times` the rank."""
-    for piece in self.pieces:
-      yield name + piece.suffix, self._array(piece, values, times).astype(dtype)
-
-  def _array(self, piece: Piece, values: Mapping[str, Any], times: int) -> np.ndarray:
-    whole = None
-    for number, (path, (module, layer, inputs)) in enumerate(self.held.items()):
-      value = np.asarray(writing.fetch(values[f'{module}/{piece.name}'], layer))
-      tensor = _tensor(self.location.tensor, piece, inputs)
-      if whole is None:
-        shape = list(tensor.shape(value.shape))
-        if _RANK in piece.theirs:
-          shape[piece.theirs.index(_RANK)] *= times
-        elif len(self.held) < len(tensor.paths) and not piece.fills:
-          raise ValueError(
-            f'{module.rpartition("/")[0]}: {self.location.tensor.name} of the base is all of '
-            f'{", ".join(tensor.paths)}, and only some of them are adapted.'
-          )
-        whole = np.zeros(shape, value.dtype)
-      part = whole
-      if _RANK in piece.theirs:
-        axis = piece.theirs.index(_RANK)
-        size = whole.shape[axis] // times
-        part = whole[(slice(None),) * axis + (slice(number * size, (number + 1) * size),)]
-      tensor.part(part, path, value.shape)[...] = value
-    return whole
+  if ported.tasks and task not in ported.tasks:
+    raise ValueError(
+      f'{ported.settings["peft_type"]} of {what}, task_type={task}: peft refuses it, or computes '
+      f'there what is not computed here; both agree in {", ".join(ported.tasks)}. Other adapters '
+      '(lora, adalora, ia3) have all tasks.'
+    )
 
 
-def _groups(
+def _base_layers(
+  path: str | os.PathLike[str], tensors: safetensors.Tensors, params: Mapping[str, Any]
+) -> set[str]:
+  """The names of tensors that peft copies from the base, where tokens' vectors are adapted.
+
+  Raises:
+    ValueError: one is not the base's.
+  """
+  names = {name for name in tensors if name.endswith('.base_layer.weight')}
+  for name in names:
+    table = np.asarray(writing.fetch(params[TOKEN], None))
+    if not np.array_equal(tensors.view(name).astype(table.dtype), table):
+      raise ValueError(
+        f'{path}: {name} is not what the base has, whose vocabulary may have grown; merge it by '
+        'peft (merge_and_unload) and open the result.'
+      )
+  return names
+
+
+def _read_prompt(
+  path: str | os.PathLike[str],
+  tensors: safetensors.Tensors,
+  piece: Piece,
+  leaves: Mapping[str, Any],
+  infos: Mapping[str, Info],
+) -> dict[str, jax.Array]:
+  """The parameters that are one tensor of the whole model."""
+  shapes = {name: leaf.shape for name, leaf in leaves.items()}
+  wanted = peft_tensors.prompt_shape(piece, shapes, infos)
+  if piece.suffix not in tensors or tensors[piece.suffix].shape != wanted:
+    found = list(tensors[piece.suffix].shape) if piece.suffix in tensors else 'nowhere'
+    raise ValueError(
+      f'{path}: {piece.suffix} must be of shape {list(wanted)} for this model, and is {found}.'
+    )
+  array, params = tensors.view(piece.suffix), {}
+  for name, leaf in leaves.items():
+    value = peft_tensors.of_prompt(array, piece, name, shapes, infos).astype(leaf.dtype)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    params[name] = jax.make_array_from_callback(leaf.shape, sharding, value.__getitem__)
+  return params
+
+
+def _beside_maps(
   bodies: Mapping[str, writing.Piece],
   adapter: Adapter,
+  values: Mapping[str, Any],
   own: Collection[str],
   infos: Mapping[str, Info],
-) -> Iterator[tuple[str, _Group]]:
-  """The adapted maps of the base, by their full names."""
+  dtype: np.dtype,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """Settings and tensors of a method that stands beside the maps of the base."""
   pieces = adapter.ported().pieces
-  for name, body in bodies.items():
-    held = {}
-    for inner, (path, layer) in body.sources.items():
-      module = path.removesuffix('/kernel')
-      if path.endswith('/kernel') and f'{module}/{pieces[0].name}' in own:
-        held[inner] = module, layer, infos[path].inputs
-    if held:
-      yield name.removesuffix('.weight'), _Group(body.location, held, pieces)
+  groups = dict(peft_tensors.groups(bodies, pieces, own, infos))
+  if not groups:
+    raise ValueError('the adapter adds no parameter; --export=merged writes what it trained.')
+  times = max(len(group.held) for group in groups.values())
+  arrays = {}
+  for name, group in groups.items():
+    arrays |= {f'{ROOT}{key}': x for key, x in group.arrays(name, values, times, dtype)}
+  lists = {piece.listed: [] for piece in pieces if piece.listed}
+  for name, group in sorted(groups.items()):
+    for listed in {piece.listed for piece in group.pieces if piece.listed}:
+      lists[listed].append(name)
+  settings = {
+    'fan_in_fan_out': any(group.inputs_first for group in groups.values()),
+    'target_modules': sorted(groups),
+  }
+  return dict(adapter.ported(times).settings) | settings | lists, arrays
 
 
 def _whole_module(name: str, heads: Collection[str], everything: Collection[str]) -> str:
@@ -350,27 +373,6 @@ def _whole_module(name: str, heads: Collection[str], everything: Collection[str]
   return '.'.join(parts)
 
 
-def _tensor(weight: Tensor, piece: Piece, inputs: tuple[int, ...]) -> Tensor:
-  """The tensor beside a weight that is a piece of an adapter."""
-  theirs, ours = weight.axes.split('->')
-  letters = dict(I=''.join(ours[i] for i in inputs), R=_RANK)
-  letters['O'] = ''.join(letter for letter in ours if letter not in letters['I'])
-  axes = dict(R=_RANK)
-  for axis in re.findall(r'\(\w+\)|\w', theirs):
-    axes['I' if set(axis) & set(letters['I']) else 'O'] = axis
-  spelled = ''.join(axes[letter] for letter in piece.theirs)
-  ours = ''.join(letters[letter] for letter in piece.ours)
-  name = weight.name.removesuffix('.weight') + piece.suffix
-  return Tensor(name, f'{spelled}->{ours}', weight.paths)
-
-
-def _beside(location: Location, piece: Piece, inputs: tuple[int, ...]) -> Location:
-  """Where a piece is that stands beside a weight; its names are without prefix."""
-  tensor = _tensor(location.tensor, piece, inputs)
-  names = tuple(name.removesuffix('.weight') + piece.suffix for name in location.names)
-  return Location(tensor, location.path, names, location.stacked)
-
-
 def _full_names(
   path: str | os.PathLike[str], wanted: Sequence[str], family: Family, names: Mapping[str, str]
 ) -> dict[str, str]:
@@ -378,32 +380,8 @@ def _full_names(
   found = {name: names.get(family.prefix + name, names.get(name, '')) for name in wanted}
   lacking = [name for name, full in found.items() if not full]
   if lacking:
-    raise ValueError(f'{path} has no {_ROOT}{family.prefix}{lacking[0]}.')
+    raise ValueError(f'{path} has no {ROOT}{family.prefix}{lacking[0]}.')
   return found
-
-
-def _tensors(path: str | os.PathLike[str]) -> safetensors.Tensors:
-  return safetensors.read(os.path.join(path, WEIGHTS))
-
-
-def _modules(tensors: safetensors.Tensors, pieces: Sequence[Piece]) -> list[str]:
-  """The names of the base's maps that an adapter acts on."""
-  suffix = pieces[0].suffix
-  found = [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
-  return [name.removeprefix(_ROOT) for name in found]
-
-
-def _tensor_of(path: str | os.PathLike[str], module: str, family: Family) -> tuple[Tensor, int]:
-  """The base's tensor that is the weight of a map, and the layer that it belongs to, or -1."""
-  short = f'{module.removeprefix(family.prefix)}.weight'
-  for tensor in (*family.body, *family.heads):
-    found = re.fullmatch(re.escape(tensor.name).replace(r'\{\}', r'(\d+)'), short)
-    if found and tensor.paths[0].endswith('/kernel') and not tensor.paths[0].startswith('heads_'):
-      return tensor, int(found[1]) if found.groups() else -1
-  raise ValueError(
-    f'{path} adapts {module}, and here adapters stand beside the linear maps of the model alone, '
-    'not of its heads; merge it by peft (merge_and_unload) and open the result.'
-  )
 
 
 def _write(

@@ -63,12 +63,12 @@ Shapes = Mapping[str, tuple[np.dtype, tuple[int, ...]]]
 
 
 class Entry(NamedTuple):
-  """One array: its type and shape, and which bytes of which file it is."""
+  """One array: its type and shape, and which bytes it is, of a file or of what stands for it."""
 
   dtype: np.dtype
   shape: tuple[int, ...]
   path: str
-  data: mmap.mmap
+  data: mmap.mmap | bytes
   start: int
 
   @property
@@ -103,6 +103,12 @@ class Tensors:
     if not count:
       return np.zeros(entry.shape, entry.dtype)
     return np.frombuffer(entry.data, entry.dtype, count, entry.start).reshape(entry.shape)
+
+  def replaced(self, arrays: Mapping[str, np.ndarray]) -> 'Tensors':
+    """The same, with these in place of some."""
+    paths = {name: self._entries[name].path for name in arrays}
+    new = {name: Entry(x.dtype, x.shape, paths[name], x.tobytes(), 0) for name, x in arrays.items()}
+    return Tensors(self._entries | new)
 
 
 def read(path: str) -> Tensors:

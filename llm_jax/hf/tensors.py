@@ -44,7 +44,7 @@ class Tensor:
   Attributes:
     name: theirs, without the prefix of the model's body; {} is the number of a layer.
     axes: 'theirs->ours', one letter per axis. Letters in brackets are one axis of theirs; S cuts
-      theirs into equal parts, one per path.
+      theirs into equal parts, one per path; 1 is one of theirs of length one.
     paths: ours; where the name has {}, the path within a layer.
     needs: a head that must be there too for this tensor to hold the parameter; None: no condition.
     of: the end of the names of the classes whose tensor it is, where others of `AMBIGUOUS` have
@@ -79,7 +79,7 @@ class Tensor:
     What is assigned to the view is written into their array.
     """
     sizes = self._sizes(ours)
-    letters = re.sub(r'[()]', '', self._theirs)
+    letters = re.sub(r'[()1]', '', self._theirs)
     x = theirs.reshape([sizes[letter] for letter in letters])
     if 'S' in letters:
       before = (slice(None),) * letters.index('S')
@@ -96,7 +96,7 @@ class Tensor:
     return self.axes.split('->')[1]
 
   def _sizes(self, ours: Sequence[int]) -> dict[str, int]:
-    return dict(zip(self._ours, ours, strict=True)) | {'S': len(self.paths)}
+    return dict(zip(self._ours, ours, strict=True)) | {'S': len(self.paths), '1': 1}
 
 
 class Location(NamedTuple):

@@ -25,7 +25,7 @@ from llm_jax.core.contracts import (
   Example,
   Hook,
   Objective,
-  Piece,
+  Ported,
   Source,
   Tokenizer,
 )
@@ -287,25 +287,29 @@ def create_adapter(config: Config) -> Adapter | None:
   return plugins.construct('adapter', factory, options, steps=config.steps)
 
 
-def ported_adapter(settings: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[Piece]]:
+def ported_adapter(settings: Mapping[str, Any], steps: int) -> tuple[dict[str, Any], Ported]:
   """The section of an adapter, without targets, from an adapter_config.json of the library peft,
-  and what the adapter has beside a map.
+  and what the adapter is there.
+
+  Args:
+    settings: the adapter_config.json.
+    steps: of the run that it would be trained in.
 
   Raises:
     ValueError: a method that no adapter is, or a setting that it cannot have.
   """
   modules = {name: plugins.load('adapter', name) for name in plugins.names('adapter')}
-  known = {m.PEFT_TYPE: name for name, m in modules.items() if hasattr(m, 'PEFT_TYPE')}
+  known = {kind: name for name, m in modules.items() for kind in getattr(m, 'PEFT_TYPES', ())}
   kind = settings['peft_type']
   if kind not in known:
     raise ValueError(
       f'peft_type={kind!r} cannot be read; known: {", ".join(known)}. Merge it by peft '
-      '(merge_and_unload) and open the result.'
+      '(merge_and_unload), where it can be, and open the result.'
     )
   factory = modules[known[kind]].Adapter
   options = factory.ported_options(settings)
-  made = plugins.construct('adapter', factory, options)
-  return {'name': known[kind]} | options, made.ported().pieces
+  made = plugins.construct('adapter', factory, options, steps=steps)
+  return {'name': known[kind]} | options, made.ported()
 
 
 def create_evaluators(config: Config, objective: Objective) -> dict[str, Evaluator]:

@@ -70,10 +70,16 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     else:
       config = _from_run(config, origin)
   if config.seq_len is None:
-    limits = [SEQ_LEN, config.model.get('max_len')]
+    limits = [SEQ_LEN, _room(config)]
     limits += [sentences.max_len(_base(config.init_from))] if config.init_from else []
     config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
   return _with_rate(config)
+
+
+def _room(config: Config) -> int | None:
+  """The positions that a model has beside those of an adapter; None where it does not say."""
+  adapter, most = assemble.create_adapter(config), config.model.get('max_len')
+  return most and most - (0 if adapter is None else adapter.positions)
 
 
 def load_tokenizer(config: Config) -> Tokenizer:
@@ -302,11 +308,13 @@ def _from_peft(config: Config, folder: pathlib.Path) -> Config:
   settings = peft.read_config(folder)
   base, known = pathlib.Path(peft.base(folder)), families(config)
   try:
-    found, pieces = assemble.ported_adapter(settings)
+    found, ported = assemble.ported_adapter(settings, config.steps)
+    peft.check_task(ported, settings.get('task_type'), base)
   except ValueError as error:
     raise ValueError(f'{folder}: {error}') from None
-  found['targets'] = peft.maps(folder, known, pieces)
-  if peft.rank(folder, pieces) not in (0, found.get('rank')):
+  if ported.pieces:
+    found |= peft.maps(folder, known, ported.pieces)
+  if peft.rank(folder, ported.pieces) not in (0, found.get('rank')):
     raise ValueError(f'{folder}: its matrices are not of the rank that {peft.CONFIG} says.')
   for key, value in config_lib.given(config.adapter).items():
     if value != found.get(key, value):

@@ -33,7 +33,8 @@ MODELS = {
   ),
 }
 DRAWN = {  # not at 0 or 1
-  *('lora_a', 'adalora_a', 'adalora_b', 'attention_bottleneck_down', 'mlp_bottleneck_down'),
+  *('lora_a', 'lora_embedding_b', 'adalora_a', 'adalora_b'),
+  *('attention_bottleneck_down', 'mlp_bottleneck_down'),
   *('prefix', 'prefix_up', 'prefix_embedding', 'prefix_hidden', 'prompt_embedding'),
   *('prompt_inner', 'prompt_middle', 'prompt_outer'),
 }

@@ -23,6 +23,10 @@ METHODS = {
     L * R * (4 * (D + D) + 2 * (D + F)),
   ),
   'dora': (dict(name='lora', rank=R, dora=True), L * 2 * (D * R + R * N * H + N * H)),
+  'tables': (
+    dict(name='lora', rank=R, embeddings=True),
+    L * 2 * (D * R + R * N * H) + 64 * R + R * D,
+  ),
   'adalora': (
     dict(name='adalora', rank=R, target_rank=1),
     L * 2 * (D * R + R + R * N * H),
@@ -51,6 +55,7 @@ METHODS = {
 OWN = dict(
   lora_b=0.02,
   lora_magnitude=0.02,
+  lora_embedding_a=0.2,
   adalora_values=0.2,
   ia3_input=0.3,
   ia3_output=0.3,
@@ -69,7 +74,8 @@ def case(*values):
   return pytest.param(*values, marks=() if values in QUICK else pytest.mark.slow)
 
 
-CASES = [case(m, k, u) for m in METHODS for k in ('encoder', 'decoder') for u in (1, 0)]
+FORMS = [(k, u) for k in ('encoder', 'decoder') for u in (1, 0)]
+CASES = [case(m, k, u) for m in METHODS for k, u in (FORMS[:1] if m == 'tables' else FORMS)]
 
 
 def with_virtual(batch):

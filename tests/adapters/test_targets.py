@@ -57,6 +57,33 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
 
 
 @pytest.mark.parametrize(
+  ('others', 'free'),
+  [
+    ((), False),  # a language model, or what may be one
+    (('heads_mlm/bias', 'heads_classifier/dense/kernel'), False),
+    (('heads_classifier/dense/kernel',), True),
+    (('model/output/kernel',), True),
+  ],
+)
+def test_a_table_that_is_the_projection_too_is_not_merged(others, free):
+  """E + s A B, by NumPy."""
+  rng = np.random.default_rng(0)
+  shapes = dict(embedding=(7, 4), lora_embedding_a=(7, 2), lora_embedding_b=(2, 4))
+  leaves = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+  params = {f'model/embedder/token/{name}': x for name, x in leaves.items()}
+  params |= {path: np.ones(3, np.float32) for path in others}
+  adapter = lora.Adapter(rank=2, alpha=6.0, targets='', embeddings=True)
+  if not free:
+    with pytest.raises(ValueError, match=r'two tables. --export=adapter writes it for peft'):
+      adapter.merged(tree.nest(params), {})
+    return
+  merged = tree.flatten(adapter.merged(tree.nest(params), {}))
+  expected = leaves['embedding'] + 3 * leaves['lora_embedding_a'] @ leaves['lora_embedding_b']
+  np.testing.assert_allclose(merged.pop('model/embedder/token/embedding'), expected, rtol=1e-5)
+  assert merged.keys() == set(others)
+
+
+@pytest.mark.parametrize(
   ('model', 'adapter', 'message'),
   [
     (
@@ -71,10 +98,12 @@ def test_heads_of_tasks_are_trained_and_the_masked_lm_head_only_when_asked():
     ('encoder', dict(name='lora', dropout=1.0), 'dropout=1.0 must be'),
     ('encoder', dict(name='lora', loraplus_lr_ratio=0.0), 'loraplus_lr_ratio=0.0 must be above 0'),
     ('encoder', dict(name='lora', rnak=3), 'rnak is not an option.*rank'),
+    ('encoder', dict(name='lora', dora=True, embeddings=True), 'and tables have none; leave'),
     ('encoder', dict(name='lora', heads='clasifier'), 'heads=.*there are: classifier, pooler'),
     ('encoder', dict(name='lorra'), "'lorra' is not known.*did you mean 'lora'"),
     ('encoder', dict(rank=3), 'adapter.rank is set, and config.adapter.name is not'),
     ('encoder', dict(name='ia3', inputs='mlp/dwn'), "inputs='mlp/dwn' matches no linear map"),
+    ('encoder', dict(name='ia3', inputs='', outputs=''), "inputs='' scale nothing; give one"),
     ('decoder', dict(name='freeze'), 'trains heads, and this objective has none'),
     ('decoder', dict(name='freeze', layers=3), 'layers=3 is more than the 2 layers'),
     ('decoder', dict(name='freeze', layers=-1), 'layers=-1 must be at least 0'),
