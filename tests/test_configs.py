@@ -28,6 +28,9 @@ SIZES = {
   ('contrast', None): 1_317_632,  # the encoder alone
   ('choice', None): 1_317_761,  # one score
   ('rerank', None): 1_317_761,
+  ('pair', None): 1_317_761,
+  ('relation', None): 1_318_146,  # two classes of two states side by side
+  ('events', None): 1_317_890,
   ('gpt_tiny', None): 1_317_632,
   ('gpt2', None): 124_439_808,
   ('gpt2', 'small'): 124_439_808,

@@ -41,6 +41,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | span_weight | B G float32 | QA; 0: no window or no answers given |
 | group, member | B G int32 | the group of its row that text g is of, from 1; its number in it |
 | text_key | B G 2 int32 | contrastive learning: equal for equal texts |
+| markers | B G 2 int32 | relations: where in the row head and tail are read |
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence

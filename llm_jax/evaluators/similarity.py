@@ -7,9 +7,11 @@ from scipy import stats
 from llm_jax.core.contracts import Validation
 from llm_jax.evaluators import _answers
 
+NAMES = ('similarity', 'score', 'value')  # of the number in an answer; the first that is there
+
 
 class Evaluator:
-  """Correlations of an objective whose answers have `similarity` with the labels of texts."""
+  """Correlations of the numbers in answers (`NAMES`) with the labels of texts."""
 
   def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
     """`spearman` and `pearson`.
@@ -20,8 +22,9 @@ class Evaluator:
     said, wanted = [], []
     for rows, text, answer, _, _ in _answers.answered(validation):
       label = rows.label(text) if hasattr(rows, 'label') else None
-      if label is not None and answer.get('similarity') is not None:
-        said.append(answer['similarity'])
+      found = next((answer[name] for name in NAMES if answer.get(name) is not None), None)
+      if label is not None and found is not None:
+        said.append(found)
         wanted.append(label)
     if len(said) < 2 or len(set(wanted)) < 2:
       raise ValueError(

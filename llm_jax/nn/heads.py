@@ -102,18 +102,20 @@ class ClassifierHead(nn.Module):
     classes: C.
     dropout: rate.
     bias: whether the map has one; GPT's has none (Radford et al. 2018, eq. 3).
+    states: how many states of the model stand side by side in what it reads.
   """
 
   options: Options
   classes: int
   dropout: float = 0.1
   bias: bool = True
+  states: int = 1
 
   @nn.compact
   def __call__(self, x_BGD: jax.Array) -> jax.Array:
     """Logits [B, G, C], at least float32; any axes may stand before the last one."""
     x_BGD = drop(self, x_BGD, self.dropout, train=self.has_rng('dropout'))
-    shape = self.options.dim, self.classes
+    shape = self.states * self.options.dim, self.classes
     dense = Linear('...D,DC->...C', shape, self.options, self.bias, accumulated=True, name='dense')
     return dense(x_BGD)
 

@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 
 from llm_jax.core import contracts
-from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts, Tokenizer
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Tokenizer
 from llm_jax.data import pairs
 from llm_jax.nn import heads
 from llm_jax.objectives.shared import label_losses, text_rows
@@ -65,6 +65,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       left; at most one for every 4 tokens, and 128. 'none': one text per row.
   """
 
+  name = 'classify'
   terms = {'classify': 1.0}
   evaluators = ('loss', 'classification')
   derived = ('classes', 'class_weights')
@@ -104,12 +105,12 @@ class Objective(contracts.Objective, contracts.Predictor):
         'objective.balance=True takes weights from the classes of the training documents, and '
         'there are none; set objective.class_weights, or leave it out.'
       )
-    self.labels = labels_lib.Labels(classes, task)
+    self.labels = labels_lib.Labels(classes, task, self.name)
     self.label_loss = LabelLoss(task, len(classes or ()), class_weights, label_smoothing, focal)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
     self.transform_name, self.r_drop = transform, r_drop
-    self.terms = {'classify': 1.0} | ({'r_drop': r_drop} if r_drop else {})
+    self.terms = {self.name: 1.0} | ({'r_drop': r_drop} if r_drop else {})
     self.frame = pairs.frame(tokenizer, causal=pool == 'last')
     self.predictor = self
 
@@ -158,7 +159,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         'config.model.dropout.'
       )
 
-  def rows(self, documents: Documents, seq_len: int) -> Rows:
+  def rows(self, documents: Documents, seq_len: int) -> 'LabelRows':
     """The documents in as few rows as they need.
 
     Logs how many texts a row holds, how much of the rows is used, and how much is cut off.
@@ -167,7 +168,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       ValueError: a label that does not fit the task, naming the document.
     """
     self.labels.check(documents, required=self.unlabelled == 'error')
-    rows = _Rows(self, documents, seq_len, documents.values('label'))
+    rows = self.plan(documents, seq_len, documents.values('label'))
     rows.log_cut()
     if self.packing != 'none':
       rows.log_packing()
@@ -177,14 +178,18 @@ class Objective(contracts.Objective, contracts.Predictor):
     """Nothing to add: the label comes with the row."""
     if 'label' not in example:
       raise ValueError(
-        'objective classify labels only rows that it lays out itself; in a mix, set '
-        "rows='classify'."
+        f'objective {self.name} labels only rows that it lays out itself; in a mix, set '
+        f'rows={self.name!r}.'
       )
     return example
 
-  def layout(self, documents: Documents, seq_len: int) -> Texts:
+  def layout(self, documents: Documents, seq_len: int) -> 'LabelRows':
     """The rows of documents to predict: no label is looked at, all weights are 0."""
-    return _Rows(self, documents, seq_len, None)
+    return self.plan(documents, seq_len, None)
+
+  def plan(self, documents: Documents, seq_len: int, labels: Sequence[Any] | None) -> 'LabelRows':
+    """The rows of documents, with their labels or for documents to predict None."""
+    return LabelRows(self, documents, seq_len, labels)
 
   def slots(self, seq_len: int) -> int:
     """G: the most texts of a row."""
@@ -247,7 +252,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       again_BG, apart_BG = self._again(net, logits_BGC, batch)
       loss_BG = (loss_BG + again_BG) / 2
       found['r_drop'] = jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
-    found['classify'] = jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG)
+    found[self.name] = jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG)
     if self.task == 'regression':
       return found
     if self.task == 'multiclass':
@@ -255,7 +260,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     else:
       label_BGC = label if self.task == 'multilabel' else label[..., None]
       right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
-    return found | {'classify_accuracy': (jnp.sum(right_BG * weight_BG), jnp.sum(weight_BG))}
+    right = jnp.sum(right_BG * weight_BG)
+    return found | {f'{self.name}_accuracy': (right, jnp.sum(weight_BG))}
 
   def _again(self, net: Net, logits_BGC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The loss of each text in a second pass, and by how much its answer differs, [B, G] both."""
@@ -303,14 +309,20 @@ class Objective(contracts.Objective, contracts.Predictor):
     return {'label': best, 'probability': probabilities[best], 'probabilities': probabilities}
 
 
-class _Rows(TextRows):
+class LabelRows(TextRows):
   """Rows with labels; None for documents to predict, which have none."""
 
   def __init__(
     self, objective: Objective, documents: Documents, seq_len: int, labels: Sequence[Any] | None
   ):
-    super().__init__(documents, seq_len, objective.slots(seq_len), objective.frame)
+    slots = objective.slots(seq_len)
+    super().__init__(documents, seq_len, slots, objective.frame, objective.name)
     self.objective, self.labels = objective, labels
+
+  def label(self, text: int) -> Any:
+    """The label of a text as a number; None where it has none."""
+    given = None if self.labels is None else self.labels[text]
+    return None if given is None else self.objective.labels.target(given)
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
     texts = self.texts(index)

@@ -65,6 +65,9 @@ class Objective(contracts.Objective, contracts.Predictor):
     transform: what stands between model and last layer: 'norm', ModernBERT's linear map, activation
       and norm; 'none'. None: what the folder has that the run starts from, or else none.
     unlabelled: a document without tags is an 'error', or counts for nothing ('ignore').
+    predicate: tags say what the words are to one of them, the predicate (roles, arguments of an
+      event): a record has the number of that word as `predicate`, or [first, stop] of several, or
+      of a text [start, end] of its characters. It is read between signs, as spans of `relation`.
     packing: 'best_fit' puts several texts in a row; 'none': one text per row.
   """
 
@@ -85,6 +88,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     transform: str | None = None,
     unlabelled: str = 'error',
     packing: str = 'best_fit',
+    predicate: bool = False,
   ):
     transform = transform or 'none'
     for name, value, known in (
@@ -110,6 +114,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       raise ValueError(f'objective.unread={unread!r} must be one of the tags: {self.tags}.')
     self.kind, self.label_all, self.dropout = loss, label_all, dropout
     self.unlabelled, self.packing, self.transform_name = unlabelled, packing, transform
+    self.predicate = predicate
     self.frame = pairs.frame(tokenizer)
     self.predictor = self
 
@@ -120,10 +125,10 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   @classmethod
   def encoding(cls, options: Mapping[str, Any]) -> Callable[[Record, Tokenizer], Encoded]:
-    """The function of the option `words`."""
+    """The function of the options `words` and `predicate`."""
     name = options.get('words') or 'space'
     words_lib.check(name)
-    return words_lib.WORDS[name]
+    return (words_lib.MARKED if options.get('predicate') else words_lib.WORDS)[name]
 
   @classmethod
   def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
@@ -154,8 +159,9 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   @classmethod
   def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Words with tags that fit."""
-    return [tags_lib.samples(options.get('tags'), options.get('scheme'))] * 4
+    """Words with tags that fit; the first is the predicate, where there is one."""
+    record = tags_lib.samples(options.get('tags'), options.get('scheme'))
+    return [record | {'predicate': 0} if options.get('predicate') else record] * 4
 
   def check(self, model: contracts.Model) -> None:
     """A causal model has not seen a word at its first token."""
@@ -171,7 +177,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     Logs how full the rows are, what is cut off, and how many words have no token.
 
     Raises:
-      ValueError: tags that cannot be, naming the document.
+      ValueError: tags that cannot be, or a predicate that a row does not hold, naming the document.
     """
     numbers = tags_lib.numbered(
       documents,
@@ -182,6 +188,8 @@ class Objective(contracts.Objective, contracts.Predictor):
       strict=self.kind != 'softmax',
     )
     rows = _Rows(self, documents, seq_len, numbers)
+    if rows.torn:
+      raise ValueError(f'{documents.where(rows.torn[0])}: {rows.fault(rows.torn[0])}')
     rows.log_cut()
     rows.log_unread()
     if self.packing != 'none':
@@ -197,8 +205,19 @@ class Objective(contracts.Objective, contracts.Predictor):
     return example
 
   def layout(self, documents: Documents, seq_len: int) -> '_Rows':
-    """The rows of documents to predict: no tag is looked at, all weights are 0."""
-    return _Rows(self, documents, seq_len, [None] * len(documents))
+    """The rows of documents to predict: no tag is looked at, all weights are 0. One whose predicate
+    a row does not hold is answered all the same, and said.
+    """
+    rows = _Rows(self, documents, seq_len, [None] * len(documents))
+    if rows.torn:
+      logging.warning(
+        'tag: %d of %d texts are answered without their predicate, the first: %s: %s',
+        len(rows.torn),
+        len(documents),
+        documents.where(rows.torn[0]),
+        rows.fault(rows.torn[0]),
+      )
+    return rows
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """A linear layer, and the scores of moves from tag to tag."""
@@ -322,6 +341,9 @@ class _Rows(TextRows):
     documents: the texts.
     seq_len: T.
     numbers: of the tags of each text; None where they are asked for, or where it has none.
+
+  Attributes:
+    torn: the texts whose predicate is cut off.
   """
 
   def __init__(
@@ -335,6 +357,20 @@ class _Rows(TextRows):
     super().__init__(documents, seq_len, slots, objective.frame, 'tag')
     self.objective, self.numbers = objective, numbers
     self._counts = documents.lengths('word_begins')
+    self.torn = [text for text in np.flatnonzero(self.lost).tolist() if self._lacks_predicate(text)]
+
+  def fault(self, text: int) -> str:
+    """What is wrong with a text that is torn."""
+    last = int(self.documents.array('mark', text)[1])
+    return (
+      f'the predicate ends at token {last + 1}, and seq_len={self.seq_len} leaves room for '
+      f'{self.first[text]}; raise config.seq_len, or leave the record out.'
+    )
+
+  def _lacks_predicate(self, text: int) -> bool:
+    if not self.objective.predicate:
+      return False
+    return bool(self.documents.array('mark', text)[1] >= self.first[text])
 
   def tags(self, text: int) -> list[str] | None:
     """The tags that a text was given, of all its words."""

@@ -108,13 +108,14 @@ def test_candidates_in_order():
   assert report.startswith('2 texts order their candidates:')
 
 
-def test_correlations():
+@pytest.mark.parametrize('name', similarity.NAMES)
+def test_correlations(name):
   from scipy import stats
 
   labels = [0.1, None, 3.0, 2.0, 5.0]
   said = RNG.normal(size=(5, 1))
   given = validation(
-    [{}], [{'similarity': said}], [(Rows(labels), i) for i in range(5)], predictor=Predictor()
+    [{}], [{name: said}], [(Rows(labels), i) for i in range(5)], predictor=Predictor()
   )
   numbers, report = similarity.Evaluator().evaluate(given)
   x, y = said[[0, 2, 3, 4], 0], [0.1, 3, 2, 5]

@@ -22,6 +22,7 @@ class Labels:
     classes: their names in the order of their numbers; None for regression.
     task: one of `TASKS`.
     name: of the objective, for messages.
+    bounds: in regression the lowest and the highest label; None for any number.
 
   Raises:
     ValueError: classes that do not fit the task.
@@ -31,9 +32,15 @@ class Labels:
     shape: of the label of one text in a batch.
   """
 
-  def __init__(self, classes: tuple[str, ...] | None, task: str, name: str = 'classify'):
+  def __init__(
+    self,
+    classes: tuple[str, ...] | None,
+    task: str,
+    name: str = 'classify',
+    bounds: tuple[float, float] | None = None,
+  ):
     _check_classes(classes, task)
-    self.classes, self.task, self.name = classes, task, name
+    self.classes, self.task, self.name, self.bounds = classes, task, name, bounds
     self.number = {name: i for i, name in enumerate(classes or ())}
     self.dtype = np.int32 if task in ('multiclass', 'binary') else np.float32
     self.shape = (len(classes),) if task == 'multilabel' else ()
@@ -45,7 +52,7 @@ class Labels:
       ValueError: what is wrong with it.
     """
     if self.task == 'regression':
-      return _number(label)
+      return self._number(label)
     if self.task != 'multilabel':
       return self._class(label)
     if not isinstance(label, list | tuple):
@@ -96,6 +103,16 @@ class Labels:
         missing,
         len(documents),
       )
+
+  def _number(self, label: Any) -> float:
+    value = _number(label)
+    if self.bounds is not None and not self.bounds[0] <= value <= self.bounds[1]:
+      low, high = self.bounds
+      raise ValueError(
+        f'must be from {low:g} to {high:g}, or config.objective.range set to the lowest and the '
+        'highest label'
+      )
+    return value
 
   def _class(self, label: Any) -> int:
     if isinstance(label, list | tuple) or str(label) not in self.number:

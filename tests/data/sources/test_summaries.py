@@ -71,3 +71,13 @@ def test_those_of_the_standard_library():
   assert len(set(texts)) == len(texts)
   places = [int(source[i]['label']) for i in range(400)]
   assert all(60 < places.count(place) < 140 for place in range(4))
+
+
+def test_half_of_the_pairs_are_others(library):
+  plain, source = summaries.Source(), summaries.Source(judged=True)
+  assert source.fingerprint != plain.fingerprint and source[0] == source[0]
+  for index, record in enumerate(source[i] for i in range(len(source))):
+    own = plain[index] | {'label': record['label']}
+    assert (record == own) == (record['label'] == 1.0) and record['text'] == own['text']
+  with pytest.raises(ValueError, match='config.data.candidates=2 leaves no pair to be judged'):
+    summaries.Source(candidates=2, judged=True)

@@ -2,6 +2,7 @@
 
 import gzip
 import pickle
+import random
 
 import pytest
 
@@ -152,3 +153,44 @@ def test_the_library_has_headings():
   assert len(source) > 5000 and source[0].keys() == {'words', 'tags'}
   kinds = {tag[2:] for i in range(0, len(source), 7) for tag in source[i]['tags']}
   assert kinds == {'', 'function', 'parameter', 'class', 'module', 'name'}
+
+
+TAKES = {'f a': 'takes', 'f b': 'takes', 'a f': 'is taken by', 'b f': 'is taken by'}
+
+
+@pytest.mark.parametrize(
+  ('line', 'predicate', 'others', 'labels'),
+  [
+    ('def f(a, b):', 'f', 'a b', TAKES),
+    ('class A(B):', 'A', 'B', {'A B': 'extends', 'B A': 'is extended by'}),
+    ('from x.y import z', 'x.y', 'z', {'x.y z': 'offers', 'z x.y': 'is offered by'}),
+    ('import a, b', 'a', 'b', {}),
+  ],
+)
+def test_roles_and_relations_of_headings(line, predicate, others, labels):
+  words = headings._WORDS.findall(line)
+  found = headings.roles(words)
+  first, stop = found['predicate']
+  assert ''.join(words[first:stop]) == predicate
+  tagged = [word for word, tag in zip(words, found['tags'], strict=True) if tag != 'O']
+  assert ' '.join(tagged) == others
+  for seed in range(40):
+    related = headings.relation(line, random.Random(seed))
+    names = [line[slice(*related[field])] for field in ('head', 'tail')]
+    assert related['label'] == labels.get(' '.join(names), 'beside')
+
+
+def test_other_views_of_the_library():
+  plain = headings.Source()
+  for view, keys in (
+    ('roles', {'words', 'tags', 'predicate'}),
+    ('relations', {'text', 'head', 'tail', 'label'}),
+  ):
+    source = headings.Source(view)
+    assert source[0].keys() == keys and source[7] == source[7]
+    assert 3000 < len(source) < len(plain) and source.fingerprint != plain.fingerprint
+  assert len({source[i]['label'] for i in range(0, len(source), 9)}) == 7
+  with pytest.raises(
+    ValueError, match="config.data.view='x' must be one of tags, relations, roles"
+  ):
+    headings.Source('x')
