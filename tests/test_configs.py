@@ -23,6 +23,7 @@ SIZES = {
   ('bert_large', None): 336_226_108,
   ('bert_tiny', None): 1_338_496,
   ('classify', None): 1_317_890,  # two classes, where the data names none
+  ('prompt', None): 1_338_496,  # the head of masked LM
   ('tag', None): 1_317_890,  # two tags, likewise
   ('qa', None): 1_055_746,  # first and last token
   ('contrast', None): 1_317_632,  # the encoder alone

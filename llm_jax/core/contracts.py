@@ -15,7 +15,7 @@ Data flows one way: config -> records -> arrays -> rows -> batch -> step -> metr
 
 A name with a dot is the path of a module of the user's own. Objectives, models, adapters and
 predictors inherit the classes below for their defaults; sources, tokenizers and evaluators have
-nothing to inherit.
+nothing to inherit. An objective may also ask for `causal`, whether the model is.
 
 A batch is a dictionary of arrays whose leading axis is the row. Letters: B rows, T tokens of a
 row, P positions whose hidden states are read, M masked positions, C classes, G the most texts of a
@@ -39,6 +39,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | tag_weight | B T float32 | token labelling; 0: no word or no tag |
 | span | B T int32 | QA: bits; 1 an answer may begin or end here, 2 it begins, 4 it ends |
 | span_weight | B G float32 | QA; 0: no window or no answers given |
+| reads | B G S int32 | prompts: where a word is read in each of the S segments of text g |
 | group, member | B G int32 | the group of its row that text g is of, from 1; its number in it |
 | text_key | B G 2 int32 | contrastive learning: equal for equal texts |
 | markers | B G 2 int32 | relations: where in the row head and tail are read |
@@ -477,10 +478,13 @@ class Predictor:
   Attributes:
     classes: names of the classes, where there are any.
     task: one of 'multiclass', 'binary', 'multilabel', 'regression'; None for another.
+    explainable: whether a row holds its texts alone, between special tokens, as `--mode=explain`
+      takes it to.
   """
 
   classes: tuple[str, ...] | None = None
   task: str | None = None
+  explainable: bool = True
 
   def heads(self, model: Model) -> dict[str, 'nn.Module']:
     """The heads that answering needs, as an objective's."""

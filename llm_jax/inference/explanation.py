@@ -89,6 +89,12 @@ class Explainer:
         'be explained; fine-tune the run first: --config=configs/classify.py '
         '--config.init_from=WORKDIR.'
       )
+    if not predictor.explainable:
+      raise ValueError(
+        f'the objective {program.config.objective.get("name")} reads texts among other '
+        'words, whose part in an answer cannot be told from theirs here; --mode=predict gives the '
+        'answers.'
+      )
     self._program, self._tokenizer, self._encoder = program, tokenizer, encoder
     self._predictor: Predictor = predictor
     mask = tokenizer.mask_id

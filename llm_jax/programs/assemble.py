@@ -64,7 +64,9 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   _check_section('tokenizer', config.tokenizer, 'create', ('texts', 'texts_fingerprint', 'cache'))
   _check_section('model', {'vocab_size': 1} | config_lib.given(config.model), 'Model')
   for path, part in _objective_sections(config.objective):
-    _check_section('objective', part, 'Objective', ('tokenizer', 'parts'), f'objective{path}')
+    _check_section(
+      'objective', part, 'Objective', ('tokenizer', 'causal', 'parts'), f'objective{path}'
+    )
   layout = create_layout(config, devices)
   micro_batches(config, layout.mesh)
   tokenizer = byte_tokenizer()
@@ -261,12 +263,15 @@ def create_model(config: Config) -> nn.Module:
 
 
 def create_objective(config: Config, tokenizer: Tokenizer) -> Objective:
-  """The objective of a resolved config; a mix gets its parts ready made."""
+  """The objective of a resolved config; a mix gets its parts ready made, and one that asks for
+  `causal` whether the model is.
+  """
   section = config.objective
+  given = dict(tokenizer=tokenizer, causal=model_module(config.model['name']).Model.causal)
   parts = {}
   for name, part in (section.get('parts') or {}).items():
-    parts[name] = _objective(f'objective.parts.{name}', {'name': name} | part, tokenizer)
-  return _objective('objective', _without(section, 'parts'), tokenizer, parts=parts)
+    parts[name] = _objective(f'objective.parts.{name}', {'name': name} | part, **given)
+  return _objective('objective', _without(section, 'parts'), **given, parts=parts)
 
 
 def create_adapter(config: Config) -> Adapter | None:
@@ -603,11 +608,9 @@ def _with_objective_options(
   return dataclasses.replace(config, objective=objective)
 
 
-def _objective(section: str, options: Section, tokenizer: Tokenizer, **given: Any) -> Objective:
+def _objective(section: str, options: Section, **given: Any) -> Objective:
   factory = _objective_class(options)
-  return plugins.construct(
-    section, factory, _without(options, 'name'), tokenizer=tokenizer, **given
-  )
+  return plugins.construct(section, factory, _without(options, 'name'), **given)
 
 
 def _without(options: Section, *keys: str) -> dict[str, Any]:

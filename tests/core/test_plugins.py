@@ -72,6 +72,7 @@ def test_known_names_are_the_modules():
     'mlm',
     'nsp',
     'pair',
+    'prompt',
     'qa',
     'relation',
     'rerank',

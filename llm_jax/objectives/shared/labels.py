@@ -124,7 +124,7 @@ class Labels:
     return self.number[str(label)]
 
 
-def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
+def collect_classes(documents: Sequence[Documents], objective: str = 'classify') -> tuple[str, ...]:
   """The distinct classes among the labels of documents (a list of classes counts for each of them):
   by value where all are finite numbers, else by letter.
 
@@ -149,7 +149,7 @@ def collect_classes(documents: Sequence[Documents]) -> tuple[str, ...]:
         first[name] = where()
   if not first:
     raise ValueError(
-      'objective classify needs labels and this corpus has none; name their field by '
+      f'objective {objective} needs labels and this corpus has none; name their field by '
       'config.data.label.'
     )
   lists.check(set(first))
