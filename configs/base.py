@@ -180,6 +180,17 @@ def get_config() -> config_dict.ConfigDict:
         layers=unset(int),
         heads=unset(str),
       ),
+      # Texts are moved to learn from them: fgm | pgd | freelb | smart, each with some of these
+      adversarial=dict(
+        name=unset(str),
+        epsilon=unset(float),
+        norm=unset(str),
+        share=unset(float),
+        steps=unset(int),
+        step_size=unset(float),
+        start=unset(float),
+        weight=unset(float),
+      ),
       # `llm_jax/parallel/sharding.py` says what each axis cuts
       mesh=dict(data=-1, fsdp=1, sequence=1, tensor=1, dcn_data=1, dcn_fsdp=1, rules='fsdp'),
       checkpoint=dict(every=1000, keep=2),

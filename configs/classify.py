@@ -28,6 +28,7 @@ def get_config():
     pool='mean',
     unlabelled='error',
     packing='best_fit',
+    mixup=base.unset(float),
   )
   config.optimizer.name = 'muon'
   config.optimizer.learning_rate = 1e-2

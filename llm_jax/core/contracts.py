@@ -35,6 +35,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | text_firsts, text_lasts | B G int32 | first and last index of text g, which is segment g + 1 |
 | label | B G int32, B G C float32, or B G float32 | classes, several classes, a number |
 | label_weight | B G float32 | classification; 0: no text or no label |
+| mix_rank, mix_share | B G int32, float32 | mixup: an order of all texts; how much each is itself |
 | chain, tag | B T int32 | token labelling: bits of `nn.crf` where a word is read; its tag |
 | tag_weight | B T float32 | token labelling; 0: no word or no tag |
 | span | B T int32 | QA: bits; 1 an answer may begin or end here, 2 it begins, 4 it ends |
@@ -326,6 +327,7 @@ class Objective:
     compares: whether losses come from `compare`, of all rows of the global batch together.
     turns: the objectives that batches are learned from in turn, one after the other; none where
       each batch is learned from by all of it.
+    diverges: whether it says how far the answers of two passes are apart (`answer`, `divergence`).
     embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
       not.
   """
@@ -337,6 +339,7 @@ class Objective:
   text_fields: ClassVar[tuple[str, ...]] = ('text', 'pair')
   compares: bool = False
   turns: 'tuple[Objective, ...]' = ()
+  diverges: bool = False
   embedding_pool: str | None = None
 
   @staticmethod
@@ -440,6 +443,26 @@ class Objective:
     """
     del found, batch
     return {}
+
+  def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
+    """What `divergence` compares, of one pass: logits, say. Called where `diverges` is set, by
+    methods that want the answers to a text and to the same text changed a little to be alike.
+    Arguments as for `loss`.
+    """
+    del net, hidden_BPD, batch
+    raise NotImplementedError
+
+  def divergence(self, a: jax.Array, b: jax.Array, batch: Batch) -> tuple[Number, Number]:
+    """(sum, weight): how far two answers to a batch are apart, 0 where they are equal, and the
+    weight, which depends on the batch alone. Called where `diverges` is set.
+
+    Args:
+      a: what `answer` gave in one pass.
+      b: in another.
+      batch: a part of the global batch.
+    """
+    del a, b, batch
+    raise NotImplementedError
 
   def no_gradient(self, path: str) -> str | None:
     """Why a parameter of a head has no gradient, if the loss does not depend on it; else None."""

@@ -46,6 +46,19 @@ def total(metrics: Metrics, terms: Mapping[str, Number]) -> jax.Array:
   return jnp.asarray(sum(parts))
 
 
+def of_whole(metrics: Metrics, weights: Mapping[str, ArrayLike] | None) -> Metrics:
+  """The metrics of a part of a batch, with the weights of the whole batch.
+
+  Args:
+    metrics: (sum, weight) by name.
+    weights: of the whole batch by name, of these metrics and maybe of others; None where the part
+      is all of it.
+  """
+  if weights is None:
+    return metrics
+  return {name: (value, weights[name]) for name, (value, _) in metrics.items()}
+
+
 def _mean(value: ArrayLike, weight: ArrayLike) -> jax.Array:
   """0 where there is no weight; the inner `where` keeps a division by 0 out of the gradient."""
   return jnp.where(weight == 0, 0.0, value / jnp.where(weight == 0, 1, weight))

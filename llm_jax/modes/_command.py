@@ -90,6 +90,10 @@ class Command:
       from llm_jax.training import optimizers
 
       takes['optimizer'] = optimizers.options
+    if 'adversarial.name' in self.overrides:
+      from llm_jax.training import adversarial
+
+      takes['adversarial'] = adversarial.options
     settings = recipes.chosen(self.settings, self.overrides)
     return config_lib.parse(assemble.without_replaced_options(settings, self.overrides, takes))
 

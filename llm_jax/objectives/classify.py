@@ -23,7 +23,7 @@ from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Tokenizer
 from llm_jax.data import pairs
 from llm_jax.nn import heads
-from llm_jax.objectives.shared import label_losses, text_rows
+from llm_jax.objectives.shared import label_losses, mixup, text_rows
 from llm_jax.objectives.shared import labels as labels_lib
 from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
 from llm_jax.objectives.shared.text_rows import TextRows
@@ -60,6 +60,9 @@ class Objective(contracts.Objective, contracts.Predictor):
     focal: the exponent of the focal loss, by which texts that are easy count less; 0 for none.
     r_drop: above 0, each step runs its texts twice under different dropout, learns from both, and
       adds so many times by how much the two answers differ (R-Drop, arXiv:2106.14448; 0.5 to 5).
+    mixup: above 0, what is learned from are texts mixed two by two before the last layer, by shares
+      from Beta(mixup, mixup); any two texts of a step may be (senMixup, arXiv:1905.08941). A batch
+      then has `mix_rank` [B, G] int32 and `mix_share` [B, G] float32 (`shared.mixup`).
     unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
     packing: 'best_fit' puts several texts in a row, the longest first, each where least room is
       left; at most one for every 4 tokens, and 128. 'none': one text per row.
@@ -69,6 +72,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   terms = {'classify': 1.0}
   evaluators = ('loss', 'classification')
   derived = ('classes', 'class_weights')
+  diverges = True
 
   def __init__(
     self,
@@ -85,6 +89,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     label_smoothing: float = 0.0,
     focal: float = 0.0,
     r_drop: float = 0.0,
+    mixup: float = 0.0,
   ):
     transform = transform or ('pooler' if pool == 'cls' else 'none')
     for name, value, allowed in (
@@ -100,6 +105,13 @@ class Objective(contracts.Objective, contracts.Predictor):
       raise ValueError(f'objective.dropout={dropout} must be at least 0 and below 1.')
     if not 0 <= r_drop < float('inf'):
       raise ValueError(f'objective.r_drop={r_drop} must be a number from 0 on.')
+    if not 0 <= mixup < float('inf'):
+      raise ValueError(f'objective.mixup={mixup} must be a number from 0 on.')
+    if mixup and r_drop:
+      raise ValueError(
+        f'objective.mixup={mixup} and r_drop={r_drop} contradict each other: the one learns from '
+        'texts that are mixed, the other from answers to texts as they are; choose one.'
+      )
     if balance and (task == 'regression' or class_weights is None):
       raise ValueError(
         'objective.balance=True takes weights from the classes of the training documents, and '
@@ -109,7 +121,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.label_loss = LabelLoss(task, len(classes or ()), class_weights, label_smoothing, focal)
     self.tokenizer, self.classes, self.task = tokenizer, classes, task
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
-    self.transform_name, self.r_drop = transform, r_drop
+    self.transform_name, self.r_drop, self.mixup = transform, r_drop, mixup
+    self.compares = bool(mixup)
     self.terms = {self.name: 1.0} | ({'r_drop': r_drop} if r_drop else {})
     self.frame = pairs.frame(tokenizer, causal=pool == 'last')
     self.predictor = self
@@ -175,13 +188,15 @@ class Objective(contracts.Objective, contracts.Predictor):
     return rows
 
   def transform(self, example: Example, rng: np.random.Generator) -> Example:
-    """Nothing to add: the label comes with the row."""
+    """The label comes with the row; with `mixup` how its texts are mixed is added."""
     if 'label' not in example:
       raise ValueError(
         f'objective {self.name} labels only rows that it lays out itself; in a mix, set '
         f'rows={self.name!r}.'
       )
-    return example
+    if not self.mixup:
+      return example
+    return example | mixup.drawn(rng, len(example['label']), self.mixup)
 
   def layout(self, documents: Documents, seq_len: int) -> 'LabelRows':
     """The rows of documents to predict: no label is looked at, all weights are 0."""
@@ -242,26 +257,42 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """Softmax or sigmoid cross-entropy (multilabel: mean over the classes) and accuracy, or the
-    squared error.
+    squared error. With `mixup` nothing that a row could say alone.
     """
+    if self.mixup:
+      return {}
     logits_BGC = self.logits(net, hidden_BPD, batch)
-    label, weight_BG = batch['label'], batch['label_weight']
-    loss_BG, counts_BG = self.label_loss(logits_BGC, label)
+    weight_BG = batch['label_weight']
+    loss_BG, counts_BG = self.label_loss(logits_BGC, batch['label'])
     found: Metrics = {}
     if self.r_drop:
       again_BG, apart_BG = self._again(net, logits_BGC, batch)
       loss_BG = (loss_BG + again_BG) / 2
       found['r_drop'] = jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
     found[self.name] = jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG)
+    return found | self._accuracy(logits_BGC, batch)
+
+  def represent(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """With `mixup`: `logits` [B, G, C], and whether texts are to be `mixed` [B], as in training."""
+    mixed_B = jnp.full(len(batch['label']), net.train)
+    return {'logits': self.logits(net, hidden_BPD, batch), 'mixed': mixed_B}
+
+  def compare(self, found: Mapping[str, jax.Array], batch: Batch) -> Metrics:
+    """With `mixup`: the loss of mixed texts, and the accuracy of the texts as they are."""
+    logits_BGC = found['logits']
+    mixed = mixup.loss(self.label_loss, logits_BGC, batch, found['mixed'][0])
+    return {self.name: mixed} | self._accuracy(logits_BGC, batch)
+
+  def _accuracy(self, logits_BGC: jax.Array, batch: Batch) -> Metrics:
+    label, weight_BG = batch['label'], batch['label_weight']
     if self.task == 'regression':
-      return found
+      return {}
     if self.task == 'multiclass':
       right_BG = jnp.argmax(logits_BGC, -1) == label
     else:
       label_BGC = label if self.task == 'multilabel' else label[..., None]
       right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
-    right = jnp.sum(right_BG * weight_BG)
-    return found | {f'{self.name}_accuracy': (right, jnp.sum(weight_BG))}
+    return {f'{self.name}_accuracy': (jnp.sum(right_BG * weight_BG), jnp.sum(weight_BG))}
 
   def _again(self, net: Net, logits_BGC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """The loss of each text in a second pass, and by how much its answer differs, [B, G] both."""
@@ -271,6 +302,21 @@ class Objective(contracts.Objective, contracts.Predictor):
       other_BGC = self.logits(net, hidden_BPD, batch)
     loss_BG, _ = self.label_loss(other_BGC, batch['label'])
     return loss_BG, label_losses.disagreement(self.task, logits_BGC, other_BGC)
+
+  def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
+    """The logits, [B, G, C]."""
+    return self.logits(net, hidden_BPD, batch)
+
+  def divergence(self, a: jax.Array, b: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """The divergence of Kullback and Leibler in both directions (SMART, arXiv:1911.03437, section
+    2.1), in multilabel the mean over the classes; in regression the squared difference. Over the
+    texts that have a label.
+    """
+    apart_BG = label_losses.disagreement(self.task, a, b)
+    if self.task != 'regression':
+      apart_BG = 2 * apart_BG  # R-Drop has half of it
+    weight_BG = batch['label_weight']
+    return jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
 
   def flops(self, model: contracts.Model, batch: Batch) -> float:
     """With `r_drop` those of the second pass; heads are small beside it."""

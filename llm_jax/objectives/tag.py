@@ -33,6 +33,7 @@ from llm_jax.core.contracts import (
 from llm_jax.data import pairs
 from llm_jax.data import words as words_lib
 from llm_jax.nn import crf, heads
+from llm_jax.objectives.shared import label_losses
 from llm_jax.objectives.shared import tags as tags_lib
 from llm_jax.objectives.shared.text_rows import TextRows
 
@@ -115,6 +116,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.kind, self.label_all, self.dropout = loss, label_all, dropout
     self.unlabelled, self.packing, self.transform_name = unlabelled, packing, transform
     self.predicate = predicate
+    self.diverges = loss == 'softmax'
     self.frame = pairs.frame(tokenizer)
     self.predictor = self
 
@@ -289,6 +291,16 @@ class Objective(contracts.Objective, contracts.Predictor):
       wrong_BTC = 1 - jax.nn.one_hot(tag_BT, len(self.tags), dtype=logits_BTC.dtype)
       all_B = crf.best_score(logits_BTC + wrong_BTC, chain_BT, moves)
     return {'tag': (jnp.sum(all_B - right_B), weight)}
+
+  def answer(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> jax.Array:
+    """The logits, [B, T, C]."""
+    return self.logits(net, hidden_BTD)
+
+  def divergence(self, a: jax.Array, b: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """With 'softmax': the divergence of Kullback and Leibler in both directions, over the words."""
+    apart_BT = 2 * label_losses.disagreement('multiclass', a, b)
+    weight_BT = batch['tag_weight']
+    return jnp.sum(apart_BT * weight_BT), jnp.sum(weight_BT)
 
   def predict(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`tags` [B, T] int32, what a word that is read at a position gets; and, but for 'hinge', the

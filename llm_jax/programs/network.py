@@ -4,7 +4,8 @@ Parameters stand under `model` and `heads_<name>`. `initialize` and `apply` are 
 both know the adapter, if there is one.
 """
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -15,6 +16,8 @@ from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.contracts import Adapter, Batch, Metrics, Net, Number, Objective, Outputs
 from llm_jax.core.tree import PyTree
+from llm_jax.nn.embedder import Embedder
+from llm_jax.parallel.sharding import constrain
 
 
 class Network(nn.Module):
@@ -53,13 +56,28 @@ class Network(nn.Module):
 
   def part(self, batch: Batch, train: bool = False) -> tuple[Metrics, dict[str, jax.Array]]:
     """The metrics of a part of a batch, and what `compare` wants of it."""
+    metrics, hidden_BPD = self.states(batch, train)
+    found = {}
+    if self.objective.compares:
+      with jax.named_scope('objective'):
+        found = self.objective.represent(self.net(train), hidden_BPD, batch)
+    return metrics, found
+
+  def states(self, batch: Batch, train: bool = False) -> tuple[Metrics, jax.Array]:
+    """The metrics of a part of a batch, and the hidden states that they come from."""
     outputs = self.model(batch, self.objective.positions(batch), train=train)
-    net, found = self.net(train), {}
     with jax.named_scope('objective'):
-      metrics = self.objective.loss(net, outputs.hidden, batch)
-      if self.objective.compares:
-        found = self.objective.represent(net, outputs.hidden, batch)
-    return metrics | outputs.aux_losses, found
+      metrics = self.objective.loss(self.net(train), outputs.hidden, batch)
+    return metrics | outputs.aux_losses, outputs.hidden
+
+  def answer(
+    self, batch: Batch, hidden_BPD: jax.Array | None = None, train: bool = False
+  ) -> jax.Array:
+    """What the objective compares by its `divergence`; hidden states None: of a pass."""
+    if hidden_BPD is None:
+      hidden_BPD = self.model(batch, self.objective.positions(batch), train=train).hidden
+    with jax.named_scope('objective'):
+      return self.objective.answer(self.net(train), hidden_BPD, batch)
 
   @nn.nowrap
   def compare(self, found: Mapping[str, jax.Array], batch: Batch) -> Metrics:
@@ -106,6 +124,7 @@ def apply(
   batch: Batch,
   method: Callable[..., Any] | str | None = None,
   rngs: Mapping[str, jax.Array] | None = None,
+  delta_BTD: jax.Array | None = None,
   **kwargs: Any,
 ) -> Any:
   """`network.apply` on all parameters, through the adapter if there is one.
@@ -116,15 +135,48 @@ def apply(
     batch: what the method takes.
     method: of the network; None for its call, the metrics.
     rngs: random streams by name.
+    delta_BTD: what is added to the vectors of the batch's tokens, an adapter's among them; None for
+      nothing.
     **kwargs: further arguments of the method.
+
+  Raises:
+    ValueError: there is a delta, and the model has no `nn.embedder.Embedder`.
   """
   rngs = dict(rngs or {})
   adapter = network.adapter
-  if adapter is None:
+  with contextlib.ExitStack() as stack:
+    if adapter is not None:
+      stack.enter_context(nn.intercept_methods(adapter.intercept))
+      params = adapter.weights(params)
+    if delta_BTD is not None:
+      stack.enter_context(_moved(delta_BTD))
     return network.apply({'params': params}, batch, method=method, rngs=rngs, **kwargs)
-  with nn.intercept_methods(adapter.intercept):
-    weights = adapter.weights(params)
-    return network.apply({'params': weights}, batch, method=method, rngs=rngs, **kwargs)
+
+
+@contextlib.contextmanager
+def _moved(delta_BTD: jax.Array) -> Iterator[None]:
+  """Adds delta to what an embedder gives for tokens."""
+  seen = []
+
+  def add(next_fun, args, kwargs, context):
+    x_BTD = next_fun(*args, **kwargs)
+    if not isinstance(context.module, Embedder) or context.method_name != 'vectors':
+      return x_BTD
+    if x_BTD.shape != delta_BTD.shape:
+      raise ValueError(
+        f'the vectors of tokens {x_BTD.shape} cannot be moved by {delta_BTD.shape}: the objective '
+        'passes other rows than those of the batch through the model; leave config.adversarial out.'
+      )
+    seen.append(context.module)
+    return x_BTD.astype(delta_BTD.dtype) + constrain(delta_BTD, 'batch', 'length', None)
+
+  with nn.intercept_methods(add):
+    yield
+  if not seen:
+    raise ValueError(
+      'config.adversarial moves the vectors that `nn.embedder.Embedder` gives for tokens, and this '
+      'model has none; leave it out.'
+    )
 
 
 def base_paths(network: Network, rows: Batch) -> frozenset[str]:

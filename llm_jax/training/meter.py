@@ -13,7 +13,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Metrics
 from llm_jax.parallel import chips, hosts
 from llm_jax.parallel.cpu import memory as host_memory
-from llm_jax.training import logs
+from llm_jax.training import adversarial, logs
 from llm_jax.training.program import Training
 
 PROFILE = 'profile'
@@ -200,6 +200,8 @@ def announce(program: Training, log: logs.Log, step: int) -> None:
     config.seq_len,
     program.flops / 1e12,
   )
+  if program.adversarial is not None:
+    log.say('%s', adversarial.describe(program.adversarial))
   together = 1 if devices[0].platform == 'cpu' else len(devices)  # CPU devices share the cores
   seconds = program.flops / (chips.peak_flops(kind) or _matmul_rate()) / together
   message = 'At least, with nothing but matrix products at full speed: %s'

@@ -22,7 +22,7 @@ from llm_jax.programs import assemble, inference
 from llm_jax.programs import network as networks
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
-from llm_jax.training import optimizers, step
+from llm_jax.training import adversarial, optimizers, step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Training(Inference):
     micro_batches: in how many parts a batch is run.
     gradient_shardings: where the gradient of each trained parameter lies.
     layers: of stacks that are trained in part, which of their layers are, bool by path.
+    adversarial: how texts are moved to learn from them; None: they are not.
   """
 
   state: TrainState
@@ -47,6 +48,7 @@ class Training(Inference):
   micro_batches: int
   gradient_shardings: PyTree
   layers: Mapping[str, np.ndarray]
+  adversarial: adversarial.Method | None
 
   @functools.cached_property
   def finite(self) -> Callable[[TrainState], jax.Array]:
@@ -65,6 +67,11 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   config_lib.require(config, 'data', 'optimizer')
   assemble.check(config, devices)
   optimizers.parse(config.optimizer)
+  method = adversarial.parse(config.adversarial)
+  if method is not None:
+    tokenizer = assemble.byte_tokenizer()
+    stand_in = assemble.with_stand_ins(assemble.resolve(config, 1), tokenizer)
+    method.check(assemble.create_objective(stand_in, tokenizer))
 
 
 def build(
@@ -83,6 +90,9 @@ def build(
   factor = (lambda path: 1.0) if network.adapter is None else network.adapter.rate
   tx, learning_rate = optimizers.create(config.optimizer, config.steps, params, base.infos, factor)
   ema_decay = _ema_decay(config, network.adapter)
+  method = adversarial.parse(config.adversarial)
+  if method is not None:
+    method.check(objective)
   init = functools.partial(
     _init,
     network=network,
@@ -105,6 +115,7 @@ def build(
     layers=layers,
     begins={} if network.adapter is None else network.adapter.begins(params, base.infos),
     ema_decay=ema_decay,
+    adversarial=method,
   )
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
   return Training(
@@ -118,10 +129,11 @@ def build(
       donate_argnums=0,
       compiler_options=fsdp.compiler_options(base.mesh),
     ),
-    flops=_flops(base),
+    flops=_flops(base, method),
     micro_batches=micro_batches,
     gradient_shardings=gradient_shardings,
     layers=layers,
+    adversarial=method,
   )
 
 
@@ -226,19 +238,22 @@ def _state_shardings(
   )
 
 
-def _flops(program: Inference) -> float:
-  """Three times the forward pass: the backward pass has two products for each of its."""
+def _flops(program: Inference, method: adversarial.Method | None) -> float:
+  """Three times the forward pass, since the backward pass has two products for each of its; and
+  what further passes cost.
+  """
   network, batch = program.network, program.batch
   rows, length = next(iter(batch.values())).shape[0], program.config.seq_len
   positions = jax.eval_shape(network.objective.positions, batch)
   read = length if positions is None else positions.shape[1]
   with sharding.use(program.layout):
-    model = network.model.flops(length, read)
+    model = rows * network.model.flops(length, read)
   if not model:
     return 0.0
   turns = network.objective.turns or (network.objective,)
   heads = sum(turn.flops(network.model, batch) for turn in turns) / len(turns)
-  return 3.0 * (rows * model + heads)
+  forward = model + heads
+  return 3.0 * forward if method is None else method.flops(forward, model)
 
 
 def _log_micro_batches(config: Config, mesh: jax.sharding.Mesh, count: int) -> None:

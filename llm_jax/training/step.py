@@ -22,6 +22,7 @@ from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.programs import network as networks
 from llm_jax.programs.network import Network
+from llm_jax.training import adversarial as adversarial_lib
 from llm_jax.training import optimizers
 
 Rng = jax.Array
@@ -40,6 +41,7 @@ def train_step(
   layers: Mapping[str, np.ndarray] | None = None,
   begins: Mapping[str, np.ndarray] | None = None,
   ema_decay: float = 0.0,
+  adversarial: adversarial_lib.Method | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
@@ -57,6 +59,7 @@ def train_step(
     begins: of what is not trained from the first step on, after how many steps it is, by path; see
       `Adapter.begins`.
     ema_decay: of the averages, `Optimizer.ema_decay`; 0: there are none.
+    adversarial: how texts are moved to learn from them; None: they are not.
 
   Returns:
     The state after, and metrics: the objective's, and `loss`, `gradient_norm`, `learning_rate`,
@@ -71,6 +74,7 @@ def train_step(
     steps=steps,
     micro_batches=micro_batches,
     shardings=shardings,
+    adversarial=adversarial,
   )
   grads = _in_layers(grads, layers, 0.0)
   with jax.named_scope('optimizer'):
@@ -134,6 +138,7 @@ def gradient(
   micro_batches: int = 1,
   shardings: PyTree = None,
   terms: Mapping[str, Number] | None = None,
+  adversarial: adversarial_lib.Method | None = None,
 ) -> tuple[Any, Metrics]:
   """The gradient of the total loss over one global batch, and the metrics with it as `loss`.
 
@@ -142,12 +147,13 @@ def gradient(
   Args:
     params: what the gradient is taken by.
     batch: B rows.
-    rng: of the dropout; None for no dropout.
+    rng: of the dropout, and of what is drawn to move texts; None for no dropout.
     network: the network.
     frozen: its other parameters.
     micro_batches: as in `train_step`.
     shardings: as in `train_step`.
     terms: the coefficients; None for `network.terms`.
+    adversarial: as in `train_step`; needs an rng.
   """
   terms = network.terms if terms is None else terms
   loss = functools.partial(_loss, network=network, frozen=frozen, terms=terms)
@@ -157,11 +163,18 @@ def gradient(
     )
     micro_batches = 1
 
-  def differentiate(*args: Any) -> tuple[Any, Metrics]:
-    grads, metrics = jax.grad(loss, has_aux=True)(*args)
-    if shardings is not None:
-      grads = jax.lax.with_sharding_constraint(grads, shardings)
-    return grads, metrics
+  def placed(grads: PyTree) -> Any:
+    return grads if shardings is None else jax.lax.with_sharding_constraint(grads, shardings)
+
+  def differentiate(
+    params: PyTree, batch: Batch, key: Rng | None, weights: PyTree
+  ) -> tuple[Any, Metrics]:
+    one = functools.partial(loss, batch=batch, rng=key, weights=weights)
+    if adversarial is None:
+      grads, metrics = jax.grad(one, has_aux=True)(params)
+      return placed(grads), metrics
+    part = adversarial_lib.Part(network, frozen, batch, key, rng, weights, one, placed, terms)
+    return adversarial.gradient(part, params)
 
   if micro_batches == 1:
     grads, metrics = differentiate(params, batch, rng, None)
@@ -169,7 +182,11 @@ def gradient(
     # Weights depend on the batch alone, so that of this forward pass the compiler keeps only them.
     whole = networks.apply(network, _all(params, frozen), batch)
     weights = {name: weight for name, (_, weight) in whole.items()}
+    if adversarial is not None:
+      weights |= adversarial.weights(network, _all(params, frozen), batch)
     grads, metrics = _accumulated(differentiate, params, batch, rng, weights, micro_batches)
+  if adversarial is not None:
+    terms = adversarial.terms(terms)
   if network.adapter is not None and network.adapter.terms:
     terms = dict(terms) | network.adapter.terms
     more, own = jax.grad(_own_loss, has_aux=True)(params, network.adapter)
@@ -186,36 +203,40 @@ def _own_loss(params: PyTree, adapter: Adapter) -> tuple[jax.Array, Metrics]:
 
 def _loss(
   params: PyTree,
+  delta_BTD: jax.Array | None = None,
+  *,
   batch: Batch,
   rng: Rng | None,
   weights: PyTree,
-  *,
   network: Network,
   frozen: PyTree,
   terms: Mapping[str, Number],
 ) -> tuple[jax.Array, Metrics]:
-  """The total loss of a part of a batch; `weights`: those of the whole, None where it is all."""
+  """The total loss of a part of a batch, the vectors of its tokens moved by delta; `weights`: those
+  of the whole, None where it is all.
+  """
   train = rng is not None
   rngs = {'dropout': rng} if train else {}
-  metrics = networks.apply(network, _all(params, frozen), batch, rngs=rngs, train=train)
-  shares = metrics
-  if weights is not None:
-    shares = {name: (metrics[name][0], weight) for name, weight in weights.items()}
-  return metrics_lib.total(shares, terms), metrics
+  metrics = networks.apply(
+    network, _all(params, frozen), batch, rngs=rngs, delta_BTD=delta_BTD, train=train
+  )
+  return metrics_lib.total(metrics_lib.of_whole(metrics, weights), terms), metrics
 
 
 def _compared(
   params: PyTree,
+  delta_BTD: jax.Array | None = None,
+  *,
   batch: Batch,
   rng: Rng | None,
   weights: None,
-  *,
   network: Network,
   frozen: PyTree,
   terms: Mapping[str, Number],
   count: int,
 ) -> tuple[jax.Array, Metrics]:
-  """The total loss of a batch whose rows are compared with one another, run in `count` parts.
+  """The total loss of a batch whose rows are compared with one another, run in `count` parts, the
+  vectors of its tokens moved by delta.
 
   Of each part only what is compared is kept; in the backward pass it is run once more. Memory is
   that of one part, the gradient that of the whole (Gao et al. 2021, arXiv:2101.06983).
@@ -223,17 +244,20 @@ def _compared(
   del weights
 
   @functools.partial(jax.checkpoint, prevent_cse=False)
-  def part(params: PyTree, micro: Batch, key: Rng | None) -> tuple[Metrics, dict[str, jax.Array]]:
+  def part(
+    params: PyTree, micro: Batch, delta_BTD: jax.Array | None, key: Rng | None
+  ) -> tuple[Metrics, dict[str, jax.Array]]:
     train = key is not None
-    rngs = {'dropout': key} if train else {}
     everything = _all(params, frozen)
-    return networks.apply(network, everything, micro, method='part', rngs=rngs, train=train)
+    given = dict(rngs={'dropout': key} if train else {}, delta_BTD=delta_BTD, train=train)
+    return networks.apply(network, everything, micro, method='part', **given)
 
   def body(carry: None, indexed: PyTree) -> tuple[None, PyTree]:
-    index, micro = indexed
-    return carry, part(params, micro, None if rng is None else jax.random.fold_in(rng, index))
+    index, (micro, delta_BTD) = indexed
+    key = None if rng is None else jax.random.fold_in(rng, index)
+    return carry, part(params, micro, delta_BTD, key)
 
-  parts = jax.tree.map(lambda x: _micro(x, count), dict(batch))
+  parts = jax.tree.map(lambda x: _micro(x, count), (dict(batch), delta_BTD))
   _, (metrics, found) = jax.lax.scan(body, None, (jnp.arange(count), parts))
   metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics)
   metrics |= network.compare(jax.tree.map(_whole, found), batch)

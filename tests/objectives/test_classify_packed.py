@@ -169,13 +169,17 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, tas
 
 
 def program(small, packing, devices):
-  """Of fewer devices or more, packed or not: the Program, and its batch of all texts."""
+  """Of fewer devices or more, packed or not: the Program, and its batch of all texts. It learns by
+  FreeLB, whose passes are those of a plain step; what it draws and moves must not depend on the
+  layout either.
+  """
   parsed, several = config_file.get_config().to_dict(), devices > 1
   parsed |= dict(
     seq_len=SEQ_LEN,
     batch_size=8 if several else len(LENGTHS),
     micro_batches=2 if several else 1,
     mesh=dict(data=2, fsdp=2) if several else dict(data=1),
+    adversarial=dict(name='freelb', epsilon=2.0, step_size=1.0),
     model=parsed['model'] | SHAPE | dict(variant='bert_base'),
     objective=parsed['objective']
     | dict(
@@ -251,6 +255,72 @@ def test_packed_rows_on_a_mesh():
   found = json.loads(done.stdout)
   assert found['devices'] == DEVICES and found['size'] > 1e-3
   assert max(found['loss'], found['answers'], found['gradient']) < TOLERANCE, found
+
+
+@pytest.mark.slow
+def test_mixed_texts_have_one_gradient_however_they_are_laid_out(small):
+  """Packed or not, at once or in parts; partners come from the whole batch."""
+  with jax.enable_x64(True):
+    labels = list('abcabcabcab')
+    labels[3] = None
+    documents = small.random_documents(LENGTHS, labels=labels)
+    objective = classify.Objective(
+      small.Tokenizer(), ('a', 'b', 'c'), dropout=0.0, unlabelled='ignore', mixup=0.4
+    )
+    rows, rng = objective.rows(documents, SEQ_LEN), np.random.default_rng(2)
+    drawn = [objective.transform({'label': np.zeros(1)}, rng) for _ in LENGTHS]
+    shared = [rows.texts(i) for i in range(len(rows))]
+    packed, alone = (
+      mixed_rows(small, objective, documents, labels, texts, drawn)
+      for texts in (shared, [[text] for text in range(len(LENGTHS))])
+    )
+    model = encoder.Model(vocab_size=50, **SHAPE, unroll=0)
+    network, params = network_of(model, objective, packed)
+
+    def learner(count, key):
+      run = functools.partial(step.gradient, network=network, micro_batches=count)
+      return jax.jit(lambda batch: run(params, batch, key))
+
+    key = jax.random.PRNGKey(0)  # as in training; there is no dropout
+    learn, in_parts = learner(1, key), learner(2, key)
+    wanted = learn(alone)
+    for found in (learn(packed), in_parts(packed), in_parts(alone)):
+      assert_same(found, wanted)
+    assert wanted[1]['classify'][1] == 10
+    evaluated = learner(1, None)(alone)[1]
+    assert abs(evaluated['loss'][0] - wanted[1]['loss'][0]) > 1e-3
+    assert evaluated['classify_accuracy'][0] == wanted[1]['classify_accuracy'][0]
+    half = np.arange(12)[:, None] % 2
+    halves = [learn(alone | {'label_weight': alone['label_weight'] * x}) for x in (half, 1 - half)]
+    shares = [metrics['classify'][1] / 10 for _, metrics in halves]
+    summed = jax.tree.map(lambda a, b: shares[0] * a + shares[1] * b, *(g for g, _ in halves))
+    with pytest.raises(AssertionError):  # partners from a half of the batch are others
+      assert_same((summed,), wanted[:1])
+
+
+def mixed_rows(small, objective, documents, labels, rows, drawn):
+  """A batch of 12 rows of given texts, each of which is mixed as it is said for it."""
+  made = []
+  for texts in [*rows, *[[]] * (12 - len(rows))]:
+    ids = [(documents.array('tokens', text)[: SEQ_LEN - 2], None) for text in texts]
+    row = objective.lay_out(ids, [labels[text] for text in texts], SEQ_LEN)
+    for key in ('mix_rank', 'mix_share'):
+      row[key] = np.zeros(row['label_weight'].shape, drawn[0][key].dtype)
+      row[key][: len(texts)] = [drawn[text][key][0] for text in texts]
+    made.append(row)
+  return small.stack(made)
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    (dict(mixup=-1.0), r'mixup=-1\.0 must be a number'),
+    (dict(mixup=0.2, r_drop=1.0), 'contradict each other'),
+  ],
+)
+def test_mixing_that_cannot_be_is_an_error(small, options, message):
+  with pytest.raises(ValueError, match=message):
+    classify.Objective(small.Tokenizer(), ('a', 'b'), **options)
 
 
 if __name__ == '__main__':
