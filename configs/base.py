@@ -123,6 +123,14 @@ def get_config() -> config_dict.ConfigDict:
         validation=0.02,  # share of the documents, chosen by their hash
         cache=unset(str),  # None: ~/.cache/llm_jax
         workers=0,  # processes that tokenize; 0: one per core
+        # Copies of the training documents in other words
+        augment=dict(
+          synonyms=unset(str),
+          rate=unset(float),
+          copies=unset(int),
+          operations=unset(tuple),
+          seed=unset(int),
+        ),
       ),
       validation=documents(),  # in place of a share of the data
       test=documents(),  # scored once, by the best checkpoint

@@ -26,7 +26,9 @@ def get_config():
     task='multiclass',
     dropout=0.1,
     pool='mean',
-    unlabelled='error',
+    unlabelled='error',  # error | ignore | learn: self-training
+    confidence=base.unset(float),  # with learn
+    self_training=base.unset(float),
     packing='best_fit',
     mixup=base.unset(float),
   )

@@ -36,6 +36,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | label | B G int32, B G C float32, or B G float32 | classes, several classes, a number |
 | label_weight | B G float32 | classification; 0: no text or no label |
 | mix_rank, mix_share | B G int32, float32 | mixup: an order of all texts; how much each is itself |
+| unlabelled | B G float32 | classification that learns from them: 1 for a text without a label |
 | chain, tag | B T int32 | token labelling: bits of `nn.crf` where a word is read; its tag |
 | tag_weight | B T float32 | token labelling; 0: no word or no tag |
 | span | B T int32 | QA: bits; 1 an answer may begin or end here, 2 it begins, 4 it ends |
@@ -503,11 +504,14 @@ class Predictor:
     task: one of 'multiclass', 'binary', 'multilabel', 'regression'; None for another.
     explainable: whether a row holds its texts alone, between special tokens, as `--mode=explain`
       takes it to.
+    measures: the fields of its answers by which texts may be chosen that are worth a label, of
+      `objectives.shared.uncertainty.MEASURES`.
   """
 
   classes: tuple[str, ...] | None = None
   task: str | None = None
   explainable: bool = True
+  measures: tuple[str, ...] = ()
 
   def heads(self, model: Model) -> dict[str, 'nn.Module']:
     """The heads that answering needs, as an objective's."""
@@ -551,6 +555,16 @@ class Predictor:
     """
     (answer,) = parts
     return answer
+
+  def combined(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One answer from those of several models to one text: that of the means of their
+    probabilities, or of their values.
+
+    Raises:
+      ValueError: its answers have no mean.
+    """
+    del answers
+    raise ValueError(f'the answers of {type(self).__module__} have no mean.')
 
   def calibrate(self, values: Mapping[str, float]) -> None:
     """Takes numbers that answering needs, a threshold say, from those of the validation set with

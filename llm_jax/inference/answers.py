@@ -11,7 +11,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
@@ -31,6 +31,7 @@ VECTOR = 'embedding'  # the field of an answer that is a row of a .npy file
 GROUP = 4096  # rows of a row group of Parquet
 
 Row = Mapping[str, Any]
+Choose = Callable[[Iterator[dict[str, Any]]], Sequence[int]]
 
 
 def write_answers(
@@ -41,6 +42,7 @@ def write_answers(
   check: Callable[[Record], None] | None = None,
   change: Callable[[dict[str, Any]], Row] | None = None,
   width: int = 0,
+  choose: Choose | None = None,
 ) -> None:
   """Writes a file with an answer for each record.
 
@@ -57,12 +59,13 @@ def write_answers(
     check: as for `Records.answered`.
     change: from a record with its answer to what is written.
     width: numbers of an embedding.
+    choose: from all answers the numbers of those that `target` gets, in their order; None for all.
 
   Raises:
     ValueError: no record can be read.
   """
   partial = target.with_name(f'{target.name}.{_key(records, made_by)}.partial')
-  form = _Vectors(width) if target.suffix == VECTORS else _Lines()
+  form = _Vectors(width) if target.suffix == VECTORS else _Lines(choose)
   done = hosts.agree(lambda: form.done(partial))
   answers = records.answered(ask, done, check)
   answers = progress.shown(answers, 'Answering', len(records) - done, 'records', hosts.primary())
@@ -84,7 +87,8 @@ def write_answers(
       raise
   form.finish(partial, target)
   partial.unlink(missing_ok=True)
-  logging.info('%d answers in %s.', len(records) - records.faults, target)
+  if choose is None:
+    logging.info('%d answers in %s.', len(records) - records.faults, target)
   records.log_faults()
 
 
@@ -143,9 +147,16 @@ def encoded(row: Row) -> bytes:
 
 
 class _Lines:
-  """Answers as JSON lines, which become any of `OUTPUTS`."""
+  """Answers as JSON lines, which become any of `OUTPUTS`.
+
+  Args:
+    choose: as for `write_answers`.
+  """
 
   encoded = staticmethod(encoded)
+
+  def __init__(self, choose: Choose | None):
+    self._choose = choose
 
   def done(self, partial: pathlib.Path) -> int:
     """How many answers an interrupted call has left; half a line is cut off."""
@@ -160,12 +171,17 @@ class _Lines:
     return whole
 
   def finish(self, partial: pathlib.Path, target: pathlib.Path) -> None:
-    """Makes the target of the whole file."""
-    if target.suffix == '.jsonl':
+    """Makes the target of the whole file, or of the chosen lines."""
+    if self._choose is None and target.suffix == '.jsonl':
       partial.replace(target)
       return
     with open(partial, 'rb') as file:
-      convert(file, target)
+      if self._choose is None:
+        convert(file, target)
+        return
+      with tempfile.TemporaryFile() as chosen:
+        chosen.writelines(_chosen(file, self._choose(_decoded(file))))
+        convert(chosen, target)
 
 
 class _Vectors:
@@ -216,6 +232,13 @@ def _nulled(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [_nulled(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _chosen(lines: BinaryIO, numbers: Sequence[int]) -> list[bytes]:
+  lines.seek(0)
+  wanted = set(numbers)
+  found = {number: line for number, line in enumerate(lines) if number in wanted}
+  return [found[number] for number in numbers]
 
 
 def _decoded(lines: BinaryIO) -> Iterator[dict[str, Any]]:

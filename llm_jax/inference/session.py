@@ -24,6 +24,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.data import encoding
 from llm_jax.hf import sentences
+from llm_jax.inference import answers as answers_lib
 from llm_jax.inference import explanation, prediction
 from llm_jax.inference.attention_maps import AttentionMaps
 from llm_jax.inference.completion import Completer, Stream
@@ -32,7 +33,7 @@ from llm_jax.inference.filling import Filled, Filler
 from llm_jax.inference.generation.decoding import Generator
 from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.parallel import sharding
-from llm_jax.programs import assemble, inference, pretrained, workdir
+from llm_jax.programs import assemble, inference, pretrained, soups, workdir
 from llm_jax.programs.inference import Inference
 
 Text = str | Sequence[str] | Mapping[str, Any]  # a text, a pair, or a record
@@ -48,10 +49,17 @@ class Session:
     origin: the folder that holds the weights.
     config: the resolved config.
     tokenizer: that of the model.
+    soup: folders of runs whose parameters are averaged with those of `origin`.
   """
 
-  def __init__(self, origin: pathlib.Path, config: Config, tokenizer: Tokenizer):
-    self.origin, self.tokenizer = origin, tokenizer
+  def __init__(
+    self,
+    origin: pathlib.Path,
+    config: Config,
+    tokenizer: Tokenizer,
+    soup: Sequence[pathlib.Path] = (),
+  ):
+    self.origin, self.tokenizer, self.soup = origin, tokenizer, tuple(soup)
     self.config = assemble.resolve(config, tokenizer.vocab_size)
 
   @functools.cached_property
@@ -66,10 +74,39 @@ class Session:
     Raises:
       ValueError: a parameter of the model is missing, or a part of a head.
     """
-    return load_params(self.program, self.origin)
+    return self.load(self.program)
+
+  def load(self, program: Inference, heads: bool = False) -> dict[str, Any]:
+    """The parameters as a program wants them, of a soup their average; numbers of the validation
+    set are those of `origin`.
+
+    Args:
+      program: wants them.
+      heads: as for `load_params`.
+
+    Raises:
+      ValueError: as `load_params` and `soups.average`.
+    """
+
+    def load(folder: pathlib.Path) -> dict[str, Any]:
+      return load_params(program, folder, heads, calibrate=folder == self.origin)
+
+    return (
+      soups.average(program, [self.origin, *self.soup], load) if self.soup else load(self.origin)
+    )
+
+  @functools.cached_property
+  def beside(self) -> tuple[object, ...]:
+    """What answers depend on besides `origin` and `config`: the other runs of a soup."""
+    return tuple(answers_lib.model_key(folder, 'soup') for folder in self.soup)
+
+  @property
+  def named(self) -> dict[str, list[str]]:
+    """The folders of the other runs of a soup, as eval.json has them."""
+    return {'soup': [str(folder) for folder in self.soup]} if self.soup else {}
 
   def predict(self, texts: Sequence[Text]) -> list[dict[str, Any]]:
-    """What the model says of each text: label and probabilities, or a value.
+    """What the model says of each text: label, probabilities and how sure they are, or a value.
 
     Args:
       texts: texts, pairs of texts, or records with `text` and `pair`.
@@ -80,7 +117,7 @@ class Session:
     Example:
       >>> first, second = session.predict(['a text', {'text': 'another one'}])
       >>> sorted(first)
-      ['label', 'probabilities', 'probability']
+      ['entropy', 'label', 'margin', 'probabilities', 'probability']
     """
     return list(self.answers(map(prediction.record, texts)))
 
@@ -356,7 +393,9 @@ def open_model(folder: pathlib.Path | None, given: Config | None = None) -> Sess
   return Session(folder, config, workdir.load_tokenizer(config, folder))
 
 
-def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -> dict[str, Any]:
+def load_params(
+  program: Inference, origin: pathlib.Path, heads: bool = False, calibrate: bool = True
+) -> dict[str, Any]:
   """The parameters in a folder, of a run those of its best checkpoint, as a program wants them;
   what the run found on its validation set with them is given to the objective's predictor.
 
@@ -364,6 +403,7 @@ def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -
     program: wants them.
     origin: the folder.
     heads: all heads must be there; otherwise those that are not are left out.
+    calibrate: whether the predictor is given these numbers.
 
   Raises:
     ValueError: there are none, or some are missing.
@@ -380,7 +420,7 @@ def load_params(program: Inference, origin: pathlib.Path, heads: bool = False) -
   if loaded.unused:
     logging.info('Not used: %s.', ', '.join(loaded.unused))
   predictor = getattr(program.objective, 'predictor', None)
-  if predictor is not None:
+  if predictor is not None and calibrate:
     predictor.calibrate(loaded.values or {})
   return tree.nest(loaded.params)
 

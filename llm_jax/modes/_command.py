@@ -14,6 +14,7 @@ from llm_jax.core import files
 
 if TYPE_CHECKING:
   from llm_jax.core.config import Config
+  from llm_jax.inference.ensembles import Ensemble
   from llm_jax.inference.session import Session
 
 INPUT = flags.DEFINE_string(
@@ -41,6 +42,19 @@ PAIR = flags.DEFINE_string(
   'predict, explain: the field of --input with the second text; by default that of the run, else '
   '`pair`.',
 )
+SOUP = flags.DEFINE_list(
+  'soup',
+  [],
+  'All modes that use a model: workdirs of further runs of the same shape, with commas between; '
+  'the parameters of all are averaged.',
+)
+ENSEMBLE = flags.DEFINE_list(
+  'ensemble',
+  [],
+  'predict, eval: workdirs of further runs with the same classes, with commas between; the answers '
+  'of all are averaged.',
+)
+TOGETHER = ('predict', 'eval')  # the modes that an ensemble serves
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
@@ -103,19 +117,30 @@ class Command:
 
     return pretrained.fill_in(self.parsed())
 
-  def session(self) -> 'Session':
-    """The model that the config's `init_from` names, or else the run in the workdir."""
-    from llm_jax.inference import session
+  def session(self) -> 'Session | Ensemble':
+    """The model that the config's `init_from` names, or else the run in the workdir; with the runs
+    of --soup and --ensemble.
+
+    Raises:
+      ValueError: runs that do not go together, an ensemble where the mode needs one model.
+    """
+    from llm_jax.inference import ensembles, session
     from llm_jax.programs import assemble
     from llm_jax.training import corpora
 
+    soup, ensemble = (_folders(flag) for flag in (SOUP, ENSEMBLE))
+    if ensemble and self.mode not in TOGETHER:
+      raise ValueError(
+        f'--ensemble averages answers, for --mode={" and ".join(TOGETHER)}, not {self.mode}; '
+        '--soup averages parameters, and is one model.'
+      )
     given = None
     if self.settings is not None:
       given = self.config()
       assemble.check(dataclasses.replace(given, data={}))  # whose fields only are read
     if self.workdir is not None or given is not None:
       self.use_compilation_cache(self.workdir or corpora.cache_directory(given))
-    return session.open_model(self.workdir, given)
+    return ensembles.together(session.open_model(self.workdir, given), soup, ensemble)
 
   def use_compilation_cache(self, folder: pathlib.Path) -> None:
     """Keeps compiled programs in a folder, and takes them from there."""
@@ -177,6 +202,10 @@ def check_output(
     raise ValueError(f'--output={target} must be a {kind} file in a folder that exists.')
   if source is not None and target.exists() and target.samefile(source):
     raise ValueError(f'--output={target} is --input too; give another name.')
+
+
+def _folders(flag: flags.FlagHolder) -> list[pathlib.Path]:
+  return [files.local(f'--{flag.name}', folder.strip()) for folder in flag.value if folder.strip()]
 
 
 def _flag(name: str) -> Any:

@@ -71,7 +71,7 @@ def embed(
       for vector in session.embed(block, pool, normalize):
         yield {answers.VECTOR: vector}
 
-  made_by = answers.model_key(session.origin, session.config, pool, normalize)
+  made_by = answers.model_key(session.origin, session.config, *session.beside, pool, normalize)
   width = session.program.network.model.options.dim
   answers.write_answers(records, vectors, target, made_by, width=width)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
+  from llm_jax.inference.ensembles import Ensemble
   from llm_jax.inference.session import Session
 
 
@@ -15,11 +16,12 @@ def run(command: Command) -> None:
   evaluate(command.session(), command.workdir)
 
 
-def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str, float]:
+def evaluate(session: 'Session | Ensemble', folder: pathlib.Path | None = None) -> dict[str, float]:
   """Prints a model's numbers, and writes them to `eval.json`; data.validation=0: on all documents.
 
   Args:
-    session: the model, and in its config the data.
+    session: the model, and in its config the data; of an ensemble, which has no loss, what is said
+      of its answers.
     folder: where to write; None to print only.
 
   Raises:
@@ -27,14 +29,14 @@ def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str
   """
   from llm_jax.core import files
   from llm_jax.data import pipeline
-  from llm_jax.inference.session import load_params
+  from llm_jax.inference import ensembles
   from llm_jax.parallel import hosts
   from llm_jax.programs import assemble, inference
   from llm_jax.training import corpora, evaluation, slices
 
   tokenizer = session.tokenizer
   slices.check(session.config)
-  documents = corpora.documents(session.config, tokenizer)
+  documents = corpora.documents(assemble.without_copies(session.config), tokenizer)
   config = assemble.derive(session.config, documents.train)
   chosen = documents.validation or documents.train
   objective = assemble.create_objective(config, tokenizer)
@@ -42,16 +44,18 @@ def evaluate(session: 'Session', folder: pathlib.Path | None = None) -> dict[str
   examples = pipeline.validation_examples(rows, objective, config.seed, config.evaluation.rows)
   groups = slices.read(config, 'validation', chosen, rows, config.evaluation.rows)
   program = inference.build(config, objective, examples[0])
-  params = load_params(program, session.origin, heads=True)
+  several = isinstance(session, ensembles.Ensemble)
+  params = (session.members[0] if several else session).load(program, heads=True)
+  others = session.voters(config, chosen, examples[0]) if several else ()
   report = folder and folder / 'eval_report.txt'
   numbered = pipeline.numbered_rows(rows, config.seed, config.evaluation.rows)
-  values = evaluation.scores(program, params, tokenizer, examples, report, groups, numbered)
+  values = evaluation.scores(program, params, tokenizer, examples, report, groups, numbered, others)
   values |= evaluation.baselines(program, tokenizer, examples)
   if hosts.primary():
     for name, value in values.items():
       print(f'{name:>24} {value:.6g}')
     if folder:
-      record = {'model': str(session.origin), 'data': config.data} | values
+      record = {'model': str(session.origin), 'data': config.data} | session.named | values
       with files.whole_file(folder / 'eval.json') as file:
         json.dump(record, file, indent=2)
   return values

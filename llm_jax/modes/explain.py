@@ -69,7 +69,7 @@ def explain(
       worth.append({key: explained[key] for key in ('score', 'baseline', 'sum', 'deletion')})
       yield explained
 
-  made_by = answers.model_key(session.origin, session.config, options)
+  made_by = answers.model_key(session.origin, session.config, *session.beside, options)
   answers.write_answers(predict.read(session, source, text, pair), ask, target, made_by)
   if worth:  # there is nothing to say of those that an interrupted call wrote
     _log_worth(worth, options.method)

@@ -45,7 +45,7 @@ flags.DEFINE_float(
 )
 flags.DEFINE_integer('beams', 1, 'generate: beam search with so many beams; needs --temperature=0.')
 flags.DEFINE_float('length_penalty', 1.0, 'generate: of beam search; above 1 favours long texts.')
-flags.DEFINE_integer('seed', 0, 'generate: the same seed draws the same text.')
+flags.DEFINE_integer('seed', 0, 'generate, augment: the same seed draws the same text.')
 
 
 def run(command: Command) -> None:
@@ -121,7 +121,9 @@ def _answer_file(
   check = lambda record: session.check_prompt(record['text'], sampling)
   change = functools.partial(_without_prompt, field=records.fields.text)
   if target is not None:
-    made_by = answers.model_key(session.origin, session.config, sampling, tuple(stop))
+    made_by = answers.model_key(
+      session.origin, session.config, *session.beside, sampling, tuple(stop)
+    )
     answers.write_answers(records, ask, target, made_by, check, change)
     return
   for line in records.answered(ask, check=check):

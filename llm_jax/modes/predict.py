@@ -1,23 +1,43 @@
-"""`--mode=predict`: labels the records of a file, each again with the answer in it."""
+"""`--mode=predict`: labels the records of a file, each again with the answer in it; or chooses
+those that are most worth a label by hand.
+"""
 
 import pathlib
 from typing import TYPE_CHECKING
+
+from absl import flags
 
 from llm_jax.modes import _command
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
   from llm_jax.inference.records import Records
+  from llm_jax.inference.selection import Selection
   from llm_jax.inference.session import Session
+
+SELECT = flags.DEFINE_integer(
+  'select',
+  None,
+  'predict: only so many records are written, those that are most worth a label: whose answers are '
+  'least sure, by --by, the least sure first.',
+)
+BY = flags.DEFINE_enum(
+  'by',
+  None,
+  ['entropy', 'margin', 'confidence'],
+  'predict: with --select, the highest entropy (the default), the smallest margin between the best '
+  'class and the second, or the lowest probability of the best.',
+)
 
 
 def run(command: Command) -> None:
   """Reads --input, writes --output."""
   command.require('input=x.jsonl', 'output=y.jsonl')
-  target = _command.output_path()
+  target, selection = _command.output_path(), _selection()
   with _command.input_file() as source:
     check(source, target)  # before a model is opened
-    predict(command.session(), source, target, _command.TEXT.value, _command.PAIR.value)
+    text, pair = _command.TEXT.value, _command.PAIR.value
+    predict(command.session(), source, target, text, pair, selection)
 
 
 def predict(
@@ -26,6 +46,7 @@ def predict(
   target: pathlib.Path,
   text: str | None = None,
   pair: str | None = None,
+  selection: 'Selection | None' = None,
 ) -> None:
   """Labels the records of a file: each again, with the prediction in it, or with `error`.
 
@@ -37,19 +58,34 @@ def predict(
     source: one of `records.SUFFIXES`.
     target: has all answers or is not there; one of `answers.OUTPUTS`.
     text, pair: the fields with the texts, as `records.Records` has them.
+    selection: which records are written; None for all.
 
   Raises:
-    ValueError: an objective that predicts no labels, files that are not possible.
+    ValueError: an objective that predicts no labels, files that are not possible, a selection by
+      what answers do not have.
   """
   from llm_jax.inference import answers
 
   check(source, target)
-  made_by = answers.model_key(session.origin, session.config)
+  made_by = answers.model_key(session.origin, session.config, *session.beside)
   ask = lambda numbered: session.answers(record for _, record in numbered)
   records = read(session, source, text, pair)
+  if selection is not None:
+    predictor = getattr(session.program.objective, 'predictor', None)
+    selection.check(predictor, session.config.objective['name'], len(records))
   # A record as it is was not looked at yet: what is wrong with it must cost that record alone.
   check_record = session.check_record if records.fields is None else None
-  answers.write_answers(records, ask, target, made_by, check_record)
+  answers.write_answers(records, ask, target, made_by, check_record, choose=selection)
+
+
+def _selection() -> 'Selection | None':
+  from llm_jax.inference.selection import Selection
+
+  if SELECT.value is None:
+    if BY.value is not None:
+      raise ValueError(f'--by={BY.value} says by what --select chooses; give --select=COUNT too.')
+    return None
+  return Selection(SELECT.value, BY.value or 'entropy')
 
 
 def read(session: 'Session', source: pathlib.Path, text: str | None, pair: str | None) -> 'Records':

@@ -16,6 +16,7 @@ import numpy as np
 from llm_jax.core.contracts import Batch, Documents, Encoded, Metrics, Net, Record, Tokenizer
 from llm_jax.objectives.shared import candidates
 from llm_jax.objectives.shared.candidates import Candidates
+from llm_jax.objectives.shared.uncertainty import MEASURES, uncertainty
 
 
 class Objective(Candidates):
@@ -38,6 +39,7 @@ class Objective(Candidates):
   name, head = 'choice', 'choice'
   terms = {'choice': 1.0}
   text_fields = ('text', 'pair', 'choices')
+  measures = MEASURES
 
   def __init__(
     self,
@@ -92,10 +94,20 @@ class Objective(Candidates):
     }
 
   def joined(self, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """`choice`, the number of the best candidate, its `probability`, and `probabilities`."""
-    probabilities = candidates.softmax([part['score'] for part in parts])
-    best = int(np.argmax(probabilities))
-    return {'choice': best, 'probability': probabilities[best], 'probabilities': probabilities}
+    """`choice`, the number of the best candidate, its `probability`, and `probabilities`, with
+    their `entropy` and `margin`.
+    """
+    return _answer(candidates.softmax([part['score'] for part in parts]))
+
+  def combined(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer by the means of the probabilities."""
+    return _answer(np.mean([answer['probabilities'] for answer in answers], axis=0).tolist())
+
+
+def _answer(probabilities: list[float]) -> dict[str, Any]:
+  best = int(np.argmax(probabilities))
+  answer = {'choice': best, 'probability': probabilities[best], 'probabilities': probabilities}
+  return answer | uncertainty(probabilities)
 
 
 def _number(label: Any, choices: Sequence[str]) -> int:

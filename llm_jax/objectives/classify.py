@@ -27,6 +27,7 @@ from llm_jax.objectives.shared import label_losses, mixup, text_rows
 from llm_jax.objectives.shared import labels as labels_lib
 from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
 from llm_jax.objectives.shared.text_rows import TextRows
+from llm_jax.objectives.shared.uncertainty import MEASURES, uncertainty
 
 PACKINGS = ('best_fit', 'none')
 
@@ -63,7 +64,13 @@ class Objective(contracts.Objective, contracts.Predictor):
     mixup: above 0, what is learned from are texts mixed two by two before the last layer, by shares
       from Beta(mixup, mixup); any two texts of a step may be (senMixup, arXiv:1905.08941). A batch
       then has `mix_rank` [B, G] int32 and `mix_share` [B, G] float32 (`shared.mixup`).
-    unlabelled: a document without a label is an 'error', or counts for nothing ('ignore').
+    unlabelled: a document without a label is an 'error', counts for nothing ('ignore'), or is
+      learned with the model's own answer as its label where that is sure ('learn': Lee 2013,
+      "Pseudo-Label"; in the form of FixMatch, arXiv:2001.07685, section 2.2, with dropout for its
+      augmentations: what a first pass answers, a second one learns).
+    confidence: with 'learn', the probability from which an answer is sure; None for 0.95. In
+      multilabel each class is sure or not.
+    self_training: with 'learn', the coefficient of what is learned so; None for 1.
     packing: 'best_fit' puts several texts in a row, the longest first, each where least room is
       left; at most one for every 4 tokens, and 128. 'none': one text per row.
   """
@@ -90,6 +97,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     focal: float = 0.0,
     r_drop: float = 0.0,
     mixup: float = 0.0,
+    confidence: float | None = None,
+    self_training: float | None = None,
   ):
     transform = transform or ('pooler' if pool == 'cls' else 'none')
     for name, value, allowed in (
@@ -97,7 +106,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       ('pool', pool, heads.POOLS),
       ('transform', transform, (*heads.TRANSFORMS, 'none')),
       ('packing', packing, PACKINGS),
-      ('unlabelled', unlabelled, ('error', 'ignore')),
+      ('unlabelled', unlabelled, ('error', 'ignore', 'learn')),
     ):
       if value not in allowed:
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(allowed)}.')
@@ -112,6 +121,12 @@ class Objective(contracts.Objective, contracts.Predictor):
         f'objective.mixup={mixup} and r_drop={r_drop} contradict each other: the one learns from '
         'texts that are mixed, the other from answers to texts as they are; choose one.'
       )
+    if mixup and unlabelled == 'learn':
+      raise ValueError(
+        f"objective.mixup={mixup} mixes texts that have labels, and unlabelled='learn' learns from "
+        'others; choose one.'
+      )
+    _check_self_training(task, unlabelled, confidence, self_training)
     if balance and (task == 'regression' or class_weights is None):
       raise ValueError(
         'objective.balance=True takes weights from the classes of the training documents, and '
@@ -123,9 +138,14 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.dropout, self.pool, self.unlabelled, self.packing = dropout, pool, unlabelled, packing
     self.transform_name, self.r_drop, self.mixup = transform, r_drop, mixup
     self.compares = bool(mixup)
+    self.learns_unlabelled = unlabelled == 'learn'
+    self.confidence = 0.95 if confidence is None else confidence
     self.terms = {self.name: 1.0} | ({'r_drop': r_drop} if r_drop else {})
+    if self.learns_unlabelled:
+      self.terms['self_training'] = 1.0 if self_training is None else self_training
     self.frame = pairs.frame(tokenizer, causal=pool == 'last')
     self.predictor = self
+    self.measures = {'regression': (), 'multilabel': MEASURES[:2]}.get(task, MEASURES)
 
   @classmethod
   def derive(cls, options: Mapping[str, Any], documents: Sequence[Documents]) -> dict[str, Any]:
@@ -139,6 +159,11 @@ class Objective(contracts.Objective, contracts.Predictor):
     found: dict[str, Any] = {}
     if options.get('task') == 'regression':
       return found
+    if options.get('unlabelled') == 'learn' and all(map(_all_labelled, documents)):
+      logging.warning(
+        "objective.unlabelled='learn' has nothing to learn from: every training document has a "
+        'label. Add records without one.'
+      )
     classes = options.get('classes')
     if not classes:
       found['classes'] = classes = labels_lib.collect_classes(documents)
@@ -164,12 +189,11 @@ class Objective(contracts.Objective, contracts.Predictor):
         "objective.pool='cls' reads the first token, which in a causal model has seen nothing; use "
         "'last' or 'mean'."
       )
-    if self.r_drop and not any(
-      (self.dropout, model.options.dropout, model.options.attention_dropout)
-    ):
+    dropout = self.dropout, model.options.dropout, model.options.attention_dropout
+    if self.two_passes and not any(dropout):
+      option = f'r_drop={self.r_drop} compares' if self.r_drop else "unlabelled='learn' needs"
       raise ValueError(
-        f'objective.r_drop={self.r_drop} compares two passes under dropout, and there is none; set '
-        'config.model.dropout.'
+        f'objective.{option} two passes under dropout, and there is none; set config.model.dropout.'
       )
 
   def rows(self, documents: Documents, seq_len: int) -> 'LabelRows':
@@ -180,7 +204,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     Raises:
       ValueError: a label that does not fit the task, naming the document.
     """
-    self.labels.check(documents, required=self.unlabelled == 'error')
+    missing = 'are learned by self-training' if self.learns_unlabelled else 'count for nothing here'
+    self.labels.check(documents, self.unlabelled == 'error', missing)
     rows = self.plan(documents, seq_len, documents.values('label'))
     rows.log_cut()
     if self.packing != 'none':
@@ -228,6 +253,9 @@ class Objective(contracts.Objective, contracts.Predictor):
       if label is not None:
         row['label'][slot] = self.labels.target(label)
         row['label_weight'][slot] = 1
+    if self.learns_unlabelled:
+      row['unlabelled'] = np.zeros(slots, np.float32)
+      row['unlabelled'][: len(labels)] = [label is None for label in labels]
     return row
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
@@ -258,6 +286,9 @@ class Objective(contracts.Objective, contracts.Predictor):
   def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """Softmax or sigmoid cross-entropy (multilabel: mean over the classes) and accuracy, or the
     squared error. With `mixup` nothing that a row could say alone.
+
+    What is learned of texts without a label is summed over those that are sure, and counts for all
+    of them; `self_training_share` is the share of the sure ones.
     """
     if self.mixup:
       return {}
@@ -265,10 +296,17 @@ class Objective(contracts.Objective, contracts.Predictor):
     weight_BG = batch['label_weight']
     loss_BG, counts_BG = self.label_loss(logits_BGC, batch['label'])
     found: Metrics = {}
+    other_BGC = self._second_pass(net, logits_BGC, batch) if self.two_passes else None
     if self.r_drop:
-      again_BG, apart_BG = self._again(net, logits_BGC, batch)
-      loss_BG = (loss_BG + again_BG) / 2
+      loss_BG = (loss_BG + self.label_loss(other_BGC, batch['label'])[0]) / 2
+      apart_BG = label_losses.disagreement(self.task, logits_BGC, other_BGC)
       found['r_drop'] = jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
+    if self.learns_unlabelled:
+      own_BG, sure_BG = label_losses.pseudo_label(self.task, self.confidence, logits_BGC, other_BGC)
+      unlabelled_BG = batch['unlabelled']
+      count = jnp.sum(unlabelled_BG)
+      found['self_training'] = jnp.sum(own_BG * unlabelled_BG), count
+      found['self_training_share'] = jnp.sum(sure_BG * unlabelled_BG), count
     found[self.name] = jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG)
     return found | self._accuracy(logits_BGC, batch)
 
@@ -294,14 +332,17 @@ class Objective(contracts.Objective, contracts.Predictor):
       right_BG = jnp.mean((logits_BGC > 0) == (label_BGC > 0.5), -1)
     return {f'{self.name}_accuracy': (jnp.sum(right_BG * weight_BG), jnp.sum(weight_BG))}
 
-  def _again(self, net: Net, logits_BGC: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
-    """The loss of each text in a second pass, and by how much its answer differs, [B, G] both."""
-    other_BGC = logits_BGC  # without dropout it would be the same
-    if net.train:
-      hidden_BPD = net.forward(batch, self.positions(batch)).hidden
-      other_BGC = self.logits(net, hidden_BPD, batch)
-    loss_BG, _ = self.label_loss(other_BGC, batch['label'])
-    return loss_BG, label_losses.disagreement(self.task, logits_BGC, other_BGC)
+  @property
+  def two_passes(self) -> bool:
+    """Whether each step runs its texts twice."""
+    return bool(self.r_drop) or self.learns_unlabelled
+
+  def _second_pass(self, net: Net, logits_BGC: jax.Array, batch: Batch) -> jax.Array:
+    """The logits of another pass, [B, G, C]: the same ones without dropout."""
+    if not net.train:
+      return logits_BGC
+    hidden_BPD = net.forward(batch, self.positions(batch)).hidden
+    return self.logits(net, hidden_BPD, batch)
 
   def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
     """The logits, [B, G, C]."""
@@ -319,8 +360,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     return jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
 
   def flops(self, model: contracts.Model, batch: Batch) -> float:
-    """With `r_drop` those of the second pass; heads are small beside it."""
-    if not self.r_drop:
+    """Those of the second pass, where there is one; heads are small beside it."""
+    if not self.two_passes:
       return 0.0
     rows, length = batch['tokens'].shape
     positions = length if self.pool == 'mean' else batch['text_firsts'].shape[1]
@@ -342,17 +383,56 @@ class Objective(contracts.Objective, contracts.Predictor):
 
     Returns:
       label, probability and probabilities by class; for multilabel the labels of probability above
-      one half and probabilities; for regression the value.
+      one half and probabilities; both with `entropy` and `margin` (`shared.uncertainty`). For
+      regression the value.
     """
     if self.task == 'regression':
       return {'value': float(text['values'])}
     values = map(float, text['probabilities'])
     probabilities = dict(zip(self.classes, values, strict=True))
+    known = {'probabilities': probabilities}
+    known |= uncertainty(text['probabilities'], self.task == 'multilabel')
     if self.task == 'multilabel':
-      likely = [name for name, p in probabilities.items() if p > 0.5]
-      return {'label': likely, 'probabilities': probabilities}
+      return {'label': [name for name, p in probabilities.items() if p > 0.5]} | known
     best = max(probabilities, key=probabilities.__getitem__)
-    return {'label': best, 'probability': probabilities[best], 'probabilities': probabilities}
+    return {'label': best, 'probability': probabilities[best]} | known
+
+  def combined(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer by the means of the probabilities, or of the values."""
+    if self.task == 'regression':
+      return self.describe({'values': np.mean([answer['value'] for answer in answers])})
+    each = [list(answer['probabilities'].values()) for answer in answers]
+    return self.describe({'probabilities': np.mean(each, axis=0)})
+
+
+def _all_labelled(documents: Documents) -> bool:
+  labels = documents.values('label')
+  return labels is not None and None not in labels
+
+
+def _check_self_training(
+  task: str, unlabelled: str, confidence: float | None, self_training: float | None
+) -> None:
+  """Raises ValueError for options of self-training that are not possible, or that nothing reads."""
+  given = {'confidence': confidence, 'self_training': self_training}
+  for name, value in given.items():
+    if value is not None and unlabelled != 'learn':
+      raise ValueError(
+        f"objective.{name}={value} is for unlabelled='learn', and unlabelled is {unlabelled!r}; "
+        'set it, or leave this out.'
+      )
+  if unlabelled == 'learn' and task == 'regression':
+    raise ValueError(
+      "objective.unlabelled='learn' needs classes, of which an answer may be sure, and "
+      "objective.task is regression; set unlabelled='ignore'."
+    )
+  if confidence is not None and not 0 < confidence < 1:
+    raise ValueError(
+      f'objective.confidence={confidence} must be a probability above 0 and below 1 (0.95 in the '
+      'paper).'
+    )
+  if self_training is not None and not 0 < self_training < float('inf'):
+    raise ValueError(f'objective.self_training={self_training} must be a number above 0.')
 
 
 class LabelRows(TextRows):

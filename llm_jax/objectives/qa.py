@@ -68,6 +68,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   terms = {'qa': 1.0}
   evaluators = ('loss', 'squad')
   derived = ('no_answer',)
+  measures = ('probability',)
 
   def __init__(
     self,

@@ -117,6 +117,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.unlabelled, self.packing, self.transform_name = unlabelled, packing, transform
     self.predicate = predicate
     self.diverges = loss == 'softmax'
+    self.measures = () if loss == 'hinge' else ('probability',)
     self.frame = pairs.frame(tokenizer)
     self.predictor = self
 
@@ -321,8 +322,10 @@ class Objective(contracts.Objective, contracts.Predictor):
   def answers(
     self, row: Mapping[str, np.ndarray], rows: '_Rows', index: int
   ) -> Iterator[dict[str, Any]]:
-    """For each text of a row `words` and `tags`; `probabilities` of the tags; `entities` where the
-    tags have a scheme; and the numbers of the words that no token spells as `unread`, if any.
+    """For each text of a row `words` and `tags`; `probabilities` of the tags, and their geometric
+    mean as the `probability` of the text (Shen et al. 2017, arXiv:1707.05928, section 4.1, MNLP);
+    `entities` where the tags have a scheme; and the numbers of the words that no token spells as
+    `unread`, if any.
 
     An entity has `label`, `text`, `start` and `end` (characters of the text, or of the words as
     they are joined) and `words` (the first, and one past the last).
@@ -338,6 +341,7 @@ class Objective(contracts.Objective, contracts.Predictor):
         for position, word in zip(positions, read, strict=True):
           probabilities[word] = float(row['probability'][position])
         answer['probabilities'] = probabilities
+        answer['probability'] = _geometric_mean(row['probability'][positions])
       if self.scheme != tags_lib.NO_SCHEME:
         answer['entities'] = list(_entities(tags, words, rows.begins(text)))
       if len(read) < len(words):
@@ -478,6 +482,14 @@ def _entities(
     for word, begin in zip(words[first:stop], begins[first:stop], strict=True):
       text = text.ljust(begin - start) + word  # between words there is white space, if anything
     yield {'label': label, 'text': text, 'start': start, 'end': end, 'words': [first, stop]}
+
+
+def _geometric_mean(values: np.ndarray) -> float | None:
+  """None of no numbers."""
+  if not len(values):
+    return None
+  with np.errstate(divide='ignore'):
+    return float(np.exp(np.mean(np.log(np.asarray(values, np.float64)))))
 
 
 def _checked(tags: tuple[str, ...] | None) -> tuple[str, ...]:

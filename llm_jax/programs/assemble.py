@@ -29,6 +29,7 @@ from llm_jax.core.contracts import (
   Source,
   Tokenizer,
 )
+from llm_jax.data import augmentation as augmentation_lib
 from llm_jax.data import documents as documents_lib
 from llm_jax.data import encoding
 from llm_jax.data.prompted import Prompted
@@ -36,7 +37,7 @@ from llm_jax.evaluators import loss
 from llm_jax.parallel import sharding
 
 # Options of config.data; the others belong to the source.
-DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts')
+DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts', 'augment')
 # By section, options of which only one can be set.
 ALTERNATIVES = {'optimizer': ('warmup_steps', 'warmup_fraction')}
 # What a source of validation or test documents shares with another kind of source in `data`.
@@ -61,6 +62,7 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   for name in config_lib.SPLITS if config.data else ():
     if (options := split_section(config, name)) is not None:
       _check_source(name, options)
+  augmentation(config)
   _check_section('tokenizer', config.tokenizer, 'create', ('texts', 'texts_fingerprint', 'cache'))
   _check_section('model', {'vocab_size': 1} | config_lib.given(config.model), 'Model')
   for path, part in _objective_sections(config.objective):
@@ -167,6 +169,38 @@ def sources(config: Config) -> tuple[list[Source], list[float]]:
     made.append(plugins.construct(section, factory, _without(part, *DATA_OPTIONS, 'weight')))
     weights.append(float(part.get('weight', 1.0)))
   return made, weights
+
+
+def augmentation(config: Config) -> augmentation_lib.Rules | None:
+  """How copies of the training records are made; None where there are none.
+
+  Raises:
+    ValueError: rules that are not possible, a part of a mixture with its own, an objective that
+      reads more of a record than its texts, folds.
+  """
+  for path, part in data_parts(config):
+    if path != 'data' and part.get('augment'):
+      raise ValueError(f'config.{path}.augment: copies are made of all parts; set data.augment.')
+  section = config_lib.given(config.data.get('augment') or {})
+  if not section:
+    return None
+  if encoder(config).identity != (encoding.TEXT,):
+    raise ValueError(
+      'config.data.augment changes the words of texts, and the objective '
+      f'{config.objective.get("name")} reads more of a record than text, pair and label; leave it '
+      'out.'
+    )
+  if config.folds:
+    raise ValueError(
+      'config.data.augment makes copies that one fold could not hold out of another; leave it '
+      f'out, or config.folds={config.folds}.'
+    )
+  return plugins.construct('data.augment', augmentation_lib.Rules, section)
+
+
+def without_copies(config: Config) -> Config:
+  """The config of a corpus in which each record stands once, as it is."""
+  return dataclasses.replace(config, data=_without(config.data, 'augment'))
 
 
 def split_section(config: Config, name: str) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import files, progress
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Objective, Source, Tokenizer
-from llm_jax.data import cache
+from llm_jax.data import augmentation, cache
 from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, pretrained, workdir
 from llm_jax.training import folds
@@ -106,6 +106,9 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
   """
   config_lib.require(config, 'data')
   sources, weights = assemble.sources(config)
+  rules = assemble.augmentation(config)
+  if rules is not None:
+    sources = [augmentation.Augmented(source, rules) for source in sources]
   given = {name: assemble.split_source(config, name) for name in config_lib.SPLITS}
   encoder = assemble.encoder(config)
   folder = str(cache_directory(config) / 'tokens')
@@ -123,6 +126,10 @@ def documents(config: Config, tokenizer: Tokenizer) -> Splits:
   share = config.data['validation']
   if config.folds:
     train, validation = folds.split(corpora, tokenizer, config)
+  elif rules is not None:
+    pairs = zip(corpora, sources, strict=True)
+    parts = (augmentation.split(corpus, source, share) for corpus, source in pairs)
+    train, validation = zip(*parts, strict=True)
   else:
     train, validation = zip(*(corpus.split(share) for corpus in corpora), strict=True)
   splits = {name: [corpus.split(0)[0] for corpus in found] for name, found in others.items()}
@@ -194,6 +201,8 @@ def _with_absolute_paths(config: Config) -> Config:
   data = _absolute_section('data', config.data)
   if data.get('parts'):
     data['parts'] = {name: _absolute_section('data', part) for name, part in data['parts'].items()}
+  if (data.get('augment') or {}).get('synonyms'):
+    data['augment'] = data['augment'] | {'synonyms': _absolute(data['augment']['synonyms'])}
   splits = {name: _absolute_section(name, getattr(config, name)) for name in config_lib.SPLITS}
   return dataclasses.replace(config, data=data, init_from=_absolute(config.init_from), **splits)
 

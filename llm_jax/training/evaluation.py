@@ -5,15 +5,28 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
+from absl import logging
 
 from llm_jax.core import progress
-from llm_jax.core.contracts import Batch, Example, Objective, Rows, Tokenizer, Validation
+from llm_jax.core.contracts import (
+  Batch,
+  Evaluator,
+  Example,
+  Metrics,
+  Objective,
+  Rows,
+  Tokenizer,
+  Validation,
+)
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pipeline
 from llm_jax.evaluators import loss
 from llm_jax.parallel import hosts, sharding
 from llm_jax.programs import assemble
 from llm_jax.programs.inference import Inference
+
+Predict = Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
+AVERAGED = {'probabilities', 'values'}  # of what a model predicts, what has a mean over several
 
 
 def scores(
@@ -24,6 +37,7 @@ def scores(
   report: pathlib.Path | None,
   groups: Mapping[str, Sequence[Sequence[str]]],
   rows: Sequence[tuple[Rows, int]],
+  others: Sequence[tuple[Inference, PyTree]] = (),
 ) -> dict[str, float]:
   """The numbers of all evaluators over a validation set, the same on all processes.
 
@@ -35,21 +49,29 @@ def scores(
     report: a file for what evaluators say to people; None for none.
     groups: those of the validation set, as `slices.read` gives them.
     rows: where each example comes from, as `pipeline.numbered_rows` gives it.
+    others: programs and parameters of the other members of an ensemble.
+
+  Raises:
+    ValueError: an ensemble of what cannot be averaged.
   """
   eval_step = hosts.compiled(program.eval_step)
+  evaluators = assemble.create_evaluators(program.config, program.objective)
+  if others:
+    _check_averaged(program)
+    evaluators = _without_loss(evaluators)
   validation = Validation(
     objective=program.objective,
     terms=program.network.terms,
     tokenizer=tokenizer,
     batches=functools.partial(_shown_batches, program, examples),
-    losses=lambda batch: eval_step(params, program.put(batch)),
-    predict=predictions(program, params),
+    losses=_no_losses if others else lambda batch: eval_step(params, program.put(batch)),
+    predict=_mean([predictions(*each) for each in ((program, params), *others)]),
     slices=groups,
     rows=rows,
   )
   values: dict[str, float] = {}
   reports = []
-  for evaluator in assemble.create_evaluators(program.config, program.objective).values():
+  for evaluator in evaluators.values():
     numbers, text = evaluator.evaluate(validation)
     values |= numbers
     reports += [text] if text else []
@@ -64,9 +86,57 @@ def _shown_batches(program: Inference, examples: Sequence[Example]) -> Iterator[
   return progress.shown(found, 'Evaluating', total, 'batches', hosts.primary())
 
 
-def predictions(
-  program: Inference, params: PyTree
-) -> Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]:
+def _mean(voters: Sequence[Predict]) -> Predict:
+  """What several models predict, on average; the batch's arrays are those of the first."""
+  if len(voters) == 1:
+    return voters[0]
+
+  def predict(batch: Batch, keys: tuple[str, ...] = ()) -> dict[str, jax.Array]:
+    found, *others = (voter(batch, keys) for voter in voters)
+    means = {
+      name: (value + sum(other[name] for other in others)) / len(voters)
+      for name, value in found.items()
+      if name in AVERAGED
+    }
+    return found | means
+
+  return predict
+
+
+def _check_averaged(program: Inference) -> None:
+  said = jax.eval_shape(program.predict_step, program.params, program.batch)
+  if not said.keys() <= AVERAGED:
+    raise ValueError(
+      f'the objective {program.config.objective["name"]} predicts {", ".join(sorted(said))}, of '
+      'which an ensemble has no mean; it is evaluated by probabilities of classes, or values. '
+      '--soup is one model.'
+    )
+
+
+def _without_loss(evaluators: Mapping[str, Evaluator]) -> dict[str, Evaluator]:
+  """The evaluators that an ensemble has."""
+  found = {
+    name: evaluator
+    for name, evaluator in evaluators.items()
+    if not isinstance(evaluator, loss.Evaluator)
+  }
+  if not found:
+    raise ValueError(
+      'an ensemble has answers and no loss, and config.evaluators names none that scores answers; '
+      "name one, such as 'classification'."
+    )
+  logging.info('An ensemble has no loss: scores are of the mean answers alone.')
+  return found
+
+
+def _no_losses(batch: Batch) -> Metrics:
+  raise ValueError(
+    'an evaluator asks for the loss of an ensemble, which has none; leave it out of '
+    'config.evaluators.'
+  )
+
+
+def predictions(program: Inference, params: PyTree) -> Predict:
   """A function from this host's rows of a batch, and keys, to what is predicted for all hosts' rows
   beside the batch's arrays of these keys.
   """

@@ -89,7 +89,8 @@ def test_answers_come_in_order_and_pairs_are_read(runs):
   session = runs['pairs']
   texts = [('aa', 'bb'), {'text': 'cc d', 'pair': 'a'}, ('a' * 60, 'b' * 40)]
   answers = session.predict(texts)
-  assert [set(answer) for answer in answers] == [{'label', 'probability', 'probabilities'}] * 3
+  known = {'label', 'probability', 'probabilities', 'entropy', 'margin'}
+  assert [set(answer) for answer in answers] == [known] * 3
   assert all(sum(answer['probabilities'].values()) == pytest.approx(1) for answer in answers)
   for text, answer in zip(texts, answers, strict=True):
     (alone,) = session.predict([text])

@@ -15,7 +15,17 @@ from llm_jax.training import optimizers, program
 
 def test_every_mode_has_a_docstring_and_runs():
   names = plugins.names('mode')
-  assert names == ['embed', 'eval', 'explain', 'export', 'generate', 'plan', 'predict', 'train']
+  assert names == [
+    'augment',
+    'embed',
+    'eval',
+    'explain',
+    'export',
+    'generate',
+    'plan',
+    'predict',
+    'train',
+  ]
   for name in names:
     module = plugins.load('mode', name)
     assert callable(module.run) and f'`--mode={name}`' in module.__doc__

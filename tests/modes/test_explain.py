@@ -15,7 +15,7 @@ class Session:
   """Each text's only token has the score 1, and the sum of scores is off by 0.25."""
 
   config = types.SimpleNamespace(data={'text': 'review'}, objective={'name': 'classify'})
-  origin = pathlib.Path('nowhere')
+  origin, beside = pathlib.Path('nowhere'), ()
 
   def explanations(self, records, options):
     for record in records:

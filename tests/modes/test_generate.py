@@ -16,7 +16,7 @@ SAMPLING = Sampling(max_new_tokens=3)
 class Session:
   """Says the number of each prompt; takes none longer than four characters."""
 
-  origin, most = pathlib.Path('nowhere'), None
+  origin, most, beside = pathlib.Path('nowhere'), None, ()
   config = types.SimpleNamespace(data={'pair': 'other'})
 
   def __init__(self, causal=True):

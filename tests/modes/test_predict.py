@@ -11,6 +11,8 @@ from llm_jax.modes import predict
 class Session:
   """Answers with the length of a text; stops after `most` answers."""
 
+  beside = ()
+
   def __init__(self, origin, most=None):
     self.origin, self.most, self.asked = origin, most, []
     self.config = types.SimpleNamespace(data={}, objective={'name': 'classify'})

@@ -75,11 +75,10 @@ def corpus(small, task, paired):
   return small.Documents(documents.texts, pairs, labels)
 
 
-def made(small, task, pool, packing):
+def made(small, task, pool, packing, **options):
   classes = {'regression': None, 'binary': ('a', 'b')}.get(task, ('a', 'b', 'c'))
-  return classify.Objective(
-    small.Tokenizer(), classes, task, dropout=0.0, pool=pool, unlabelled='ignore', packing=packing
-  )
+  options = dict(dropout=0.0, pool=pool, unlabelled='ignore', packing=packing) | options
+  return classify.Objective(small.Tokenizer(), classes, task, **options)
 
 
 def batch_of(small, rows, multiple=1):
@@ -166,6 +165,45 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(small, model, pool, tas
     assert np.abs(by_text(crossed[2], texts) - answers).max() > 1e-4
     with pytest.raises(AssertionError):
       assert_same(crossed, wanted)
+
+
+@pytest.mark.slow
+def test_self_training_is_that_of_texts_alone(small):
+  """Micro-batches hold other numbers of unlabelled texts, sure or not; all count together."""
+  task, options = 'multiclass', dict(unlabelled='learn', self_training=3.0)
+  with jax.enable_x64(True):
+    documents = corpus(small, task, False)
+    labels = [None if i in (1, 4, 7, 9, 10) else x for i, x in enumerate(documents.values('label'))]
+    documents = small.Documents(documents.texts, labels=labels)
+    alone, packed = (
+      batch_of(small, made(small, task, 'mean', packing, **options).rows(documents, SEQ_LEN), 4)[0]
+      for packing in ('none', 'best_fit')
+    )
+    parts = packed['unlabelled'].sum(1).reshape(2, -1).sum(1)
+    assert parts[0] != parts[1] and not np.any(packed['unlabelled'] * packed['label_weight'])
+    model = encoder.Model(vocab_size=50, unroll=0, **SHAPE)
+    network, params = network_of(model, made(small, task, 'mean', 'none', **options), alone)
+    predict = jax.jit(lambda batch: networks.apply(network, params, batch, method='predict'))
+    p_BGC = np.asarray(predict(alone)['probabilities'])
+    sure = np.sort(p_BGC[alone['unlabelled'] > 0].max(-1))
+    options['confidence'] = float(sure[1:3].mean())  # three of five are sure
+    network = network.clone(objective=made(small, task, 'mean', 'best_fit', **options))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def learn(batch, micro_batches):
+      return step.gradient(params, batch, None, network=network, micro_batches=micro_batches)
+
+    (wanted, numbers), (found, others) = learn(alone, 1), learn(packed, 2)
+    assert tuple(map(float, numbers['self_training_share'])) == (3, 5)
+    assert numbers['classify'][1] == 6 and numbers['self_training'][1] == 5
+    assert numbers['self_training'][0] > 0.01
+    for name in ('classify', 'self_training', 'self_training_share'):
+      np.testing.assert_allclose(others[name], numbers[name], rtol=TOLERANCE, atol=TOLERANCE)
+    assert_same((0, found), (0, wanted))
+    one_less = packed | {'unlabelled': packed['unlabelled'].copy()}
+    one_less['unlabelled'][tuple(np.argwhere(packed['unlabelled'])[0])] = 0
+    with pytest.raises(AssertionError):  # each of them counts, sure or not
+      assert_same((0, learn(one_less, 2)[0]), (0, wanted))
 
 
 def program(small, packing, devices):

@@ -79,10 +79,12 @@ def test_words_that_are_not_read_are_counted_and_answered(monkeypatch):
     in (lines[-1])
   )
   said = {'tags': np.full(12, 1), 'probability': np.full(12, 0.5)}
+  said['probability'][positions[0]] = 0.125
   (answer,) = made(loss='crf').answers(said, rows, 0)
+  assert answer['probability'] == pytest.approx(0.25)  # the geometric mean
   assert answer['words'] == torn['words'] and answer['unread'] == [0, 2, 4, 5]
   assert answer['tags'] == ['O', 'B-PER', 'O', 'B-PER', 'O', 'O']
-  assert answer['probabilities'] == [None, 0.5, None, 0.5, None, None]
+  assert answer['probabilities'] == [None, 0.125, None, 0.5, None, None]
   assert [entity['words'] for entity in answer['entities']] == [[1, 2], [3, 4]]
 
 

@@ -461,6 +461,8 @@ def test_a_mixture_of_labelled_and_unlabelled_learns_both(corpus, tmp_path):
     'label',
     'probability',
     'probabilities',
+    'entropy',
+    'margin',
   }
 
 

@@ -135,6 +135,35 @@ def disagreement(task: str, a_BGC: jax.Array, b_BGC: jax.Array) -> jax.Array:
   return jnp.mean(both_BGC, -1) / 2
 
 
+def pseudo_label(
+  task: str, confidence: float, answer_BGC: jax.Array, logits_BGC: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """How far a pass is from what another one answers, where that is sure (Sohn et al. 2020,
+  "FixMatch", arXiv:2001.07685, equation 4): the cross-entropy of the most likely class of the
+  first; in multilabel the mean over the classes, each of which is sure or not.
+
+  Args:
+    task: one of `labels_lib.TASKS`, but for regression.
+    confidence: the probability from which an answer is sure.
+    answer_BGC: logits of the pass that answers; no gradient goes through them.
+    logits_BGC: of the one that learns.
+
+  Returns:
+    [B, G] both: the loss, 0 where the answer is not sure; and 1 or 0, whether it is (in multilabel
+    of how many of the classes).
+  """
+  answer_BGC = jax.lax.stop_gradient(answer_BGC)
+  if task == 'multiclass':
+    sure_BG = jnp.max(jax.nn.softmax(answer_BGC), -1) >= confidence
+    best_BG = jnp.argmax(answer_BGC, -1)
+    loss_BG = optax.softmax_cross_entropy_with_integer_labels(logits_BGC, best_BG)
+    return loss_BG * sure_BG, sure_BG.astype(loss_BG.dtype)
+  yes_BGC = (answer_BGC > 0).astype(logits_BGC.dtype)
+  sure_BGC = jax.nn.sigmoid(jnp.abs(answer_BGC)) >= confidence
+  loss_BGC = optax.sigmoid_binary_cross_entropy(logits_BGC, yes_BGC)
+  return jnp.mean(loss_BGC * sure_BGC, -1), jnp.mean(sure_BGC.astype(loss_BGC.dtype), -1)
+
+
 def balanced(
   classes: Sequence[str], task: str, documents: Sequence[Documents]
 ) -> tuple[float, ...]:

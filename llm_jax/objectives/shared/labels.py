@@ -61,12 +61,15 @@ class Labels:
     chosen[[self._class(name) for name in label]] = 1
     return chosen
 
-  def check(self, documents: Documents, required: bool) -> None:
+  def check(
+    self, documents: Documents, required: bool, missing: str = 'count for nothing here'
+  ) -> None:
     """Raises ValueError for a label that does not fit the task, naming the document.
 
     Args:
       documents: their labels are looked at.
       required: a document without one is an error; otherwise they are counted and logged.
+      missing: what becomes of them.
     """
     labels = documents.values('label')
     if labels is None:
@@ -77,15 +80,13 @@ class Labels:
           'from it.'
         )
       logging.info(
-        '%s: none of %d documents has a label; they count for nothing here.',
-        self.name,
-        len(documents),
+        '%s: none of %d documents has a label; they %s.', self.name, len(documents), missing
       )
       return
-    missing = 0
+    count = 0
     for index, label in enumerate(labels):
       if label is None:
-        missing += 1
+        count += 1
         if required:
           raise ValueError(
             f'{documents.where(index)} has no label; give it one, or set '
@@ -96,12 +97,9 @@ class Labels:
         self.target(label)
       except ValueError as error:
         raise ValueError(f'{documents.where(index)} has the label {label!r}; it {error}.') from None
-    if missing:
+    if count:
       logging.info(
-        '%s: %d of %d documents have no label and count for nothing here.',
-        self.name,
-        missing,
-        len(documents),
+        '%s: %d of %d documents have no label and %s.', self.name, count, len(documents), missing
       )
 
   def _number(self, label: Any) -> float:
