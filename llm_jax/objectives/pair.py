@@ -190,6 +190,11 @@ class Objective(classify.Objective):
     """The `score` of one pair."""
     return {'score': float(text['values'])}
 
+  def combined(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The mean score; None for a text alone."""
+    scores = [answer['score'] for answer in answers]
+    return {'score': None if None in scores else float(np.mean(scores))}
+
   def answers(
     self, row: Mapping[str, np.ndarray], rows: LabelRows, index: int
   ) -> Iterator[dict[str, Any]]:

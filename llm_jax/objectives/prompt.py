@@ -47,6 +47,7 @@ from llm_jax.objectives.shared import verbalizers as verbalizers_lib
 from llm_jax.objectives.shared.demonstrations import Demonstrations
 from llm_jax.objectives.shared.prompts import PromptRows, Prompts, check_pairs
 from llm_jax.objectives.shared.templates import Template, continued
+from llm_jax.objectives.shared.uncertainty import MEASURES, uncertainty
 from llm_jax.objectives.shared.verbalizers import Words
 from llm_jax.parallel import sharding
 
@@ -95,6 +96,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   evaluators = ('loss', 'classification')
   derived = ('classes', 'shown')
   task = 'multiclass'
+  measures = MEASURES
   explainable = False
 
   def __init__(
@@ -356,11 +358,17 @@ class Objective(contracts.Objective, contracts.Predictor):
     return {'probabilities': jnp.exp(self.log_probabilities(net, hidden_BPD, batch))}
 
   def describe(self, text: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """label, probability, and probabilities by class."""
+    """label, probability, and probabilities by class, with `entropy` and `margin`."""
     values = map(float, text['probabilities'])
     probabilities = dict(zip(self.classes, values, strict=True))
     best = max(probabilities, key=probabilities.__getitem__)
-    return {'label': best, 'probability': probabilities[best], 'probabilities': probabilities}
+    known = {'label': best, 'probability': probabilities[best], 'probabilities': probabilities}
+    return known | uncertainty(text['probabilities'])
+
+  def combined(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answer by the means of the probabilities."""
+    each = [list(answer['probabilities'].values()) for answer in answers]
+    return self.describe({'probabilities': np.mean(each, axis=0)})
 
 
 class _Rows(PromptRows):

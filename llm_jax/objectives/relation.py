@@ -180,6 +180,11 @@ class Objective(classify.Objective):
     logits_BGC = net.heads['relation'](x_BGD)
     return logits_BGC.astype(jnp.promote_types(logits_BGC.dtype, jnp.float32))
 
+  def combined(self, answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """As those of `classify`, or the `error` that one of the answers is."""
+    torn = (answer for answer in answers if 'error' in answer)
+    return next(torn, None) or super().combined(answers)
+
   def answers(
     self, row: Mapping[str, np.ndarray], rows: '_Rows', index: int
   ) -> Iterator[dict[str, Any]]:
