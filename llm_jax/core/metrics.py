@@ -46,7 +46,7 @@ def total(metrics: Metrics, terms: Mapping[str, Number]) -> jax.Array:
   return jnp.asarray(sum(parts))
 
 
-def of_whole(metrics: Metrics, weights: Mapping[str, ArrayLike] | None) -> Metrics:
+def of_whole(metrics: Metrics, weights: Mapping[str, Number] | None) -> Metrics:
   """The metrics of a part of a batch, with the weights of the whole batch.
 
   Args:
