@@ -225,7 +225,12 @@ def test_tokenizers_and_documents_that_cannot_be():
 
 
 CASES = {
-  'masked': (encoder, dict(), dict(calibrate=True), 96),
+  'masked': (
+    encoder,
+    dict(template='{text} is{mask}.', verbalizers={'good': ['a', 'b'], 'bad': 'x', 'so': 'd'}),
+    dict(calibrate=True),
+    96,
+  ),
   'causal': (decoder, dict(causal=True), dict(demonstrations=1, score='mean'), 160),
 }
 

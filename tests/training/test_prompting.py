@@ -35,8 +35,8 @@ def table(path, count, seed, classes='good bad'):
 def settings(folder, **objective):
   found = config_file.get_config().to_dict()
   del found['pretrained']
-  found |= dict(steps=40, batch_size=8, seq_len=96, log_every=20, eval_every=40, micro_batches=1)
-  found['checkpoint'] = dict(every=40, keep=1)
+  found |= dict(steps=200, batch_size=8, seq_len=96, log_every=50, eval_every=200, micro_batches=1)
+  found['checkpoint'] = dict(every=200, keep=1)
   found['data'] = dict(
     source='csv',
     path=str(folder / 'train.csv'),
@@ -47,7 +47,9 @@ def settings(folder, **objective):
   )
   found['tokenizer'] = dict(name='byte')
   found['objective'] |= dict(template='{text}: {mask}', verbalizers=WORDS) | objective
-  found['model'] |= dict(dim=32, layers=1, heads=2, mlp_dim=64, max_len=96, dropout=0.0, unroll=0)
+  found['model'] |= dict(
+    dim=32, layers=1, heads=2, mlp_dim=64, max_len=96, dropout=0.0, unroll=0, remat='none'
+  )
   found['optimizer'] |= dict(learning_rate=2e-2)
   found['logging'] = dict(tensorboard=False)
   return found
@@ -62,7 +64,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def run(folder):
-  given = settings(folder, demonstrations=1, calibrate=True)
+  given = settings(folder, demonstrations=1)
   run = loop.prepare(config_lib.parse(given), folder / 'run')
   loop.train(run, train_mode.configured(run))
   return run
