@@ -1,5 +1,5 @@
-"""Similarity of two texts by a cross-encoder, as a number: here, does this follow the summary of a
-docstring?
+"""Similarity of two texts by a cross-encoder, as a number: here, how much of the summary of a
+docstring is left?
 
 `--config.init_from=FOLDER` starts from pretrained weights. For another corpus:
 `--config.data.source=jsonl --config.data.path=FILE --config.data.text=FIELD
@@ -20,7 +20,7 @@ def get_config():
   config.log_every = 10
   config.eval_every = 100
   config.data.source = 'summaries'
-  config.data.judged = True
+  config.data.graded = True
   config.data.validation = 0.1
   config.tokenizer.vocab_size = 4096
   config.model = base.model('encoder', 'bert_tiny')

@@ -51,6 +51,7 @@ def test_a_config_survives_json():
     'objective',
     'optimizer',
     'adapter',
+    'adversarial',
   )
   stored = {name: config._without_none(getattr(tiny(), name)) for name in sections}
   assert config.from_json(config.to_json(tiny())) == dataclasses.replace(tiny(), **stored)

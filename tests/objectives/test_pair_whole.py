@@ -1,4 +1,4 @@
-"""The gradient of what compares in `pair` is that of the one whole batch with a row for each pair,
+"""Losses of `pair` that compare have the gradient of the one whole batch with a row for each pair,
 however rows are packed, cut in parts or laid on devices; in float64, where nothing hides.
 
 The devices are simulated by a process of their own (this file as a script).

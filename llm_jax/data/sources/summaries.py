@@ -24,18 +24,18 @@ class Source:
   Args:
     candidates: above 0, records have in place of `pair` so many rests, of which one is the right
       one: as `choices`, with its number as `label`, and as `passages` with their `relevance`.
-    judged: half of the summaries, by chance, have the rest of another one as `pair`, and `label` is
-      1.0 where it is their own, else 0.0.
+    graded: `pair` is the summary itself without some of its words, by chance, and `label` the share
+      of them that is left.
   """
 
-  def __init__(self, candidates: int = 0, judged: bool = False):
+  def __init__(self, candidates: int = 0, graded: bool = False):
     if candidates < 0 or candidates == 1:
       raise ValueError(f'config.data.candidates={candidates} must be 0, or at least 2.')
-    if candidates and judged:
-      raise ValueError(f'config.data.candidates={candidates} leaves no pair to be judged.')
-    self.library, self.candidates, self.judged = stdlib.Source(), candidates, judged
+    if candidates and graded:
+      raise ValueError(f'config.data.candidates={candidates} leaves no pair to be graded.')
+    self.library, self.candidates, self.graded = stdlib.Source(), candidates, graded
     known = (self.library.fingerprint, _LEAST, _MOST, _SUMMARY.pattern, candidates)
-    known = repr((*known, judged) if judged else known)
+    known = repr((*known, 'graded') if graded else known)
     self.fingerprint = hashlib.sha256(known.encode()).hexdigest()
 
   def __len__(self) -> int:
@@ -44,10 +44,11 @@ class Source:
   def __getitem__(self, index: int) -> dict[str, Any]:
     text, pair = self._pairs[index]
     draw = random.Random(index)
-    if self.judged:
-      other = (index + draw.randrange(1, len(self))) % len(self)
-      own = draw.random() < 0.5
-      return {'text': text, 'pair': pair if own else self._pairs[other][1], 'label': float(own)}
+    if self.graded:
+      words = text.split()
+      left = sorted(draw.sample(range(len(words)), draw.randint(1, len(words))))
+      pair = ' '.join(words[number] for number in left)
+      return {'text': text, 'pair': pair, 'label': len(left) / len(words)}
     if not self.candidates:
       return {'text': text, 'pair': pair}
     others = [i for i in draw.sample(range(len(self)), self.candidates) if i != index]

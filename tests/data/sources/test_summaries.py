@@ -73,11 +73,14 @@ def test_those_of_the_standard_library():
   assert all(60 < places.count(place) < 140 for place in range(4))
 
 
-def test_half_of_the_pairs_are_others(library):
-  plain, source = summaries.Source(), summaries.Source(judged=True)
+def test_pairs_that_are_alike_by_degrees(library):
+  plain, source = summaries.Source(), summaries.Source(graded=True)
   assert source.fingerprint != plain.fingerprint and source[0] == source[0]
-  for index, record in enumerate(source[i] for i in range(len(source))):
-    own = plain[index] | {'label': record['label']}
-    assert (record == own) == (record['label'] == 1.0) and record['text'] == own['text']
-  with pytest.raises(ValueError, match='config.data.candidates=2 leaves no pair to be judged'):
-    summaries.Source(candidates=2, judged=True)
+  for index in range(len(source)):
+    record, words = source[index], plain[index]['text'].split()
+    left = record['pair'].split()
+    there = iter(words)
+    assert all(word in there for word in left)  # in their order
+    assert record['label'] == len(left) / len(words) and record['text'] == plain[index]['text']
+  with pytest.raises(ValueError, match='config.data.candidates=2 leaves no pair to be graded'):
+    summaries.Source(candidates=2, graded=True)
