@@ -18,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from llm_jax.core import config as config_lib
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Example, Predictor, Tokenizer
 from llm_jax.data import pipeline
 from llm_jax.inference import answers as answers_lib
 from llm_jax.inference import prediction
 from llm_jax.inference.session import Session, Text, open_folder
-from llm_jax.programs import assemble, inference, soups
+from llm_jax.programs import assemble, inference, pretrained, soups
 from llm_jax.programs.inference import Inference
 
 Folder = str | os.PathLike[str]
@@ -107,6 +108,9 @@ class Ensemble:
     self, member: Session, config: Config, documents: Sequence[Documents], example: Example
   ) -> tuple[Inference, dict[str, Any]]:
     shared = {name: getattr(config, name) for name in ('seq_len', 'batch_size', 'mesh', 'seed')}
+    # Documents are read as the first one reads them, hidden states as the member does.
+    reads = {name: member.config.objective.get(name) for name in pretrained.READING}
+    shared['objective'] = dict(config.objective) | config_lib.given(reads)
     own = dataclasses.replace(member.config, **shared)
     objective = assemble.create_objective(own, self.tokenizer)
     rows = pipeline.validation_rows(documents, objective, own.seq_len)

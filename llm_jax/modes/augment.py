@@ -64,6 +64,7 @@ def augment(
   _check(source, target, rate)
   if session.causal:
     raise ValueError('this model is a decoder; a masked LM, such as bert_tiny, replaces words.')
+  session.fill([])  # where it cannot, that is said before records are read
   own = {key: value for key, value in session.config.data.items() if key != 'pair'}
   records = Records(source, own, text)
   field = records.fields.text

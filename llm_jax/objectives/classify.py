@@ -288,7 +288,8 @@ class Objective(contracts.Objective, contracts.Predictor):
     squared error. With `mixup` nothing that a row could say alone.
 
     What is learned of texts without a label is summed over those that are sure, and counts for all
-    of them; `self_training_share` is the share of the sure ones.
+    of them; `self_training_share` is the share of the sure ones. In an evaluation the sum is 0:
+    by its loss a model that is sure of nothing would be the best.
     """
     if self.mixup:
       return {}
@@ -305,7 +306,7 @@ class Objective(contracts.Objective, contracts.Predictor):
       own_BG, sure_BG = label_losses.pseudo_label(self.task, self.confidence, logits_BGC, other_BGC)
       unlabelled_BG = batch['unlabelled']
       count = jnp.sum(unlabelled_BG)
-      found['self_training'] = jnp.sum(own_BG * unlabelled_BG), count
+      found['self_training'] = net.train * jnp.sum(own_BG * unlabelled_BG), count
       found['self_training_share'] = jnp.sum(sure_BG * unlabelled_BG), count
     found[self.name] = jnp.sum(loss_BG * weight_BG), jnp.sum(counts_BG * weight_BG)
     return found | self._accuracy(logits_BGC, batch)

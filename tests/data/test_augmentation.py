@@ -8,9 +8,13 @@ import json
 import numpy as np
 import pytest
 
+from configs import classify as config_file
+from llm_jax.core import config as config_lib
 from llm_jax.data import augmentation, cache, encoding
 from llm_jax.data.tokenizers import byte
 from llm_jax.objectives import classify
+from llm_jax.programs import assemble
+from llm_jax.training import corpora
 
 SYNONYMS = {'good': ('fine', 'very nice'), 'film': ('movie',)}
 TEXT = 'a good film, Good to see: "film" again and again'
@@ -166,6 +170,55 @@ def test_both_kinds_of_files_say_the_same(synonyms, tmp_path):
 def test_rules_that_are_not_possible(options, message):
   with pytest.raises(ValueError, match=message):
     augmentation.Rules(**options)
+
+
+def settings(tmp_path, **changes):
+  """A config that reads a file of texts with labels, with copies."""
+  if not (tmp_path / 'x.jsonl').exists():
+    records = [Source()[i] for i in range(40)]
+    (tmp_path / 'x.jsonl').write_text('\n'.join(map(json.dumps, records)))
+  tree = config_file.get_config().to_dict()
+  tree |= dict(steps=1, batch_size=4, seq_len=32, tokenizer=dict(name='byte'))
+  tree['data'] |= dict(source='jsonl', path=str(tmp_path / 'x.jsonl'), label='label', workers=1)
+  tree['data'] |= dict(validation=0.3, cache=str(tmp_path / 'cache'), augment=dict(copies=2))
+  del tree['pretrained']
+  for section, options in changes.items():
+    tree[section] = tree[section] | options if isinstance(options, dict) else options
+  return config_lib.parse(tree)
+
+
+def test_a_config_with_copies_trains_on_them_alone(tmp_path):
+  config = settings(tmp_path)
+  plain = assemble.without_copies(config)
+  assert assemble.augmentation(plain) is None
+  assert assemble.augmentation(config) == augmentation.Rules(copies=2)
+  found, without = (corpora.documents(each, byte.create()) for each in (config, plain))
+  assert found.validation[0].ids.tolist() == without.validation[0].ids.tolist()
+  (train,), (before,) = found.train, without.train
+  assert len(before) < len(train) <= 3 * len(before) and len(without.validation[0])
+  labels = [train.values('label')[i] for i in range(len(train))]
+  assert labels[: len(before)] == list(before.values('label'))
+  assert found.fingerprint != without.fingerprint
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(folds=3), r'leave it out, or config.folds=3'),
+    (dict(objective=dict(name='tag')), 'the objective tag reads more of a record than text, pair'),
+    (
+      dict(data=dict(augment=dict(copy=1))),
+      r"config.data.augment.copy is not an option .*'copies'",
+    ),
+    (
+      dict(data=dict(source='mixture', parts=dict(a=dict(source='text', augment=dict(copies=1))))),
+      'config.data.parts.a.augment: copies are made of all parts; set data.augment',
+    ),
+  ],
+)
+def test_where_there_can_be_no_copies(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    assemble.augmentation(settings(tmp_path, **changes))
 
 
 def test_words_that_a_model_replaces():

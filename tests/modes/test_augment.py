@@ -30,6 +30,9 @@ class Session:
       masks = [(('neu', 0.5), ('old', 0.25), ('.', 0.25))] * text.count('[MASK]')
       yield types.SimpleNamespace(masks=masks)
 
+  def fill(self, texts):
+    assert not texts
+
   def check_prompt(self, prompt, sampling):
     if 'long' in prompt:
       raise ValueError('longer than the model takes')

@@ -63,6 +63,14 @@ def test_sure_answers_are_learned_by_the_other_pass(small, task):
   plain = made(small, task, unlabelled='ignore').loss(net, a, batch)
   assert found['classify'] == tuple(map(float, plain['classify'])) and found['classify'][1] == 1
 
+  # Nothing of it is in the loss of an evaluation, which would be lowest of a model that is sure of
+  # nothing; the weight is that of the batch, whatever the pass is for.
+  net.train = False
+  still = objective.loss(net, a, batch)
+  assert tuple(map(float, still['self_training'])) == (0, 3)
+  assert tuple(map(float, still['self_training_share'])) == found['self_training_share']
+  net.train = True
+
   # The gradient goes through the pass that learns alone.
   def term(a, b):
     net.forward = lambda batch, positions: types.SimpleNamespace(hidden=b)
