@@ -101,7 +101,6 @@ def test_packed_rows_and_micro_batches_have_the_gradient_of_texts_alone(small, n
       assert means[told][0] > 0 and means[told][1] == 7
       return
     assert means[told][1] == 7 and means[told][0] > means['classify'][0]
-    assert_close(learner(network, method)(params, packed), (wanted, means))
     still = dataclasses.replace(method, epsilon=0.0)  # as `parse` leaves out
     plain, clean = learner(network, None)(params, packed)
     unmoved, _ = learner(network, still)(params, packed)
@@ -314,8 +313,8 @@ def test_a_program_learns_beside_lora_and_counts_the_passes(small):
   with pytest.raises(ValueError, match='the objective mlm, as it is set, does not say how far'):
     programs.check(wrong)
   program = programs.outline(parsed, jax.devices()[:1])
-  plain = programs.outline(dataclasses.replace(parsed, adversarial={}), jax.devices()[:1])
-  assert plain.adversarial is None and program.flops == plain.flops / 3 * (2 * 3 + 2 * 2)
+  forward = 8 * program.network.model.flops(SEQ_LEN, SEQ_LEN)
+  assert program.flops == 3 * forward + 2 * 2 * forward + 3 * forward
   batch = assemble.template(parsed, program.objective, assemble.byte_tokenizer())
   batch = program.put({key: np.stack([x] * 8) for key, x in batch.items()})
   state = program.init(0)

@@ -44,7 +44,7 @@ def test_the_loss_is_that_of_mixed_vectors_through_the_last_layer(task):
   batch = {key: np.stack([row[key] for row in drawn]) for key in drawn[0]}
   batch |= {'label': label, 'label_weight': weight}
   weights = (0.5, 1.0, 2.0) if task == 'multiclass' else None
-  label_loss = LabelLoss(task, 0 if task == 'regression' else C, weights)
+  label_loss = jax.jit(LabelLoss(task, 0 if task == 'regression' else C, weights))
 
   flat = lambda x: x.reshape(-1, *x.shape[2:])
   texts = [i for i in np.argsort(flat(batch['mix_rank'])) if flat(weight)[i]]
