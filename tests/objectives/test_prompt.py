@@ -134,7 +134,8 @@ def test_of_words_with_one_id_only_their_logits_are_read(small):
   wanted = np.array([a, (b + c) / 2])
   np.testing.assert_allclose(answer[0, 0], wanted / wanted.sum(), rtol=1e-5)
   described = objective.describe({'probabilities': np.array([0.25, 0.75])})
-  assert described == {'label': 'b', 'probability': 0.75, 'probabilities': {'a': 0.25, 'b': 0.75}}
+  said = {'label': 'b', 'probability': 0.75, 'probabilities': {'a': 0.25, 'b': 0.75}}
+  assert described == said | {'entropy': pytest.approx(0.5623351446), 'margin': 0.5}
 
 
 def test_what_is_too_long_loses_text_and_is_counted():

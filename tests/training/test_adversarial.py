@@ -177,7 +177,7 @@ def test_what_is_drawn_goes_by_the_text_and_the_step():
       batch['tokens'][row, :used] = np.concatenate(ids)
       batch['segments'][row, :used] = np.repeat([1, 2][: len(ids)], list(map(len, ids)))
       batch['positions'][row, :used] = np.concatenate([np.arange(len(x)) for x in ids])
-    part = adversarial.Part(network, None, batch, None, jax.random.PRNGKey(seed), None, None, None)
+    part = adversarial.Part(network, None, batch, None, jax.random.PRNGKey(seed), *[None] * 4)
     return np.asarray(adversarial.drawn(part, jax.random.normal))
 
   together, apart, later = (
