@@ -323,6 +323,8 @@ class Objective:
     predictor: what answers for single texts: itself, a part of it, or nothing.
     evaluators: the evaluators of a validation set where the config names none.
     derived: the options that `derive` may give; their default is None.
+    from_training: those of them that hold what documents say, and in a cross-validation are not to
+      come from documents that are held out.
     text_fields: the fields of a record with a `text` that hold a text or a list of texts; a
       tokenizer that is trained for the run learns from them.
     compares: whether losses come from `compare`, of all rows of the global batch together.
@@ -337,6 +339,7 @@ class Objective:
   predictor: 'Predictor | None' = None
   evaluators: tuple[str, ...] = ('loss',)
   derived: ClassVar[tuple[str, ...]] = ()
+  from_training: ClassVar[tuple[str, ...]] = ()
   text_fields: ClassVar[tuple[str, ...]] = ('text', 'pair')
   compares: bool = False
   turns: 'tuple[Objective, ...]' = ()

@@ -96,6 +96,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   evaluators = ('loss', 'classification')
   derived = ('classes', 'shown')
   task = 'multiclass'
+  from_training = ('shown',)
   measures = MEASURES
   explainable = False
 

@@ -391,12 +391,28 @@ def text_fields(config: Config) -> tuple[str, ...]:
   return tuple(dict.fromkeys(name for leaf in leaves for name in leaf.text_fields))
 
 
-def derive(config: Config, documents: Sequence[Documents]) -> Config:
-  """The config with the options that only the training documents decide filled in."""
+def derive(
+  config: Config, documents: Sequence[Documents], held_out: Sequence[Documents] = ()
+) -> Config:
+  """The config with the options that only the training documents decide filled in.
+
+  Args:
+    config: the config.
+    documents: those of training.
+    held_out: those that a cross-validation holds out: they have a say too, so that all its runs
+      have the same classes, but for `Objective.from_training`.
+  """
 
   def derived(path: str, part: Section) -> dict[str, Any]:
     del path
-    return _objective_class(part).derive(_without(part, 'name'), documents)
+    factory, options = _objective_class(part), _without(part, 'name')
+    found = factory.derive(options, [*documents, *held_out])
+    again = found.keys() & set(factory.from_training)
+    if held_out and again:
+      others = {name: value for name, value in found.items() if name not in again}
+      alone = factory.derive(options | others, documents)
+      found |= {name: alone[name] for name in again}
+    return found
 
   return _with_objective_options(config, derived)
 

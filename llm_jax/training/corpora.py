@@ -93,8 +93,7 @@ def load(config: Config, folder: pathlib.Path) -> Data:
   tokenizer = _tokenizer(config, folder, saved is not None)
   splits = documents(config, tokenizer)
   # In a cross-validation all folds have the same classes.
-  known = [*splits.train, *(splits.validation if config.folds else ())]
-  config = assemble.derive(config, known)
+  config = assemble.derive(config, splits.train, splits.validation if config.folds else ())
   config = assemble.resolve(config, tokenizer.vocab_size)
   hosts.check_same('options that the data decide', config_lib.to_json(config))
   return Data(config, tokenizer, assemble.create_objective(config, tokenizer), splits)

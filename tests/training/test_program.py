@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import bert_tiny, classify, gpt2, gpt_tiny
+from configs import bert_tiny, classify, gpt2, gpt_tiny, prompt
 from llm_jax.core import config
 from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
@@ -123,6 +123,24 @@ def test_classes_reach_the_objective_that_takes_them():
   assert 'classes' not in assemble.derive(regression, [labelled(parsed, 1.0)]).objective
   masked = config.parse(bert_tiny.get_config().to_dict())
   assert assemble.derive(masked, [labelled(masked, 'a')]) == masked
+
+
+def test_what_a_cross_validation_holds_out_is_not_shown():
+  """Its classes are those of all documents, its demonstrations the training documents'."""
+  parsed = config.parse(prompt.get_config().to_dict())
+  shown = {'demonstrations': 1, 'verbalizers': {'a': 'x', 'b': 'y'}}
+  parsed = dataclasses.replace(parsed, objective=parsed.objective | shown)
+
+  def split(*texts):
+    records = [{'text': text, 'label': label} for text in texts for label in 'ab']
+    return Memory(records, assemble.encoder(parsed), TOKENIZER)
+
+  train, held_out = split('one', 'two'), split(*(f'held {i}' for i in range(50)))
+  found = assemble.derive(parsed, [train], [held_out]).objective['shown']
+  said = {TOKENIZER.decode(ids).strip() for _, ids in found}
+  assert said == {'one', 'two'}
+  everything = assemble.derive(parsed, [train, held_out]).objective['shown']
+  assert any('held' in TOKENIZER.decode(ids) for _, ids in everything)
 
 
 def test_classes_reach_the_part_of_a_mix():
