@@ -196,7 +196,7 @@ def test_what_is_drawn_goes_by_the_text_and_the_step():
     None,
     dict(tokens=np.arange(64).reshape(2, 32), segments=np.ones((2, 32), int))
     | dict(positions=np.tile(np.arange(32), (2, 1))),
-    *(None, jax.random.PRNGKey(0), None, None, None),
+    *(None, jax.random.PRNGKey(0), *[None] * 4),
   )
   scaled = np.asarray(uniform._start(part)) * math.sqrt(32 * 8)
   assert 0.48 < np.abs(scaled).max() <= 0.5 and abs(scaled.mean()) < 0.05
