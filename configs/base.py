@@ -26,6 +26,7 @@ def model(name: str, variant: str) -> dict:
     name=name,
     variant=variant,
     dtype='auto',  # bfloat16 on TPUs and GPUs, float32 on CPUs
+    param_dtype=unset(str),  # float32; bfloat16 for a base that is frozen
     remat='auto',  # the least recomputation with which a step fits the device
     unroll=unset(int),
     attention=unset(str),
