@@ -9,7 +9,7 @@ Both sides get the same training texts, cut at the same token, the same held-out
 texts a step, epochs, AdamW, rate, schedule and clipping; each draws its own order of the texts and
 its own new parameters from the seed. What is trained beside a frozen base is trained with the
 pooler and the classifier, on both sides. The score is that of the last step: the share of the
-held-out texts that are told right, and macro F1.
+held-out texts that are classified right, and macro F1.
 
 Virtual tokens stand before [CLS]. Ours are read at [CLS]; peft reads the first virtual token.
 peft has no bottlenecks, and with transformers 5 it has no prefixes for BERT.

@@ -89,7 +89,7 @@ def assert_close(found, wanted, tolerance=TOLERANCE):
 def test_packed_rows_and_micro_batches_have_the_gradient_of_texts_alone(small, name, monkeypatch):
   """In either layout other texts are in a micro-batch together."""
   with jax.enable_x64(True):
-    method, told = METHODS[name], 'adversarial_classify'
+    method, moved_name = METHODS[name], 'adversarial_classify'
     objective, alone, packed = rows_of(small)
     assert packed['segments'].max() > 2 and alone['segments'].max() == 1
     network, params = network_of(encoder.Model(**SHAPE, unroll=0), objective, packed)
@@ -97,10 +97,10 @@ def test_packed_rows_and_micro_batches_have_the_gradient_of_texts_alone(small, n
     wanted, means = learn(params, alone)
     assert_close(learn(params, packed), (wanted, means))
     if name != 'fgm':
-      told = adversarial.SMOOTHNESS if name == 'smart' else told
-      assert means[told][0] > 0 and means[told][1] == 7
+      moved_name = adversarial.SMOOTHNESS if name == 'smart' else moved_name
+      assert means[moved_name][0] > 0 and means[moved_name][1] == 7
       return
-    assert means[told][1] == 7 and means[told][0] > means['classify'][0]
+    assert means[moved_name][1] == 7 and means[moved_name][0] > means['classify'][0]
     still = dataclasses.replace(method, epsilon=0.0)  # as `parse` leaves out
     plain, clean = learner(network, None)(params, packed)
     unmoved, _ = learner(network, still)(params, packed)
