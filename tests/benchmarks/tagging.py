@@ -12,8 +12,8 @@ torch; and names in Chinese by an encoder that is pretrained here, with and with
 `brown`: sentences of the Brown corpus, drawn at random, with its tags of words but for the marks
 that say where a word stands (`-tl`, `-hl`, `-nc`: in a title, a headline, cited). Held-out
 sentences with a tag that no training sentence has are left out. The score is the share of the words
-that are tagged right. Both sides get the same sentences, epochs, AdamW, rate, schedule and clipping,
-and as many sentences a step (ours several in a row, on average as many).
+that are tagged right. Both sides get the same sentences, epochs, AdamW, rate, schedule and
+clipping, and as many sentences a step (ours several in a row, on average as many).
 
 `people`: the People's Daily of January 1998. The last tenth of its sentences is held out. An
 encoder (`bert_tiny`, a token per character) is pretrained on all others by masked LM; some of them,
