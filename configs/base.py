@@ -189,6 +189,7 @@ def get_config() -> config_dict.ConfigDict:
         layers=unset(int),
         heads=unset(str),
       ),
+      base_weights='',  # int8: the kernels of the frozen base in a quarter of the memory
       # Texts are moved to learn from them: fgm | pgd | freelb | smart, each with some of these
       adversarial=dict(
         name=unset(str),

@@ -15,6 +15,7 @@ __version__ = '0.1.0'
 def open(  # noqa: A001
   folder: 'str | os.PathLike[str]',
   *,
+  adapter: str | None = None,
   soup: 'Sequence[str | os.PathLike[str]]' = (),
   ensemble: 'Sequence[str | os.PathLike[str]]' = (),
 ) -> 'Session | Ensemble':
@@ -22,6 +23,7 @@ def open(  # noqa: A001
 
   Args:
     folder: its path.
+    adapter: the name of one of the adapters on the base in there (`--adapter`).
     soup: paths of runs of the same shape, whose parameters are averaged with its own.
     ensemble: paths of runs whose answers are averaged with its own.
 
@@ -30,7 +32,7 @@ def open(  # noqa: A001
     `ensemble` an `Ensemble`, which predicts.
 
   Raises:
-    ValueError: no such run or folder, or runs that do not go together.
+    ValueError: no such run, folder or adapter, or runs that do not go together.
 
   Example:
     >>> import llm_jax
@@ -40,4 +42,4 @@ def open(  # noqa: A001
   """
   from llm_jax.inference import ensembles  # takes seconds: JAX comes with it
 
-  return ensembles.open_runs(folder, soup, ensemble)
+  return ensembles.open_runs(folder, soup, ensemble, adapter)

@@ -19,7 +19,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from llm_jax.core import files, installed, plugins
-from llm_jax.modes._command import Command, UsageError, usage_errors
+from llm_jax.modes._command import Command, UsageError, of_adapter, usage_errors
 
 CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'Config file, with its argument if it takes one: configs/gpt2.py:medium'
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
   if hasattr(mode, 'prepare') and _is_the_program():
     mode.prepare()
   with usage_errors():
-    command = _command()
+    command = _command(mode)
   from llm_jax.training import logs
 
   logs.show()
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     sys.modules['llm_jax.parallel.hosts'].finish()
 
 
-def _command() -> Command:
+def _command(mode: types.ModuleType) -> Command:
   workdir = files.local('--workdir', WORKDIR.value)
   workdir = workdir and workdir.absolute()
   settings, overrides = None, frozenset()
@@ -84,6 +84,7 @@ def _command() -> Command:
     overrides = frozenset(config_flags.get_override_values(flags.FLAGS['config'])) | _emptied
     for option in _emptied:
       _empty(settings, option)
+  workdir, settings = of_adapter(workdir, settings, getattr(mode, 'NEEDS_CONFIG', False))
   return Command(MODE.value, settings, workdir, overrides, COMPILATION_CACHE.value)
 
 

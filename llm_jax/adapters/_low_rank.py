@@ -14,7 +14,7 @@ from llm_jax.core import params as params_lib
 from llm_jax.core.contracts import WeightForm
 from llm_jax.core.params import Info
 from llm_jax.nn.dropout import dropout as drop
-from llm_jax.nn.linear import AXES, Linear, form, is_form, multiply, sides
+from llm_jax.nn.linear import AXES, Linear, form, multiply, sides
 from llm_jax.nn.options import DTYPES
 
 Initializer = Callable[..., jax.Array]
@@ -140,7 +140,7 @@ def dense(
   weight: jax.Array | WeightForm, spec: str, sizes: Mapping[str, int], dtype: jnp.dtype
 ) -> jax.Array:
   """A weight as an array; of a weight form, its product with the identity."""
-  if not is_form(weight):
+  if not params_lib.is_form(weight):
     return weight.astype(dtype)
   letters, out = sides(spec)
   inputs = [sizes[letter] for letter in letters]

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.adapters import _low_rank, _ported, _targets, prompt
+from llm_jax.adapters import _embedder, _low_rank, _ported, _targets
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.contracts import Piece, Ported
@@ -205,12 +205,12 @@ class Adapter(_low_rank.Adapter):
     if R > min(V, D):
       raise ValueError(f'config.adapter.rank={R} is above {min(V, D)}, the smaller of {V} x {D}.')
     zeros, drawn = nn.initializers.zeros, nn.initializers.normal(1.0)
-    prompt.parameter(module, TABLE_A, (V, R), (None, 'rank'), zeros, inputs=(0,))
-    prompt.parameter(module, TABLE_B, (R, D), ('rank', 'embed'), drawn, inputs=(0,))
+    _embedder.parameter(module, TABLE_A, (V, R), (None, 'rank'), zeros, inputs=(0,))
+    _embedder.parameter(module, TABLE_B, (R, D), ('rank', 'embed'), drawn, inputs=(0,))
 
   def _looked_up(self, module: Embedding, ids_BT: jax.Array, x_BTD: jax.Array) -> jax.Array:
     """The vectors of tokens with what is learned beside the table's."""
-    a_VR, b_RD = (prompt.value(module, name) for name in (TABLE_A, TABLE_B))
+    a_VR, b_RD = (_embedder.value(module, name) for name in (TABLE_A, TABLE_B))
     dtype, names = module.options.compute_dtype, ('rank', 'embed')
     h_BTR = a_VR[ids_BT].astype(dtype)
     return x_BTD + self.scale * multiply(b_RD, '...R,RD->...D', h_BTR, names, dtype, x_BTD.dtype)

@@ -12,7 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from llm_jax.adapters import _targets, prompt
+from llm_jax.adapters import _embedder, _targets, prompt
 from llm_jax.core import tree
 from llm_jax.core.contracts import Ported
 from llm_jax.core.params import Info
@@ -48,12 +48,12 @@ class Adapter(prompt.Adapter):
       shape, axes = sizes[i : i + 2], (names[i], names[i + 1])
       axes = (axes[0], None) if axes[0] == axes[1] else axes
       scaled = nn.initializers.he_normal()
-      prompt.parameter(module, name, shape, axes, scaled, inputs=(0,))
+      _embedder.parameter(module, name, shape, axes, scaled, inputs=(0,))
       zeros = nn.initializers.zeros
-      prompt.parameter(module, f'{name}_bias', shape[1:], ('norm' if i == 2 else 'rank',), zeros)
+      _embedder.parameter(module, f'{name}_bias', shape[1:], ('norm' if i == 2 else 'rank',), zeros)
 
   def vectors(self, module: Embedder) -> jax.Array:
-    return _made(lambda name: prompt.value(module, name))
+    return _made(lambda name: _embedder.value(module, name))
 
   def ported(self, times: int = 1) -> Ported:
     found = super().ported(times)

@@ -11,13 +11,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.adapters import _ported, _targets
+from llm_jax.adapters import _embedder, _ported, _targets
 from llm_jax.core import contracts
-from llm_jax.core import params as params_lib
 from llm_jax.core.contracts import Piece, Ported
 from llm_jax.core.params import Info
 from llm_jax.nn.embedder import Embedder
-from llm_jax.nn.options import DTYPES
 
 TABLE = 'prompt_embedding'
 PEFT_TYPES = ('PROMPT_TUNING', 'P_TUNING')  # of either, peft saves the vectors alone
@@ -93,27 +91,8 @@ class Adapter(contracts.Adapter):
   def create(self, module: Embedder) -> None:
     """Creates what is learned, in an embedder."""
     std = nn.initializers.normal(module.options.init_std)
-    parameter(module, TABLE, (self.tokens, module.options.dim), (None, 'embed'), std)
+    _embedder.parameter(module, TABLE, (self.tokens, module.options.dim), (None, 'embed'), std)
 
   def vectors(self, module: Embedder) -> jax.Array:
     """The vectors of the virtual tokens, [P, D]."""
-    return value(module, TABLE)
-
-
-def parameter(
-  module: Embedder,
-  name: str,
-  shape: tuple[int, ...],
-  names: tuple[str | None, ...],
-  init: nn.initializers.Initializer,
-  inputs: tuple[int, ...] = (),
-) -> None:
-  """Creates a parameter in an embedder; one that multiplies is decayed."""
-  with params_lib.in_layer(params_lib.EMBEDDINGS):
-    made = params_lib.boxed(init, names, inputs=inputs, decayed=bool(inputs))
-    module.param(name, made, shape, DTYPES[module.options.param_dtype])
-
-
-def value(module: Embedder, name: str) -> jax.Array:
-  """A parameter of an embedder."""
-  return nn.meta.unbox(module.get_variable('params', name))
+    return _embedder.value(module, TABLE)

@@ -24,6 +24,7 @@ IDENTITY = (
   'tokenizer',
   'objective',
   'adapter',
+  'base_weights',
   'seq_len',
   'seed',
   'folds',
@@ -140,6 +141,7 @@ class Config:
     reinit_layers: how many of the layers from the top start anew all the same.
     mesh: sizes of the mesh axes, and the name of the sharding rules.
     adapter: what is trained beside a frozen base; {} trains all parameters.
+    base_weights: the form of the frozen kernels, 'int8'; '' for as they are.
     adversarial: how texts are moved to learn from them; {}: they are not.
     evaluators: sections by name, or by any key with a `name` in the section (a dotted one, say);
       {} for those that the objective names.
@@ -168,6 +170,7 @@ class Config:
   reinit_layers: int = 0
   mesh: dict = dataclasses.field(default_factory=dict)
   adapter: dict = dataclasses.field(default_factory=dict)
+  base_weights: str = ''
   adversarial: dict = dataclasses.field(default_factory=dict)
   evaluators: dict = dataclasses.field(default_factory=dict)
   hooks: dict = dataclasses.field(default_factory=dict)

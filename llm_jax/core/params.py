@@ -37,6 +37,7 @@ class Info:
     layer: the number of its layer, or of the first one in a stack; `EMBEDDINGS` before all layers,
       None outside of them (heads, the last norm).
     period: how many layers further the next one in a stack is.
+    formable: whether a weight form may stand in its place (`nn.linear.Linear`).
 
   Example:
     >>> query = Info(('layers', 'embed', 'heads', 'head_dim'), inputs=(0,), decayed=True, layer=0)
@@ -51,6 +52,7 @@ class Info:
   decayed: bool = False
   layer: int | None = None
   period: int = 1
+  formable: bool = False
 
   @property
   def stacked(self) -> bool:
@@ -77,6 +79,7 @@ class Boxed(nn.LogicallyPartitioned):
   decayed: bool = flax.struct.field(default=False, pytree_node=False)
   layer: int | None = flax.struct.field(default=None, pytree_node=False)
   period: int = flax.struct.field(default=1, pytree_node=False)
+  formable: bool = flax.struct.field(default=False, pytree_node=False)
 
   def add_axis(self, index: int, params: dict[Any, Any]) -> 'Boxed':
     """Called by `nn.scan`, whose `metadata_params` may say `period`."""
@@ -86,7 +89,7 @@ class Boxed(nn.LogicallyPartitioned):
   @property
   def info(self) -> Info:
     """Without the value."""
-    return Info(self.names, self.inputs, self.decayed, self.layer, self.period)
+    return Info(self.names, self.inputs, self.decayed, self.layer, self.period, self.formable)
 
 
 def boxed(
@@ -95,12 +98,14 @@ def boxed(
   *,
   inputs: tuple[int, ...] = (),
   decayed: bool = False,
+  formable: bool = False,
 ) -> Callable[..., Boxed]:
   """The initializer `init` for `nn.Module.param`, with what the parameter is; see `Info`."""
 
   def make(*args: Any, **kwargs: Any) -> Boxed:
     value = init(*args, **kwargs)
-    return Boxed(value, names, inputs=inputs, decayed=decayed, layer=_LAYER.get())
+    layer = _LAYER.get()
+    return Boxed(value, names, inputs=inputs, decayed=decayed, layer=layer, formable=formable)
 
   return make
 
@@ -130,24 +135,35 @@ def infos(boxed_params: PyTree) -> dict[str, Info]:
   return found
 
 
+def is_form(weight: Any) -> bool:
+  """Whether a weight is a form (`core.contracts.WeightForm`), not an array."""
+  return hasattr(weight, 'product')
+
+
+def leaves(params: PyTree) -> dict[str, Any]:
+  """Parameters by path, as `tree.flatten` has them, but a weight form is one of them."""
+  found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_form)
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): leaf for path, leaf in found}
+
+
 def split(params: PyTree, chosen: Callable[[str], bool]) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Nested dictionaries of the leaves whose path is chosen, and of the others."""
-  leaves = tree.flatten(params)
-  inside = {path: leaf for path, leaf in leaves.items() if chosen(path)}
-  outside = {path: leaf for path, leaf in leaves.items() if path not in inside}
+  """Nested dictionaries of the leaves whose path is chosen, and of the others; forms are leaves."""
+  found = leaves(params)
+  inside = {path: leaf for path, leaf in found.items() if chosen(path)}
+  outside = {path: leaf for path, leaf in found.items() if path not in inside}
   return tree.nest(inside), tree.nest(outside)
 
 
 def merge(*parts: PyTree) -> dict[str, Any]:
   """One nested dictionary of parts that share no leaf."""
-  leaves: dict[str, Any] = {}
+  found: dict[str, Any] = {}
   for part in parts:
-    new = tree.flatten(part)
-    twice = sorted(leaves.keys() & new.keys())
+    new = leaves(part)
+    twice = sorted(found.keys() & new.keys())
     if twice:
       raise ValueError(f'{twice[0]} stands in two parts of the parameters.')
-    leaves |= new
-  return tree.nest(leaves)
+    found |= new
+  return tree.nest(found)
 
 
 def _is_box(leaf: Any) -> bool:

@@ -147,10 +147,13 @@ class Ensemble:
 
 
 def open_runs(
-  folder: Folder, soup: Sequence[Folder] = (), ensemble: Sequence[Folder] = ()
+  folder: Folder,
+  soup: Sequence[Folder] = (),
+  ensemble: Sequence[Folder] = (),
+  adapter: str | None = None,
 ) -> Session | Ensemble:
   """Opens a folder, and others beside it; see `llm_jax.open`."""
-  return together(open_folder(folder), soup, ensemble)
+  return together(open_folder(folder, adapter), soup, ensemble)
 
 
 def together(

@@ -89,13 +89,14 @@ def _params(session: Session, form: str) -> Any:
   program, adapter = session.program, session.program.network.adapter
   if form not in (MERGED, BASE):
     raise ValueError(f'--export={form!r} must be {MERGED}, {BASE} or {ADAPTER}.')
+  params = program.dense(session.params)
   if adapter is None:
-    return session.params
+    return params
   if form == BASE:
-    base, _ = params_lib.split(session.params, program.base.__contains__)
+    base, _ = params_lib.split(params, program.base.__contains__)
     return base
   try:
-    return adapter.merged(session.params, program.infos)
+    return adapter.merged(params, program.infos)
   except ValueError as error:
     raise ValueError(f'{error} --export={BASE} writes the base without it.') from None
 
@@ -107,7 +108,7 @@ def _write_adapter(
   adapter = program.network.adapter
   if adapter is None:
     raise ValueError(f'--export={ADAPTER} needs a run with config.adapter; this one has none.')
-  params = tree.flatten(session.params)
+  params = tree.flatten(program.dense(session.params))
   origin = config.init_from or ''
   if peft.is_folder(origin):
     origin = peft.base(origin)

@@ -15,11 +15,12 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import logging
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import tree
+from llm_jax.core import named_adapters, tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.data import encoding
@@ -50,6 +51,7 @@ class Session:
     config: the resolved config.
     tokenizer: that of the model.
     soup: folders of runs whose parameters are averaged with those of `origin`.
+    beneath: an opened session whose parameters are taken where they are those of the base.
   """
 
   def __init__(
@@ -58,8 +60,10 @@ class Session:
     config: Config,
     tokenizer: Tokenizer,
     soup: Sequence[pathlib.Path] = (),
+    beneath: 'Session | None' = None,
   ):
     self.origin, self.tokenizer, self.soup = origin, tokenizer, tuple(soup)
+    self.beneath = beneath
     self.config = assemble.resolve(config, tokenizer.vocab_size)
 
   @functools.cached_property
@@ -88,17 +92,38 @@ class Session:
       ValueError: as `load_params` and `soups.average`.
     """
 
-    def load(folder: pathlib.Path) -> dict[str, Any]:
-      return load_params(program, folder, heads, calibrate=folder == self.origin)
+    held = {} if self.beneath is None else tree.flatten(self.beneath.params)
 
-    return (
-      soups.average(program, [self.origin, *self.soup], load) if self.soup else load(self.origin)
-    )
+    def load(folder: pathlib.Path) -> dict[str, Any]:
+      return load_params(program, folder, heads, calibrate=folder == self.origin, held=held)
+
+    if self.soup:
+      return program.kept(soups.average(program, [self.origin, *self.soup], load))
+    return program.kept(load(self.origin))
 
   @functools.cached_property
   def beside(self) -> tuple[object, ...]:
     """What answers depend on besides `origin` and `config`: the other runs of a soup."""
     return tuple(answers_lib.model_key(folder, 'soup') for folder in self.soup)
+
+  @property
+  def adapters(self) -> list[str]:
+    """The names of the adapters on the base that this is, or that this is one on."""
+    return named_adapters.names(named_adapters.home(self.origin))
+
+  def switched(self, adapter: str) -> 'Session':
+    """Another adapter on the same base, which is held in memory once: of the parameters of a run,
+    those that are this session's too, to the bit, are not read again (`config.base_weights`
+    aside).
+
+    Args:
+      adapter: one of `adapters`.
+
+    Raises:
+      ValueError: there is none of this name.
+    """
+    other = open_folder(named_adapters.home(self.origin), adapter)
+    return Session(other.origin, other.config, other.tokenizer, beneath=self)
 
   @property
   def named(self) -> dict[str, list[str]]:
@@ -360,13 +385,15 @@ class Session:
       raise ValueError(f'{self.origin} lacks parameters that this needs:\n  ' + '\n  '.join(wanted))
 
 
-def open_folder(folder: str | os.PathLike[str]) -> Session:
-  """Opens the workdir of a run, or a Hugging Face folder.
+def open_folder(folder: str | os.PathLike[str], adapter: str | None = None) -> Session:
+  """Opens the workdir of a run, or a Hugging Face folder; or the adapter of this name in there.
 
   Raises:
-    ValueError: no such run or folder, or a tokenizer that does not belong to it.
+    ValueError: no such run, folder or adapter, or a tokenizer that does not belong to it.
   """
   path = pathlib.Path(folder).expanduser().absolute()
+  if adapter is not None:
+    path = named_adapters.existing(path, adapter)
   if not pretrained.is_foreign(path):
     return open_model(path)
   sections = dict(tokenizer={}, model={}, objective={}, optimizer={}, data={})
@@ -394,7 +421,11 @@ def open_model(folder: pathlib.Path | None, given: Config | None = None) -> Sess
 
 
 def load_params(
-  program: Inference, origin: pathlib.Path, heads: bool = False, calibrate: bool = True
+  program: Inference,
+  origin: pathlib.Path,
+  heads: bool = False,
+  calibrate: bool = True,
+  held: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, Any]:
   """The parameters in a folder, of a run those of its best checkpoint, as a program wants them;
   what the run found on its validation set with them is given to the objective's predictor.
@@ -404,11 +435,12 @@ def load_params(
     origin: the folder.
     heads: all heads must be there; otherwise those that are not are left out.
     calibrate: whether the predictor is given these numbers.
+    held: parameters that are in memory, by path; those of the base are not read again.
 
   Raises:
     ValueError: there are none, or some are missing.
   """
-  loaded = pretrained.load_params(program, origin)
+  loaded = pretrained.load_params(program, origin, held=held)
   missing = {path.split('/')[0] for path in loaded.new}
   partial = any(path.split('/')[0] in missing for path in loaded.params)
   if loaded.new and (heads or partial or 'model' in missing):

@@ -37,7 +37,7 @@ def score(run: Run) -> None:
   path = run.workdir / NUMBERS
   if hosts.agree(lambda: _holds(path, scored)):
     return
-  params, report = tree.nest(loaded.params), run.workdir / REPORT
+  params, report = program.kept(tree.nest(loaded.params)), run.workdir / REPORT
   tokenizer, groups, rows = run.data.tokenizer, run.slices['test'], run.rows['test']
   values = evaluation.scores(program, params, tokenizer, run.test, report, groups, rows)
   lines = [] if program.objective.predictor is None else list(_answered(run, params))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from llm_jax.core import files
+from llm_jax.core import files, named_adapters
 
 if TYPE_CHECKING:
   from llm_jax.core.config import Config
@@ -53,6 +53,13 @@ ENSEMBLE = flags.DEFINE_list(
   [],
   'predict, eval: workdirs of further runs with the same classes, with commas between; the answers '
   'of all are averaged.',
+)
+ADAPTER = flags.DEFINE_string(
+  'adapter',
+  None,
+  'All modes: the name of one of the adapters on the base in --workdir. Each is trained, and then '
+  'found, in WORKDIR/adapters/NAME; a base that is no run there is given by --config.init_from. '
+  'Without --workdir: one of those in --config.init_from, a folder of the library peft.',
 )
 TOGETHER = ('predict', 'eval')  # the modes that an ensemble serves
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
@@ -179,6 +186,42 @@ def input_file() -> Iterator[pathlib.Path | None]:
 def output_path() -> pathlib.Path | None:
   """The file or folder of --output."""
   return files.local('--output', OUTPUT.value)
+
+
+def of_adapter(
+  workdir: pathlib.Path | None, settings: dict[str, Any] | None, makes: bool
+) -> tuple[pathlib.Path | None, dict[str, Any] | None]:
+  """The workdir and the config of --adapter, where it is given.
+
+  Args:
+    workdir: of the base.
+    settings: the config, nested; None where no file was named.
+    makes: whether the mode makes a run; otherwise it must be there.
+
+  Raises:
+    ValueError: no adapter of this name, or nothing that could be its base.
+  """
+  name = ADAPTER.value
+  if name is None:
+    return workdir, settings
+  base = (settings or {}).get('init_from')
+  if workdir is None:
+    if not base:
+      raise ValueError(f'--adapter={name} is one of those in --workdir, which is not given.')
+    folder = files.local('config.init_from', base).absolute()
+    return None, settings | {'init_from': str(named_adapters.existing(folder, name))}
+  if not makes:
+    return named_adapters.existing(workdir, name), settings
+  if not settings['adapter'].get('name'):
+    raise ValueError(
+      f'--adapter={name} is what is trained beside a base; say how by --config.adapter.name (lora, '
+      'say).'
+    )
+  if not base and not (workdir / 'config.json').is_file():
+    raise ValueError(
+      f'--adapter={name} needs a base: {workdir} holds no run; give --config.init_from=FOLDER.'
+    )
+  return named_adapters.workdir(workdir, name), settings | {'init_from': base or str(workdir)}
 
 
 def check_input(source: pathlib.Path) -> None:

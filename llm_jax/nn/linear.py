@@ -71,7 +71,9 @@ class Linear(nn.Module):
     if there is not None:
       return there
     inputs = tuple(range(summed))
-    return matrix(self, 'kernel', letters, self.shape, self.options, inputs, self.std)
+    return matrix(
+      self, 'kernel', letters, self.shape, self.options, inputs, self.std, formable=True
+    )
 
 
 def multiply(
@@ -92,7 +94,7 @@ def multiply(
     dtype: the type that is multiplied in.
     result: the type to sum in and to return.
   """
-  if is_form(weight):
+  if params_lib.is_form(weight):
     return weight.product(spec, x, dtype, result)
   x, kernel = x.astype(dtype), weight.astype(dtype)
   if products.alone():
@@ -101,11 +103,6 @@ def multiply(
   if gathering is not None:
     return gathering.product(spec, x, kernel, result)
   return jnp.einsum(spec, x, kernel, preferred_element_type=result)
-
-
-def is_form(weight: jax.Array | WeightForm) -> bool:
-  """Whether a weight is a form, not an array."""
-  return hasattr(weight, 'product')
 
 
 def sides(spec: str) -> tuple[str, str]:
@@ -124,7 +121,7 @@ def form(module: nn.Module, name: str) -> WeightForm | None:
   if not module.has_variable('params', name):
     return None
   there = nn.meta.unbox(module.get_variable('params', name))
-  return there if is_form(there) else None
+  return there if params_lib.is_form(there) else None
 
 
 class Norm(nn.Module):
@@ -203,6 +200,7 @@ def matrix(
   options: Options,
   inputs: tuple[int, ...],
   std: float | None = None,
+  formable: bool = False,
 ) -> jax.Array:
   """Creates a parameter that multiplies activations: drawn at random, and decayed.
 
@@ -214,9 +212,12 @@ def matrix(
     options: types and distribution.
     inputs: the dimensions that are summed over.
     std: standard deviation; None for `options.init_std`.
+    formable: whether a weight form may stand in its place.
   """
   names = tuple(AXES[letter] for letter in letters)
-  init = params_lib.boxed(initializer(options, std), names, inputs=inputs, decayed=True)
+  init = params_lib.boxed(
+    initializer(options, std), names, inputs=inputs, decayed=True, formable=formable
+  )
   return module.param(name, init, shape, DTYPES[options.param_dtype])
 
 

@@ -32,6 +32,7 @@ from llm_jax.data import pairs
 from llm_jax.nn import heads
 from llm_jax.objectives.shared import spans as spans_lib
 from llm_jax.objectives.shared.spans import CANDIDATE, END, START, Windows
+from llm_jax.objectives.shared.uncertainty import MEASURES, uncertainty
 
 PACKINGS = ('best_fit', 'none')
 LEAST_WINDOW = 16  # slots are enough for windows of so many tokens on average
@@ -68,7 +69,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   terms = {'qa': 1.0}
   evaluators = ('loss', 'squad')
   derived = ('no_answer',)
-  measures = ('probability',)
+  measures = MEASURES
 
   def __init__(
     self,
@@ -267,6 +268,7 @@ class Objective(contracts.Objective, contracts.Predictor):
 
     Returns:
       `answer`, a text, '' for none; its `start` and `end` in the context and its `probability`;
+      the `entropy` and `margin` of all probabilities;
       `no_answer_probability` and `no_answer_score`, by how much no answer scores above the best
       one; and `answers`, the best ones, with text, start, end and probability. Probabilities are
       among these answers and none (`run_squad.py` of BERT).
@@ -295,7 +297,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     if self.no_answer:
       answer['no_answer_probability'] = probabilities[0]
       answer['no_answer_score'] = difference if ranked else None
-    return answer | {'answers': found}
+    return answer | uncertainty(probabilities) | {'answers': found}
 
   def calibrate(self, values: Mapping[str, float]) -> None:
     """Takes the threshold that the evaluator 'squad' found, where the config gives none."""

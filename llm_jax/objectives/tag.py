@@ -36,6 +36,7 @@ from llm_jax.nn import crf, heads
 from llm_jax.objectives.shared import label_losses
 from llm_jax.objectives.shared import tags as tags_lib
 from llm_jax.objectives.shared.text_rows import TextRows
+from llm_jax.objectives.shared.uncertainty import MEASURES
 
 LOSSES = ('softmax', 'crf', 'hinge')
 PACKINGS = ('best_fit', 'none')
@@ -117,7 +118,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.unlabelled, self.packing, self.transform_name = unlabelled, packing, transform
     self.predicate = predicate
     self.diverges = loss == 'softmax'
-    self.measures = () if loss == 'hinge' else ('probability',)
+    self.measures = () if loss == 'hinge' else MEASURES
     self.frame = pairs.frame(tokenizer)
     self.predictor = self
 
@@ -305,7 +306,8 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   def predict(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> dict[str, jax.Array]:
     """`tags` [B, T] int32, what a word that is read at a position gets; and, but for 'hinge', the
-    `probability` [B, T] of it.
+    `probability` [B, T] of it, and of all tags there the `entropy` in nats, and the `margin` of the
+    most likely before the second.
     """
     logits_BTC = self.logits(net, hidden_BTD)
     if self.kind == 'softmax':
@@ -317,13 +319,21 @@ class Objective(contracts.Objective, contracts.Predictor):
         return {'tags': tags_BT}
       probability_BTC = crf.marginals(logits_BTC, batch['chain'], moves)
     probability_BT = jnp.take_along_axis(probability_BTC, tags_BT[..., None], -1)[..., 0]
-    return {'tags': tags_BT.astype(jnp.int32), 'probability': probability_BT}
+    best_BT2, _ = jax.lax.top_k(jnp.pad(probability_BTC, ((0, 0), (0, 0), (0, 1))), 2)
+    return {
+      'tags': tags_BT.astype(jnp.int32),
+      'probability': probability_BT,
+      'entropy': jnp.sum(jax.scipy.special.entr(probability_BTC), -1),
+      'margin': best_BT2[..., 0] - best_BT2[..., 1],
+    }
 
   def answers(
     self, row: Mapping[str, np.ndarray], rows: '_Rows', index: int
   ) -> Iterator[dict[str, Any]]:
     """For each text of a row `words` and `tags`; `probabilities` of the tags, and their geometric
-    mean as the `probability` of the text (Shen et al. 2017, arXiv:1707.05928, section 4.1, MNLP);
+    mean as the `probability` of the text (Shen et al. 2017, arXiv:1707.05928, section 4.1, MNLP),
+    the mean of their `entropy` (Settles and Craven 2008, "An Analysis of Active Learning Strategies
+    for Sequence Labeling Tasks", equation 4, token entropy) and the smallest `margin`;
     `entities` where the tags have a scheme; and the numbers of the words that no token spells as
     `unread`, if any.
 
@@ -342,6 +352,9 @@ class Objective(contracts.Objective, contracts.Predictor):
           probabilities[word] = float(row['probability'][position])
         answer['probabilities'] = probabilities
         answer['probability'] = _geometric_mean(row['probability'][positions])
+        if len(read):
+          answer['entropy'] = float(np.mean(row['entropy'][positions]))
+          answer['margin'] = float(np.min(row['margin'][positions]))
       if self.scheme != tags_lib.NO_SCHEME:
         answer['entities'] = list(_entities(tags, words, rows.begins(text)))
       if len(read) < len(words):

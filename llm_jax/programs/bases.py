@@ -60,6 +60,7 @@ def read(
   load: Load,
   wanted: Collection[str],
   mesh: jax.sharding.Mesh,
+  held: Mapping[str, jax.Array],
 ) -> dict[str, Any]:
   """The parameters of a base that a network wants, by path.
 
@@ -69,10 +70,16 @@ def read(
     load: reads a folder.
     wanted: the paths of the network's parameters.
     mesh: where the parameters will lie.
+    held: parameters that are in memory there; where all that are wanted are among them, to the bit,
+      no folder is read.
 
   Raises:
     ValueError: the folder is gone, lacks some of them, or holds others.
   """
+  paths = [path for path in base.fingerprints if path in wanted]
+  there = {path: held[path] for path in paths if path in held}
+  if len(there) == len(paths) and fingerprints(there, mesh).items() <= base.fingerprints.items():
+    return there
   folder, beside = pathlib.Path(base.folder), workdir / FOLDER
   if hosts.agree(lambda: not folder.exists()):
     folder = beside
@@ -86,7 +93,6 @@ def read(
     loaded = load(folder, base.step)
   except ValueError as error:
     raise ValueError(f'the base of {workdir} cannot be read. {way_out} Cause: {error}') from error
-  paths = [path for path in base.fingerprints if path in wanted]
   missing = [path for path in paths if path not in loaded.params]
   if missing:
     listed = '\n  '.join(missing[:10])

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -259,7 +260,8 @@ def restore_params(
 
   Args:
     directory: the checkpoints of that run.
-    abstract_params: parameters wanted, each leaf with shape, dtype and sharding.
+    abstract_params: parameters wanted, each leaf with shape, dtype and sharding; numbers are
+      rounded to a type of fewer bits.
     which: 'best' (lowest validation loss; the latest where none was measured), 'latest', or a
       step. A damaged checkpoint is skipped, with an error in the log.
 
@@ -272,12 +274,17 @@ def restore_params(
   paths = _parameter_paths(stored)
   wanted = tree.flatten(abstract_params)
   shared = {name: leaf for name, leaf in wanted.items() if name in paths}
-  difference = tree.difference(shared, {name: stored[paths[name]] for name in shared})
+  there = {name: _retyped(stored[paths[name]], leaf) for name, leaf in shared.items()}
+  difference = tree.difference(shared, there)
   if difference:
     raise ValueError(
       f'Parameters of {path} do not fit the model; give both runs the same shapes, or start from '
       f'another run:\n{difference}'
     )
+  rounded = [name for name, leaf in shared.items() if leaf.dtype != stored[paths[name]].dtype]
+  if rounded:
+    kind = shared[rounded[0]].dtype
+    logging.info('%d parameters of %s are rounded to %s.', len(rounded), path, kind)
   leaves = {}
   if shared:
     leaves = _read(orbax, path, {paths[name]: leaf for name, leaf in shared.items()})
@@ -304,6 +311,13 @@ def _stored(orbax: ocp.AsyncCheckpointer, path: pathlib.Path) -> dict[str, jax.S
     name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
     for name, leaf in tree.flatten(metadata.tree).items()
   }
+
+
+def _retyped(stored: jax.ShapeDtypeStruct, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """What is stored, in the type that is wanted where that is a float of fewer bits."""
+  floats = all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in (stored, wanted))
+  fewer = floats and jnp.promote_types(stored.dtype, wanted.dtype) == stored.dtype
+  return jax.ShapeDtypeStruct(stored.shape, wanted.dtype) if fewer else stored
 
 
 def _parameter_paths(stored: Iterable[str]) -> dict[str, str]:

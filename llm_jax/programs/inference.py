@@ -18,7 +18,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
-from llm_jax.programs import assemble
+from llm_jax.programs import assemble, base_weights
 from llm_jax.programs import network as networks
 from llm_jax.programs.network import Network
 
@@ -35,6 +35,7 @@ class Inference:
     infos: what each parameter is, by path.
     batch: one global batch, abstract.
     base: the paths of the parameters that are not the adapter's own.
+    formed: of these the kernels that are kept in another form (`programs.base_weights`).
   """
 
   config: Config
@@ -44,6 +45,7 @@ class Inference:
   infos: dict[str, params_lib.Info]
   batch: dict[str, jax.ShapeDtypeStruct]
   base: frozenset[str]
+  formed: frozenset[str]
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -69,6 +71,14 @@ class Inference:
     """This host's rows of a batch as one global array on the mesh."""
     by_row = sharding.batch_sharding(self.mesh)
     return jax.make_array_from_process_local_data(by_row, dict(batch))
+
+  def kept(self, params: PyTree) -> dict[str, Any]:
+    """Parameters, or some of them, in the form in which the network keeps them."""
+    return base_weights.kept(params, self.infos, self.formed, self.layout)
+
+  def dense(self, params: PyTree) -> dict[str, Any]:
+    """Arrays in place of the forms."""
+    return base_weights.dense(params, self.infos, self.params)
 
   def function(self, method: Callable[[Network, Batch], Any]) -> Callable[[Any, Batch], Any]:
     """Compiles (params, batch) -> what `method` of the bound network gives, whole on each device.
@@ -130,7 +140,8 @@ def build(
   base = frozenset(infos)
   if network.adapter is not None:
     base = networks.base_paths(network, sample_rows(example))
-  return Inference(config, network, layout, placed(shapes, shardings), infos, batch, base)
+  formed = base_weights.chosen(config, network.adapter, infos, base)
+  return Inference(config, network, layout, placed(shapes, shardings), infos, batch, base, formed)
 
 
 def outline(

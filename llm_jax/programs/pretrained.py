@@ -103,7 +103,12 @@ def load_tokenizer(config: Config) -> Tokenizer:
   return tokenizer
 
 
-def load_params(program: Inference, folder: pathlib.Path, step: int | None = None) -> Loaded:
+def load_params(
+  program: Inference,
+  folder: pathlib.Path,
+  step: int | None = None,
+  held: Mapping[str, jax.Array] | None = None,
+) -> Loaded:
   """The parameters in a folder that a network wants too; of a run, those of its best checkpoint,
   with those of the base that it names.
 
@@ -111,6 +116,7 @@ def load_params(program: Inference, folder: pathlib.Path, step: int | None = Non
     program: of the network.
     folder: of a run, of Hugging Face, which holds nothing of an adapter, or of the library peft.
     step: of a run, that of another checkpoint.
+    held: parameters that are in memory; where they are those of a run's base, it is not read.
 
   Raises:
     ValueError: nothing to load there, a parameter of another shape, a base that is gone or another.
@@ -124,7 +130,7 @@ def load_params(program: Inference, folder: pathlib.Path, step: int | None = Non
   if not hf.is_folder(str(folder)):
     which = 'best' if step is None else step
     loaded = checkpoints.restore_params(folder / 'checkpoints', program.params, which)
-    return _with_base(program, folder, loaded)
+    return _with_base(program, folder, loaded, held or {})
   head = _head_of_other_classes(program.objective, folder)
   base, added = params_lib.split(
     program.params, lambda path: path in program.base and path.split('/')[0] != head
@@ -164,7 +170,10 @@ def without_top(loaded: Loaded, drawn: PyTree, infos: Mapping[str, Info], count:
 
 
 def read_base(
-  program: Inference, workdir: pathlib.Path, said: Mapping[str, Any]
+  program: Inference,
+  workdir: pathlib.Path,
+  said: Mapping[str, Any],
+  held: Mapping[str, jax.Array] | None = None,
 ) -> dict[str, jax.Array]:
   """The parameters that the checkpoints of a run have from elsewhere, by path.
 
@@ -172,19 +181,22 @@ def read_base(
     program: of a network that wants some of them.
     workdir: of the run.
     said: what a checkpoint says of them.
+    held: parameters that are in memory; where they are the base's, it is not read.
 
   Raises:
     ValueError: they are gone, or others.
   """
   load = functools.partial(load_params, program)
   wanted = tree.paths(program.params)
-  return bases.read(bases.Base(**said), workdir, load, wanted, program.mesh)
+  return bases.read(bases.Base(**said), workdir, load, wanted, program.mesh, held or {})
 
 
-def _with_base(program: Inference, workdir: pathlib.Path, loaded: Loaded) -> Loaded:
+def _with_base(
+  program: Inference, workdir: pathlib.Path, loaded: Loaded, held: Mapping[str, jax.Array]
+) -> Loaded:
   if loaded.base is None:
     return loaded
-  found = read_base(program, workdir, loaded.base)
+  found = read_base(program, workdir, loaded.base, held)
   new = [path for path in loaded.new if path not in found]
   return loaded._replace(params=loaded.params | found, new=new)
 

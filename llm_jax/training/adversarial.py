@@ -42,6 +42,23 @@ PREFIX = 'adversarial_'  # of the metrics at the point that was moved
 SMOOTHNESS = 'smoothness'
 
 
+class Cost(NamedTuple):
+  """FLOPs of a pass.
+
+  Attributes:
+    forward: of the pass itself.
+    backward: of the gradient by parameters.
+  """
+
+  forward: float
+  backward: float
+
+  @property
+  def step(self) -> float:
+    """Of both."""
+    return self.forward + self.backward
+
+
 class Part(NamedTuple):
   """A global batch or a part of it, and how a step learns from it.
 
@@ -140,13 +157,12 @@ class Method(abc.ABC):
     return {}
 
   @abc.abstractmethod
-  def flops(self, forward: float, model: float) -> float:
-    """FLOPs of a step, nothing recomputed: a gradient by parameters costs twice a forward pass, one
-    by delta alone once.
+  def flops(self, whole: Cost, model: Cost) -> float:
+    """FLOPs of a step, nothing recomputed; a gradient by delta alone costs what a pass does.
 
     Args:
-      forward: of a forward pass with heads and loss.
-      model: of a pass through the model alone.
+      whole: of a pass with heads and loss.
+      model: of one through the model alone.
     """
 
   def climbed(
@@ -200,8 +216,8 @@ class FGM(Method):
     mixed = lambda a, b: (1 - self.share) * a + self.share * b
     return jax.tree.map(mixed, clean, hard), metrics | _prefixed(found, part.network)
 
-  def flops(self, forward: float, model: float) -> float:
-    return 2 * 3 * forward + 2 * (self.ascents[0] - 1) * forward
+  def flops(self, whole: Cost, model: Cost) -> float:
+    return 2 * whole.step + 2 * (self.ascents[0] - 1) * whole.forward
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,8 +282,8 @@ class FreeLB(Method):
     grads = jax.tree.map(lambda x: x / self.steps, summed)
     return grads, jax.tree.map(mean, each) | found
 
-  def flops(self, forward: float, model: float) -> float:
-    return self.steps * 3 * forward
+  def flops(self, whole: Cost, model: Cost) -> float:
+    return self.steps * whole.step
 
   def _start(self, part: Part) -> jax.Array:
     size = self.epsilon if self.start is None else self.start
@@ -359,8 +375,8 @@ class SMART(Method):
     answer = networks.apply(network, params, batch, 'answer')
     return {SMOOTHNESS: network.objective.divergence(answer, answer, batch)[1]}
 
-  def flops(self, forward: float, model: float) -> float:
-    return 3 * forward + (2 * self.steps + 3) * model
+  def flops(self, whole: Cost, model: Cost) -> float:
+    return whole.step + 2 * self.steps * model.forward + model.step
 
 
 METHODS: dict[str, type[Method]] = {'fgm': FGM, 'pgd': PGD, 'freelb': FreeLB, 'smart': SMART}
@@ -397,7 +413,8 @@ def describe(method: Method) -> str:
   (name,) = (name for name, factory in METHODS.items() if type(method) is factory)
   fields = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
   shown = ', '.join(f'{key}={value}' for key, value in fields.items() if value is not None)
-  times = method.flops(1.0, 1.0) / 3
+  plain = Cost(1.0, 2.0)
+  times = method.flops(plain, plain) / plain.step
   return f'Adversarial training by {name} ({shown}): {times:.3g} times the FLOPs of a plain step.'
 
 

@@ -387,8 +387,8 @@ def _held(run: Run) -> TrainState:
   """The state but for what its checkpoints have from elsewhere."""
   if run.base is None:
     return run.state
-  frozen, held = tree.flatten(run.state.frozen), set(run.base['fingerprints'])
-  return run.state.replace(frozen=tree.nest({k: x for k, x in frozen.items() if k not in held}))
+  _, own = params_lib.split(run.state.frozen, run.base['fingerprints'].__contains__)
+  return run.state.replace(frozen=own)
 
 
 def _frozen_elsewhere(
@@ -397,8 +397,8 @@ def _frozen_elsewhere(
   """The frozen parameters that a checkpoint does not hold, by their paths in the state."""
   if meta.get('base') is None:
     return {}
-  found = pretrained.read_base(program, folder, meta['base'])
-  return {f'frozen/{path}': leaf for path, leaf in found.items()}
+  found = program.kept(tree.nest(pretrained.read_base(program, folder, meta['base'])))
+  return {f'frozen/{path}': leaf for path, leaf in tree.flatten(found).items()}
 
 
 def _say_how_it_ended(run: Run, log: logs.Log) -> None:
@@ -443,6 +443,11 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
     ValueError: a folder that has no parameter in common with the model.
   """
   config = program.config
+  if program.formed and config.init_from is None:
+    raise ValueError(
+      f'config.base_weights={config.base_weights!r} needs a base that is read: give '
+      'config.init_from.'
+    )
   state = program.init(config.seed)
   if config.init_from is None:
     return state, None
@@ -450,6 +455,12 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
   loaded = pretrained.load_params(program, folder)
   if not loaded.params:
     raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
+  unread = sorted(program.formed - loaded.params.keys())
+  if unread:
+    raise ValueError(
+      f'config.base_weights={config.base_weights!r} is of a base that is read, and '
+      f'config.init_from={folder} lacks {unread[0]}.'
+    )
   meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))
   drawn = state.network_params
   if config.reinit_layers:
@@ -462,4 +473,4 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
     copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=where)(params)
     state = state.replace(extras=dict(state.extras) | {AVERAGES: copied})
   found = bases.describe(config.init_from, loaded, tree.flatten(frozen), program.mesh)
-  return state.replace(params=params, frozen=frozen), found and found._asdict()
+  return state.replace(params=params, frozen=program.kept(frozen)), found and found._asdict()

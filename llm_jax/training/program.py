@@ -1,5 +1,6 @@
 """The training half of a program: optimizer, jitted train step, abstract state and model FLOPs."""
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -13,12 +14,13 @@ from absl import logging
 
 from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
+from llm_jax.core import tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Adapter, Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import fsdp, hosts, sharding
-from llm_jax.programs import assemble, inference
+from llm_jax.programs import assemble, base_weights, inference
 from llm_jax.programs import network as networks
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
@@ -31,10 +33,11 @@ class Training(Inference):
 
   Attributes:
     state: abstract TrainState, each leaf a ShapeDtypeStruct with its sharding.
-    init: seed -> TrainState on the mesh.
+    init: seed -> TrainState on the mesh, the frozen parameters as arrays (see `kept`).
     train_step: (state, batch) -> (state, metrics); the state given is consumed.
     flops: model FLOPs of one train step, forward and backward (PaLM, arXiv:2204.02311, appendix
-      B), nothing recomputed; 0 where the model does not say.
+      B), nothing recomputed, and no gradient that nothing learns from; 0 where the model does not
+      say.
     micro_batches: in how many parts a batch is run.
     gradient_shardings: where the gradient of each trained parameter lies.
     layers: of stacks that are trained in part, which of their layers are, bool by path.
@@ -101,8 +104,9 @@ def build(
     tx=tx,
     averages=bool(ema_decay),
   )
-  shapes = jax.eval_shape(init, 0)
-  shardings = _state_shardings(layout, shapes, base.infos)
+  drawn = jax.eval_shape(init, 0)
+  shapes = drawn.replace(frozen=base_weights.abstract(drawn.frozen, base.infos, base.formed))
+  shardings = _state_shardings(layout, shapes, base_weights.with_parts(base.infos, base.formed))
   gradient_shardings = sharding.parameter_shardings(layout, shapes.params, base.infos, True)
   train_step = functools.partial(
     step.train_step,
@@ -121,7 +125,7 @@ def build(
   return Training(
     **fields,
     state=inference.placed(shapes, shardings),
-    init=jax.jit(init, out_shardings=shardings),
+    init=jax.jit(init, out_shardings=_state_shardings(layout, drawn, base.infos)),
     train_step=jax.jit(
       inference.on_layout(layout, train_step),
       in_shardings=(shardings, sharding.batch_sharding(base.mesh)),
@@ -129,7 +133,7 @@ def build(
       donate_argnums=0,
       compiler_options=fsdp.compiler_options(base.mesh),
     ),
-    flops=_flops(base, method),
+    flops=_flops(base, method, trained, layers),
     micro_batches=micro_batches,
     gradient_shardings=gradient_shardings,
     layers=layers,
@@ -238,10 +242,13 @@ def _state_shardings(
   )
 
 
-def _flops(program: Inference, method: adversarial.Method | None) -> float:
-  """Three times the forward pass, since the backward pass has two products for each of its; and
-  what further passes cost.
-  """
+def _flops(
+  program: Inference,
+  method: adversarial.Method | None,
+  trained: frozenset[str],
+  layers: Mapping[str, np.ndarray],
+) -> float:
+  """A forward and a backward pass, and what further passes cost."""
   network, batch = program.network, program.batch
   rows, length = next(iter(batch.values())).shape[0], program.config.seq_len
   positions = jax.eval_shape(network.objective.positions, batch)
@@ -252,8 +259,50 @@ def _flops(program: Inference, method: adversarial.Method | None) -> float:
     return 0.0
   turns = network.objective.turns or (network.objective,)
   heads = sum(turn.flops(network.model, batch) for turn in turns) / len(turns)
-  forward = model + heads
-  return 3.0 * forward if method is None else method.flops(forward, model)
+  costs = adversarial.Cost(model, 2.0 * model)
+  if network.adapter is not None:
+    costs = _costs_beside_base(program, model, rows * length, trained, layers)
+  # A head is a frozen vocabulary, or a further pass through the model.
+  whole = adversarial.Cost(*(cost * (1 + heads / model) for cost in costs))
+  return whole.step if method is None else method.flops(whole, costs)
+
+
+def _costs_beside_base(
+  program: Inference,
+  model: float,
+  tokens: int,
+  trained: frozenset[str],
+  layers: Mapping[str, np.ndarray],
+) -> adversarial.Cost:
+  """Of the model with an adapter: its own matrices cost 2 FLOPs per weight and token as well; a
+  frozen matrix has no gradient of its own, and a layer below all that learns has none at all.
+
+  Args:
+    program: has an adapter.
+    model: FLOPs of a forward pass through its base.
+    tokens: of the batch.
+    trained: paths of the parameters that learn.
+    layers: of those that do so in part, in which layers.
+  """
+  count, learns = 0, []  # the layers, those of what is trained; prompts come before all layers
+  own, frozen = collections.Counter[int](), collections.Counter[int]()
+  for path, leaf in tree.flatten(program.params).items():
+    info, based = program.infos[path], path in program.base
+    depths = info.depths(leaf.shape)
+    if depths is None:  # of the base: after all layers
+      learns += [] if based or path.startswith('heads_') else [params_lib.EMBEDDINGS]
+      continue
+    depths, size = np.atleast_1d(depths), leaf.size // np.size(depths)
+    count = max(count, int(depths.max()) + 1)
+    moves = layers.get(path, np.full(depths.shape, path in trained))
+    learns += depths[moves].tolist()
+    if info.inputs and depths.min() >= 0:
+      counted = frozen if based else own
+      counted.update(dict.fromkeys(depths[~moves if based else slice(None)].tolist(), size))
+  lowest = min(learns, default=count)
+  added = 2.0 * tokens * own.total()
+  backward = sum(2 * model / count - 2.0 * tokens * frozen[i] for i in range(max(lowest, 0), count))
+  return adversarial.Cost(model + added, backward + 2 * added)
 
 
 def _log_micro_batches(config: Config, mesh: jax.sharding.Mesh, count: int) -> None:

@@ -22,7 +22,7 @@ def flops(adapter, unroll):
   built = programs.outline(config_lib.parse(settings), jax.devices())
   found = costs.costs(built.train_step.lower(built.state, built.batch).compile().as_text())
   assert not found.unknown_loops
-  return found.flops
+  return found.flops, built.flops
 
 
 @pytest.mark.parametrize('unroll', [0, LAYERS])
@@ -32,9 +32,22 @@ def test_a_frozen_base_has_two_thirds_of_the_products_of_its_weights(unroll):
   attention = 2 * tokens * LENGTH * DIM * 2 * LAYERS
   lora = 2 * tokens * 2 * DIM * RANK * 2 * LAYERS  # beside queries and values
   pool = 2 * tokens * (LENGTH // 4) * DIM  # means of texts
-  full = flops({}, unroll)
+  full, said = flops({}, unroll)
+  assert said == 3 * (weights + attention)
   assert full == pytest.approx(3 * (weights + attention) + 2 * pool, rel=0.01)
   method = dict(name='lora', rank=RANK, targets='query|value')
-  adapted = flops(method, unroll)
+  adapted, said = flops(method, unroll)
   assert adapted <= 2 * weights + 3 * attention + 3 * lora + 2 * pool
   assert adapted > 1.8 * weights + 2 * attention  # the base is there
+  assert said == 2 * weights + 3 * attention + 3 * lora
+  assert said == pytest.approx(adapted, rel=0.1)  # what nothing below learns from is spared
+
+
+def test_model_flops_are_those_of_what_learns():
+  tokens = ROWS * LENGTH
+  layer = 2 * tokens * (4 * DIM**2 + 2 * DIM * MLP) + 2 * tokens * LENGTH * DIM * 2
+  compiled, said = flops(dict(name='freeze'), LAYERS)
+  assert said == LAYERS * layer == pytest.approx(compiled, rel=0.05)
+  compiled, said = flops(dict(name='freeze', layers=1), LAYERS)
+  assert said == (LAYERS + 2) * layer
+  assert compiled == pytest.approx(3 * LAYERS * layer, rel=0.05)  # a stack has all of its gradients

@@ -115,10 +115,10 @@ def test_the_base_keeps_its_bits_and_the_rest_learns(tiny, method, model, unroll
 
   # Steps change what is trained, and nothing else.
   losses = []
-  for _ in range(3):
+  for _ in range(20):
     state, metrics = program.train_step(state, batch)
     losses.append(float(metrics['loss'][0]))
-  assert losses[2] < losses[0] and tiny.bits(state.frozen) == frozen
+  assert losses[-1] < losses[0] and tiny.bits(state.frozen) == frozen
   after = tree.flatten(jax.tree.map(np.asarray, state.params))
   still = [path for path, x in tree.flatten(first.params).items() if np.array_equal(x, after[path])]
   assert still == []

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ from llm_jax.adapters import lora
 from llm_jax.core import config as config_lib
 from llm_jax.core import tree
 from llm_jax.inference.export import export
+from llm_jax.modes import _command
 from llm_jax.programs import checkpoints, pretrained
 from llm_jax.training import evaluation, loop
 
@@ -244,3 +246,43 @@ def test_averages_of_the_parameters_answer(settings, tmp_path):
   next_one = prepared(changes | dict(init_from=str(whole.workdir)), tmp_path / 'next')
   assert bits(next_one.state.network_params) == bits(answering)
   assert bits(next_one.state.answering_params) == bits(answering)
+
+
+def test_several_adapters_on_one_base_are_chosen_by_name(settings, tmp_path, monkeypatch):
+  base = tmp_path / 'base'
+
+  def named(name, adapter):
+    monkeypatch.setattr(_command, 'ADAPTER', types.SimpleNamespace(value=name))
+    return _command.of_adapter(base, settings | dict(adapter=adapter), makes=True)
+
+  with pytest.raises(ValueError, match=f'--adapter=a needs a base: {base} holds no run'):
+    named('a', dict(name='lora'))
+  loop.train(prepared(settings | dict(adapter={}, steps=2), base))
+  with pytest.raises(ValueError, match='say how by --config.adapter.name'):
+    named('a', {})
+  for name, adapter in {'a': dict(name='lora', rank=2), 'b': dict(name='ia3')}.items():
+    workdir, own = named(name, adapter)
+    assert workdir == base / 'adapters' / name and own['init_from'] == str(base)
+    loop.train(prepared(own, workdir))
+    assert _command.of_adapter(base, None, makes=False) == (workdir, None)
+  one = llm_jax.open(base, adapter='a')
+  assert one.adapters == llm_jax.open(base).adapters == ['a', 'b']
+  two, alone = one.switched('b'), llm_jax.open(base, adapter='b')
+  assert two.origin == alone.origin == base / 'adapters' / 'b'
+  wanted, first = bits(alone.params), bits(one.params)
+  reads = []
+  read = checkpoints.restore_params
+  monkeypatch.setattr(
+    checkpoints, 'restore_params', lambda folder, *rest: reads.append(folder) or read(folder, *rest)
+  )
+  assert bits(two.params) == wanted and reads == [alone.origin / 'checkpoints']
+  held, shared = (tree.flatten(session.params) for session in (one, two))
+  frozen = [path for path in shared if path in held and not path.startswith('heads_')]
+  assert len(frozen) > 10 and all(shared[path] is held[path] for path in frozen)
+  np.testing.assert_array_equal(probabilities(two), probabilities(alone))
+  assert np.abs(probabilities(two) - probabilities(one)).max() > 0
+  back = two.switched('a')  # of another base nothing is taken
+  two.params['model'] = jax.tree.map(lambda x: x + 1, two.params['model'])
+  assert bits(back.params) == first and reads[-1] == base / 'checkpoints'
+  with pytest.raises(ValueError, match='--adapter=c: .* there are a, b'):
+    llm_jax.open(base, adapter='c')

@@ -20,6 +20,9 @@ encoder (`bert_tiny`, a token per character) is pretrained on all others by mask
 drawn at random, then teach it the names of persons (nr), places (ns) and organisations (nt), BIO
 per character. The score is the F1 of names, all of whose characters must be right (seqeval). No
 side of torch.
+
+`--words=1000` trains nothing: of so many sentences of Brown it is seen that training, evaluation
+and prediction read the same words at the same tokens.
 """
 
 import argparse
@@ -47,9 +50,13 @@ def main(argv):
   parser.add_argument('--held', type=int, default=1000, help='sentences held out')
   parser.add_argument('--epochs', type=int, default=3)
   parser.add_argument('--pretrained', type=int, default=1000, help='steps, for `people`')
+  parser.add_argument('--words', type=int, help='only compare the words of so many sentences')
   options = parser.parse_args(argv)
   if options.task == 'brown' and not options.model:
     parser.error('--task=brown needs --model, the folder of the encoder.')
+  if options.words:
+    print(same_words(brown(options.data, options.words, 0)[0], options.model))
+    return
   wanted = lambda names, sides: [
     key_of(name, side, seed, options)
     for seed in _real.seeds(options)
@@ -120,6 +127,44 @@ def characters(line):
       found.append((character, f'{"I" if inside else "B"}-{tag}' if tag in NAMES else 'O'))
     before = tag
   return found
+
+
+def same_words(texts, model):
+  """How many words were compared, in a line.
+
+  Raises:
+    AssertionError: one is read otherwise, or at a token that does not spell its first character.
+  """
+  import numpy as np
+
+  from llm_jax.data.documents import Memory
+  from llm_jax.data.tokenizers import hf
+  from llm_jax.objectives import tag
+
+  tokenizer, encode = hf.create(path=str(model)), tag.Objective.encoding({})
+  records = [{'words': [w for w, _ in text], 'tags': [t for _, t in text]} for text in texts]
+  objective = tag.Objective(tokenizer, sorted({name for r in records for name in r['tags']}))
+  learned = objective.rows(Memory(records, encode, tokenizer), LENGTH)
+  asked = [{'words': record['words']} for record in records]
+  asked = objective.layout(Memory(asked, encode, tokenizer), LENGTH)
+  assert len(learned) == len(asked)
+  count, unread, rng = 0, 0, np.random.default_rng(0)
+  for index in range(len(learned)):
+    row, plain = learned.example(index, rng), asked.example(index, rng)
+    for name in row.keys() - {'tag', 'tag_weight'}:
+      np.testing.assert_array_equal(row[name], plain[name])
+    answers = objective.answers({'tags': row['tag']}, asked, index)
+    for text, answer in zip(asked.texts(index), answers, strict=True):
+      cut = set(answer.get('unread', []))
+      wanted = [objective.unread if w in cut else t for w, t in enumerate(records[text]['tags'])]
+      assert answer['words'] == records[text]['words'] and answer['tags'] == wanted
+      count, unread = count + len(wanted), unread + len(cut)
+    for text, positions, words in asked.word_positions(index):
+      for position, word in zip(positions, words, strict=True):
+        piece = tokenizer.decode([row['tokens'][position]]).strip()
+        begins = records[text]['words'][word].lower()[: len(piece)]
+        assert piece in (begins, '[UNK]'), (piece, records[text]['words'][word])
+  return f'{len(records)} sentences, {count} words, {unread} of them beyond the row: all alike.'
 
 
 def ours(options, texts, held, all_texts, key):

@@ -11,16 +11,15 @@ import pathlib
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import TOKENIZER, TOLERANCE, assert_same, filled, network_of, shape
 
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.data.documents import Memory
-from llm_jax.data.tokenizers import byte
 from llm_jax.models import encoder
 from llm_jax.objectives import contrast, mix, mlm
 from llm_jax.parallel import sharding
@@ -28,20 +27,10 @@ from llm_jax.programs import network as networks
 from llm_jax.training import step
 
 pytestmark = pytest.mark.slow
-SEQ_LEN, ROWS, MICRO, DEVICES, TOLERANCE = 48, 32, 4, 8, 1e-10
-TOKENIZER = byte.create()
+SEQ_LEN, ROWS, MICRO, DEVICES = 48, 32, 4, 8
+DROPOUT = dict(layers=2, dropout=0.2, attention_dropout=0.2, unroll=1)
+MODEL = encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN, **DROPOUT))
 RNG = np.random.default_rng(0)
-SHAPE = dict(
-  dim=8,
-  layers=2,
-  heads=2,
-  mlp_dim=16,
-  max_len=SEQ_LEN,
-  dropout=0.2,
-  attention_dropout=0.2,
-  dtype='float64',
-  param_dtype='float64',
-)
 
 
 def records():
@@ -58,8 +47,7 @@ def batch_of(objective, rows=ROWS):
   laid = objective.rows(Memory(records(), contrast.Objective.encode, TOKENIZER), SEQ_LEN)
   examples = [objective.transform(laid.example(i, RNG), RNG) for i in range(len(laid))]
   assert len(examples) <= rows
-  examples += [{k: np.zeros_like(v) for k, v in examples[0].items()}] * (rows - len(examples))
-  return laid, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
+  return laid, filled(examples, rows)
 
 
 def made(kind='contrast', **options):
@@ -69,16 +57,6 @@ def made(kind='contrast', **options):
     parts = {'contrast': objective, 'mlm': mlm.Objective(TOKENIZER)}
     return mix.Objective(parts, 'contrast', {'contrast': 1.0, 'mlm': 0.5})
   return objective
-
-
-def network_of(objective, batch):
-  model = encoder.Model(vocab_size=TOKENIZER.vocab_size, **SHAPE)
-  network = networks.Network(model=model, heads=objective.heads(model), objective=objective)
-  shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)
-  return network, jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
-  )
 
 
 def learned(network, params, batch, micro_batches, key=None):
@@ -105,17 +83,12 @@ def at_once(network, params, batch, key, parts):
   return jax.device_get(jax.jit(jax.grad(loss))(params))
 
 
-def assert_same(found, wanted):
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
-
-
 @pytest.mark.parametrize('kind', ['contrast', 'mix'])
 def test_micro_batches_have_the_gradient_of_the_one_batch(kind):
   with jax.enable_x64(True):
     objective = made(kind)
     _, batch = batch_of(objective)
-    network, params = network_of(objective, batch)
+    network, params = network_of(MODEL, objective, batch)
     key = jax.random.PRNGKey(3)
     wanted = at_once(network, params, batch, key, MICRO)
     found, metrics = learned(network, params, batch, MICRO, key)
@@ -142,7 +115,7 @@ def test_packed_groups_learn_as_if_alone(loss):
       laid = objective.rows(Memory(labelled, contrast.Objective.encode, TOKENIZER), SEQ_LEN)
       examples = [laid.example(i, RNG) for i in range(len(laid))]
       batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-      network, params = network_of(objective, batch)
+      network, params = network_of(MODEL, objective, batch)
       results.append(learned(network, params, batch, 1))
       if packing == 'best_fit':
         assert len(laid) < 61 / 2
@@ -172,7 +145,7 @@ def deviations():
   """How far eight devices with four micro-batches are off the one graph, with dropout."""
   objective = made()
   _, batch = batch_of(objective)
-  network, params = network_of(objective, batch)
+  network, params = network_of(MODEL, objective, batch)
   key = jax.random.PRNGKey(3)
   wanted = at_once(network, params, batch, key, MICRO)
   layout = sharding.create_layout(data=2, fsdp=4)

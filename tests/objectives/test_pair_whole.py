@@ -11,36 +11,21 @@ import pathlib
 import subprocess
 import sys
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import TOKENIZER, TOLERANCE, assert_same, filled, network_of, shape
 
 from llm_jax.core import params as params_lib
 from llm_jax.data.documents import Memory
-from llm_jax.data.tokenizers import byte
 from llm_jax.models import encoder
 from llm_jax.objectives import pair
 from llm_jax.parallel import sharding
-from llm_jax.programs import network as networks
 from llm_jax.training import step
 
 pytestmark = pytest.mark.slow
-SEQ_LEN, COUNT, ROWS, MICRO, DEVICES, TOLERANCE = 32, 16, 16, 4, 8, 1e-10
-TOKENIZER = byte.create()
-SHAPE = dict(
-  dim=8,
-  layers=1,
-  heads=2,
-  mlp_dim=16,
-  max_len=SEQ_LEN,
-  dropout=0.0,
-  attention_dropout=0.0,
-  dtype='float64',
-  param_dtype='float64',
-  unroll=0,
-)
+SEQ_LEN, COUNT, ROWS, MICRO, DEVICES = 32, 16, 16, 4, 8
+MODEL = encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN))
 
 
 def records():
@@ -61,29 +46,13 @@ def made(loss, packing='best_fit'):
 def batch_of(objective):
   laid = objective.rows(Memory(records(), pair.Objective.encode, TOKENIZER), SEQ_LEN)
   examples = [laid.example(i, None) for i in range(len(laid))]
-  examples += [{k: np.zeros_like(v) for k, v in examples[0].items()}] * (ROWS - len(laid))
-  return len(laid), {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-def network_of(objective, batch):
-  model = encoder.Model(vocab_size=TOKENIZER.vocab_size, **SHAPE)
-  network = networks.Network(model=model, heads=objective.heads(model), objective=objective)
-  shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)
-  return network, jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
-  )
+  return len(laid), filled(examples, ROWS)
 
 
 def learner(network, params, micro_batches=1):
   run = functools.partial(step.gradient, network=network, micro_batches=micro_batches)
   run = jax.jit(run)
   return lambda batch: jax.device_get(run(params, batch, None))
-
-
-def assert_same(found, wanted):
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize('loss', pair.RANKING)
@@ -93,7 +62,7 @@ def test_packed_and_in_parts_it_learns_as_if_alone(loss):
     packed_rows, packed = batch_of(objective)
     alone_rows, alone = batch_of(made(loss, 'none'))
     assert packed_rows <= ROWS * 2 / 3 and alone_rows == COUNT == ROWS
-    network, params = network_of(objective, packed)
+    network, params = network_of(MODEL, objective, packed)
     learn = learner(network, params)
     wanted, found = learn(alone), learn(packed)
     assert_same(found, wanted)
@@ -131,7 +100,7 @@ def deviations(loss):
   """How far eight devices with two micro-batches are off the one device."""
   objective = made(loss)
   _, batch = batch_of(objective)
-  network, params = network_of(objective, batch)
+  network, params = network_of(MODEL, objective, batch)
   wanted, _ = learner(network, params)(batch)
   layout = sharding.create_layout(data=2, fsdp=4)
   boxed = jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params']

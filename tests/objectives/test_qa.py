@@ -230,6 +230,8 @@ def test_an_answer_is_the_best_of_all_windows():
   assert [found['text'] for found in answer['answers']][:2] == ['Ann', 'Ur']
   weights = np.exp([5.0, 3.5])
   assert answer['probability'] == pytest.approx(weights[0] / weights.sum())
+  assert answer['margin'] == pytest.approx((weights[0] - weights[1]) / weights.sum())
+  assert answer['entropy'] > 0
   assert 'no_answer_probability' not in answer  # there always is one
 
 

@@ -2,34 +2,19 @@
 nothing hides. The loss is that of NumPy.
 """
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import TOKENIZER, TOLERANCE, assert_same, filled, network_of, shape
 
 from llm_jax.data.documents import Memory
-from llm_jax.data.tokenizers import byte
 from llm_jax.models import encoder
 from llm_jax.objectives import qa
 from llm_jax.programs import network as networks
 from llm_jax.training import step
 
 pytestmark = pytest.mark.slow
-SEQ_LEN, TOLERANCE = 32, 1e-10
-TOKENIZER = byte.create()
-SHAPE = dict(
-  dim=8,
-  layers=1,
-  heads=2,
-  mlp_dim=16,
-  max_len=SEQ_LEN,
-  dropout=0.0,
-  attention_dropout=0.0,
-  dtype='float64',
-  param_dtype='float64',
-  unroll=0,
-)
+SEQ_LEN = 32
 
 
 def records():
@@ -55,18 +40,7 @@ def batch_of(packing, count):
   )
   rows = objective.rows(Memory(records(), qa.Objective.encode, TOKENIZER), SEQ_LEN)
   examples = [rows.example(i, np.random.default_rng(0)) for i in range(len(rows))]
-  examples += [{k: np.zeros_like(v) for k, v in examples[0].items()}] * (count - len(rows))
-  return objective, rows, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-def network_of(objective, batch):
-  model = encoder.Model(vocab_size=TOKENIZER.vocab_size, **SHAPE)
-  network = networks.Network(model=model, heads=objective.heads(model), objective=objective)
-  shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)
-  return network, jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
-  )
+  return objective, rows, filled(examples, count)
 
 
 def windows_of(rows, said):
@@ -100,11 +74,6 @@ def loss_of(rows, windows):
   return total, count
 
 
-def assert_same(found, wanted):
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
-
-
 def test_packed_windows_learn_and_are_scored_as_if_alone():
   with jax.enable_x64(True):
     single, each, alone = batch_of('none', 0)
@@ -115,7 +84,8 @@ def test_packed_windows_learn_and_are_scored_as_if_alone():
     widen = lambda x: np.pad(x, ((0, 0), (0, packed_slots - x.shape[1])))
     for name in ('span_weight', 'text_firsts', 'text_lasts'):
       alone[name] = widen(alone[name])
-    network, params = network_of(objective, packed)
+    model = encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN))
+    network, params = network_of(model, objective, packed)
 
     @jax.jit
     def learn(batch):

@@ -2,34 +2,20 @@
 float64, where nothing hides.
 """
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import TOKENIZER, answers, assert_same, filled, network_of, shape
 
 from llm_jax.data.documents import Memory
-from llm_jax.data.tokenizers import byte
 from llm_jax.models import decoder, encoder
 from llm_jax.objectives import relation
 from llm_jax.programs import network as networks
 from llm_jax.training import step
 
 pytestmark = pytest.mark.slow
-SEQ_LEN, ROWS, TOLERANCE = 40, 8, 1e-10
-TOKENIZER = byte.create()
-SHAPE = dict(
-  dim=8,
-  layers=1,
-  heads=2,
-  mlp_dim=16,
-  max_len=SEQ_LEN,
-  dropout=0.0,
-  attention_dropout=0.0,
-  dtype='float64',
-  param_dtype='float64',
-  unroll=0,
-)
+SEQ_LEN, ROWS = 40, 8
+
 CASES = [(encoder, 'markers'), (decoder, 'closing')]
 
 
@@ -57,30 +43,7 @@ def batch_of(pool, packing, rows=ROWS):
   )
   laid = objective.rows(Memory(records(), relation.Objective.encode, TOKENIZER), SEQ_LEN)
   examples = [laid.example(i, None) for i in range(len(laid))]
-  examples += [{k: np.zeros_like(v) for k, v in examples[0].items()}] * (rows - len(laid))
-  return objective, laid, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-def network_of(model, objective, batch):
-  network = networks.Network(model=model, heads=objective.heads(model), objective=objective)
-  shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)
-  return network, jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
-  )
-
-
-def answers(objective, rows, said):
-  found = {}
-  for index in range(len(rows)):
-    row = {name: np.asarray(values)[index] for name, values in said.items()}
-    found |= dict(zip(rows.texts(index), objective.answers(row, rows, index), strict=True))
-  return [list(found[text]['probabilities'].values()) for text in range(len(found))]
-
-
-def assert_same(found, wanted):
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
+  return objective, laid, filled(examples, rows)
 
 
 @pytest.mark.parametrize(('module', 'pool'), CASES)
@@ -89,7 +52,7 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(module, pool):
     objective, rows, packed = batch_of(pool, 'best_fit')
     single, each, alone = batch_of(pool, 'none')
     assert len(rows) < len(each) == ROWS
-    model = module.Model(vocab_size=TOKENIZER.vocab_size, **SHAPE)
+    model = module.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN))
     network, params = network_of(model, objective, packed)
 
     @jax.jit
@@ -104,9 +67,9 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(module, pool):
     assert wanted[0][1] == sum({'x': 1.0, 'y': 2.0, 'z': 0.5}[label] for label in labels)
     assert_same(found, wanted)
     dense = found[1]['heads_relation']['dense']
-    assert dense['kernel'].shape == (2 * SHAPE['dim'], 3)
+    assert dense['kernel'].shape == (2 * model.options.dim, 3)
     assert all(np.abs(x).max() > 1e-6 for x in jax.tree.leaves(dense))
-    assert_same(answers(objective, rows, said), answers(single, each, said_alone))
+    assert_same(probabilities(objective, rows, said), probabilities(single, each, said_alone))
     signs = [ord('@') + 7, ord('#') + 7]
     for row, marked in enumerate(alone['markers'][:, 0]):
       assert alone['tokens'][row, marked].tolist() == signs
@@ -120,6 +83,11 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(module, pool):
     swapped = packed | {'markers': packed['markers'][..., ::-1]}
     with pytest.raises(AssertionError):  # the tail in place of the head
       assert_same(learn(swapped)[0], wanted)
+
+
+def probabilities(objective, rows, said):
+  found = answers(objective, rows, said)
+  return [list(found[text]['probabilities'].values()) for text in range(len(found))]
 
 
 def by_hand(dense, states_2D):

@@ -79,9 +79,11 @@ def test_words_that_are_not_read_are_counted_and_answered(monkeypatch):
     in (lines[-1])
   )
   said = {'tags': np.full(12, 1), 'probability': np.full(12, 0.5)}
+  said |= {'entropy': np.arange(12.0), 'margin': np.arange(12.0)}
   said['probability'][positions[0]] = 0.125
   (answer,) = made(loss='crf').answers(said, rows, 0)
   assert answer['probability'] == pytest.approx(0.25)  # the geometric mean
+  assert (answer['entropy'], answer['margin']) == (positions.mean(), positions.min())
   assert answer['words'] == torn['words'] and answer['unread'] == [0, 2, 4, 5]
   assert answer['tags'] == ['O', 'B-PER', 'O', 'B-PER', 'O', 'O']
   assert answer['probabilities'] == [None, 0.125, None, 0.5, None, None]
@@ -432,6 +434,9 @@ def test_softmax(small):
   assert said['tags'][0, positions].tolist() == logits.argmax(-1).tolist()
   p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
   np.testing.assert_allclose(said['probability'][0, positions], p.max(-1), rtol=1e-4)
+  entropy, best = -(p * np.log(p)).sum(-1), np.sort(p, -1)
+  np.testing.assert_allclose(said['entropy'][0, positions], entropy, rtol=1e-4)
+  np.testing.assert_allclose(said['margin'][0, positions], best[:, -1] - best[:, -2], rtol=1e-4)
 
 
 @pytest.mark.parametrize('loss', ['crf', 'hinge'])

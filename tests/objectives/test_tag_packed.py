@@ -2,34 +2,19 @@
 float64, where nothing hides.
 """
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from exact import TOKENIZER, TOLERANCE, answers, assert_same, filled, network_of, shape
 
 from llm_jax.data.documents import Memory
-from llm_jax.data.tokenizers import byte
 from llm_jax.models import encoder
 from llm_jax.objectives import tag
 from llm_jax.programs import network as networks
 from llm_jax.training import step
 
 pytestmark = pytest.mark.slow
-SEQ_LEN, TOLERANCE, BIO = 24, 1e-10, ('B-x', 'B-y', 'I-x', 'I-y', 'O')
-TOKENIZER = byte.create()
-SHAPE = dict(
-  dim=8,
-  layers=1,
-  heads=2,
-  mlp_dim=16,
-  max_len=SEQ_LEN,
-  dropout=0.0,
-  attention_dropout=0.0,
-  dtype='float64',
-  param_dtype='float64',
-  unroll=0,
-)
+SEQ_LEN, BIO = 24, ('B-x', 'B-y', 'I-x', 'I-y', 'O')
 
 
 def records():
@@ -57,31 +42,7 @@ def batch_of(loss, packing):
   )
   rows = objective.rows(Memory(records(), tag.Objective.encoding({}), TOKENIZER), SEQ_LEN)
   examples = [rows.example(i, np.random.default_rng(0)) for i in range(len(rows))]
-  examples += [{k: np.zeros_like(v) for k, v in examples[0].items()}] * (10 - len(rows))
-  return objective, rows, {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-
-
-def network_of(objective, batch):
-  model = encoder.Model(vocab_size=TOKENIZER.vocab_size, **SHAPE)
-  network = networks.Network(model=model, heads=objective.heads(model), objective=objective)
-  shapes = nn.meta.unbox(jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params'])
-  rng = np.random.default_rng(1)
-  return network, jax.tree.map(
-    lambda s: jnp.asarray(rng.normal(0.5 if s.ndim < 2 else 0.0, 0.5, s.shape), s.dtype), shapes
-  )
-
-
-def answers(objective, rows, said):
-  found = {}
-  for index in range(len(rows)):
-    row = {name: np.asarray(values)[index] for name, values in said.items()}
-    found |= dict(zip(rows.texts(index), objective.answers(row, rows, index), strict=True))
-  return found
-
-
-def assert_same(found, wanted):
-  for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
+  return objective, rows, filled(examples, 10)
 
 
 @pytest.mark.parametrize('loss', tag.LOSSES)
@@ -90,7 +51,8 @@ def test_packed_texts_learn_and_are_answered_as_if_alone(loss):
     objective, rows, packed = batch_of(loss, 'best_fit')
     single, each, alone = batch_of(loss, 'none')
     assert max(len(rows.texts(i)) for i in range(len(rows))) > 2 and len(rows) < len(each) == 9
-    network, params = network_of(objective, packed)
+    model = encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN))
+    network, params = network_of(model, objective, packed)
 
     @jax.jit
     def learn(batch):

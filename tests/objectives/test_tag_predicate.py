@@ -86,7 +86,9 @@ def test_words_and_their_characters_are_those_of_the_text(words, name, as_text, 
 
 def test_answers_are_of_the_text_as_it_was_given():
   rows = made().layout(memory({'text': 'Ann bought old books', 'predicate': 1}), 40)
-  row = {'tags': np.zeros(40, int), 'probability': np.full(40, 0.5)}
+  row = {'tags': np.zeros(40, int)} | dict.fromkeys(
+    ('probability', 'entropy', 'margin'), np.full(40, 0.5)
+  )
   row['tags'][[1, 7, 16, 20]] = [0, 3, 1, 2]
   (answer,) = made().answers(row, rows, 0)
   assert answer['words'] == ['Ann', 'bought', 'old', 'books'] and answer['tags'] == BOUGHT['tags']

@@ -227,6 +227,12 @@ def test_parameters_of_another_run(opened, tmp_path):
     ValueError, match=r'! model/norm/scale: expected float32\[9\], found bfloat16\[8\]'
   ):
     checkpoint.restore_params(directory, abstract({'model': {'norm': {'scale': jnp.zeros(9)}}}))
+  kernel = state(3, seed=3).params['model']['layers']['block']['kernel']
+  narrow = {'model': {'layers': {'block': {'kernel': kernel.astype(jnp.bfloat16)}}}}
+  rounded = checkpoint.restore_params(directory, abstract(narrow), which='latest').params
+  assert_same(rounded, {'model/layers/block/kernel': narrow['model']['layers']['block']['kernel']})
+  with pytest.raises(ValueError, match=r'scale: expected float32\[8\], found bfloat16\[8\]'):
+    checkpoint.restore_params(directory, abstract({'model': {'norm': {'scale': jnp.zeros(8)}}}))
   with pytest.raises(ValueError, match='holds no whole checkpoint'):
     checkpoint.restore_params(tmp_path / 'nowhere', wanted)
   with pytest.raises(ValueError, match="'best', 'latest' or a step"):
