@@ -29,8 +29,11 @@ from llm_jax.training import step
 pytestmark = pytest.mark.slow
 SEQ_LEN, ROWS, MICRO, DEVICES = 48, 32, 4, 8
 DROPOUT = dict(layers=2, dropout=0.2, attention_dropout=0.2, unroll=1)
-MODEL = encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN, **DROPOUT))
 RNG = np.random.default_rng(0)
+
+
+def model():
+  return encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN, **DROPOUT))
 
 
 def records():
@@ -88,7 +91,7 @@ def test_micro_batches_have_the_gradient_of_the_one_batch(kind):
   with jax.enable_x64(True):
     objective = made(kind)
     _, batch = batch_of(objective)
-    network, params = network_of(MODEL, objective, batch)
+    network, params = network_of(model(), objective, batch)
     key = jax.random.PRNGKey(3)
     wanted = at_once(network, params, batch, key, MICRO)
     found, metrics = learned(network, params, batch, MICRO, key)
@@ -115,7 +118,7 @@ def test_packed_groups_learn_as_if_alone(loss):
       laid = objective.rows(Memory(labelled, contrast.Objective.encode, TOKENIZER), SEQ_LEN)
       examples = [laid.example(i, RNG) for i in range(len(laid))]
       batch = {k: np.stack([e[k] for e in examples]) for k in examples[0]}
-      network, params = network_of(MODEL, objective, batch)
+      network, params = network_of(model(), objective, batch)
       results.append(learned(network, params, batch, 1))
       if packing == 'best_fit':
         assert len(laid) < 61 / 2
@@ -145,7 +148,7 @@ def deviations():
   """How far eight devices with four micro-batches are off the one graph, with dropout."""
   objective = made()
   _, batch = batch_of(objective)
-  network, params = network_of(MODEL, objective, batch)
+  network, params = network_of(model(), objective, batch)
   key = jax.random.PRNGKey(3)
   wanted = at_once(network, params, batch, key, MICRO)
   layout = sharding.create_layout(data=2, fsdp=4)

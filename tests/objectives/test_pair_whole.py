@@ -25,7 +25,10 @@ from llm_jax.training import step
 
 pytestmark = pytest.mark.slow
 SEQ_LEN, COUNT, ROWS, MICRO, DEVICES = 32, 16, 16, 4, 8
-MODEL = encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN))
+
+
+def model():
+  return encoder.Model(vocab_size=TOKENIZER.vocab_size, **shape(SEQ_LEN))
 
 
 def records():
@@ -62,7 +65,7 @@ def test_packed_and_in_parts_it_learns_as_if_alone(loss):
     packed_rows, packed = batch_of(objective)
     alone_rows, alone = batch_of(made(loss, 'none'))
     assert packed_rows <= ROWS * 2 / 3 and alone_rows == COUNT == ROWS
-    network, params = network_of(MODEL, objective, packed)
+    network, params = network_of(model(), objective, packed)
     learn = learner(network, params)
     wanted, found = learn(alone), learn(packed)
     assert_same(found, wanted)
@@ -100,7 +103,7 @@ def deviations(loss):
   """How far eight devices with two micro-batches are off the one device."""
   objective = made(loss)
   _, batch = batch_of(objective)
-  network, params = network_of(MODEL, objective, batch)
+  network, params = network_of(model(), objective, batch)
   wanted, _ = learner(network, params)(batch)
   layout = sharding.create_layout(data=2, fsdp=4)
   boxed = jax.eval_shape(network.init, jax.random.PRNGKey(0), batch)['params']
