@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import math
 import re
+from collections.abc import Mapping, Sequence
 
 from llm_jax.core import scopes
 from llm_jax.planning import hlo_text, loops, products
@@ -54,6 +55,10 @@ _SLICES = ('dynamic-slice', 'slice', 'gather')
 _CONTROL = ('while', 'call', 'conditional')
 _PRODUCTS = ('dot', 'convolution')
 _KERNEL = 'tpu_custom_call'
+# A TPU's transfer beside products is a chain of fusions: one that starts it, those in which it goes
+# on while they compute, one that ends it. Each but the last has the collective in it.
+_CHAIN = re.compile(r'chain_id="(\w+)"')
+_CHAIN_STARTS = 'AsyncCollectiveStart'
 _ESTIMATE = re.compile(r'"?cost_estimate"?\s*:\s*\{[^}]*?"?flops"?\s*:\s*"?(\d+)')
 
 
@@ -106,11 +111,13 @@ class _Run:
     times: how often.
     outer: whether its instructions read and write main memory, as those inside of a fusion do not.
     beside: whether all of it runs while the device computes.
+    chains: as `_chains` gives them.
   """
 
   times: float
   outer: bool
   beside: bool
+  chains: Mapping[str, bool]
 
 
 def costs(text: str) -> Costs:
@@ -124,7 +131,8 @@ def costs(text: str) -> Costs:
   """
   program, entry = hlo_text.parse(text)
   total = Costs()
-  _walk(program, program[entry], _Run(times=1.0, outer=True, beside=False), total)
+  first = _Run(times=1.0, outer=True, beside=False, chains=_chains(program))
+  _walk(program, program[entry], first, total)
   return total
 
 
@@ -132,15 +140,18 @@ def _walk(program: Program, computation: Computation, run: _Run, total: Costs) -
   """Adds what all runs of a computation take."""
   for instruction in computation.instructions.values():
     opcode = instruction.opcode
-    beside = run.beside or _overlaps(program, computation, instruction)
-    _add_work(computation, instruction, dataclasses.replace(run, beside=beside), total)
+    chain, beside = _chain(instruction), run.beside or _overlaps(program, computation, instruction)
+    beside |= run.chains.get(chain, False)
+    if not _goes_on(computation, instruction, run.chains):
+      _add_work(computation, instruction, dataclasses.replace(run, beside=beside), total)
     if opcode.removesuffix('-start') not in _PER_ELEMENT:
       iterations = _iterations(program, computation, instruction, total)
-      inner = _Run(run.times * iterations, run.outer and opcode in _CONTROL, beside)
+      outer = run.outer and opcode in _CONTROL
+      inner = _Run(run.times * iterations, outer, beside, run.chains)
       for name in instruction.called:
         _walk(program, program[name], inner, total)
     if run.outer and opcode not in _NO_TRAFFIC and not opcode.endswith('-done'):
-      total.bytes += run.times * _traffic(program, computation, instruction)
+      total.bytes += run.times * _traffic(program, computation, instruction, run.chains)
 
 
 def _add_work(computation: Computation, instruction: Instruction, run: _Run, total: Costs) -> None:
@@ -252,6 +263,35 @@ def _overlaps(program: Program, computation: Computation, instruction: Instructi
   return False
 
 
+def _chains(program: Program) -> dict[str, bool]:
+  """The chains that are started -> whether products or kernels run in one of their fusions."""
+  started, busy = set(), set()
+  for computation in program.values():
+    inside = computation.instructions.values()
+    names = {name for instruction in inside if (name := _chain(instruction))}
+    started |= names if _starts(computation) else set()
+    busy |= names if names and any(_computes(program, one) for one in inside) else set()
+  return {name: name in busy for name in started}
+
+
+def _chain(instruction: Instruction) -> str:
+  """The name of its chain, '' where it is in none."""
+  found = _CHAIN.search(instruction.attributes)
+  return found[1] if found else ''
+
+
+def _starts(computation: Computation) -> bool:
+  """Whether it starts a chain."""
+  return any(_CHAIN_STARTS in other.attributes for other in computation.instructions.values())
+
+
+def _goes_on(
+  computation: Computation, instruction: Instruction, chains: Mapping[str, bool]
+) -> bool:
+  """Whether it is a transfer that another fusion has started."""
+  return _chain(instruction) in chains and not _starts(computation)
+
+
 def _computes(program: Program, instruction: Instruction) -> bool:
   if instruction.opcode in _PRODUCTS or _KERNEL in instruction.attributes:
     return True
@@ -262,7 +302,9 @@ def _computes(program: Program, instruction: Instruction) -> bool:
   return False
 
 
-def _traffic(program: Program, computation: Computation, instruction: Instruction) -> int:
+def _traffic(
+  program: Program, computation: Computation, instruction: Instruction, chains: Mapping[str, bool]
+) -> int:
   """Bytes of main memory that an instruction reads and writes; where it reads or updates a slice,
   those of the slice.
   """
@@ -277,20 +319,44 @@ def _traffic(program: Program, computation: Computation, instruction: Instructio
   if opcode == 'dynamic-update-slice':
     return 2 * _operand_bytes(computation, instruction.operands[1])
   if opcode == 'fusion':
-    return _fusion_traffic(computation, instruction, program[instruction.called[0]])
+    return _fusion_traffic(computation, instruction, program[instruction.called[0]], chains)
   known = [name for name in instruction.operands if name in computation.instructions]
   read = sum(computation.instructions[name].main_bytes for name in known)
   return instruction.main_bytes + read
 
 
-def _fusion_traffic(computation: Computation, fusion: Instruction, inside: Computation) -> int:
+def _fusion_traffic(
+  computation: Computation, fusion: Instruction, inside: Computation, chains: Mapping[str, bool]
+) -> int:
   """Bytes that a fusion reads and writes; `inside` is what it runs."""
+  whole = inside.instructions.values()
+  chain = [instruction for instruction in whole if _goes_on(inside, instruction, chains)]
+  if chain:
+    return _traffic_beside_chain(computation, fusion, inside, chain)
   written, updated = fusion.main_bytes, None
   if inside.result.opcode == 'dynamic-update-slice':  # in place: only the slice is written
     updated = inside.result
     written = min(written, inside.instructions[updated.operands[1]].bytes)
   numbers = range(len(fusion.operands))
   return written + sum(_read(computation, fusion, inside, n, updated) for n in numbers)
+
+
+def _traffic_beside_chain(
+  computation: Computation, fusion: Instruction, inside: Computation, chain: Sequence[Instruction]
+) -> int:
+  """Likewise where a transfer goes on, whose buffers the fusion only hands on."""
+  ours = {name for transfer in chain for name in (transfer.name, *transfer.operands)}
+  ours |= {name for name in inside.result.operands if _is_parameter(inside, name)}
+  outputs = zip(fusion.arrays, inside.result.operands, strict=False)
+  written = sum(array.bytes for array, name in outputs if not array.space and name not in ours)
+  numbers = range(len(fusion.operands))
+  kept = [n for n in numbers if (one := inside.parameter(n)) is None or one.name not in ours]
+  return written + sum(_read(computation, fusion, inside, n, None) for n in kept)
+
+
+def _is_parameter(computation: Computation, name: str) -> bool:
+  found = computation.instructions.get(name)
+  return found is not None and found.opcode == 'parameter'
 
 
 def _read(

@@ -46,7 +46,9 @@ NOT_KNOWN = (
   'what evaluation, samples and the writing of checkpoints take of memory and time',
   'kernels, clocks and neighbours slower than the published figures: a measured step is longer',
 )
-_NOT_SHAPE = 'name variant dtype remat unroll attention dropout attention_dropout'.split()
+_NOT_SHAPE = (
+  'name variant dtype param_dtype remat unroll attention dropout attention_dropout'.split()
+)
 UNKNOWN = '-'  # what a model's section does not say
 _NOT_COMPILED = (
   'executed_flops',
@@ -175,7 +177,7 @@ def _known(program: Training, name: str, devices: Sequence[jax.Device]) -> Repor
     'mesh': dict(mesh.shape),
     'rules': config.mesh.get('rules', 'fsdp'),
     'dtype': config.model.get('dtype', UNKNOWN),
-    'parameters_dtype': _dtypes(program.params),
+    'parameters_dtype': _dtypes((program.state.params, program.state.frozen)),
     'remat': config.model.get('remat', UNKNOWN),
     'micro_batches': program.micro_batches,
     'optimizer': config.optimizer['name'],

@@ -46,7 +46,7 @@ def main(argv):
   parser = _real.flags(__doc__)
   parser.add_argument('--task', choices=METHODS, required=True)
   parser.add_argument('--model', type=pathlib.Path, help='folder of the encoder, for `brown`')
-  parser.add_argument('--texts', type=int, default=3000, help='sentences to learn from')
+  parser.add_argument('--texts', type=int, default=4000, help='sentences to learn from')
   parser.add_argument('--held', type=int, default=1000, help='sentences held out')
   parser.add_argument('--epochs', type=int, default=3)
   parser.add_argument('--pretrained', type=int, default=1000, help='steps, for `people`')

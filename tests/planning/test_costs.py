@@ -100,3 +100,49 @@ def test_a_kernel_says_its_flops_by_its_scope():
   }
   assert [cost.kernel_flops for cost in found.values()] == [10, 25, 0]
   assert [cost.unknown_kernels for cost in found.values()] == [0, 0, 1]
+
+
+CHAIN = """%start (p: bf16[8,4]) -> (bf16[8,4], bf16[8,16], u32[]) {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %g = bf16[8,16]{1,0} all-gather(%p), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+  ROOT %c = (bf16[8,4]{1,0}, bf16[8,16]{1,0}, u32[]{:S(2)}) custom-call(%g), custom_call_target="AsyncCollectiveStart"
+}
+
+%on (a: bf16[8,4], b: bf16[8,16], x: bf16[32,64], w: bf16[64,64]) -> (bf16[32,64], bf16[8,4], bf16[8,16], bf16[8,16]) {
+  %a = bf16[8,4]{1,0} parameter(0)
+  %b = bf16[8,16]{1,0} parameter(1)
+  %x = bf16[32,64]{1,0} parameter(2)
+  %w = bf16[64,64]{1,0} parameter(3)
+  %d = bf16[32,64]{1,0} dot(%x, %w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %h = bf16[8,16]{1,0} all-gather(%a), channel_id=1, replica_groups={{0,1,2,3}}, frontend_attributes={chain_id="7"}
+  ROOT %t = (bf16[32,64]{1,0}, bf16[8,4]{1,0}, bf16[8,16]{1,0}, bf16[8,16]{1,0}) tuple(%d, %a, %b, %h)
+}
+
+ENTRY %main (p: bf16[8,4], x: bf16[32,64], w: bf16[64,64]) -> bf16[32,64] {
+  %p = bf16[8,4]{1,0} parameter(0)
+  %x = bf16[32,64]{1,0} parameter(1)
+  %w = bf16[64,64]{1,0} parameter(2)
+  %s = (bf16[8,4]{1,0}, bf16[8,16]{1,0}, u32[]{:S(2)}) fusion(%p), kind=kCustom, calls=%start
+  %q = bf16[8,4]{1,0} get-tuple-element(%s), index=0
+  %r = bf16[8,16]{1,0} get-tuple-element(%s), index=1
+  %f = (bf16[32,64]{1,0}, bf16[8,4]{1,0}, bf16[8,16]{1,0}, bf16[8,16]{1,0}) fusion(%q, %r, %x, %w), kind=kOutput, calls=%on
+  %i = (bf16[32,64]{1,0}, bf16[8,4]{1,0}, bf16[8,16]{1,0}, bf16[8,16]{1,0}) fusion(%q, %r, %x, %w), kind=kOutput, calls=%on
+  ROOT %y = bf16[32,64]{1,0} get-tuple-element(%i), index=0
+}"""  # noqa: E501
+
+
+def test_a_transfer_in_a_chain_of_fusions_is_one():
+  """As v5e's compiler writes it: started in a fusion, going on in others beside their products."""
+  found = costs.costs(CHAIN)
+  gather, gathered = found.collectives['all-gather'], 8 * 16 * 2
+  assert (gather.count, gather.bytes, gather.overlapped_bytes) == (1, gathered, gathered)
+  assert gather.wire_bytes == gathered * 3 / 4
+  product = 2 * (32 * 64 + 64 * 64 + 32 * 64)
+  assert found.flops == 2 * 2 * 32 * 64 * 64
+  assert (
+    found.bytes == 2 * product + 2 * (8 * 4) * 2 + gathered
+  )  # the part, handed on, and the whole
+  alone = costs.costs(CHAIN.replace(' dot(%x, %w)', ' add(%x, %x)'))
+  assert alone.collectives['all-gather'].overlapped_bytes == 0
+  other = costs.costs(CHAIN.replace('AsyncCollectiveStart', 'Other'))  # no chain: each is one
+  assert other.collectives['all-gather'].count == 3
