@@ -62,4 +62,5 @@ def _holds(folder: pathlib.Path) -> bool:
   try:
     return bool(json.loads((folder / 'config.json').read_text())['adapter'].get('name'))
   except (OSError, ValueError, LookupError, AttributeError):
-    return (folder / 'checkpoints').is_dir()  # whose newest has the config too
+    saved = folder.glob('checkpoints/*')  # the newest has the config too
+    return any(path.name.isdigit() for path in saved)

@@ -128,6 +128,11 @@ def prepare(config: Config, folder: pathlib.Path) -> Run:
   config = pretrained.fill_in(config, folder)
   config = assemble.with_compute_type(config, jax.default_backend())
   programs.check(config)
+  if config.base_weights and config.init_from is None:  # a plan needs none
+    raise ValueError(
+      f'config.base_weights={config.base_weights!r} needs a base that is read: give '
+      'config.init_from.'
+    )
   slices.check(config)
   workdir.open_workdir(folder)
   return start(corpora.load(config, folder), folder)
@@ -443,11 +448,6 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
     ValueError: a folder that has no parameter in common with the model.
   """
   config = program.config
-  if program.formed and config.init_from is None:
-    raise ValueError(
-      f'config.base_weights={config.base_weights!r} needs a base that is read: give '
-      'config.init_from.'
-    )
   state = program.init(config.seed)
   if config.init_from is None:
     return state, None

@@ -18,7 +18,9 @@ def test_runs_and_folders_of_peft_are_found_by_name(tmp_path):
     (run / 'config.json').write_text(json.dumps({'adapter': adapter}))
     assert named.names(tmp_path) == found
   (run / 'config.json').unlink()
-  (run / 'checkpoints').mkdir()  # which hold the config too
+  (run / 'checkpoints').mkdir()
+  assert named.names(tmp_path) == []
+  (run / 'checkpoints' / '12').mkdir()  # which holds the config too
   peft = tmp_path / 'topics'
   peft.mkdir()
   (peft / 'adapter_config.json').write_text('{}')
