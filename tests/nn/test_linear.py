@@ -37,12 +37,12 @@ def test_parameters_say_what_they_are():
   x = jnp.ones((2, 3, 4))
   heads = Linear('...D,DNH->...NH', (4, 2, 5), BASE, bias=True)
   assert infos(heads, x) == {
-    'kernel': Info(('embed', 'heads', 'head_dim'), inputs=(0,), decayed=True),
+    'kernel': Info(('embed', 'heads', 'head_dim'), inputs=(0,), decayed=True, formable=True),
     'bias': Info(('heads', 'head_dim')),
   }
   out = Linear('...NH,NHD->...D', (2, 5, 4), BASE, bias=True)
   assert infos(out, jnp.ones((2, 3, 2, 5))) == {
-    'kernel': Info(('heads', 'head_dim', 'embed'), inputs=(0, 1), decayed=True),
+    'kernel': Info(('heads', 'head_dim', 'embed'), inputs=(0, 1), decayed=True, formable=True),
     'bias': Info(('norm',)),
   }
   assert infos(Norm(BASE), x) == {'scale': Info(('norm',)), 'bias': Info(('norm',))}
