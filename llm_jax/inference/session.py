@@ -113,8 +113,8 @@ class Session:
 
   def switched(self, adapter: str) -> 'Session':
     """Another adapter on the same base, which is held in memory once: of the parameters of a run,
-    those that are this session's too, to the bit, are not read again (`config.base_weights`
-    aside).
+    those that are in memory here, to the bit, are not read again; kernels in another form
+    (`config.base_weights`) are.
 
     Args:
       adapter: one of `adapters`.

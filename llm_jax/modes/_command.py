@@ -212,7 +212,7 @@ def of_adapter(
     return None, settings | {'init_from': str(named_adapters.existing(folder, name))}
   if not makes:
     return named_adapters.existing(workdir, name), settings
-  if not settings['adapter'].get('name'):
+  if not (settings.get('adapter') or {}).get('name'):
     raise ValueError(
       f'--adapter={name} is what is trained beside a base; say how by --config.adapter.name (lora, '
       'say).'

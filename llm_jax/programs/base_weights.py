@@ -55,7 +55,7 @@ def chosen(
   if not config.base_weights or adapter is None:
     return frozenset()
   frozen = (path for path in base if not adapter.trains(path, infos[path], True))
-  found = frozenset(path for path in frozen if infos[path].formable)
+  found = frozenset(path for path in frozen if infos[path].formable and _in_layers(infos[path]))
   if not found:
     raise ValueError(
       f'config.base_weights={config.base_weights!r} is of the kernels of `nn.linear.Linear` in the '
@@ -120,6 +120,11 @@ def dense(params: PyTree, infos: Mapping[str, Info], shapes: PyTree) -> dict[str
     return int8.dense(leaf, infos[path], types[path]) if params_lib.is_form(leaf) else leaf
 
   return tree.nest({path: array(path, leaf) for path, leaf in params_lib.leaves(params).items()})
+
+
+def _in_layers(info: Info) -> bool:
+  """Whether it is of a layer, not of a head."""
+  return info.layer is not None and info.layer >= 0
 
 
 def _shapes(info: Info, kernel: jax.ShapeDtypeStruct) -> int8.Int8:
