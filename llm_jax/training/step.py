@@ -74,6 +74,7 @@ def train_step(
     steps=steps,
     micro_batches=micro_batches,
     shardings=shardings,
+    layers=layers,
     adversarial=adversarial,
   )
   grads = _in_layers(grads, layers, 0.0)
@@ -137,6 +138,7 @@ def gradient(
   frozen: PyTree = None,
   micro_batches: int = 1,
   shardings: PyTree = None,
+  layers: Mapping[str, np.ndarray] | None = None,
   terms: Mapping[str, Number] | None = None,
   adversarial: adversarial_lib.Method | None = None,
 ) -> tuple[Any, Metrics]:
@@ -152,14 +154,17 @@ def gradient(
     frozen: its other parameters.
     micro_batches: as in `train_step`.
     shardings: as in `train_step`.
+    layers: as in `train_step`. Where no loop runs the layers, the gradients of the others are never
+      computed.
     terms: the coefficients; None for `network.terms`.
     adversarial: as in `train_step`; needs an rng.
   """
   terms = network.terms if terms is None else terms
-  loss = functools.partial(_loss, network=network, frozen=frozen, terms=terms)
+  complete = functools.partial(_complete, frozen=frozen, layers=layers)
+  loss = functools.partial(_loss, network=network, complete=complete, terms=terms)
   if network.objective.compares and micro_batches > 1:
     loss = functools.partial(
-      _compared, network=network, frozen=frozen, terms=terms, count=micro_batches
+      _compared, network=network, complete=complete, terms=terms, count=micro_batches
     )
     micro_batches = 1
 
@@ -180,10 +185,10 @@ def gradient(
     grads, metrics = differentiate(params, batch, rng, None)
   else:
     # Weights depend on the batch alone, so that of this forward pass the compiler keeps only them.
-    whole = networks.apply(network, _all(params, frozen), batch)
+    whole = networks.apply(network, complete(params), batch)
     weights = {name: weight for name, (_, weight) in whole.items()}
     if adversarial is not None:
-      weights |= adversarial.weights(network, _all(params, frozen), batch)
+      weights |= adversarial.weights(network, complete(params), batch)
     grads, metrics = _accumulated(differentiate, params, batch, rng, weights, micro_batches)
   if adversarial is not None:
     terms = adversarial.terms(terms)
@@ -209,7 +214,7 @@ def _loss(
   rng: Rng | None,
   weights: PyTree,
   network: Network,
-  frozen: PyTree,
+  complete: Callable[[PyTree], PyTree],
   terms: Mapping[str, Number],
 ) -> tuple[jax.Array, Metrics]:
   """The total loss of a part of a batch, the vectors of its tokens moved by delta; `weights`: those
@@ -218,7 +223,7 @@ def _loss(
   train = rng is not None
   rngs = {'dropout': rng} if train else {}
   metrics = networks.apply(
-    network, _all(params, frozen), batch, rngs=rngs, delta_BTD=delta_BTD, train=train
+    network, complete(params), batch, rngs=rngs, delta_BTD=delta_BTD, train=train
   )
   return metrics_lib.total(metrics_lib.of_whole(metrics, weights), terms), metrics
 
@@ -231,7 +236,7 @@ def _compared(
   rng: Rng | None,
   weights: None,
   network: Network,
-  frozen: PyTree,
+  complete: Callable[[PyTree], PyTree],
   terms: Mapping[str, Number],
   count: int,
 ) -> tuple[jax.Array, Metrics]:
@@ -248,9 +253,8 @@ def _compared(
     params: PyTree, micro: Batch, delta_BTD: jax.Array | None, key: Rng | None
   ) -> tuple[Metrics, dict[str, jax.Array]]:
     train = key is not None
-    everything = _all(params, frozen)
     given = dict(rngs={'dropout': key} if train else {}, delta_BTD=delta_BTD, train=train)
-    return networks.apply(network, everything, micro, method='part', **given)
+    return networks.apply(network, complete(params), micro, method='part', **given)
 
   def body(carry: None, indexed: PyTree) -> tuple[None, PyTree]:
     index, (micro, delta_BTD) = indexed
@@ -300,7 +304,22 @@ def _in_layers(x: PyTree, layers: Mapping[str, np.ndarray | jax.Array] | None, o
   return tree.map_with_path(leaf, x)
 
 
-def _all(params: PyTree, frozen: PyTree) -> Any:
+def _complete(params: PyTree, frozen: PyTree, layers: Mapping[str, np.ndarray] | None) -> Any:
+  """All parameters of the network; gradients stop at `frozen` and at layers that are not trained."""
+
+  def leaf(path: str, x: jax.Array) -> jax.Array:
+    if not layers or path not in layers:
+      return x
+    learns = layers[path]
+    first = [0, *(np.flatnonzero(np.diff(learns)) + 1)]  # layers of each part, all alike
+    parts = jax.lax.split(x, np.diff([*first, len(learns)]).tolist())
+    kept = [
+      part if learns[i] else jax.lax.stop_gradient(part)
+      for i, part in zip(first, parts, strict=True)
+    ]
+    return jnp.concatenate(kept)
+
+  params = tree.map_with_path(leaf, params)
   return params_lib.merge(params, frozen) if frozen else params
 
 
