@@ -305,7 +305,7 @@ def _in_layers(x: PyTree, layers: Mapping[str, np.ndarray | jax.Array] | None, o
 
 
 def _complete(params: PyTree, frozen: PyTree, layers: Mapping[str, np.ndarray] | None) -> Any:
-  """All parameters of the network; gradients stop at `frozen` and at layers that are not trained."""
+  """All parameters; gradients stop at `frozen`, and at layers that are not trained."""
 
   def leaf(path: str, x: jax.Array) -> jax.Array:
     if not layers or path not in layers:
