@@ -1,6 +1,7 @@
 """A tokenizer, documents and a network that are small enough to see through."""
 
 import os
+import pathlib
 import shutil
 import tempfile
 import types
@@ -128,6 +129,18 @@ def pytest_configure():
 
 def pytest_unconfigure():
   shutil.rmtree(os.environ['JAX_COMPILATION_CACHE_DIR'])
+
+
+@pytest.fixture(scope='module', autouse=True)
+def few_programs():
+  """A process drops its compiled programs before they hold all of the memory maps that it may have.
+
+  Linux gives a process 65,530, a program takes six and more, and one beyond ends the process.
+  """
+  yield
+  maps = pathlib.Path('/proc/self/maps')
+  if maps.exists() and maps.read_text().count('\n') > 20_000:
+    jax.clear_caches()
 
 
 @pytest.fixture(scope='module')
