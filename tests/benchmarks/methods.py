@@ -12,6 +12,9 @@ pooler and the classifier, on both sides. The score is that of the last step: th
 held-out texts that are classified right, and macro F1. Texts per second are measured by the same
 command with `--speed`, a few steps of each side in turn, for which nothing else should run.
 
+LoRA stands beside queries and values, as in its paper (arXiv:2106.09685, section 4.2); AdaLoRA
+beside all maps of the layers, as in its own (arXiv:2303.10512, section 4).
+
 Virtual tokens stand before [CLS]. Ours are read at [CLS]; peft reads the first virtual token.
 peft has no bottlenecks, and with transformers 5 it has no prefixes for BERT.
 """
@@ -48,6 +51,7 @@ class Method(NamedTuple):
 
 
 LORA = dict(lora_alpha=ALPHA, target_modules=['query', 'value'])
+ALL = 'attention/.*|mlp/.*', r'.*layer\.\d+\..*(query|key|value|dense)'  # maps, ours and theirs
 MLP_DOWN = r'.*layer\.\d+\.output\.dense'  # and not that of the attention
 METHODS = {
   'full': Method(1e-4, {}, 'full'),
@@ -63,8 +67,8 @@ METHODS = {
   ),
   'adalora': Method(
     1e-2,
-    dict(name='adalora', rank=12, target_rank=RANK, alpha=ALPHA),
-    ('AdaLoraConfig', dict(init_r=12, target_r=RANK) | LORA),
+    dict(name='adalora', rank=12, target_rank=RANK, alpha=ALPHA, targets=ALL[0]),
+    ('AdaLoraConfig', LORA | dict(init_r=12, target_r=RANK, target_modules=ALL[1])),
   ),
   'ia3': Method(
     1e-2,
@@ -117,6 +121,8 @@ def key_of(name, side, seed, options):
   """What tells a run from all others."""
   recipe = f'{options.texts} texts, {options.held} held out, {options.epochs} epochs of {BATCH} '
   recipe += f'texts of {LENGTH} tokens, rate {METHODS[name].rate:g}'
+  if 'targets' in METHODS[name].adapter:
+    recipe += f', targets {METHODS[name].adapter["targets"]}'
   return dict(task='spam', method=name, side=side, seed=seed, recipe=recipe)
 
 
