@@ -1,5 +1,5 @@
-"""Every method of fine-tuning, on an encoder and a decoder, with their layers in a loop and not: is a
-run that was cut off and resumed the undisturbed one, and does what it saved open as it was?
+"""Every method of fine-tuning, on an encoder and a decoder, with layers in a loop and not: is a run
+that was cut off and resumed the undisturbed one, and does what it saved open as it was?
 
     python tests/benchmarks/resume.py [--only=lora,prefix] [--kinds=encoder] [--unroll=0]
 
