@@ -99,7 +99,7 @@ def main(argv):
   parser = _real.flags(__doc__)
   parser.add_argument('--model', type=pathlib.Path, required=True, help='folder of the encoder')
   parser.add_argument('--texts', type=int, default=800, help='to learn from')
-  parser.add_argument('--held', type=int, default=600, help='texts held out')
+  parser.add_argument('--held', type=int, default=2000, help='texts held out')
   parser.add_argument('--epochs', type=int, default=4)
   parser.add_argument('--speed', action='store_true', help='a few steps, for texts per second')
   options = parser.parse_args(argv)
