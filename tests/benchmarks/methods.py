@@ -13,7 +13,8 @@ held-out texts that are classified right, and macro F1. Texts per second are mea
 command with `--speed`, a few steps of each side in turn, for which nothing else should run.
 
 LoRA stands beside queries and values, as in its paper (arXiv:2106.09685, section 4.2); AdaLoRA
-beside all maps of the layers, as in its own (arXiv:2303.10512, section 4).
+beside all maps of the layers, as in its own (arXiv:2303.10512, section 4), its orthogonality term
+weighted by 0.1.
 
 Virtual tokens stand before [CLS]. Ours are read at [CLS]; peft reads the first virtual token.
 peft has no bottlenecks, and with transformers 5 it has no prefixes for BERT.
@@ -67,8 +68,11 @@ METHODS = {
   ),
   'adalora': Method(
     1e-2,
-    dict(name='adalora', rank=12, target_rank=RANK, alpha=ALPHA, targets=ALL[0]),
-    ('AdaLoraConfig', LORA | dict(init_r=12, target_r=RANK, target_modules=ALL[1])),
+    dict(name='adalora', rank=12, target_rank=RANK, alpha=32, orthogonality=0.1, targets=ALL[0]),
+    (
+      'AdaLoraConfig',
+      dict(init_r=12, target_r=RANK, lora_alpha=32, orth_reg_weight=0.1, target_modules=ALL[1]),
+    ),
   ),
   'ia3': Method(
     1e-2,
@@ -121,8 +125,10 @@ def key_of(name, side, seed, options):
   """What tells a run from all others."""
   recipe = f'{options.texts} texts, {options.held} held out, {options.epochs} epochs of {BATCH} '
   recipe += f'texts of {LENGTH} tokens, rate {METHODS[name].rate:g}'
-  if 'targets' in METHODS[name].adapter:
-    recipe += f', targets {METHODS[name].adapter["targets"]}'
+  given = METHODS[name].adapter
+  if 'targets' in given:
+    names = 'targets', 'alpha', 'orthogonality'
+    recipe += ''.join(f', {option} {given[option]}' for option in names)
   return dict(task='spam', method=name, side=side, seed=seed, recipe=recipe)
 
 
