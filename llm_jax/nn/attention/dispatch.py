@@ -13,13 +13,15 @@ Letters are those of `llm_jax.nn.options`. Implementations, each a module beside
     auto       ring where rows are cut; else splash on a TPU and cudnn on a GPU, where they can do
                what is asked; else blockwise for rows of more than `LONG` tokens, and xla for others
 
-Keys and values before a row (`masks.Prefix`) are for xla alone.
+Keys and values before a row (`masks.Prefix`) are for xla alone; scores with a bias, and keys of
+another row (cross-attention), for xla, blockwise and ring.
 
 Where no more than a few positions of a row are read, `xla.attention_at` is theirs over the whole of
 it. A row that grows token by token keeps its keys and values (module `cache`).
 """
 
 import functools
+from collections.abc import Sequence
 
 import jax
 from absl import logging
@@ -31,6 +33,11 @@ from llm_jax.parallel import sharding
 IMPLEMENTATIONS = ('auto', 'xla', 'blockwise', 'splash', 'cudnn', 'ring')
 KERNELS = {'tpu': 'splash', 'gpu': 'cudnn'}
 LONG = 1024  # tokens of a row
+ABLE = {  # what not all can do -> those that can
+  'keys before those of a row': ('xla',),
+  'bias of scores': ('xla', 'blockwise', 'ring'),
+  'keys of another row': ('xla', 'blockwise', 'ring'),
+}
 
 
 def attention(
@@ -39,7 +46,9 @@ def attention(
   v_BSKH: jax.Array,
   *,
   prefix: Prefix | None = None,
+  bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -54,11 +63,14 @@ def attention(
 
   Args:
     q_BTNH: queries.
-    k_BSKH: keys of the same row, S = T.
+    k_BSKH: keys, of the same row (S = T) or of another.
     v_BSKH: values.
     prefix: keys and values that all tokens see; None for none.
+    bias_ND: what is added to the scaled scores of each head, by the distance from key to query, as
+      `masks.by_distance` has it; D = 2 T - 1. None for nothing.
     segments_BT: one number per document; a token sees only its own number. None: the row is one
       document.
+    key_segments_BS: the numbers of keys of another row; None where keys are of the same.
     causal: a token sees no later position of the row.
     window: None for no limit. Causal: the last `window` positions, its own among them (Mistral,
       arXiv:2310.06825). Otherwise `window // 2` positions to either side (ModernBERT,
@@ -72,25 +84,36 @@ def attention(
     [B, T, N, H] in the type of `q_BTNH`.
 
   Raises:
-    ValueError: key heads that do not divide the query heads, queries and keys of unequal length, an
-      implementation that is not known or cannot do what is asked.
+    ValueError: key heads that do not divide the query heads, queries and keys of unequal length in
+      one row, keys of another row that are seen by where they stand, an implementation that is not
+      known or cannot do what is asked.
   """
-  _check(q_BTNH, k_BSKH, implementation)
+  crosses = key_segments_BS is not None
+  _check(q_BTNH, k_BSKH, implementation, crosses)
+  if crosses and (causal or window is not None or bias_ND is not None):
+    raise ValueError('keys of another row are all seen, wherever they stand.')
   drops = dropout_rng is not None and dropout_rate > 0.0
   masks = dict(segments_BT=segments_BT, causal=causal, window=window)
   drop = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if drops else {}
-  chosen = _chosen(implementation, q_BTNH, drops, prefix is not None)
+  wanted = {
+    'keys before those of a row': prefix is not None,
+    'bias of scores': bias_ND is not None,
+    'keys of another row': crosses,
+  }
+  chosen = _chosen(implementation, q_BTNH, k_BSKH, drops, [k for k, v in wanted.items() if v])
   if chosen == 'splash':
     return splash.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
   if chosen == 'cudnn':
     return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
   if chosen in ('ring', 'blockwise'):
     tile = ring.BLOCK if chosen == 'blockwise' else ring.TILE
+    masks |= dict(bias_ND=bias_ND, key_segments_BS=key_segments_BS)
     return ring.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop, tile=tile)
+  masks |= dict(bias_ND=bias_ND, key_segments_BS=key_segments_BS)
   return xla.attention(q_BTNH, k_BSKH, v_BSKH, prefix=prefix, **masks, **drop)
 
 
-def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, implementation: str) -> None:
+def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, implementation: str, crosses: bool) -> None:
   T, N = q_BTNH.shape[1:3]
   S, K = k_BSKH.shape[1:3]
   if implementation not in IMPLEMENTATIONS:
@@ -99,27 +122,30 @@ def _check(q_BTNH: jax.Array, k_BSKH: jax.Array, implementation: str) -> None:
     )
   if N % K:
     raise ValueError(f'heads={N} must be a multiple of kv_heads={K}.')
-  if S != T:
+  if S != T and not crosses:
     raise ValueError(f'{T} queries and {S} keys: both must be the positions of one row.')
 
 
-def _chosen(implementation: str, q_BTNH: jax.Array, drops: bool, prefixed: bool) -> str:
-  """The name of the implementation to use."""
+def _chosen(
+  implementation: str, q_BTNH: jax.Array, k_BSKH: jax.Array, drops: bool, wanted: Sequence[str]
+) -> str:
+  """The name of the implementation to use; `wanted`: what not all of them can do."""
   layout = sharding.current()
   sequence = 1 if layout is None else layout.mesh.shape['sequence']
   cut = f'mesh.sequence={sequence} cuts the rows' if sequence > 1 else None
   refusals = {
-    'ring': ring.refusal(q_BTNH),
+    'ring': ring.refusal(q_BTNH, k_BSKH),
     'splash': splash.refusal(q_BTNH, drops),
     'cudnn': cudnn.refusal(q_BTNH, drops),
     'blockwise': cut,
     'xla': None,
   }
-  if prefixed:
-    refusals = {name: 'it takes no keys before those of a row' for name in refusals}
-    refusals['xla'] = None
+  for what in wanted:
+    able = ABLE[what]
+    refusals |= {name: f'it takes no {what}' for name in refusals if name not in able}
   if implementation == 'auto':
-    anywhere = 'blockwise' if q_BTNH.shape[1] > LONG and not cut and not prefixed else 'xla'
+    long = max(q_BTNH.shape[1], k_BSKH.shape[1]) > LONG
+    anywhere = 'blockwise' if long and not refusals['blockwise'] else 'xla'
     wanted = 'ring' if cut else KERNELS.get(sharding.platform(), anywhere)
     return _best(wanted, anywhere, refusals[wanted])
   if refusals[implementation]:

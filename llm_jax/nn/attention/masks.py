@@ -1,5 +1,5 @@
-"""What all implementations of attention share: which scores count, and the name of what their
-backward passes read.
+"""What all implementations of attention share: which scores count, what is added to them, and the
+name of what their backward passes read.
 """
 
 import functools
@@ -19,6 +19,32 @@ class Prefix(NamedTuple):
 
   keys: jax.Array
   values: jax.Array
+
+
+def pairs(
+  segments_BT: jax.Array | None, key_segments_BS: jax.Array | None
+) -> tuple[jax.Array, jax.Array] | None:
+  """The segments of queries and keys, which are those of the same row where keys have none of their
+  own; None where there is one document per row.
+  """
+  if key_segments_BS is None:
+    return None if segments_BT is None else (segments_BT, segments_BT)
+  if segments_BT is None:
+    raise ValueError('keys of another row have segments, so that queries need theirs.')
+  return segments_BT, key_segments_BS
+
+
+def by_distance(bias_ND: jax.Array, indices_T: jax.Array, indices_S: jax.Array) -> jax.Array:
+  """What is added to the score of each query and key, [B or 1, N, T, S].
+
+  Args:
+    bias_ND: for each head and each distance, query less key; distance 0 stands in the middle.
+    indices_T: of the queries in their row, [T], or [B, T] where each row has its own.
+    indices_S: of the keys in it.
+  """
+  middle = bias_ND.shape[1] // 2
+  distance_BTS = jnp.atleast_2d(indices_T)[:, :, None] - indices_S
+  return jnp.moveaxis(bias_ND[:, distance_BTS + middle], 0, 1)
 
 
 def visible(

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from llm_jax.nn.attention.masks import Prefix, visible
+from llm_jax.nn.attention.masks import Prefix, by_distance, pairs, visible
 from llm_jax.nn.dropout import dropout
 from llm_jax.parallel import sharding
 
@@ -20,7 +20,9 @@ def attention(
   v_BSKH: jax.Array,
   *,
   prefix: Prefix | None = None,
+  bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -29,8 +31,8 @@ def attention(
   """As `llm_jax.nn.attention.dispatch.attention`, for all that it may be asked for."""
   run = _mix(causal, window, dropout_rate if dropout_rng is not None else 0.0)
   indices_1T = jnp.arange(q_BTNH.shape[1])[None]
-  segments = None if segments_BT is None else (segments_BT, segments_BT)
-  return run(q_BTNH, k_BSKH, v_BSKH, prefix, indices_1T, segments, dropout_rng)
+  segments = pairs(segments_BT, key_segments_BS)
+  return run(q_BTNH, k_BSKH, v_BSKH, prefix, bias_ND, indices_1T, segments, dropout_rng)
 
 
 def attention_at(
@@ -40,7 +42,9 @@ def attention_at(
   indices_BP: jax.Array,
   *,
   prefix: Prefix | None = None,
+  bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -50,21 +54,22 @@ def attention_at(
 
   Args:
     q_BPNH: queries of these indices.
-    k_BTKH: keys of all positions of the row.
+    k_BTKH: all keys.
     v_BTKH: their values.
     indices_BP: the indices, in any order, any of them more than once.
-    prefix, segments_BT, causal, window, dropout_rate, dropout_rng: as in `attention`.
+    prefix, bias_ND, segments_BT, key_segments_BS, causal, window, dropout_rate, dropout_rng: as in
+      `attention`.
 
   Returns:
     [B, P, N, H] in the type of `q_BPNH`.
   """
   drops = dropout_rng is not None and dropout_rate > 0.0
   run = _mix(causal, window, dropout_rate if drops else 0.0)
-  segments = None
-  if segments_BT is not None:
-    segments = jnp.take_along_axis(segments_BT, indices_BP, axis=1), segments_BT
+  segments = pairs(segments_BT, key_segments_BS)
+  if segments is not None:
+    segments = jnp.take_along_axis(segments[0], indices_BP, axis=1), segments[1]
   rng = dropout_rng if drops else None
-  return run(q_BPNH, k_BTKH, v_BTKH, prefix, indices_BP, segments, rng)
+  return run(q_BPNH, k_BTKH, v_BTKH, prefix, bias_ND, indices_BP, segments, rng)
 
 
 def probabilities(
@@ -72,7 +77,9 @@ def probabilities(
   k_BSKH: jax.Array,
   *,
   prefix: Prefix | None = None,
+  bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
+  key_segments_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
 ) -> jax.Array:
@@ -80,10 +87,10 @@ def probabilities(
   prefix is not among them.
   """
   indices_1T = jnp.arange(q_BTNH.shape[1])[None]
-  segments = None if segments_BT is None else (segments_BT, segments_BT)
+  segments = pairs(segments_BT, key_segments_BS)
   before = 0 if prefix is None else len(prefix.keys)
   k_BSKH = extended(k_BSKH, prefix and prefix.keys)
-  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_1T, segments, causal, window, before)
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, bias_ND, indices_1T, segments, causal, window, before)
   weights_BKGTS = weights_BKGTS[..., before:]
   B, K, G, T, S = weights_BKGTS.shape
   return weights_BKGTS.reshape(B, K * G, T, S)
@@ -100,13 +107,24 @@ def _mix(causal, window, dropout_rate):
 
 
 def _equation(
-  q_BTNH, k_BSKH, v_BSKH, prefix, indices_BT, segments, dropout_rng, *, causal, window, dropout_rate
+  q_BTNH,
+  k_BSKH,
+  v_BSKH,
+  prefix,
+  bias_ND,
+  indices_BT,
+  segments,
+  dropout_rng,
+  *,
+  causal,
+  window,
+  dropout_rate,
 ):
   before = 0
   if prefix is not None:
     before, k_BSKH = len(prefix.keys), extended(k_BSKH, prefix.keys)
     v_BSKH = extended(v_BSKH, prefix.values)
-  weights_BKGTS = _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window, before)
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, segments, causal, window, before)
   weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
   if dropout_rng is not None:
     weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_rng)
@@ -122,16 +140,21 @@ def extended(x_BSKH: jax.Array, before_PKH: jax.Array | None) -> jax.Array:
   return jnp.concatenate([before_BPKH, x_BSKH], axis=1)
 
 
-def _weights(q_BTNH, k_BSKH, indices_BT, segments, causal, window, before):
+def _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, segments, causal, window, before):
   """Query heads of one key head side by side, so that nothing is repeated in memory. The first
-  `before` keys are seen by all.
+  `before` keys are seen by all, and nothing is added to their scores.
   """
   (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
   dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
   q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
   scores_BKGTS = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=dtype)
   scores_BKGTS = scores_BKGTS * H**-0.5
-  mask = visible(indices_BT, jnp.arange(S - before), segments, causal, window)
+  indices_S = jnp.arange(S - before)
+  if bias_ND is not None:
+    bias_BNTS = by_distance(bias_ND.astype(dtype), indices_BT, indices_S)
+    bias_BNTS = jnp.pad(bias_BNTS, [(0, 0)] * 3 + [(before, 0)])
+    scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S)
+  mask = visible(indices_BT, indices_S, segments, causal, window)
   if mask is not None:
     mask = jnp.pad(mask, [(0, 0)] * 4 + [(before, 0)], constant_values=True)
     # Finite, so that no gradient is NaN; low enough for an exact zero after the softmax.

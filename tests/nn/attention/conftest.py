@@ -34,44 +34,55 @@ def brute_force(q, k, v, segments, causal, window):
   return out
 
 
-def exact(q, k, v, g, segments, causal, window):
+def exact(q, k, v, g, segments, causal, window, bias=None, key_segments=None):
   """The output in float64, and the gradients of its sum weighted by `g`, as the equation and the
-  chain rule say.
+  chain rule say; that of the bias last, if there is one.
   """
   q, k, v, g = (np.asarray(x, np.float64) for x in (q, k, v, g))
-  groups, positions = q.shape[2] // k.shape[2], np.arange(q.shape[1])
-  distance = positions[:, None] - positions[None]
+  groups, (T, S) = q.shape[2] // k.shape[2], (q.shape[1], k.shape[1])
+  distance = np.arange(T)[:, None] - np.arange(S)
+  of_keys = segments if key_segments is None else key_segments
   seen = (
     np.ones((len(q), *distance.shape), bool)
     if segments is None
-    else segments[:, :, None] == segments[:, None]
+    else segments[:, :, None] == of_keys[:, None]
   )
   if causal:
     seen &= distance >= 0
   if window is not None:
     seen &= distance < window if causal else 2 * abs(distance) <= window
   k_, v_ = (np.repeat(x, groups, axis=2) for x in (k, v))
-  scores = np.where(
-    seen[:, None], np.einsum('btnh,bsnh->bnts', q, k_) / np.sqrt(q.shape[-1]), -np.inf
-  )
+  scores = np.einsum('btnh,bsnh->bnts', q, k_) / np.sqrt(q.shape[-1])
+  if bias is not None:
+    scores += np.asarray(bias, np.float64)[:, distance + T - 1]
+  scores = np.where(seen[:, None], scores, -np.inf)
   p = np.exp(scores - scores.max(-1, keepdims=True))
   p /= p.sum(-1, keepdims=True)
   dp = np.einsum('btnh,bsnh->bnts', g, v_)
-  ds = p * (dp - (p * dp).sum(-1, keepdims=True)) / np.sqrt(q.shape[-1])
+  of_bias = ds = p * (dp - (p * dp).sum(-1, keepdims=True))
+  ds = ds / np.sqrt(q.shape[-1])
   dk, dv = np.einsum('bnts,btnh->bsnh', ds, q), np.einsum('bnts,btnh->bsnh', p, g)
   per_key = lambda x: x.reshape(*k.shape[:3], groups, -1).sum(3)
   return np.einsum('bnts,bsnh->btnh', p, v_), (
     np.einsum('bnts,bsnh->btnh', ds, k_),
     per_key(dk),
     per_key(dv),
+    *[
+      np.stack([of_bias[:, :, distance == d].sum((0, 2)) for d in range(1 - T, T)], axis=1)
+      for _ in (bias,)
+      if bias is not None
+    ],
   )
 
 
-def check(run, arrays, segments=None, causal=False, window=None, atol=5e-6):
-  """Compares `run(q, k, v)` and its gradients with `exact`."""
+def check(
+  run, arrays, segments=None, causal=False, window=None, atol=5e-6, bias=None, key_segments=None
+):
+  """Compares `run(q, k, v)`, or `run(q, k, v, bias)`, and its gradients with `exact`."""
   g = np.random.default_rng(9).normal(size=arrays[0].shape).astype(np.float32)
-  out, gradients = exact(*arrays, g, segments, causal, window)
-  found, back = jax.vjp(run, *map(jnp.asarray, arrays))
+  out, gradients = exact(*arrays, g, segments, causal, window, bias, key_segments)
+  given = arrays if bias is None else [*arrays, bias]
+  found, back = jax.vjp(run, *map(jnp.asarray, given))
   np.testing.assert_allclose(found, out, atol=atol)
   for ours, theirs in zip(back(jnp.asarray(g)), gradients, strict=True):
     np.testing.assert_allclose(ours, theirs, atol=4 * atol)

@@ -42,6 +42,52 @@ def test_gradients_match_the_chain_rule(
     )
 
 
+@pytest.mark.parametrize('implementation', ['xla', 'blockwise', 'ring'])
+@pytest.mark.parametrize('causal', [True, False])
+def test_a_bias_by_distance_and_its_gradient(reference, implementation, causal):
+  arrays, T = reference.inputs(kv_heads=2), reference.T
+  bias = np.random.default_rng(3).normal(size=(reference.N, 2 * T - 1)).astype(np.float32)
+  given = dict(segments_BT=reference.segments, causal=causal, implementation=implementation)
+  with mock.patch.multiple(ring, TILE=3, BLOCK=2):
+    run = lambda q, k, v, bias_ND: attention(q, k, v, bias_ND=bias_ND, **given)
+    reference.check(run, arrays, reference.segments, causal, bias=bias)
+    turned = lambda q, k, v, bias_ND: run(q, k, v, bias_ND[:, ::-1])
+    with pytest.raises(AssertionError):  # from query to key
+      reference.check(turned, arrays, reference.segments, causal, bias=bias)
+
+
+@pytest.mark.parametrize('implementation', ['xla', 'blockwise', 'ring'])
+@pytest.mark.parametrize('length', [5, 7, 12])
+def test_keys_of_another_row_are_seen_by_their_segment(reference, implementation, length):
+  rng = np.random.default_rng(length)
+  q, k, v = reference.inputs(kv_heads=2)
+  k, v = (rng.normal(size=(reference.B, length, 2, reference.H)).astype(np.float32) for _ in 'kv')
+  keys = np.concatenate([np.tile(np.arange(4), (2, 1)), rng.integers(0, 4, (2, length - 4))], 1)
+  keys = np.int32(keys)
+  given = dict(segments_BT=reference.segments, key_segments_BS=keys, implementation=implementation)
+  with mock.patch.multiple(ring, TILE=3, BLOCK=2):
+    run = functools.partial(attention, **given)
+    reference.check(run, [q, k, v], reference.segments, key_segments=keys)
+  for name, value in dict(causal=True, window=2, bias_ND=jnp.zeros((4, 13))).items():
+    with pytest.raises(ValueError, match='another row are all seen'):
+      attention(q, k, v, **given, **{name: value})
+  with pytest.raises(ValueError, match='queries need theirs'):
+    attention(q, k, v, key_segments_BS=keys, implementation='xla')
+
+
+@pytest.mark.parametrize('name', ['splash', 'cudnn'])
+def test_kernels_say_what_they_do_not_take(reference, name):
+  q, k, v = reference.inputs()
+  bias, keys = jnp.zeros((reference.N, 2 * reference.T - 1)), reference.segments
+  for given, what in (
+    (dict(bias_ND=bias), 'bias of scores'),
+    (dict(segments_BT=keys, key_segments_BS=keys), 'keys of another row'),
+  ):
+    message = f"'{name}' cannot do this: it takes no {what}.*'blockwise', 'xla'"
+    with pytest.raises(ValueError, match=message):
+      attention(q, k, v, implementation=name, **given)
+
+
 def test_long_rows_never_hold_all_scores():
   def largest(length, **options):
     shape = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -185,7 +231,7 @@ def test_wrong_arguments(reference):
 
 
 def test_auto_takes_what_can(reference):
-  chosen = lambda q, drops=False: dispatch._chosen('auto', q, drops, False)
+  chosen = lambda q, drops=False: dispatch._chosen('auto', q, q, drops, ())
   long, odd = jnp.zeros((1, 256, 2, 64)), jnp.zeros((1, 100, 2, 64))
   assert chosen(long) == 'xla'
   with mock.patch.object(dispatch.sharding, 'platform', lambda: 'tpu'):

@@ -35,6 +35,33 @@ def ring_of_devices(check):
         check(jax.jit(run), arrays, segments, causal, window)
     with sharding.use(layout):
       ring_dropout()
+      ring_with_bias(check)
+      ring_of_another_row(check)
+
+
+def ring_with_bias(check):
+  """Of scores by distance: its gradient is summed over all rows and positions."""
+  rng = np.random.default_rng(1)
+  segments = np.sort(rng.integers(1, 4, (2, 16))).astype(np.int32)
+  arrays = [rng.normal(size=(2, 16, heads, 8)).astype(np.float32) for heads in (4, 2, 2)]
+  bias = rng.normal(size=(4, 31)).astype(np.float32)
+  for causal in (True, False):
+    run = lambda q, k, v, bias_ND, causal=causal: attention(
+      q, k, v, bias_ND=bias_ND, segments_BT=segments, causal=causal
+    )
+    check(jax.jit(run), arrays, segments, causal, bias=bias)
+
+
+def ring_of_another_row(check):
+  """Keys of a longer row, which goes around while the queries stay."""
+  rng = np.random.default_rng(2)
+  segments = np.sort(rng.integers(1, 4, (2, 16))).astype(np.int32)
+  keys = np.tile(np.repeat(np.arange(4, dtype=np.int32), 8), (2, 1))
+  arrays = [
+    rng.normal(size=(2, *shape, 8)).astype(np.float32) for shape in ((16, 4), (32, 2), (32, 2))
+  ]
+  run = functools.partial(attention, segments_BT=segments, key_segments_BS=keys)
+  check(jax.jit(run), arrays, segments, key_segments=keys)
 
 
 def ring_dropout():
