@@ -280,6 +280,10 @@ class Model:
     """The projection on the vocabulary, [V, D]: logits are inner products with its rows."""
     raise ValueError(f'{type(self).__name__} has no projection on the vocabulary.')
 
+  def table_bias(self) -> jax.Array | None:
+    """What is added to the logits, [V]; None for nothing."""
+    return None
+
   def empty_cache(self, rows: int, slots: int) -> PyTree:
     """What `cache` begins with, for `rows` rows of at most `slots` tokens.
 
@@ -288,12 +292,13 @@ class Model:
     """
     raise ValueError(f'{type(self).__name__} keeps no cache, so it cannot generate.')
 
-  def flops(self, length: int, positions: int) -> float:
-    """FLOPs of the forward pass of one row of `length` tokens, its states read at `positions`.
+  def flops(self, length: int, positions: int, source: int = 0) -> float:
+    """FLOPs of the forward pass of one row of `length` tokens, its states read at `positions`, and
+    of a second row of `source` tokens, where the model reads one.
 
     0 where a model does not say; utilization is then not reported.
     """
-    del length, positions
+    del length, positions, source
     return 0.0
 
 

@@ -1,7 +1,7 @@
 """What encoders and decoders share: the fields, the layers around the stack, the vocabulary."""
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -14,8 +14,6 @@ from llm_jax.nn.embedder import Embedder
 from llm_jax.nn.linear import Norm, Output
 from llm_jax.nn.options import Options, check_known, check_positive
 from llm_jax.parallel.sharding import constrain
-
-POSITIONS = ('learned', 'rope')
 
 
 class Transformer(contracts.Model, nn.Module, Options):
@@ -35,6 +33,8 @@ class Transformer(contracts.Model, nn.Module, Options):
   """
 
   causal: ClassVar[bool] = False
+  crosses: ClassVar[bool] = False
+  known_positions: ClassVar[tuple[str, ...]] = ('learned', 'rope')
 
   _: dataclasses.KW_ONLY
   vocab_size: int
@@ -57,7 +57,7 @@ class Transformer(contracts.Model, nn.Module, Options):
     options = self.options
     for name in ('vocab_size', 'max_len'):
       check_positive(name, getattr(self, name))
-    check_known('positions', self.positions, POSITIONS)
+    check_known('positions', self.positions, self.known_positions)
     check_known('remat', self.remat, (*stack.REMAT, 'auto'))
     if self.unroll < 0:
       raise ValueError(f'unroll={self.unroll} must be at least 1, or 0 for all layers.')
@@ -67,8 +67,7 @@ class Transformer(contracts.Model, nn.Module, Options):
   @property
   def options(self) -> Options:
     """What all layers share; heads are made from it too."""
-    names = [field.name for field in dataclasses.fields(Options)]
-    return Options(**{name: getattr(self, name) for name in names})
+    return self._options()
 
   def table(self) -> jax.Array:
     """The projection on the vocabulary, [V, D]; see `vocabulary.cross_entropy`."""
@@ -82,17 +81,27 @@ class Transformer(contracts.Model, nn.Module, Options):
     dtype = self.options.accumulation_dtype
     return jnp.einsum('...D,VD->...V', x_BMD, table_VD, preferred_element_type=dtype)
 
-  def flops(self, length: int, positions: int) -> float:
+  def table_bias(self) -> jax.Array | None:
+    """What is added to the logits: nothing."""
+    return None
+
+  def flops(self, length: int, positions: int, source: int = 0) -> float:
     """FLOPs of the forward pass of one row of `length` tokens, its states read at `positions`.
 
     The products of the layers alone (`nn.stack.flops`); where the last layer runs only at the
     positions that are read depends on the layout in force.
     """
+    del source
     return stack.flops(self.options, length, self._last_layer_positions(length, positions))
 
   def before(self) -> int:
     """How many positions are taken before each document; an adapter may stand around this."""
     return 0
+
+  @nn.nowrap
+  def _options(self, **others) -> Options:
+    names = [field.name for field in dataclasses.fields(Options)]
+    return Options(**{name: getattr(self, name) for name in names} | others)
 
   @nn.nowrap
   def _last_layer_positions(self, length: int, positions: int) -> int:
@@ -124,6 +133,23 @@ class Transformer(contracts.Model, nn.Module, Options):
 def read(batch: Batch, name: str) -> jax.Array | None:
   """An array [B, T] of a batch, laid out as the rows are; None where the batch has none."""
   return constrain(batch[name], 'batch', 'length') if name in batch else None
+
+
+def begun(batch: Batch, cache: Any) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+  """Segments and positions of the tokens of a decoder, and how many each row has with them.
+
+  Args:
+    batch: as a decoder gets it.
+    cache: has `lengths_B`; None where rows are whole, and then the lengths are None.
+  """
+  segments_BT = read(batch, 'segments')
+  if cache is None:
+    return segments_BT, positions_of(batch), None
+  if batch['tokens'].shape[1] == 1:
+    # The cache holds the tokens of one document, and says where this one stands in it.
+    return None, cache.lengths_B[:, None], cache.lengths_B + 1
+  real_BT = jnp.ones_like(batch['tokens']) if segments_BT is None else segments_BT > 0
+  return segments_BT, positions_of(batch), jnp.sum(real_BT, axis=1, dtype=jnp.int32)
 
 
 def positions_of(batch: Batch) -> jax.Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.contracts import Batch, Outputs
-from llm_jax.models._transformer import Transformer, positions_of, read
+from llm_jax.models._transformer import Transformer, begun, read
 from llm_jax.nn import rotary, stack
 from llm_jax.nn.attention.cache import KeyValues
 from llm_jax.nn.block import LayerContext
@@ -106,19 +106,15 @@ class Model(Transformer):
   def _context(
     self, batch: Batch, read_BP: jax.Array | None, train: bool, cache: Cache | None
   ) -> LayerContext:
-    segments_BT, lengths_B = read(batch, 'segments'), None
-    if cache is not None and batch['tokens'].shape[1] == 1:
-      # The cache holds the tokens of one document, and says where this one stands in it.
-      lengths_B, segments_BT = cache.lengths_B + 1, None
-      positions_BT = cache.lengths_B[:, None]
-    else:
-      positions_BT = positions_of(batch)
-      if cache is not None:
-        real_BT = segments_BT > 0 if segments_BT is not None else jnp.ones_like(batch['tokens'])
-        lengths_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+    segments_BT, positions_BT, lengths_B = begun(batch, cache)
     positions_BT += self.before()
     return LayerContext(
-      segments_BT, positions_BT, self._rotations(positions_BT), lengths_B, read_BP, train
+      segments_BT=segments_BT,
+      positions_BT=positions_BT,
+      rotations=self._rotations(positions_BT),
+      lengths_B=lengths_B,
+      read_BP=read_BP,
+      train=train,
     )
 
   def _rotations(self, positions_BT: jax.Array) -> tuple[rotary.Rotation, rotary.Rotation] | None:

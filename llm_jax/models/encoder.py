@@ -102,7 +102,7 @@ class Model(Transformer):
     x_BTD, _ = self.stack(x_BTD, context)
     return Outputs(self.final_norm(x_BTD) if self.norm_order == 'pre' else x_BTD)
 
-  def flops(self, length: int, positions: int) -> float:
+  def flops(self, length: int, positions: int, source: int = 0) -> float:
     """As `Transformer.flops`; a layer that stands by itself always runs whole."""
     return super().flops(length, length if self.layers == self.first_bare else positions)
 

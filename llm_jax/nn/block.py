@@ -4,13 +4,16 @@ What a layer needs besides its input is one `LayerContext`, the same for all lay
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.nn.attention.cache import KeyValues, extended, recall
+from llm_jax.nn.attention.cache import Crossing, KeyValues, extended, mixed, recall, remembered
 from llm_jax.nn.attention.dispatch import attention
 from llm_jax.nn.attention.masks import Prefix
 from llm_jax.nn.attention.xla import attention_at, probabilities
@@ -38,6 +41,10 @@ class LayerContext:
     rotations: those of layers that see everywhere, and of those with a window; None where
       positions are not rotary.
     lengths_B: with a cache, the tokens of each row so far, these included.
+    bias_ND: what is added to scores by distance (`nn.relative`); None for nothing.
+    memory_BSD: a second row, which layers that cross read; None where a cache has what they need of
+      it.
+    memory_segments_BS: document of each of its tokens, 0 for padding; a token sees that of its own.
     read_BP: without a cache, the indices of each row whose states are wanted; None for all. A
       layer that has them returns these alone.
     train: whether dropout is on.
@@ -47,6 +54,9 @@ class LayerContext:
   positions_BT: jax.Array | None = None
   rotations: tuple[Rotation, Rotation] | None = None
   lengths_B: jax.Array | None = None
+  bias_ND: jax.Array | None = None
+  memory_BSD: jax.Array | None = None
+  memory_segments_BS: jax.Array | None = None
   read_BP: jax.Array | None = None
   train: bool = flax.struct.field(default=False, pytree_node=False)
 
@@ -71,19 +81,15 @@ class Attention(nn.Module):
     self, x_BTD: jax.Array, context: LayerContext, cache: KeyValues | None = None
   ) -> tuple[jax.Array, KeyValues | None]:
     """What is added to `x_BTD`, and the cache with these tokens in it, if there is one."""
-    options = self.options
     x_BTD = constrain(x_BTD, 'batch', 'length', None)
     q_BTNH, k_BTKH, v_BTKH = self._projected(x_BTD, context)
     if cache is not None:
       cache = extended(cache, k_BTKH, v_BTKH, context.lengths_B)
     if cache is not None and x_BTD.shape[1] == 1:
-      x_BTNH = recall(q_BTNH, cache, context.lengths_B, self.prefix())
+      x_BTNH = recall(q_BTNH, cache, context.lengths_B, self.prefix(), context.bias_ND)
     else:
       x_BTNH = self._mixed(q_BTNH, k_BTKH, v_BTKH, context)
-    x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
-    shape = options.heads, options.head_dim, options.dim
-    out = Linear('...NH,NHD->...D', shape, options, options.bias, options.residual_std, name='out')
-    return checkpoint_name(between_layers(out(x_BTNH)), PROJECTIONS), cache
+    return self._out(x_BTNH), cache
 
   def prefix(self) -> Prefix | None:
     """Keys and values that all tokens see before their own; an adapter may stand around this."""
@@ -95,22 +101,53 @@ class Attention(nn.Module):
   ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Queries, of the indices that are read, and the keys and values of all."""
     options, rotation = self.options, context.rotation(self.window)
-    D, N, H = options.dim, options.heads, options.head_dim
-    K = options.kv_heads or N
-    bias = options.bias if options.qkv_bias is None else options.qkv_bias
-    query = Linear('...D,DNH->...NH', (D, N, H), options, bias, name='query')
-    q_BTNH = query(at(x_BTD, context.read_BP))
-    k_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, bias, name='key')(x_BTD)
-    v_BTKH = Linear('...D,DKH->...KH', (D, K, H), options, bias, name='value')(x_BTD)
+    q_BTNH = self._queries(at(x_BTD, context.read_BP))
+    k_BTKH, v_BTKH = self._key_values(x_BTD)
     if options.qk_norm:
       q_BTNH = Norm(options, name='query_norm')(q_BTNH)
       k_BTKH = Norm(options, name='key_norm')(k_BTKH)
     if rotation is not None:
       read = tuple(at(x, context.read_BP) for x in rotation)
       q_BTNH, k_BTKH = rotate(q_BTNH, read), rotate(k_BTKH, rotation)
+    return self._laid_out(q_BTNH, k_BTKH, v_BTKH)
+
+  @nn.nowrap
+  def _queries(self, x_BTD: jax.Array) -> jax.Array:
+    options = self.options
+    shape = options.dim, options.heads, options.head_dim
+    q_BTNH = Linear('...D,DNH->...NH', shape, options, self._biased, name='query')(x_BTD)
+    return q_BTNH if options.scaled else q_BTNH * options.head_dim**0.5
+
+  @nn.nowrap
+  def _key_values(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    options = self.options
+    shape = options.dim, options.kv_heads or options.heads, options.head_dim
+    k_BTKH, v_BTKH = (
+      Linear('...D,DKH->...KH', shape, options, self._biased, name=name)(x_BTD)
+      for name in ('key', 'value')
+    )
+    return k_BTKH, v_BTKH
+
+  @nn.nowrap
+  def _laid_out(
+    self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
     q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', None)
-    k_BTKH, v_BTKH = (constrain(x, 'batch', 'length', 'kv_heads', None) for x in (k_BTKH, v_BTKH))
-    return tuple(checkpoint_name(x, PROJECTIONS) for x in (q_BTNH, k_BTKH, v_BTKH))
+    k_BSKH, v_BSKH = (constrain(x, 'batch', 'length', 'kv_heads', None) for x in (k_BSKH, v_BSKH))
+    return tuple(checkpoint_name(x, PROJECTIONS) for x in (q_BTNH, k_BSKH, v_BSKH))
+
+  @nn.nowrap
+  def _out(self, x_BTNH: jax.Array) -> jax.Array:
+    options = self.options
+    x_BTNH = constrain(x_BTNH, 'batch', 'length', 'heads', None)
+    shape = options.heads, options.head_dim, options.dim
+    out = Linear('...NH,NHD->...D', shape, options, options.bias, options.residual_std, name='out')
+    return checkpoint_name(between_layers(out(x_BTNH)), PROJECTIONS)
+
+  @property
+  def _biased(self) -> bool:
+    options = self.options
+    return options.bias if options.qkv_bias is None else options.qkv_bias
 
   @nn.nowrap
   def _mixed(
@@ -120,6 +157,7 @@ class Attention(nn.Module):
     drops = context.train and options.attention_dropout > 0.0
     given = dict(
       prefix=self.prefix(),
+      bias_ND=context.bias_ND,
       segments_BT=context.segments_BT,
       causal=options.causal,
       window=self.window,
@@ -128,11 +166,60 @@ class Attention(nn.Module):
     )
     if context.read_BP is None:
       if self.is_mutable_collection(MAPS) and not self.is_initializing():
-        masks = {name: given[name] for name in ('prefix', 'segments_BT', 'causal', 'window')}
-        maps_BNTS = probabilities(q_BTNH, k_BTKH, **masks)
-        self.sow(MAPS, 'probabilities', maps_BNTS, lambda _, new: new, lambda: None)
+        names = 'prefix', 'bias_ND', 'segments_BT', 'causal', 'window'
+        self._keep_maps(q_BTNH, k_BTKH, {name: given[name] for name in names})
       return attention(q_BTNH, k_BTKH, v_BTKH, **given, implementation=options.attention)
     return attention_at(q_BTNH, k_BTKH, v_BTKH, context.read_BP, **given)
+
+  @nn.nowrap
+  def _keep_maps(self, q_BTNH: jax.Array, k_BSKH: jax.Array, masks: Mapping[str, Any]) -> None:
+    maps_BNTS = probabilities(q_BTNH, k_BSKH, **masks)
+    self.sow(MAPS, 'probabilities', maps_BNTS, lambda _, new: new, lambda: None)
+
+
+class CrossAttention(Attention):
+  """Attention of the tokens of a row to a memory, each to the document there that has the number of
+  its own (arXiv:1706.03762, section 3.2.3).
+  """
+
+  @nn.compact
+  def __call__(
+    self, x_BTD: jax.Array, context: LayerContext, cache: KeyValues | None = None
+  ) -> tuple[jax.Array, KeyValues | None]:
+    """What is added to `x_BTD`, whose positions are those that the layer returns; and the cache
+    with keys and values of the memory, where the context has one and there is a cache.
+    """
+    q_BTNH = self._queries(constrain(x_BTD, 'batch', 'length', None))
+    if context.memory_BSD is None:  # one token of each row, and one document
+      return self._out(mixed(q_BTNH, cache, context.memory_segments_BS > 0)), cache
+    memory_BSD = constrain(context.memory_BSD, 'batch', 'length', None)
+    q_BTNH, k_BSKH, v_BSKH = self._laid_out(q_BTNH, *self._key_values(memory_BSD))
+    if cache is not None:
+      cache = remembered(k_BSKH, v_BSKH, cache.keys.shape[2])
+    return self._out(self._crossed(q_BTNH, k_BSKH, v_BSKH, context)), cache
+
+  @nn.nowrap
+  def _crossed(
+    self, q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, context: LayerContext
+  ) -> jax.Array:
+    options, segments_BT = self.options, context.segments_BT
+    if segments_BT is None:
+      segments_BT = jnp.ones(q_BTNH.shape[:2], jnp.int32)
+    elif context.read_BP is not None:
+      segments_BT = jnp.take_along_axis(segments_BT, context.read_BP, axis=1)
+    masks = dict(segments_BT=segments_BT, key_segments_BS=context.memory_segments_BS)
+    if self.is_mutable_collection(MAPS) and not self.is_initializing():
+      self._keep_maps(q_BTNH, k_BSKH, masks)
+    drops = context.train and options.attention_dropout > 0.0
+    return attention(
+      q_BTNH,
+      k_BSKH,
+      v_BSKH,
+      **masks,
+      dropout_rate=options.attention_dropout,
+      dropout_rng=self.make_rng('dropout') if drops else None,
+      implementation=options.attention,
+    )
 
 
 class MLP(nn.Module):
@@ -159,8 +246,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One layer: attention and mlp, each with a residual connection, a norm and dropout on what it
-  adds.
+  """One layer: attention, where it crosses attention to a memory, and mlp, each with a residual
+  connection, a norm and dropout on what it adds.
 
   Attributes:
     options: shared options.
@@ -175,22 +262,30 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x_BTD: jax.Array, context: LayerContext, cache: KeyValues | None = None
-  ) -> tuple[jax.Array, KeyValues | None]:
+    self,
+    x_BTD: jax.Array,
+    context: LayerContext,
+    cache: KeyValues | Crossing | None = None,
+  ) -> tuple[jax.Array, KeyValues | Crossing | None]:
     """The layer's output, and its cache with these tokens in it, if there is one."""
     options = self.options
-    attend = Attention(options, self.window, name='attention')
+    own, memory = cache if isinstance(cache, Crossing) else (cache, None)
     mlp = MLP(options, name='mlp')
     norm_1 = Norm(options, name='attention_norm') if self.attention_norm else lambda x: x
-    norm_2 = Norm(options, name='mlp_norm')
+    before_1, after_1 = _sides(options, norm_1)
+    before_2, after_2 = _sides(options, Norm(options, name='mlp_norm'))
     dropped = functools.partial(drop, self, rate=options.dropout, train=context.train)
-    if options.norm_order == 'post':
-      added_BTD, cache = attend(x_BTD, context, cache)
-      x_BTD = self.after_attention(at(x_BTD, context.read_BP), dropped(added_BTD), norm_1)
-      return self.after_mlp(x_BTD, dropped(mlp(x_BTD)), norm_2), cache
-    added_BTD, cache = attend(norm_1(x_BTD), context, cache)
-    x_BTD = self.after_attention(at(x_BTD, context.read_BP), dropped(added_BTD))
-    return self.after_mlp(x_BTD, dropped(mlp(norm_2(x_BTD)))), cache
+
+    attend = Attention(options, self.window, name='attention')
+    added_BTD, own = attend(before_1(x_BTD), context, own)
+    x_BTD = self.after_attention(at(x_BTD, context.read_BP), dropped(added_BTD), after_1)
+    if options.crosses:
+      cross = CrossAttention(options, name='cross_attention')
+      before, after = _sides(options, Norm(options, name='cross_attention_norm'))
+      added_BTD, memory = cross(before(x_BTD), context, memory)
+      x_BTD = _joined(x_BTD, dropped(added_BTD), after)
+    x_BTD = self.after_mlp(x_BTD, dropped(mlp(before_2(x_BTD))), after_2)
+    return x_BTD, own if memory is None else Crossing(own, memory)
 
   def after_attention(
     self, x_BTD: jax.Array, added_BTD: jax.Array, norm: Norm | None = None
@@ -209,6 +304,13 @@ class Block(nn.Module):
   ) -> jax.Array:
     """The same after the mlp."""
     return _joined(x_BTD, added_BTD, norm)
+
+
+def _sides(
+  options: Options, norm: Callable[[jax.Array], jax.Array]
+) -> tuple[Callable[[jax.Array], jax.Array], Norm | None]:
+  """A sublayer's norm before it, or after the sum."""
+  return (lambda x: x, norm) if options.norm_order == 'post' else (norm, None)
 
 
 def _joined(x_BTD: jax.Array, added_BTD: jax.Array, norm: Norm | None) -> jax.Array:

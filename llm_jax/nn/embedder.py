@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from llm_jax.core import params
 from llm_jax.nn.block import between_layers
@@ -15,6 +17,9 @@ from llm_jax.nn.vocabulary import lookup
 class Embedder(nn.Module):
   """Sum of token, position and token-type embeddings, then (where asked) a norm, then dropout.
 
+  Learned positions have a table; those of the first Transformer are sines and cosines of the
+  position at D / 2 frequencies (arXiv:1706.03762, section 3.5), all sines before all cosines.
+
   Attributes:
     vocab_size: V.
     options: shared options.
@@ -24,6 +29,9 @@ class Embedder(nn.Module):
     token_types: rows of the token-type table, 0 for none; a higher type than it knows counts as its
       last (RoBERTa has one).
     norm: whether a norm follows the sum.
+    scaled: tokens' vectors are multiplied by the square root of D, before the sum.
+    sinusoids: whether positions are sines and cosines.
+    shared: the table of tokens, where it is that of another embedder.
   """
 
   vocab_size: int
@@ -33,9 +41,13 @@ class Embedder(nn.Module):
   position_std: float | None = None
   token_types: int = 0
   norm: bool = False
+  scaled: bool = False
+  sinusoids: bool = False
+  shared: Embedding | None = None
 
   def setup(self):
-    self.token = Embedding(self.vocab_size, 'vocab', self.options)
+    if self.shared is None:
+      self.token = Embedding(self.vocab_size, 'vocab', self.options)
     if self.positions:
       self.position = Embedding(self.positions, 'positions', self.options, self.position_std)
     if self.token_types:
@@ -58,13 +70,18 @@ class Embedder(nn.Module):
 
   def vectors(self, tokens_BT: jax.Array) -> jax.Array:
     """Those of tokens, [B, T, D]; an adapter may stand around this."""
-    return lookup(self.token.embedding, tokens_BT, self.options.compute_dtype)
+    table = self.token if self.shared is None else self.shared
+    return lookup(table.embedding, tokens_BT, self.options.compute_dtype)
 
   def _summed(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None
   ) -> jax.Array:
     options = self.options
     x_BTD = self.vectors(tokens_BT).astype(options.accumulation_dtype)
+    if self.scaled:
+      x_BTD *= options.dim**0.5
+    if self.sinusoids:
+      x_BTD += sinusoids(positions_BT, options.dim, x_BTD.dtype)
     if self.positions:
       x_BTD += self.position(positions_BT + self.position_offset)
     if self.token_types:
@@ -74,3 +91,10 @@ class Embedder(nn.Module):
         token_types_BT = jnp.minimum(token_types_BT, self.token_types - 1)
       x_BTD += self.token_type(token_types_BT)
     return x_BTD
+
+
+def sinusoids(positions_BT: jax.Array, dim: int, dtype: DTypeLike) -> jax.Array:
+  """Sines of each position at `dim` / 2 frequencies, then their cosines, [B, T, D]."""
+  frequencies = jnp.asarray(10000.0 ** (-np.arange(dim // 2) / (dim // 2)), dtype)
+  angles = positions_BT[..., None].astype(dtype) * frequencies
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)

@@ -62,6 +62,8 @@ class Options:
       arXiv:2302.05442, section 2).
     activation: one of `ACTIVATIONS`.
     gated: the mlp is activation(x W_gate) * (x W_up) (GeGLU, SwiGLU; arXiv:2002.05202).
+    scaled: scores are divided by the square root of H; T5 leaves it out (arXiv:1910.10683).
+    crosses: each layer reads a second row, the memory, between attention and mlp.
     dropout: rate on the embeddings and on what each sublayer adds.
     attention_dropout: rate on the attention probabilities.
     init_distribution: distribution of every kernel and embedding, one of `INITIALIZERS`; truncated
@@ -92,6 +94,8 @@ class Options:
   qk_norm: bool = False
   activation: str = 'gelu'
   gated: bool = False
+  scaled: bool = True
+  crosses: bool = False
   dropout: float = 0.0
   attention_dropout: float = 0.0
   init_distribution: str = 'truncated_normal'

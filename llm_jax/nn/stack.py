@@ -107,6 +107,7 @@ class Stack(nn.Module):
     remat: what backpropagation keeps, one of `REMAT`; all else is computed again.
     unroll: layer groups per iteration of the compiled loop; 0 for all (no loop). Changes no
       parameter, and no value but what dropout draws.
+    depth: how many layers of another stack come before.
   """
 
   options: Options
@@ -115,6 +116,7 @@ class Stack(nn.Module):
   first_bare: bool = False
   remat: str = 'none'
   unroll: int = 1
+  depth: int = 0
 
   def setup(self):
     windows = self.layer_windows()
@@ -125,7 +127,7 @@ class Stack(nn.Module):
     groups = len(windows[self.first_bare :]) // period
     self.pattern = tuple(windows[self.first_bare :][:period])
     if groups:
-      self.layers = self._scanned(groups)(self.options, self.pattern, int(self.first_bare))
+      self.layers = self._scanned(groups)(self.options, self.pattern, self.depth + self.first_bare)
 
   def __call__(
     self, x_BTD: jax.Array, context: LayerContext, caches: Caches | None = None
@@ -144,7 +146,7 @@ class Stack(nn.Module):
     """
     read_BP, context = context.read_BP, context.replace(read_BP=None)
     if self.first_bare:
-      with params_lib.in_layer(0):
+      with params_lib.in_layer(self.depth):
         x_BTD, _ = self.first(x_BTD, context)
     if self.options.layers == self.first_bare:
       return at(x_BTD, read_BP), caches
@@ -202,7 +204,8 @@ class Stack(nn.Module):
         path=self.layers.path,
         flags=self.scope.flags,
       )
-      group = module(self.options, self.pattern, int(self.first_bare), parent=scope, name='layers')
+      first = self.depth + self.first_bare
+      group = module(self.options, self.pattern, first, parent=scope, name='layers')
       x_BTD, written[name] = group(x_BTD, context, caches and caches[name])
       changed.append(scope.mutable_variables())
     self._stack(changed)
@@ -273,7 +276,7 @@ def reads_in_last_layer(unroll: int, length: int, positions: int) -> bool:
   return unroll == 0 and positions < length <= LONG and whole
 
 
-def flops(options: Options, length: int, last: int) -> float:
+def flops(options: Options, length: int, last: int, memory: int = 0) -> float:
   """FLOPs of the matrix products of all layers in one forward pass of one row.
 
   2 FLOPs per weight and token; attention adds 4 T N H per token and layer, half of it where causal,
@@ -283,6 +286,7 @@ def flops(options: Options, length: int, last: int) -> float:
     options: of the stack.
     length: T.
     last: the positions at which the last layer runs, except for its keys and values.
+    memory: S, the tokens that layers cross to.
   """
   D, N, H = options.dim, options.heads, options.head_dim
   projections = 2 * D * N * H
@@ -291,7 +295,10 @@ def flops(options: Options, length: int, last: int) -> float:
   attention = 4 * length * N * H / (2 if options.causal else 1)
   layer = 2 * (projections + keys_and_values + mlp) + attention
   saved = 2 * (projections + mlp) + attention
-  return length * options.layers * layer - (length - last) * saved
+  crossing = 2 * projections + 4 * memory * N * H if options.crosses else 0
+  remembered = 2 * keys_and_values * memory * options.layers if options.crosses else 0
+  total = length * options.layers * (layer + crossing) + remembered
+  return total - (length - last) * (saved + crossing)
 
 
 def check_pattern(layers: int, window: int | None, global_every: int, first_bare: bool) -> None:

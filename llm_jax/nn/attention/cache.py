@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax.nn.attention.masks import Prefix
+from llm_jax.nn.attention.masks import Prefix, by_distance
 from llm_jax.parallel import sharding
 
 
@@ -18,6 +18,15 @@ class KeyValues(NamedTuple):
 
   keys: jax.Array
   values: jax.Array
+
+
+class Crossing(NamedTuple):
+  """What a layer that reads a memory keeps: of its own tokens, and of the memory, which is read
+  once.
+  """
+
+  own: KeyValues
+  memory: KeyValues
 
 
 def extended(
@@ -43,8 +52,19 @@ def extended(
   return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in new))
 
 
+def remembered(k_BSKH: jax.Array, v_BSKH: jax.Array, slots: int) -> KeyValues:
+  """Keys and values of a memory, in `slots` slots."""
+  room = [(0, 0), (0, 0), (0, slots - k_BSKH.shape[1]), (0, 0)]
+  new = (jnp.pad(x.swapaxes(1, 2), room) for x in (k_BSKH, v_BSKH))
+  return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in new))
+
+
 def recall(
-  q_B1NH: jax.Array, cache: KeyValues, lengths_B: jax.Array, prefix: Prefix | None = None
+  q_B1NH: jax.Array,
+  cache: KeyValues,
+  lengths_B: jax.Array,
+  prefix: Prefix | None = None,
+  bias_ND: jax.Array | None = None,
 ) -> jax.Array:
   """Mixes the values of a cache by the softmax of scaled scores, at least float32, for the newest
   token of each row.
@@ -54,20 +74,36 @@ def recall(
     cache: has the newest token in it. All that is in it is seen.
     lengths_B: tokens of each row so far, at least 1.
     prefix: keys and values before those of the cache; None for none.
+    bias_ND: what is added to scores by distance, as `masks.by_distance` has it; each token stands
+      in the slot of its position.
 
   Returns:
     [B, 1, N, H] in the type of `q_B1NH`.
   """
-  full_BS = _positions(lengths_B, cache.keys.shape[2]) >= 0
+  S = cache.keys.shape[2]
+  full_BS, bias_BNS = _positions(lengths_B, S) >= 0, None
+  if bias_ND is not None:
+    bias_BNS = by_distance(bias_ND, lengths_B[:, None] - 1, jnp.arange(S))[:, :, 0]
   if prefix is not None:
     cache = KeyValues(*(_after(x, old) for x, old in zip(prefix, cache, strict=True)))
-    full_BS = jnp.pad(full_BS, [(0, 0), (len(prefix.keys), 0)], constant_values=True)
-  (B, _, N, H), K = q_B1NH.shape, cache.keys.shape[1]
+    before = len(prefix.keys), 0
+    full_BS = jnp.pad(full_BS, [(0, 0), before], constant_values=True)
+    bias_BNS = None if bias_BNS is None else jnp.pad(bias_BNS, [(0, 0), (0, 0), before])
+  return mixed(q_B1NH, cache, full_BS, bias_BNS)
+
+
+def mixed(
+  q_B1NH: jax.Array, cache: KeyValues, seen_BS: jax.Array, bias_BNS: jax.Array | None = None
+) -> jax.Array:
+  """As `recall`, of the slots that are seen."""
+  (B, _, N, H), (K, S) = q_B1NH.shape, cache.keys.shape[1:3]
   dtype = jnp.promote_types(q_B1NH.dtype, jnp.float32)
   q_BKGH = q_B1NH.reshape(B, K, N // K, H)
   scores_BKGS = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, cache.keys, preferred_element_type=dtype)
   scores_BKGS = scores_BKGS * H**-0.5
-  scores_BKGS = jnp.where(full_BS[:, None, None], scores_BKGS, jnp.finfo(dtype).min / 2)
+  if bias_BNS is not None:
+    scores_BKGS += bias_BNS.astype(dtype).reshape(B, K, N // K, S)
+  scores_BKGS = jnp.where(seen_BS[:, None, None], scores_BKGS, jnp.finfo(dtype).min / 2)
   weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(cache.values.dtype)
   return jnp.einsum('BKGS,BKSH->BKGH', weights_BKGS, cache.values).reshape(B, 1, N, H)
 
