@@ -4,6 +4,7 @@ parameters.
 `families` holds one file per family, as data; `folders` reads and writes folders by them.
 """
 
+import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,7 +47,9 @@ _MOST_LAYERS = 10_000  # so that a damaged number is an error and not a list of 
 _OLD_NORMS = {'LayerNorm.gamma': 'LayerNorm.weight', 'LayerNorm.beta': 'LayerNorm.bias'}
 _UNREAD = {
   'rope': ('position_offset',),
-  'learned': ('rope_theta', 'rope_local_theta', 'rope_scaling'),
+  'learned': ('rope_theta', 'rope_local_theta', 'rope_scaling', 'buckets', 'farthest'),
+  'sinusoidal': ('position_offset', 'rope_theta', 'buckets', 'farthest'),
+  'relative': ('position_offset', 'rope_theta', 'max_len'),
 }  # positions -> the options that have no effect with them
 
 Families = Mapping[str, tuple[str, 'Family']]  # model_type -> (our model's name, family)
@@ -79,6 +82,10 @@ class Family:
     copies: second names of a tensor -> the first. A folder may hold both, if they are equal.
     ignored: patterns of names of tensors that are no parameters.
     rank: where several families hold a model, it is exported as the one with the lowest rank.
+    stacks: where a model has several stacks of layers: the path of each, with a slash at the end ->
+      what stands before the names of parameters within its layers in `body`.
+    tied_by_values: whether a projection that is there and differs from the token table is one of
+      its own, whatever config.json says.
     classifier: options of the objective `classify` that its classifiers have, where they are not
       BERT's; `write` gets the objective's section.
   """
@@ -94,6 +101,8 @@ class Family:
   copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
   rank: int = 1000
+  stacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  tied_by_values: bool = False
   classifier: Rule | None = None
 
   def read(self, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,10 +118,11 @@ class Family:
       other = options.setdefault(option, value)
       if other != value and option not in RUN_TIME:
         raise ValueError(f'{key}={value!r} is not supported together with {option}={other!r}.')
-    if options['layers'] > _MOST_LAYERS:
-      raise ValueError(f'{options["layers"]} layers are too many; at most {_MOST_LAYERS}.')
     for rule in self.rules:
       options |= rule.read(config)
+    for layers in (options['layers'], options.get('encoder_layers') or 0):
+      if layers > _MOST_LAYERS:
+        raise ValueError(f'{layers} layers are too many; at most {_MOST_LAYERS}.')
     return options
 
   def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,15 +152,16 @@ class Family:
     Raises:
       ValueError: two parameters would be the same tensor.
     """
-    outside, layered = self._by_path({path.split('/')[0] for path in params})
-    found = {}
+    outside, layered = self._by_path(params)
+    found, first = {}, self._first_layers(params, infos)
     for path, leaf in params.items():
       info = infos[path]
       if info.layer is None or info.layer == EMBEDDINGS:
         found[path] = [Location(t, path, (t.name,), info.stacked) for t in outside.get(path, ())]
         continue
-      inner = within_layer(path, layered)
-      numbers = info.depths(leaf.shape).reshape(-1)
+      stack = self._stack(path)
+      inner = within_layer(path, layered, self.stacks.get(stack, ''))
+      numbers = info.depths(leaf.shape).reshape(-1) - first[stack]
       found[path] = [
         Location(t, inner, tuple(t.name.format(n) for n in numbers), info.stacked)
         for t in layered.get(inner, ())
@@ -162,9 +173,16 @@ class Family:
     """Whether a config.json says that the projection on the vocabulary is the token table; False
     of a family that has no such projection.
     """
-    if self._name_of(OUTPUT) is None or self._name_of(TOKEN) is None:
+    if None in self.ends:
       return False
     return bool(config.get('tie_word_embeddings', self.fields['tie_word_embeddings'][2]))
+
+  @property
+  def ends(self) -> tuple[str | None, str | None]:
+    """The names of the projection on the vocabulary and of the table of tokens; None for one that
+    the family does not have.
+    """
+    return self._name_of(OUTPUT), self._name_of(TOKEN)
 
   def canonical(self, config: Mapping[str, Any], names: Iterable[str]) -> dict[str, str]:
     """The names by which the tables know a folder's tensors -> its own names.
@@ -195,7 +213,7 @@ class Family:
     """Second names of tensors -> the first; a tied projection is one of them."""
     if not self.tied(config):
       return dict(self.copies)
-    projection, token_table = (self._name_of(path) for path in (OUTPUT, TOKEN))
+    projection, token_table = self.ends
     return {**self.copies, projection: token_table}
 
   def within_layers(self, name: str) -> bool:
@@ -211,12 +229,29 @@ class Family:
         origin = '' if key in config else ' (the default of a key that is left out)'
         raise ValueError(f'{key}={found!r}{origin} is not supported; only {key}={wanted!r} is.')
 
-  def _by_path(self, parents: set[str]) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+  def _stack(self, path: str) -> str:
+    """Which of `stacks` a parameter is in; '' where the model has one."""
+    return next((stack for stack in self.stacks if path.startswith(stack)), '')
+
+  def _first_layers(
+    self, params: Mapping[str, Any], infos: Mapping[str, Info]
+  ) -> collections.Counter[str]:
+    """The number of the first layer of each of `stacks`."""
+    found = collections.Counter[str]()
+    for stack in self.stacks:
+      depths = [infos[path].depths(x.shape) for path, x in params.items() if path.startswith(stack)]
+      found[stack] = min((int(depth.min()) for depth in depths if depth is not None), default=0)
+    return found
+
+  def _by_path(
+    self, params: Mapping[str, Any]
+  ) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
     """The tensors of each parameter outside of layers, and in them, the most special first."""
     outside: dict[str, list[Tensor]] = {}
     layered: dict[str, list[Tensor]] = {}
+    there = lambda part: any(f'/{part}/' in f'/{path}/' for path in params)
     for tensor in (*self.heads, *self.body):
-      if tensor.needs is None or tensor.needs in parents:
+      if tensor.needs is None or there(tensor.needs):
         group = layered if tensor.layered else outside
         for path in tensor.paths:
           group.setdefault(path, []).append(tensor)
@@ -227,13 +262,14 @@ class Family:
     return next((tensor.name for tensor in tensors if path in tensor.paths), None)
 
 
-def within_layer(path: str, known: Iterable[str]) -> str:
+def within_layer(path: str, known: Iterable[str], stack: str = '') -> str:
   """The name of a parameter in its layer: its path without the modules that hold the layers.
 
-  That is the longest end of the path (whole components) that `known` has; without one, the path.
+  That is the longest end of the path (whole components) that `known` has, with `stack` before it;
+  without one, the path.
   """
   parts = path.split('/')
-  ends = ('/'.join(parts[i:]) for i in range(len(parts)))
+  ends = (stack + '/'.join(parts[i:]) for i in range(len(parts)))
   return next((end for end in ends if end in known), path)
 
 
@@ -249,6 +285,8 @@ def values(model: Model) -> dict[str, Any]:
     options['head_dim'] = model.options.head_dim
   if 'kv_heads' in options:
     options['kv_heads'] = options['kv_heads'] or options['heads']
+  if 'encoder_layers' in options:
+    options['encoder_layers'] = options['encoder_layers'] or options['layers']
   if 'qkv_bias' in options and options['qkv_bias'] is None:
     options['qkv_bias'] = options['bias']
   return options

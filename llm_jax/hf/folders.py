@@ -76,6 +76,7 @@ def model_options(path: str | os.PathLike[str], families: Families) -> dict[str,
   """
   config = read_config(path)
   name, family = family_of(path, config, families)
+  config = _with_own_projection(path, config, family)
   try:
     return {'name': name} | family.read(config)
   except ValueError as error:
@@ -174,6 +175,7 @@ def load(
   """
   config = read_config(path)
   _, family = family_of(path, config, families)
+  config = _with_own_projection(path, config, family)
   wanted = tree.flatten(abstract_params)
   tensors = safetensors.read_folder(str(path))
   try:
@@ -280,6 +282,23 @@ def family_of(
       f'known: {", ".join(families)}.'
     )
   return families[kind]
+
+
+def _with_own_projection(
+  path: str | os.PathLike[str], config: dict[str, Any], family: Family
+) -> dict[str, Any]:
+  """The config.json of a folder, where its values say that the projection on the vocabulary is not
+  tied: transformers 5 writes of every T5 that it is.
+  """
+  if not family.tied_by_values or not family.tied(config):
+    return config
+  tensors = safetensors.read_folder(str(path))
+  names = family.canonical(config | {'tie_word_embeddings': False}, tensors)
+  projection, table = (names.get(name) for name in family.ends)
+  if projection is None or table is None or reading.equal(tensors, projection, table):
+    return config
+  scaled = config.get('scale_decoder_outputs', True)
+  return config | {'tie_word_embeddings': False, 'scale_decoder_outputs': scaled}
 
 
 def _check_weights(path: str | os.PathLike[str]) -> None:

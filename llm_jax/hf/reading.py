@@ -116,11 +116,16 @@ def left_over(
 
 def check_equal(tensors: safetensors.Tensors, name: str, other: str) -> None:
   """Raises ValueError unless two tensors are the same."""
-  if not _equal(tensors.view(name), tensors.view(other)):
+  if not equal(tensors, name, other):
     raise ValueError(
       f'{name} and {other} differ, and must be the same. Where the model has a projection on the '
       'vocabulary of its own, config.json must say tie_word_embeddings=false.'
     )
+
+
+def equal(tensors: safetensors.Tensors, name: str, other: str) -> bool:
+  """Whether two tensors are the same."""
+  return _equal(tensors.view(name), tensors.view(other))
 
 
 def read(

@@ -46,7 +46,8 @@ class Tensor:
     axes: 'theirs->ours', one letter per axis. Letters in brackets are one axis of theirs; S cuts
       theirs into equal parts, one per path; 1 is one of theirs of length one.
     paths: ours; where the name has {}, the path within a layer.
-    needs: a head that must be there too for this tensor to hold the parameter; None: no condition.
+    needs: a head, or another module, that must be there too for this tensor to hold the parameter;
+      None: no condition.
     of: the end of the names of the classes whose tensor it is, where others of `AMBIGUOUS` have
       another of the same name; '' for all.
   """

@@ -51,7 +51,9 @@ def without_free_rows(
   It counts them from pad_token_id + 1; a model that counts from elsewhere is exported as a BERT.
   """
   offset = getattr(model, 'position_offset', 0)
-  if not offset or model.positions != 'learned' or pad_token_id in (None, offset - 1):
+  if model.causal or not offset or model.positions != 'learned':
+    return model, dict(params)
+  if pad_token_id in (None, offset - 1):
     return model, dict(params)
   return model.clone(position_offset=0), {**params, POSITION: params[POSITION][offset:]}
 
