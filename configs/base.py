@@ -13,8 +13,10 @@ def unset(kind: type) -> config_dict.FieldReference:
 
 def documents() -> dict:
   """The section of a source whose documents are given beside those of `data`."""
-  names = ('source', 'path', 'name', 'split', 'text', 'pair', 'label', 'unit', 'delimiter')
-  return {name: unset(str) for name in (*names, 'data_dir')} | dict(fields=unset(tuple))
+  names = ('source', 'path', 'name', 'split', 'text', 'pair', 'label', 'target', 'unit')
+  return {name: unset(str) for name in (*names, 'delimiter', 'data_dir')} | dict(
+    fields=unset(tuple)
+  )
 
 
 def model(name: str, variant: str) -> dict:
@@ -111,6 +113,7 @@ def get_config() -> config_dict.ConfigDict:
         text=unset(str),
         pair=unset(str),
         label=unset(str),
+        target=unset(str),
         fields=unset(tuple),  # further fields that the objective reads
         unit=unset(str),
         delimiter=unset(str),

@@ -103,6 +103,86 @@ def best_fit(
   return Plan(plan.document[order], plan.start[order], plan.stop[order], offsets)
 
 
+def best_fit_pairs(
+  first: np.ndarray, second: np.ndarray, capacities: tuple[int, int], most: int | None = None
+) -> Plan:
+  """Puts whole pairs of documents in pairs of rows, longest first, where least room is left: in the
+  first of the rows, then in the second.
+
+  Args:
+    first: [pairs] integers, tokens of the first document of each, at most capacities[0].
+    second: of the second, at most capacities[1].
+    capacities: tokens of the first and of the second row.
+    most: a row takes no more pairs than this, if it is given.
+
+  Returns:
+    A plan in which each piece is a pair, and `start` 0 and `stop` are those of its second document.
+
+  Example:
+    >>> list(best_fit_pairs([3, 2, 2], [1, 1, 4], (4, 4)))
+    [[(2, 0, 4)], [(0, 0, 1)], [(1, 0, 1)]]
+    >>> list(best_fit_pairs([3, 2, 1], [1, 4, 1], (4, 4)))
+    [[(1, 0, 4)], [(0, 0, 1), (2, 0, 1)]]
+  """
+  costs = np.stack([np.asarray(first, np.int64), np.asarray(second, np.int64)], axis=1)
+  shares = np.max(costs / np.maximum(capacities, 1), axis=1, initial=0)
+  row = np.empty(len(costs), np.int64)
+  spaces = _Spaces(capacities, most)
+  for pair in np.argsort(-shares, kind='stable').tolist():
+    row[pair] = spaces.place(*costs[pair].tolist())
+  order = np.argsort(row, kind='stable')
+  offsets = np.append(0, np.cumsum(np.bincount(row)))
+  return Plan(order, np.zeros(len(order), np.int64), costs[order, 1], offsets)
+
+
+class _Spaces:
+  """Pairs of rows, by the space that is left in both."""
+
+  def __init__(self, capacities: tuple[int, int], most: int | None):
+    self._capacities, self._most = capacities, most
+    self._waiting: dict[tuple[int, int], list[int]] = {}
+    self._seconds = [0] * (capacities[0] + 1)  # by what is left in the first; bits: in the second
+    self._firsts = 0  # its bits say which of these are not 0
+    self._counts: list[int] = []
+
+  def place(self, first: int, second: int) -> int:
+    """The pair of rows that a pair of documents goes into."""
+    found = self._tightest(first, second)
+    if found is None:
+      row, left = len(self._counts), self._capacities
+      self._counts.append(0)
+    else:
+      left, row = found, self._waiting[found].pop()
+      if not self._waiting[found]:
+        self._mark(*found)
+    self._counts[row] += 1
+    if self._counts[row] != self._most:
+      left = left[0] - first, left[1] - second
+      rows = self._waiting.setdefault(left, [])
+      if not rows:
+        self._mark(*left)
+      rows.append(row)
+    return row
+
+  def _tightest(self, first: int, second: int) -> tuple[int, int] | None:
+    fitting = self._firsts >> first
+    while fitting:
+      lowest = fitting & -fitting
+      a = first + lowest.bit_length() - 1
+      if beside := self._seconds[a] >> second:
+        return a, second + (beside & -beside).bit_length() - 1
+      fitting ^= lowest
+    return None
+
+  def _mark(self, first: int, second: int) -> None:
+    """Says that a list of rows is no longer empty, or that it is."""
+    self._seconds[first] ^= 1 << second
+    if self._seconds[first]:
+      self._firsts |= 1 << first
+    else:
+      self._firsts &= ~(1 << first)
+
+
 def one_per_row(lengths: np.ndarray, capacity: int, overhead: int = 0) -> Plan:
   """Gives each document rows of its own, as many as its length needs. Arguments and errors as for
   `windows`.

@@ -41,7 +41,7 @@ DATA_OPTIONS = ('source', 'validation', 'cache', 'workers', 'parts', 'augment')
 # By section, options of which only one can be set.
 ALTERNATIVES = {'optimizer': ('warmup_steps', 'warmup_fraction')}
 # What a source of validation or test documents shares with another kind of source in `data`.
-FIELDS = ('text', 'pair', 'label', 'fields')
+FIELDS = ('text', 'pair', 'label', 'target', 'fields')
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
 

@@ -19,6 +19,7 @@ class Fields:
     pair: name of the field with the second text, or None.
     label: name of the field with the label, or None. A record where it is null or an empty string
       has no label.
+    target: name of the field with the text that a model is to give for the first one, or None.
     others: names of further fields, which a record holds under these names as they are.
 
   Raises:
@@ -29,33 +30,35 @@ class Fields:
   pair: str | None
   label: str | None
   others: tuple[str, ...] = ()
+  target: str | None = None
 
   def __post_init__(self) -> None:
     if not self.names:
       raise ValueError("text='' leaves no field to read; name one in `fields`.")
     for name in self.others:
-      if name in ('text', 'pair', 'label') or self.others.count(name) > 1:
+      if name in ('text', 'pair', 'label', 'target') or self.others.count(name) > 1:
         raise ValueError(
-          f'fields={self.others} names {name!r}, which is taken; the options text, pair and label '
-          'are for those, and a further field is named once.'
+          f'fields={self.others} names {name!r}, which is taken; the options text, pair, label and '
+          'target are for those, and a further field is named once.'
         )
 
   @property
   def names(self) -> list[str]:
     """The names of the fields that are read, each once."""
-    named = (self.text or None, self.pair, self.label, *self.others)
+    named = (self.text or None, self.pair, self.label, self.target, *self.others)
     return [name for name in dict.fromkeys(named) if name is not None]
 
   @property
   def key(self) -> tuple[Any, ...]:
     """What of it belongs to the fingerprint of a source."""
-    return (self.text, self.pair, self.label, *([self.others] if self.others else []))
+    further = [self.others] if self.others or self.target else []
+    return (self.text, self.pair, self.label, *further, *([self.target] if self.target else []))
 
   def check(self, where: str, known: Iterable[str]) -> None:
     """Raises ValueError unless every field that is asked for is among `known`."""
     known = list(known)
     options = [('text', self.text or None), ('pair', self.pair), ('label', self.label)]
-    options += [('fields', name) for name in self.others]
+    options += [('target', self.target), *(('fields', name) for name in self.others)]
     for option, field in options:
       if field is not None and field not in known:
         raise ValueError(
@@ -64,7 +67,8 @@ class Fields:
         )
 
   def record(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A record with 'text', 'pair' and 'label', where those are asked for, and the further fields.
+    """A record with 'text', 'pair', 'label' and 'target', where they are asked for, and the further
+    fields.
 
     Args:
       values: field name -> value.
@@ -79,6 +83,8 @@ class Fields:
       record['text'] = string(values[self.text], f'{where}: field {self.text!r}')
     if self.pair is not None:
       record['pair'] = string(values[self.pair], f'{where}: field {self.pair!r}')
+    if self.target is not None:
+      record['target'] = string(values[self.target], f'{where}: field {self.target!r}')
     if self.label is not None and values[self.label] not in (None, ''):
       record['label'] = label_value(values[self.label], f'{where}: label field {self.label!r}')
     return record

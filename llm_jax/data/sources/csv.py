@@ -117,6 +117,7 @@ class Source(Table):
     label: name of the column with the label, if there is one.
     fields: names of further columns that the objective reads, as strings.
     delimiter: one character; tab for .tsv files and a comma for others if not given.
+    target: name of the field with the text that a model is to give, if there is one.
 
   Raises:
     ValueError: nothing matches the path, a column that a header does not have, a delimiter of
@@ -133,10 +134,11 @@ class Source(Table):
     pair: str | None = None,
     label: str | None = None,
     fields: tuple[str, ...] = (),
+    target: str | None = None,
     delimiter: str | None = None,
   ):
     super().__init__(path, delimiter)
-    self.fields = _record.Fields(text, pair, label, fields)
+    self.fields = _record.Fields(text, pair, label, fields, target)
     for file, header in zip(self.files, self.headers, strict=True):
       _check_delimiter(file, header, self.fields.names)
       self.fields.check(f'{file}, header', header)

@@ -46,6 +46,7 @@ class Source(Table):
     label: name of the field with the label, if there is one: a string, integer or boolean (a
       class), a float, or a list of strings.
     fields: names of further fields that the objective reads.
+    target: name of the field with the text that a model is to give, if there is one.
 
   Raises:
     ValueError: nothing matches the path, or the files hold no line; when a record is read: a
@@ -59,9 +60,10 @@ class Source(Table):
     pair: str | None = None,
     label: str | None = None,
     fields: tuple[str, ...] = (),
+    target: str | None = None,
   ):
     super().__init__(path)
-    self.fields = _record.Fields(text, pair, label, fields)
+    self.fields = _record.Fields(text, pair, label, fields, target)
     self.fingerprint = _paths.fingerprint(self.files, 'jsonl', *self.fields.key)
 
   def __getitem__(self, index: int) -> dict[str, Any]:

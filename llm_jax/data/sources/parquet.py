@@ -90,6 +90,7 @@ class Source(Table):
     label: name of the column with the label, if there is one: string, integer or boolean (a class),
       float, or list of strings.
     fields: names of further columns that the objective reads.
+    target: name of the field with the text that a model is to give, if there is one.
 
   Raises:
     ValueError: nothing matches the path, a file is not Parquet, a column is not there, or there is
@@ -103,8 +104,9 @@ class Source(Table):
     pair: str | None = None,
     label: str | None = None,
     fields: tuple[str, ...] = (),
+    target: str | None = None,
   ):
-    self.fields = _record.Fields(text, pair, label, fields)
+    self.fields = _record.Fields(text, pair, label, fields, target)
     super().__init__(path, self.fields.names)
     for name, columns in zip(self.files, self.headers, strict=True):
       self.fields.check(name, columns)

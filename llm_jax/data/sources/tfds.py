@@ -25,6 +25,7 @@ class Source:
     pair: name of the feature with the second text, if there is one.
     label: name of the feature with the label, if there is one.
     fields: names of further features that the objective reads: numbers, strings, lists of them.
+    target: name of the field with the text that a model is to give, if there is one.
 
   Raises:
     ValueError: the dataset is not prepared in array_record format, or has no such split or feature,
@@ -40,9 +41,10 @@ class Source:
     pair: str | None = None,
     label: str | None = None,
     fields: tuple[str, ...] = (),
+    target: str | None = None,
   ):
     self.name, self.split, self.data_dir = name, split, data_dir
-    self.fields = _record.Fields(text, pair, label, fields)
+    self.fields = _record.Fields(text, pair, label, fields, target)
     builder = _builder(name, data_dir)
     features = builder.info.features
     self.fields.check(f'dataset {name!r}', features)

@@ -1,0 +1,222 @@
+"""From text to text by an encoder-decoder: translation, summaries, and whatever else a target says
+of a source (Sutskever et al. 2014, arXiv:1409.3215; Vaswani et al. 2017, arXiv:1706.03762).
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from llm_jax.core import contracts
+from llm_jax.core.contracts import (
+  Batch,
+  Documents,
+  Encoded,
+  Example,
+  Metrics,
+  Net,
+  Record,
+  Rows,
+  Tokenizer,
+)
+from llm_jax.data import pack
+from llm_jax.nn import vocabulary
+
+SOURCE = 'source_'
+LONG = ('error', 'cut', 'drop')
+
+
+class Objective(contracts.Objective):
+  """Each token of a target, its end included, is predicted from those before it and the whole
+  source.
+
+  A record has a `text` and a `target`. Both stand between the special tokens of their tokenizer; of
+  ours, before EOS. The decoder reads `start` and the target but for its last token. Several pairs
+  share a row of sources and a row of targets, and see nothing of each other.
+
+  Args:
+    tokenizer: makes the ids.
+    source_len: tokens of a row of sources; None: as many as `config.seq_len`, which are those of a
+      row of targets.
+    start: the id that the decoder begins with; None: BOS of the tokenizer.
+    packing: 'best_fit' puts several pairs in a row; 'none': one.
+    long: what a source or target that is longer than its row is: an 'error', 'cut' at its end, or
+      left out with its pair ('drop'); the latter two are counted in the log.
+    label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
+  """
+
+  terms = {'seq2seq': 1.0}
+  text_fields = ('text', 'target')
+
+  def __init__(
+    self,
+    tokenizer: Tokenizer,
+    source_len: int | None = None,
+    start: int | None = None,
+    packing: str = 'best_fit',
+    long: str = 'error',
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+  ):
+    for name, value, known in (
+      ('packing', packing, ('best_fit', 'none')),
+      ('long', long, LONG),
+    ):
+      if value not in known:
+        raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(known)}.')
+    if source_len is not None and source_len < 2:
+      raise ValueError(f'objective.source_len={source_len} must be at least 2.')
+    if start is not None and not 0 <= start < tokenizer.vocab_size:
+      raise ValueError(
+        f'objective.start={start} is no id of the vocabulary, 0 to {tokenizer.vocab_size - 1}.'
+      )
+    vocabulary.check_loss(label_smoothing, z_loss)
+    self.tokenizer, self.source_len = tokenizer, source_len
+    self.start = tokenizer.bos_id if start is None else start
+    self.packing, self.long = packing, long
+    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
+
+  @staticmethod
+  def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
+    """`tokens` of `text`, and `target_tokens` of `target`."""
+    for name in ('text', 'target'):
+      if not isinstance(record.get(name), str) or not record[name].strip():
+        raise ValueError(
+          f'a record has no {name}, only {", ".join(k for k, v in record.items() if v)}; '
+          f'config.data.{name} names its field.'
+        )
+    return {
+      'tokens': tokenizer.encode(record['text']),
+      'target_tokens': tokenizer.encode(record['target']),
+    }
+
+  @classmethod
+  def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Pairs."""
+    del options
+    return [{'text': 'some words', 'target': 'words'}] * 4
+
+  def check(self, model: contracts.Model) -> None:
+    """The model must read sources."""
+    if f'{SOURCE}tokens' not in model.inputs:
+      raise ValueError(
+        'objective seq2seq needs a model that reads two rows (encoder_decoder); this one reads '
+        f'{", ".join(model.inputs)}.'
+      )
+    if self.source_len is not None and self.source_len > model.max_len:
+      raise ValueError(
+        f'objective.source_len={self.source_len} is more than config.model.max_len={model.max_len}.'
+      )
+
+  def rows(self, documents: Documents, seq_len: int) -> Rows:
+    """Rows of whole pairs.
+
+    Logs how much of the rows is used, and what was cut or left out.
+
+    Raises:
+      ValueError: a pair that is longer than its rows, where that is an error, naming it.
+    """
+    return _Rows(self, documents, seq_len)
+
+  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
+    """Cross-entropy in nats and accuracy per token of the targets."""
+    model = net.model
+    sums = vocabulary.cross_entropy(
+      hidden_BTD,
+      model.table(),
+      batch['targets'],
+      batch['weights'],
+      model.table_bias(),
+      **self.smoothed,
+    )
+    return vocabulary.metrics('seq2seq', sums, jnp.sum(batch['weights']))
+
+  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
+    """Perplexity of a token."""
+    return {'perplexity': float(np.exp(means['seq2seq_nll']))}
+
+  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """The ids that a batch asks for and their weights, each [B, T]."""
+    return batch['targets'], batch['weights']
+
+  def flops(self, model: contracts.Model, batch: Batch) -> float:
+    """Of the vocabulary, at all positions."""
+    rows, length = batch['targets'].shape
+    return 2.0 * rows * length * model.vocab_size * model.options.dim
+
+
+class _Rows:
+  def __init__(self, objective: Objective, documents: Documents, seq_len: int):
+    self.objective, self.documents = objective, documents
+    self.lengths = objective.source_len or seq_len, seq_len
+    template = objective.tokenizer.template
+    self.before, self.after = ((), (objective.tokenizer.eos_id,)) if template is None else template
+    own = len(self.before) + len(self.after)
+    counts = [documents.lengths(name) + own for name in ('tokens', 'target_tokens')]
+    self.kept = self._checked(counts)
+    first, second = (
+      np.minimum(count[self.kept], most) for count, most in zip(counts, self.lengths, strict=True)
+    )
+    most = 1 if objective.packing == 'none' else None
+    self.plan = pack.best_fit_pairs(first, second, self.lengths, most)
+    room = len(self.plan) * np.array(self.lengths)
+    if len(self.plan):
+      logging.info(
+        "seq2seq: %.1f pairs in a row; %.0f %% of the sources' rows are used, %.0f %% of the "
+        "targets'.",
+        len(self.kept) / len(self.plan),
+        100 * first.sum() / room[0],
+        100 * second.sum() / room[1],
+      )
+
+  def __len__(self) -> int:
+    return len(self.plan)
+
+  def example(self, index: int, rng: np.random.Generator) -> Example:
+    pairs = [int(self.kept[pair]) for pair, _, _ in self.plan[index]]
+    sources = [self.ids('tokens', pair, self.lengths[0]) for pair in pairs]
+    targets = [self.ids('target_tokens', pair, self.lengths[1]) for pair in pairs]
+    inputs = [np.append(self.objective.start, ids[:-1]) for ids in targets]
+    example = pack.assemble(inputs, self.lengths[1])
+    source = pack.assemble(sources, self.lengths[0])
+    example |= {f'{SOURCE}{name}': x for name, x in source.items()}
+    wanted = pack.assemble(targets, self.lengths[1])
+    return example | {
+      'targets': wanted['tokens'],
+      'weights': (wanted['segments'] > 0).astype(np.float32),
+    }
+
+  def ids(self, name: str, document: int, most: int) -> np.ndarray:
+    """Those of a text between its special tokens, at most so many."""
+    room = most - len(self.before) - len(self.after)
+    text = self.documents.array(name, document, 0, room)
+    return np.concatenate([self.before, text, self.after]).astype(np.int32)
+
+  def _checked(self, counts: list[np.ndarray]) -> np.ndarray:
+    """The pairs that are laid out."""
+    long = self.objective.long
+    over = np.stack([count > most for count, most in zip(counts, self.lengths, strict=True)])
+    some = np.flatnonzero(over.any(axis=0))
+    if len(some) and long == 'error':
+      pair = int(some[0])
+      side = int(over[1, pair])
+      raise ValueError(
+        f'{self.documents.where(pair)}: the {("source", "target")[side]} has '
+        f'{int(counts[side][pair])} tokens, its row {self.lengths[side]}; {len(some)} of '
+        f'{len(counts[0])} pairs are too long. Raise '
+        f'{("config.objective.source_len", "config.seq_len")[side]}, or set '
+        'config.objective.long=cut or drop.'
+      )
+    if len(some):
+      done = {'cut': 'lose their ends', 'drop': 'are left out'}[long]
+      logging.warning(
+        'seq2seq: %d of %d pairs are longer than their rows and %s.',
+        len(some),
+        len(counts[0]),
+        done,
+      )
+    kept = np.arange(len(counts[0]))
+    return np.delete(kept, some) if long == 'drop' else kept
