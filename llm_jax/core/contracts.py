@@ -26,6 +26,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | tokens | B T int32 | input ids; anything where segments is 0 |
 | segments | B T int32 | 0 padding, then 1, 2, ...: a number per document; it sees itself alone |
 | positions | B T int32 | position within the segment, from 0 |
+| source_tokens, source_segments, ... | B S int32 | of the row that an encoder reads beside it |
 | token_types | B T int32 | 0 first text, 1 second text of a pair (objectives with pairs only) |
 | mask_positions, mask_targets | B M int32 | masked LM: indices into the row, true ids there |
 | mask_weights | B M float32 | 1 or 0 |
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
   from llm_jax.core.params import Info
   from llm_jax.core.state import TrainState
 
+SOURCE = 'source_'  # before the names of the arrays of a second row, that an encoder reads
 Record = Mapping[str, Any]  # what a source yields: field -> anything that JSON holds
 Encoded = dict[str, Any]  # of one record: name -> integers [n], or anything else that JSON holds
 Example = dict[str, np.ndarray]  # one row: batch keys without B
@@ -285,7 +287,8 @@ class Model:
     return None
 
   def empty_cache(self, rows: int, slots: int) -> PyTree:
-    """What `cache` begins with, for `rows` rows of at most `slots` tokens.
+    """What `cache` begins with, for `rows` rows of at most `slots` tokens. A model that reads a
+    second row takes as a third argument the most tokens of that one.
 
     Axis 0 of every array is the row, so that rows of one cache can be put into another's; only
     the arrays of a `nn.stack.Stack` have their layers before it.

@@ -1,4 +1,4 @@
-"""Prompts to completions: a decoder continues texts.
+"""Prompts to completions: a decoder continues texts, an encoder-decoder answers them.
 
 Text comes in whole characters: where a character's bytes are spread over several tokens, it waits
 for the last of them.
@@ -54,7 +54,7 @@ class Completer:
     """The completion of each prompt; the prompts themselves are left out.
 
     A prompt stands after the ids that the tokenizer's template has before a text, else after BOS;
-    a completion ends with EOS.
+    a source between those around a text, else before EOS. A completion ends with EOS.
 
     Args:
       weights: as `Generator.weights` makes them.
@@ -76,6 +76,9 @@ class Completer:
     self.generator.check([self._ids(prompt)], [sampling])
 
   def _ids(self, prompt: str) -> list[int]:
+    if self.generator.reads_source:
+      before, after = self._tokenizer.template or ((), (self._tokenizer.eos_id,))
+      return [*before, *self._tokenizer.encode(prompt), *after]
     before = template(self._tokenizer, causal=True)[0]
     return [*before, *self._tokenizer.encode(prompt)] or [self._tokenizer.bos_id]
 
@@ -93,7 +96,8 @@ class Completer:
       raise ValueError('an empty stop string would end every text before it begins; leave it out.')
     self.generator.check(prompts, [sampling] * len(prompts))  # all, before the first is continued
     stream = stream or (lambda *_: None)
-    completions = [_Completion(self._tokenizer, prompt, stop) for prompt in prompts]
+    known = [() if self.generator.reads_source else prompt for prompt in prompts]
+    completions = [_Completion(self._tokenizer, prompt, stop) for prompt in known]
     for first in range(0, len(completions), self._rows):
       batch = list(range(first, min(first + self._rows, len(completions))))
       if first or numbers is not None:

@@ -371,7 +371,9 @@ class Session:
   @functools.cached_property
   def _generator(self) -> Generator:
     program, network = self.program, self.program.network
-    return Generator(network.model, program.model_infos, program.layout, network.adapter)
+    start = getattr(program.objective, 'start', self.tokenizer.bos_id)
+    infos = program.model_infos
+    return Generator(network.model, infos, program.layout, network.adapter, (start,))
 
   @functools.cached_property
   def _weights(self) -> Any:

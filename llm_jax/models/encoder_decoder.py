@@ -13,7 +13,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core.contracts import Batch, Outputs
+from llm_jax.core.contracts import SOURCE, Batch, Outputs
 from llm_jax.models._transformer import Transformer, begun, positions_of, read
 from llm_jax.nn import relative, stack
 from llm_jax.nn.attention.cache import Crossing, KeyValues
@@ -21,8 +21,6 @@ from llm_jax.nn.block import LayerContext
 from llm_jax.nn.dropout import drop
 from llm_jax.nn.linear import Norm, vector
 from llm_jax.nn.options import Options, check_length, check_positive
-
-SOURCE = 'source_'  # before the names of the arrays of the row that the encoder reads
 
 
 class Cache(NamedTuple):

@@ -12,6 +12,7 @@ from absl import logging
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import (
+  SOURCE,
   Batch,
   Documents,
   Encoded,
@@ -25,7 +26,6 @@ from llm_jax.core.contracts import (
 from llm_jax.data import pack
 from llm_jax.nn import vocabulary
 
-SOURCE = 'source_'
 LONG = ('error', 'cut', 'drop')
 
 

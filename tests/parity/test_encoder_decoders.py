@@ -18,6 +18,8 @@ from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.hf import families
 from llm_jax.hf import folders as hf
+from llm_jax.inference.generation.decoding import Generator
+from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.models import encoder_decoder
 from llm_jax.nn import relative
 
@@ -41,6 +43,7 @@ T5 = IDS | dict(
   relative_attention_max_distance=12,
 )
 BART = IDS | dict(
+  forced_eos_token_id=None,
   vocab_size=V,
   d_model=D,
   encoder_layers=3,
@@ -228,6 +231,30 @@ def test_a_cache_gives_the_states_of_whole_rows(made):
   np.testing.assert_allclose(
     np.concatenate(hidden, axis=1)[SEGMENTS > 0], whole[SEGMENTS > 0], atol=1e-5
   )
+
+
+@pytest.mark.parametrize('beams', [1, 4])
+def test_generated_tokens(made, beams):
+  """Sources of unequal length in one batch, with an end that comes and one that may."""
+  infos = {k.removeprefix('model/'): v for k, v in made.infos.items()}
+  generator = Generator(made.model, infos, start=(IDS['decoder_start_token_id'],))
+  sources = [row[:n].tolist() for row, n in zip(SOURCES, SOURCE_SEGMENTS.sum(1), strict=True)]
+  new = min(60, made.model.max_len - 1)
+  weights = generator.weights(tree.nest(made.loaded.params)['model'])
+  chosen = dict(max_new_tokens=new, repetition_penalty=1.5)  # of random weights, else one token
+  sampling = Sampling(temperature=0, beams=beams, **chosen)
+  columns = np.stack(list(generator.tokens(weights, sources, sampling, eos_ids=(2,))))
+  theirs = made.reference.generate(
+    input_ids=torch.tensor(SOURCES),
+    attention_mask=torch.tensor(np.int64(SOURCE_SEGMENTS > 0)),
+    generation_config=transformers.GenerationConfig(
+      **IDS, **chosen, do_sample=False, num_beams=beams
+    ),
+  ).numpy()[:, 1:]
+  for ours, row in zip(columns.T, theirs, strict=True):
+    kept = ours[ours >= 0]
+    assert len(set(kept)) > 3 and kept.tolist() == row[: len(kept)].tolist()
+    assert not np.any(row[len(kept) :])  # pads
 
 
 @pytest.mark.parametrize('causal', [True, False])

@@ -1,4 +1,5 @@
-"""Generation: prompts in ids to new ids, one position of all rows at a time.
+"""Generation: prompts in ids to new ids, one position of all rows at a time. Those of a decoder are
+continued; of an encoder-decoder they are the sources, and what is generated stands alone.
 
 Prompts are filled up on the right, and each row has its own length, so a row gets what it would get
 alone, whichever rows run beside it. Prefill and step are compiled once for each shape: row counts,
@@ -45,6 +46,7 @@ class State:
     seen_BV: which tokens each row has, its prompt and the newest included.
     numbers: how the tokens of each row are chosen.
     slots: the longest row that the cache has room for.
+    source: the longest source that it has room for.
   """
 
   cache: PyTree
@@ -53,6 +55,7 @@ class State:
   seen_BV: jax.Array
   numbers: Numbers
   slots: int = flax.struct.field(pytree_node=False)
+  source: int = flax.struct.field(pytree_node=False, default=0)
 
 
 @flax.struct.dataclass
@@ -65,7 +68,7 @@ class _Prompts:
 
 
 class Generator:
-  """Continues rows of tokens with a decoder.
+  """Continues rows of tokens with a decoder, or writes rows for sources with an encoder-decoder.
 
   All processes that share the mesh must make the same calls.
 
@@ -74,6 +77,7 @@ class Generator:
     infos: what each of its parameters is, by path.
     layout: the mesh that its parameters lie on; None for one device.
     adapter: what was trained beside it, if anything was.
+    start: ids that each row of an encoder-decoder begins with.
   """
 
   def __init__(
@@ -82,14 +86,15 @@ class Generator:
     infos: Mapping[str, Info],
     layout: sharding.Layout | None = None,
     adapter: Adapter | None = None,
+    start: Sequence[int] = (0,),
   ):
-    self._model, self._layout = model, layout
+    self._model, self._layout, self._begin = model, layout, tuple(start)
     self._longest = model.max_len - (0 if adapter is None else adapter.positions)
     self._forward = Forward(model, infos, layout, adapter)
     self._compiled: set[tuple[Any, ...]] = set()
     self.weights = self._jit(self._forward.weights)
     self._start = self._jit(self._prefilled, static_argnames='slots')
-    self._blank = self._jit(self._blanks, static_argnames=('rows', 'slots'))
+    self._blank = self._jit(self._blanks, static_argnames=('rows', 'slots', 'source'))
     self._join = self._jit(self._joined, donate_argnames='state')
     self._next = self._jit(self._advanced, donate_argnames='state')
     self._search = self._jit(self._searched, static_argnames=('slots', 'beams', 'room'))
@@ -127,18 +132,24 @@ class Generator:
     self.check(prompts, samplings)
     batch = self._prompts(prompts, samplings, range(len(prompts)) if rows is None else rows)
     pairs = zip(prompts, samplings, strict=True)
-    slots = _rounded(max(len(prompt) + s.max_new_tokens for prompt, s in pairs))
+    slots = _rounded(max(self._begun(prompt) + s.max_new_tokens for prompt, s in pairs))
     if samplings[0].beams > 1:
       yield from self._search_tokens(weights, batch, len(prompts), samplings[0], eos_ids, slots)
     else:
       yield from self._row_tokens(weights, batch, samplings, eos_ids, slots)
 
-  def empty(self, rows: int, slots: int) -> State:
+  @property
+  def reads_source(self) -> bool:
+    """Whether prompts are sources, and not continued."""
+    return self._forward.reads_source
+
+  def empty(self, rows: int, slots: int, source: int = 0) -> State:
     """A batch in which all rows are free; `step` gives free rows tokens that mean nothing.
 
     Args:
       rows: how many rows run at once.
-      slots: the longest row, prompt and new tokens together.
+      slots: the longest row, prompt and new tokens together; of an encoder-decoder without it.
+      source: of an encoder-decoder the longest prompt.
 
     Raises:
       ValueError: rows that are longer than the model takes.
@@ -147,8 +158,8 @@ class Generator:
       raise ValueError(
         f'slots={slots} must be at least 1, and at most max_len={self._longest} of the model.'
       )
-    key = 'empty', rows, slots
-    return self._together(key, self._blank, rows=rows, slots=slots)
+    key = 'empty', rows, slots, source
+    return self._together(key, self._blank, rows=rows, slots=slots, source=source)
 
   def admit(
     self,
@@ -187,15 +198,21 @@ class Generator:
         f'beams={sampling.beams}: beam search runs whole batches; use Generator.tokens, or beams=1.'
       )
     self.check([prompt], [sampling])
-    length = len(prompt) + sampling.max_new_tokens
+    if self.reads_source and len(prompt) > state.source:
+      raise ValueError(
+        f'a source of {len(prompt)} tokens is longer than the rows of this batch take, '
+        f'source={state.source}.'
+      )
+    begun = self._begun(prompt)
+    length = begun + sampling.max_new_tokens
     if length > state.slots:
       raise ValueError(
-        f'a prompt of {len(prompt)} tokens and max_new_tokens={sampling.max_new_tokens} are '
+        f'a prompt of {begun} tokens and max_new_tokens={sampling.max_new_tokens} are '
         f'{length} positions, and the rows of this batch have slots={state.slots}; shorten the '
         'prompt, or set a lower max_new_tokens or more slots.'
       )
     one = self._prompts([prompt], [sampling], [number], shards=1)
-    key = 'admit', B, state.slots, one.tokens_BT.shape
+    key = 'admit', B, state.slots, state.source, one.tokens_BT.shape
     return self._together(key, self._join, weights, one, self._put(np.int32(row)), state=state)
 
   def step(self, weights: Weights, state: State) -> tuple[State, jax.Array]:
@@ -204,7 +221,7 @@ class Generator:
     Returns:
       The state, whose memory is used again, and the new tokens, [B] int32, whole on each device.
     """
-    key = 'step', len(state.ids_B), state.slots
+    key = 'step', len(state.ids_B), state.slots, state.source
     return self._together(key, self._next, weights, state=state)
 
   def check(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
@@ -219,7 +236,12 @@ class Generator:
     if max(s.beams for s in samplings) > 1 and len(set(samplings)) > 1:
       raise ValueError('beam search takes one sampling for all prompts; give them one by one.')
     most = self._longest
-    for length, sampling in zip(lengths, samplings, strict=True):
+    if self.reads_source and max(lengths) > most:
+      raise ValueError(
+        f'a source of {max(lengths)} tokens is longer than max_len={most} of the model; shorten it.'
+      )
+    for prompt, sampling in zip(prompts, samplings, strict=True):
+      length = self._begun(prompt)
       longest = length + sampling.max_new_tokens
       if longest > most:
         way_out = f', or set max_new_tokens={most - length} or less' if length < most else ''
@@ -227,6 +249,10 @@ class Generator:
           f'a prompt of {length} tokens and max_new_tokens={sampling.max_new_tokens} are '
           f'{longest} positions, and the model has max_len={most}; shorten the prompt{way_out}.'
         )
+
+  def _begun(self, prompt: Sequence[int]) -> int:
+    """How many tokens a row has before its first new one."""
+    return len(self._begin) if self.reads_source else len(prompt)
 
   def _prompts(
     self,
@@ -297,10 +323,11 @@ class Generator:
 
   # What is traced.
 
-  def _prefilled(self, weights, batch, *, slots) -> tuple[State, jax.Array]:
+  def _prefilled(self, weights, batch, *, slots, source=None) -> tuple[State, jax.Array]:
     """The state of these prompts alone, and the first new token of each row."""
-    cache, logits_BV, seen_BV = self._read(weights, batch, slots)
-    state = State(cache, batch.lengths_B, batch.lengths_B, seen_BV, batch.numbers, slots)
+    source = batch.tokens_BT.shape[1] if source is None else source
+    cache, lengths_B, logits_BV, seen_BV = self._read(weights, batch, slots, source)
+    state = State(cache, lengths_B, lengths_B, seen_BV, batch.numbers, slots, source)
     return _chosen(state, logits_BV)
 
   def _advanced(self, weights, *, state) -> tuple[State, jax.Array]:
@@ -309,28 +336,30 @@ class Generator:
 
   def _joined(self, weights, one, row, *, state) -> tuple[State, jax.Array]:
     """The state with one prompt in a row."""
-    new, ids_1 = self._prefilled(weights, one, slots=state.slots)
+    new, ids_1 = self._prefilled(weights, one, slots=state.slots, source=state.source)
 
     def put(rows: jax.Array, x: jax.Array) -> jax.Array:
       return jax.lax.dynamic_update_slice_in_dim(rows, x.astype(rows.dtype), row, axis=0)
 
     return _laid_out(jax.tree.map(put, state, new)), ids_1[0]
 
-  def _blanks(self, *, rows, slots) -> State:
+  def _blanks(self, *, rows, slots, source) -> State:
     return _laid_out(
       State(
-        cache=self._forward.empty_cache(rows, slots),
+        cache=self._forward.empty_cache(rows, slots, source),
         ids_B=jnp.zeros(rows, jnp.int32),
         lengths_B=jnp.zeros(rows, jnp.int32),
         seen_BV=jnp.zeros((rows, self._model.vocab_size), bool),
         numbers=jax.tree.map(jnp.asarray, numbers([GREEDY] * rows, [0] * rows)),
         slots=slots,
+        source=source,
       )
     )
 
   def _searched(self, weights, batch, limits, *, slots, beams, room):
-    cache, logits_BV, seen_BV = self._read(weights, batch, slots)
-    search = beam_search.begin(cache, batch.lengths_B, seen_BV, limits, beams, room)
+    source = batch.tokens_BT.shape[1]
+    cache, lengths_B, logits_BV, seen_BV = self._read(weights, batch, slots, source)
+    search = beam_search.begin(cache, lengths_B, seen_BV, limits, beams, room)
     return beam_search.advance(search, jnp.repeat(logits_BV, beams, axis=0))
 
   def _searched_on(self, weights, *, search):
@@ -338,21 +367,26 @@ class Generator:
     cache, logits_RV = self._read_newest(weights, ids_R, lengths_R, search.cache)
     return beam_search.advance(search._replace(cache=cache, lengths_R=lengths_R + 1), logits_RV)
 
-  def _read(self, weights, batch, slots) -> tuple[Any, jax.Array, jax.Array]:
-    """Prompts through the model: the cache, the logits after the last token of each, and which
-    tokens each has.
+  def _read(self, weights, batch, slots, source) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
+    """Prompts through the model: the cache, how many tokens each row has, the logits after the last
+    of them, and which tokens they are.
     """
-    tokens_BT, lengths_B = batch.tokens_BT, batch.lengths_B
-    (B, T), V = tokens_BT.shape, self._model.vocab_size
-    positions_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-    real_BT = positions_BT < lengths_B[:, None]
-    hidden_BTD, cache = self._forward(
-      weights, tokens_BT, jnp.int32(real_BT), positions_BT, self._forward.empty_cache(B, slots)
+    rows, B, V = (
+      _rows(batch.tokens_BT, batch.lengths_B),
+      len(batch.lengths_B),
+      self._model.vocab_size,
     )
+    cache, beside = self._forward.empty_cache(B, slots, source), None
+    if self.reads_source:
+      begin_BT = jnp.broadcast_to(jnp.array(self._begin, jnp.int32), (B, len(self._begin)))
+      rows, beside = _rows(begin_BT, jnp.full(B, len(self._begin))), rows
+    tokens_BT, real_BT = rows['tokens'], rows['segments'] > 0
+    lengths_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+    hidden_BTD, cache = self._forward(weights, *rows.values(), cache, beside)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     ids_BT = jnp.where(real_BT, tokens_BT, V)  # out of range, and dropped
     seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode='drop')
-    return cache, self._forward.logits(weights, last_BD), seen_BV
+    return cache, lengths_B, self._forward.logits(weights, last_BD), seen_BV
 
   def _read_newest(self, weights, ids_B, lengths_B, cache) -> tuple[Any, jax.Array]:
     """One token of each row through the model: the cache with it, and the logits after it."""
@@ -392,6 +426,13 @@ class Generator:
     return jax.tree.map(
       lambda x: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays
     )
+
+
+def _rows(tokens_BT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
+  """Rows of one document each, filled up on the right."""
+  positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
+  segments_BT = jnp.int32(positions_BT < lengths_B[:, None])
+  return {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
 
 
 def _chosen(state: State, logits_BV: jax.Array) -> tuple[State, jax.Array]:

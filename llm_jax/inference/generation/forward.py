@@ -1,5 +1,5 @@
-"""A decoder as generation runs it: parameters in the compute type, and in the form that multiplies
-fastest where each row has one token.
+"""A decoder, with its encoder where it has one, as generation runs it: parameters in the compute
+type, and in the form that multiplies fastest where each row has one token.
 
 A loop over layers copies the weights of each out of their stack, so stacks of layers (`nn.stack`)
 are taken apart; on a single CPU their kernels are transposed (`parallel.cpu.products`), and the
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core import tree
-from llm_jax.core.contracts import Adapter, Model
+from llm_jax.core.contracts import SOURCE, Adapter, Batch, Model
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.attention.cache import KeyValues
@@ -89,9 +89,13 @@ class Forward:
     segments_BT: jax.Array,
     positions_BT: jax.Array,
     cache: PyTree,
+    source: Batch | None = None,
   ) -> tuple[jax.Array, Any]:
-    """Hidden states [B, T, D], and the cache with these tokens in it."""
+    """Hidden states [B, T, D], and the cache with these tokens in it; `source`: the arrays of the
+    rows that a model reads beside them, before the first token.
+    """
     batch = {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
+    batch |= {f'{SOURCE}{name}': x for name, x in (source or {}).items()}
     outputs = self._apply(weights.params, lambda network: network.model(batch, cache=cache))
     return outputs.hidden, outputs.cache
 
@@ -105,11 +109,22 @@ class Forward:
     else:
       table_VD = table_VD.astype(x_BD.dtype)
       logits_BV = jnp.einsum('BD,VD->BV', x_BD, table_VD, preferred_element_type=dtype)
+    bias_V = self._apply(weights.params, lambda network: network.model.table_bias())
+    if bias_V is not None:
+      logits_BV += bias_V[None].astype(dtype)
     return sharding.constrain(logits_BV, 'batch', None)
 
-  def empty_cache(self, rows: int, slots: int) -> Any:
-    """The model's empty cache, its layers apart where those of the parameters are."""
-    cache = self._model.empty_cache(rows, slots)
+  @property
+  def reads_source(self) -> bool:
+    """Whether the model reads a second row."""
+    return f'{SOURCE}tokens' in self._model.inputs
+
+  def empty_cache(self, rows: int, slots: int, source: int = 0) -> Any:
+    """The model's empty cache, its layers apart where those of the parameters are; `source`: the
+    most tokens of a row that it reads beside its own.
+    """
+    given = (source,) if self.reads_source else ()
+    cache = self._model.empty_cache(rows, slots, *given)
     if not self._stacks:
       return cache
 
