@@ -163,3 +163,29 @@ def test_many_documents_are_planned_fast(name):
   plan = pack.PACKINGS[name](lengths, 512, 2)
   assert time.process_time() - began < 5
   assert (plan.stop - plan.start).sum() == lengths.sum()
+
+
+PAIRS = st.lists(st.tuples(st.integers(0, 20), st.integers(0, 9)), max_size=40)
+
+
+@settings(max_examples=100, deadline=None)
+@given(pairs=PAIRS, most=st.one_of(st.none(), st.integers(1, 4)))
+def test_pairs_fit_in_both_rows(pairs, most):
+  first, second = np.array(pairs, np.int64).reshape(-1, 2).T
+  plan = pack.best_fit_pairs(first, second, (20, 9), most)
+  assert sorted(plan.document) == list(range(len(pairs)))
+  assert (plan.stop == second[plan.document]).all() and not plan.start.any()
+  for row in _rows(plan):
+    chosen = [pair for pair, _, _ in row]
+    assert sum(first[chosen]) <= 20 and sum(second[chosen]) <= 9
+    assert 1 <= len(chosen) <= (most or len(pairs))
+
+
+def test_pairs_waste_little():
+  rng = np.random.default_rng(0)
+  first = rng.geometric(1 / 40, 20_000).clip(max=256)
+  second = np.maximum(1, (first * rng.uniform(0.3, 0.7, 20_000)).astype(int)).clip(max=128)
+  began = time.process_time()
+  plan = pack.best_fit_pairs(first, second, (256, 128))
+  assert time.process_time() - began < 5
+  assert first.sum() / (256 * len(plan)) > 0.9
