@@ -76,6 +76,7 @@ def test_known_names_are_the_modules():
     'qa',
     'relation',
     'rerank',
+    'seq2seq',
     'sop',
     'tag',
   ]  # not the folder `shared`
@@ -86,6 +87,7 @@ def test_known_names_are_the_modules():
     'csv',
     'defaults',
     'docstrings',
+    'first_sentences',
     'headings',
     'jsonl',
     'parquet',

@@ -49,9 +49,11 @@ def test_which_families_there_are():
   """An export is the first family that holds the model, so their order matters."""
   encoders = ['bert', 'roberta', 'xlm-roberta', 'modernbert', 'esm']
   decoders = ['gpt2', 'llama', 'mistral', 'qwen2', 'qwen3', 'gpt_neox']
-  assert list(FAMILIES) == encoders + decoders
+  both = ['bart', 'mbart', 'marian', 't5', 'mt5']
+  assert list(FAMILIES) == encoders + decoders + both
   ours = {kind: name for kind, (name, _) in FAMILIES.items()}
-  assert ours == dict.fromkeys(encoders, 'encoder') | dict.fromkeys(decoders, 'decoder')
+  kinds = {'encoder': encoders, 'decoder': decoders, 'encoder_decoder': both}
+  assert ours == {kind: name for name, kinds_ in kinds.items() for kind in kinds_}
 
 
 def test_families_of_a_model_of_ones_own():

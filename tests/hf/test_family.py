@@ -6,7 +6,7 @@ import pytest
 
 from llm_jax.core.params import EMBEDDINGS, LAYERS, Info
 from llm_jax.hf import families, family
-from llm_jax.models import decoder, encoder
+from llm_jax.models import decoder, encoder, encoder_decoder
 
 BERT = families.known()['bert'][1]
 KERNEL = 'attention/query/kernel'
@@ -22,11 +22,14 @@ def test_options_that_decide_what_a_model_computes():
   shared = {
     *('vocab_size', 'dim', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_dim', 'max_len'),
     *('positions', 'rope_theta', 'norm', 'norm_order', 'norm_bias', 'norm_eps', 'bias', 'qkv_bias'),
-    *('qk_norm', 'activation', 'gated', 'window', 'tied'),
+    *('qk_norm', 'activation', 'gated', 'scaled', 'window', 'tied'),
   }
   own = {'position_offset', 'rope_local_theta', 'token_types', 'embedding_norm', 'global_every'}
   assert set(family.decisive(encoder.Model)) == shared | own
   assert set(family.decisive(decoder.Model)) == shared | {'rope_scaling'}
+  both = {'encoder_layers', 'position_offset', 'buckets', 'farthest'}
+  both |= {'embedding_norm', 'embedding_scaled', 'output_scaled', 'output_biased'}
+  assert set(family.decisive(encoder_decoder.Model)) == shared | both
   model = encoder.Model(vocab_size=9)
   assert family.decisive(model) == family.decisive(encoder.Model)
 
@@ -85,6 +88,11 @@ def test_names_in_a_layer():
   assert family.within_layer('model/stack/layers/block_1/mlp/up/kernel', known) == 'mlp/up/kernel'
   assert family.within_layer('x/cross/mlp/up/kernel', known) == 'cross/mlp/up/kernel'
   assert family.within_layer('x/othermlp/up/kernel', known) == 'x/othermlp/up/kernel'
+  path, both = (
+    'model/decoder/layers/block/mlp/up/kernel',
+    {'encoder/mlp/up/kernel', 'decoder/mlp/up/kernel'},
+  )
+  assert family.within_layer(path, both, 'decoder/') == 'decoder/mlp/up/kernel'
 
 
 def test_the_lowest_rank_comes_first():

@@ -124,8 +124,8 @@ def test_which_folders_are_known(tmp_path):
     ('[]', 'config.json must name its model_type'),
     ('{"model_type": 3}', 'must name its'),
     (
-      '{"model_type": "bart"}',
-      r"model_type='bart' is not known \(did you mean 'bert'\?\); known: bert, roberta",
+      '{"model_type": "birt"}',
+      r"model_type='birt' is not known \(did you mean 'bert'\?\); known: bert, roberta",
     ),
   ],
 )

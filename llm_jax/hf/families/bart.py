@@ -7,6 +7,6 @@ MODEL = 'encoder_decoder'
 _POSITIONS = dict(positions='learned', position_offset=2, embedding_norm=True)
 
 FAMILIES = {
-  'bart': shared.bart('Bart', rank=70, options=_POSITIONS | dict(norm_order='post')),
-  'mbart': shared.bart('MBart', rank=71, options=_POSITIONS | dict(norm_order='pre')),
+  'bart': shared.bart('Bart', rank=120, options=_POSITIONS | dict(norm_order='post')),
+  'mbart': shared.bart('MBart', rank=121, options=_POSITIONS | dict(norm_order='pre')),
 }

@@ -8,7 +8,7 @@ MODEL = 'encoder_decoder'
 
 _MARIAN = shared.bart(
   'Marian',
-  rank=72,
+  rank=122,
   options=dict(positions='sinusoidal', position_offset=0, embedding_norm=False, norm_order='post'),
   fixed={'share_encoder_decoder_embeddings': (True, True)},
   ignored=(r'(en|de)coder\.embed_positions\.weight',),

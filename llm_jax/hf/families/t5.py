@@ -83,7 +83,7 @@ def _layer(side: str, mlp: int) -> tuple[Tensor, ...]:
 
 
 _T5 = Family(
-  rank=73,
+  rank=123,
   prefix='',
   fields={
     'vocab_size': ('vocab_size', int),
@@ -135,7 +135,7 @@ FAMILIES = {
   't5': _T5,
   'mt5': dataclasses.replace(
     _T5,
-    rank=74,  # an export says T5
+    rank=124,  # an export says T5
     rules=(Rule(_read_mlp, _write_mlp), Rule(_read_unscaled, _write_rest)),
     classes={f'M{name}': heads for name, heads in _T5.classes.items()},
   ),

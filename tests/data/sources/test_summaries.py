@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from llm_jax.data.sources import summaries
+from llm_jax.data.sources import first_sentences, summaries
 
 FILE = '''
 def a():
@@ -46,6 +46,14 @@ def test_a_summary_and_what_follows_it(library):
       'pair': 'What is there already stays as it is, and the rows follow it.',
     },
   ]
+
+
+def test_what_a_sentence_stands_for(library):
+  source, pairs = first_sentences.Source(), summaries.Source()
+  assert [source[i] for i in range(len(source))] == [
+    {'text': pairs[i]['pair'], 'target': pairs[i]['text']} for i in range(2)
+  ]
+  assert source.fingerprint != pairs.fingerprint
 
 
 def test_candidates(library):

@@ -78,6 +78,9 @@ def test_an_objective_may_read_further_fields(tmp_path):
   assert documents(parquet.Source(write_parquet(tmp_path / 'a.parquet', rows), **asked)) == want
   table = csv.Source(write_csv(tmp_path / 'a.csv', as_strings), **asked)
   assert documents(table) == [{key: row[key] for key in want[0]} for row in as_strings]
+  given = jsonl.Source(str(tmp_path / 'a.jsonl'), target='label')
+  assert documents(given) == [{'text': row['text'], 'target': row['label']} for row in ROWS]
+  assert given.fingerprint != jsonl.Source(str(tmp_path / 'a.jsonl'), label='label').fingerprint
   kept = jsonl.Source(str(tmp_path / 'a.jsonl'), fields=('other',))
   assert documents(kept) == [{key: row[key] for key in ('text', 'other')} for row in ROWS]
   assert kept.fingerprint != jsonl.Source(str(tmp_path / 'a.jsonl')).fingerprint
@@ -90,6 +93,7 @@ def test_an_objective_may_read_further_fields(tmp_path):
     (dict(fields=('label',)), "names 'label', which is taken"),
     (dict(fields=('words', 'words')), "names 'words', which is taken"),
     (dict(text=''), "text='' leaves no field"),
+    (dict(target='lable'), r"no field 'lable' .did you mean 'label'.*option `target`"),
   ],
 )
 def test_further_fields_that_cannot_be(tmp_path, options, said):
