@@ -143,7 +143,8 @@ class Tokenizer(Protocol):
       causal: texts stand after BOS, else between [CLS] and [SEP].
       max_len: the longest row that the model takes.
       token_types: whether the model reads token types.
-      closed: a causal model's texts end with EOS, as its classifier reads them.
+      closed: a causal model's texts end with EOS, as its classifier reads them; where the model is
+        not causal, they have EOS after them and nothing before, as an encoder-decoder's.
     """
     ...
 
@@ -277,6 +278,11 @@ class Model:
       cache: of `empty_cache`, or as it was returned; models that generate only.
     """
     raise NotImplementedError
+
+  @classmethod
+  def reads_source(cls) -> bool:
+    """Whether it reads a second row beside the tokens."""
+    return f'{SOURCE}tokens' in cls.inputs
 
   def table(self) -> jax.Array:
     """The projection on the vocabulary, [V, D]: logits are inner products with its rows."""

@@ -113,6 +113,22 @@ def chooses(path: str | os.PathLike[str]) -> bool:
   return _is_class(read_config(path), CHOOSES)
 
 
+def start_id(path: str | os.PathLike[str]) -> int | None:
+  """The id that the decoder of a folder's encoder-decoder begins with; None where it does not say.
+
+  Raises:
+    ValueError: it is no id.
+  """
+  found = read_config(path)
+  file = os.path.join(path, 'generation_config.json')
+  if found.get('decoder_start_token_id') is None and os.path.exists(file):
+    found = safetensors.read_json(file)
+  start = found.get('decoder_start_token_id') if isinstance(found, dict) else None
+  if start is not None and (type(start) is not int or start < 0):
+    raise ValueError(f'{path}: decoder_start_token_id={start!r} must be an id of the vocabulary.')
+  return start
+
+
 def tags_tokens(path: str | os.PathLike[str]) -> bool:
   """Whether the folder's model classifies tokens."""
   return _is_class(read_config(path), TAGS)

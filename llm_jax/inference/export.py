@@ -46,8 +46,8 @@ def export(
   pool = program.objective.embedding_pool
   write_tokenizer = functools.partial(
     session.tokenizer.export,
-    causal=model.causal,
-    closed=model.causal and predictor is not None and pool is None,
+    causal=model.causal and not model.reads_source(),
+    closed=model.reads_source() or model.causal and predictor is not None and pool is None,
     max_len=model.max_len,
     token_types=getattr(model, 'token_types', 0) > 1,
   )
@@ -143,7 +143,10 @@ def _token_ids(session: Session) -> dict[str, Any]:
   if not session.causal:
     return {'pad_token_id': tokenizer.pad_id}
   first, *others = tokenizer.eos_ids
-  return {
+  start = {}
+  if session.program.network.model.reads_source():
+    start = {'decoder_start_token_id': session.start}
+  return start | {
     'pad_token_id': tokenizer.pad_id,
     'bos_token_id': tokenizer.bos_id,
     'eos_token_id': [first, *others] if others else first,

@@ -255,7 +255,7 @@ class Session:
     stream: Stream | None = None,
     **numbers: float,
   ) -> list[str]:
-    """The completion of each prompt, without the prompt.
+    """The completion of each prompt, without the prompt; what an encoder-decoder writes for it.
 
     Args:
       prompts: texts; an empty one asks for any text.
@@ -329,8 +329,13 @@ class Session:
 
   @property
   def causal(self) -> bool:
-    """Whether the model is a decoder."""
+    """Whether the model writes: it is a decoder, or has one."""
     return bool(self.program.network.model.causal)
+
+  @property
+  def start(self) -> int:
+    """The id that an encoder-decoder begins with."""
+    return int(getattr(self.program.objective, 'start', self.tokenizer.bos_id))
 
   def _batches(self, items: Iterable[Any]) -> Iterator[tuple[list[Any], int]]:
     """A batch of items at a time, and how many rows they are run in."""
@@ -371,9 +376,8 @@ class Session:
   @functools.cached_property
   def _generator(self) -> Generator:
     program, network = self.program, self.program.network
-    start = getattr(program.objective, 'start', self.tokenizer.bos_id)
     infos = program.model_infos
-    return Generator(network.model, infos, program.layout, network.adapter, (start,))
+    return Generator(network.model, infos, program.layout, network.adapter, (self.start,))
 
   @functools.cached_property
   def _weights(self) -> Any:

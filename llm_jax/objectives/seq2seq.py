@@ -101,7 +101,7 @@ class Objective(contracts.Objective):
 
   def check(self, model: contracts.Model) -> None:
     """The model must read sources."""
-    if f'{SOURCE}tokens' not in model.inputs:
+    if not model.reads_source():
       raise ValueError(
         'objective seq2seq needs a model that reads two rows (encoder_decoder); this one reads '
         f'{", ".join(model.inputs)}.'

@@ -30,7 +30,7 @@ from llm_jax.parallel import hosts
 from llm_jax.programs import assemble, bases, checkpoints, workdir
 from llm_jax.programs.inference import Inference
 
-CLASSIFY = 'classify'
+CLASSIFY, SEQ2SEQ = 'classify', 'seq2seq'
 # Options that a folder decides: what a text is read by, and what stands before a last layer. An
 # objective with both reads a model as classifiers do, one with the first alone makes vectors.
 POOL, TRANSFORM = READING = ('pool', 'transform')
@@ -291,10 +291,14 @@ def _with_rate(config: Config) -> Config:
 
 def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   found = hf.model_options(str(folder), families(config))
-  causal = assemble.model_module(found['name']).Model.causal
-  objective = config_lib.given(config.objective)
+  model = assemble.model_module(found['name']).Model
+  causal, objective = model.causal, config_lib.given(config.objective)
   if 'name' not in objective:
-    objective = _objective(folder, causal) | objective
+    own = {'name': SEQ2SEQ} if model.reads_source() else _objective(folder, causal)
+    objective = own | objective
+  if objective['name'] == SEQ2SEQ and 'start' not in objective:
+    start = hf.start_id(folder)
+    objective |= {} if start is None else {'start': start}
   options = assemble.objective_options(objective['name'])
   if POOL in options and POOL not in objective:
     reading = _reading(TRANSFORM in options, folder, causal, families(config))

@@ -46,7 +46,8 @@ def folder(
     specials: id and text of each special token, by name ('pad', 'cls', ...).
     causal: BOS before each text, else [CLS] before and [SEP] after; the second text of a pair has
       type 1.
-    closed: a causal model's texts have EOS after them, and a separator between them.
+    closed: a causal model's texts have EOS after them, and a separator between them; those of an
+      encoder-decoder, which is not causal here, EOS alone.
     max_len: the longest row that the model takes.
     token_types: whether the model reads the types.
   """
@@ -54,6 +55,8 @@ def folder(
     post_processor = template(specials['bos'], specials['eos'], [specials['sep']])
   elif causal:
     post_processor = template(before=specials['bos'])
+  elif closed:
+    post_processor = template(after=specials['eos'])
   else:
     post_processor = template(before=specials['cls'], after=specials['sep'])
   names = {f'{name}_token': text for name, (_, text) in specials.items()}

@@ -78,7 +78,7 @@ class Tokenizer:
       causal: [BOS] before each text, else [CLS] before and [SEP] after.
       max_len: the longest row that the model takes.
       token_types: whether the model tells the texts of a pair apart by an embedding.
-      closed: a causal model's texts end with EOS, as its classifier reads them.
+      closed: texts end with EOS: of a causal model that classifies, of an encoder-decoder.
     """
     vocab = {text: number for text, [number] in _TEXTS.items()}
     vocab |= {f'<0x{byte:02X}>': byte + len(SPECIALS) for byte in range(256)}

@@ -166,7 +166,7 @@ class Tokenizer:
       causal: BOS before each text, else CLS before and SEP after.
       max_len: the longest row that the model takes.
       token_types: whether the model tells the texts of a pair apart by an embedding.
-      closed: a causal model's texts end with EOS, as its classifier reads them.
+      closed: texts end with EOS: of a causal model that classifies, of an encoder-decoder.
 
     Raises:
       ValueError: a model that is neither unigram nor BPE.

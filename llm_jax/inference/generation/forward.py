@@ -117,7 +117,7 @@ class Forward:
   @property
   def reads_source(self) -> bool:
     """Whether the model reads a second row."""
-    return f'{SOURCE}tokens' in self._model.inputs
+    return self._model.reads_source()
 
   def empty_cache(self, rows: int, slots: int, source: int = 0) -> Any:
     """The model's empty cache, its layers apart where those of the parameters are; `source`: the
