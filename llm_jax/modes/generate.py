@@ -1,7 +1,8 @@
-"""`--mode=generate`: a decoder continues prompts, an encoder fills in what is masked."""
+"""`--mode=generate`: a decoder continues prompts, an encoder fills in what is masked, and what has
+both answers them.
+"""
 
 import collections
-import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from llm_jax.modes import _command
+from llm_jax.modes import _command, _decoding
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
@@ -25,35 +26,11 @@ PROMPT = flags.DEFINE_multi_string(
 STOP = flags.DEFINE_multi_string(
   'stop', [], 'generate: a string before which a text ends; may be repeated.'
 )
-flags.DEFINE_integer('max_new_tokens', 128, 'generate: the most tokens that come after a prompt.')
-flags.DEFINE_float(
-  'temperature', 1.0, 'generate: how freely is drawn; 0 takes the most likely token.'
-)
-flags.DEFINE_integer('top_k', 0, 'generate: only the most likely K tokens are drawn; 0 for all.')
-flags.DEFINE_float(
-  'top_p', 1.0, 'generate: only the most likely tokens of this probability together are drawn.'
-)
-flags.DEFINE_float(
-  'min_p',
-  0.0,
-  'generate: only tokens at least this many times as likely as the most likely are drawn.',
-)
-flags.DEFINE_float(
-  'repetition_penalty',
-  1.0,
-  'generate: above 1, tokens that stand in the text already become less likely.',
-)
-flags.DEFINE_integer('beams', 1, 'generate: beam search with so many beams; needs --temperature=0.')
-flags.DEFINE_float('length_penalty', 1.0, 'generate: of beam search; above 1 favours long texts.')
-flags.DEFINE_integer('seed', 0, 'generate, augment: the same seed draws the same text.')
 
 
 def run(command: Command) -> None:
   """Prints texts, or writes them to --output."""
-  from llm_jax.inference.generation.sampling import Sampling
-
-  numbers = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)}
-  prompts, sampling = PROMPT.value, Sampling(**numbers)
+  prompts, sampling = PROMPT.value, _decoding.sampling(temperature=1.0)
   target = _command.output_path()
   with _command.input_file() as source:
     _check(prompts, source, target)  # before a model is opened

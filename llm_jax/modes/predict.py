@@ -1,16 +1,18 @@
 """`--mode=predict`: labels the records of a file, each again with the answer in it; or chooses
-those that are most worth a label by hand.
+those that are most worth a label by hand. An encoder-decoder writes its answers.
 """
 
 import pathlib
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from llm_jax.modes import _command
+from llm_jax.modes import _command, _decoding
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
+  from llm_jax.inference.generation.sampling import Sampling
   from llm_jax.inference.records import Records
   from llm_jax.inference.selection import Selection
   from llm_jax.inference.session import Session
@@ -37,7 +39,8 @@ def run(command: Command) -> None:
   with _command.input_file() as source:
     check(source, target)  # before a model is opened
     text, pair = _command.TEXT.value, _command.PAIR.value
-    predict(command.session(), source, target, text, pair, selection)
+    sampling = _decoding.sampling(temperature=0.0)
+    predict(command.session(), source, target, text, pair, selection, sampling)
 
 
 def predict(
@@ -47,6 +50,7 @@ def predict(
   text: str | None = None,
   pair: str | None = None,
   selection: 'Selection | None' = None,
+  sampling: 'Sampling | None' = None,
 ) -> None:
   """Labels the records of a file: each again, with the prediction in it, or with `error`.
 
@@ -59,6 +63,7 @@ def predict(
     target: has all answers or is not there; one of `answers.OUTPUTS`.
     text, pair: the fields with the texts, as `records.Records` has them.
     selection: which records are written; None for all.
+    sampling: how the tokens of an encoder-decoder are chosen; None for the most likely ones.
 
   Raises:
     ValueError: an objective that predicts no labels, files that are not possible, a selection by
@@ -67,6 +72,9 @@ def predict(
   from llm_jax.inference import answers
 
   check(source, target)
+  if session.program.network.model.reads_source():
+    _write(session, source, target, text, selection, sampling)
+    return
   made_by = answers.model_key(session.origin, session.config, *session.beside)
   ask = lambda numbered: session.answers(record for _, record in numbered)
   records = read(session, source, text, pair)
@@ -76,6 +84,33 @@ def predict(
   # A record as it is was not looked at yet: what is wrong with it must cost that record alone.
   check_record = session.check_record if records.fields is None else None
   answers.write_answers(records, ask, target, made_by, check_record, choose=selection)
+
+
+def _write(
+  session: 'Session',
+  source: pathlib.Path,
+  target: pathlib.Path,
+  text: str | None,
+  selection: 'Selection | None',
+  sampling: 'Sampling | None',
+) -> None:
+  """Answers in new text, as `prediction`."""
+  from llm_jax.inference import answers
+  from llm_jax.inference.generation.sampling import GREEDY
+  from llm_jax.inference.records import Records
+
+  if selection is not None:
+    raise ValueError('--select chooses by how sure an answer is, and new text does not say it.')
+  how = sampling or GREEDY
+  own = {key: value for key, value in session.config.data.items() if key != 'pair'}
+
+  def ask(numbered: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    prompts = ((number, record['text']) for number, record in numbered)
+    return ({'prediction': found} for found in session.completions(prompts, how))
+
+  made_by = answers.model_key(session.origin, session.config, *session.beside, how)
+  check_record = lambda record: session.check_prompt(record['text'], how)
+  answers.write_answers(Records(source, own, text), ask, target, made_by, check_record)
 
 
 def _selection() -> 'Selection | None':

@@ -1,0 +1,58 @@
+"""How tokens of new text are chosen: the flags of all modes that write."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from absl import flags
+
+if TYPE_CHECKING:
+  from llm_jax.inference.generation.sampling import Sampling
+
+flags.DEFINE_integer(
+  'max_new_tokens', 128, 'generate, predict: the most tokens that come after a prompt.'
+)
+flags.DEFINE_float(
+  'temperature',
+  None,
+  'generate, predict: how freely is drawn; 0, the default of predict, takes the most likely token; '
+  '1 is the default of generate.',
+)
+flags.DEFINE_integer(
+  'top_k', 0, 'generate, predict: only the most likely K tokens are drawn; 0 for all.'
+)
+flags.DEFINE_float(
+  'top_p',
+  1.0,
+  'generate, predict: only the most likely tokens of this probability together are drawn.',
+)
+flags.DEFINE_float(
+  'min_p',
+  0.0,
+  'generate, predict: only tokens at least this many times as likely as the most likely are drawn.',
+)
+flags.DEFINE_float(
+  'repetition_penalty',
+  1.0,
+  'generate, predict: above 1, tokens that stand in the text already become less likely.',
+)
+flags.DEFINE_integer(
+  'beams', 1, 'generate, predict: beam search with so many beams; needs --temperature=0.'
+)
+flags.DEFINE_float(
+  'length_penalty', 1.0, 'generate, predict: of beam search; above 1 favours long texts.'
+)
+flags.DEFINE_integer('seed', 0, 'generate, predict, augment: the same seed draws the same text.')
+
+
+def sampling(temperature: float) -> 'Sampling':
+  """What the flags say; `temperature`: where they do not say it.
+
+  Raises:
+    ValueError: a number that is not possible, or changes nothing beside the others.
+  """
+  from llm_jax.inference.generation.sampling import Sampling
+
+  numbers = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)}
+  if numbers['temperature'] is None:
+    numbers['temperature'] = temperature
+  return Sampling(**numbers)
