@@ -16,7 +16,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Adapter, Batch, Example, Metrics, Objective, Tokenizer
+from llm_jax.core.contracts import SOURCE, Adapter, Batch, Example, Metrics, Objective, Tokenizer
 from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import fsdp, hosts, sharding
@@ -253,9 +253,10 @@ def _flops(
   rows, length = next(iter(batch.values())).shape[0], program.config.seq_len
   positions = jax.eval_shape(network.objective.positions, batch)
   read = length if positions is None else positions.shape[1]
+  second = (batch[f'{SOURCE}tokens'].shape[1],) if network.model.reads_source() else ()
   with sharding.use(program.layout):
-    model = rows * network.model.flops(length, read)
-  if not model:
+    model = rows * network.model.flops(length, read, *second)
+  if not model or second and network.adapter is not None:  # layers of both rows differ in tokens
     return 0.0
   turns = network.objective.turns or (network.objective,)
   heads = sum(turn.flops(network.model, batch) for turn in turns) / len(turns)
