@@ -22,8 +22,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import bert_tiny, gpt_tiny
+from configs import bert_tiny, gpt_tiny, transformer
 from llm_jax.core import config, tree
+from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
 from llm_jax.nn.attention import ring as ring_attention
 from llm_jax.parallel import sharding
@@ -45,6 +46,7 @@ MODELS = {  # over a vocabulary of 263, which nothing divides
   'windowed': (bert_tiny, SHAPE | dict(layers=2 * GROUPS, window=6, global_every=2)),
   'decoder': (gpt_tiny, SHAPE | dict(variant='gpt2_small', tied=True)),
   'grouped': (gpt_tiny, SHAPE | dict(variant='llama_tiny', kv_heads=2, tied=False)),
+  'both': (transformer, SHAPE | dict(variant='t5_1_1_small', head_dim=8)),
 }
 TOKENIZER = byte.create()
 MLP_PRODUCT = re.compile(
@@ -94,6 +96,9 @@ CASES = [
   Case('grouped', dict(dcn_fsdp=2, data=2, fsdp=2)),
   Case('grouped', dict(data=2, fsdp=2, sequence=2, tensor=2)),
   Case('encoder', dict(data=2, fsdp=2, sequence=2, tensor=2), 2),
+  Case('both', dict(data=2, fsdp=4), 2),
+  Case('both', dict(sequence=4, tensor=2)),
+  Case('both', dict(fsdp=2, sequence=2, tensor=2)),
 ]
 
 
@@ -132,15 +137,15 @@ def violations(text, case, sizes):
 def shares(case, sizes):
   """How many numbers a device may hold of parameters, AdamW's two moments, and the batch.
 
-  Vectors may be whole, and so are the small tables of positions and of token types.
+  Vectors may be whole, and so are the small tables of positions, distances and token types.
   """
-  whole = re.compile('(bias|scale|position/embedding|token_type/embedding)$')
+  whole = re.compile('(bias|scale|position/embedding|token_type/embedding|_bias/embedding)$')
 
   def cut(parts):
     return sum(size if whole.search(path) else size // parts for path, size in sizes.items())
 
   tensor, rows = case.parts('tensor'), case.parts('data', 'fsdp')
-  batch = 7 * ROWS * LENGTH // rows
+  batch = (8 if case.model == 'both' else 7) * ROWS * LENGTH // rows
   if case.mesh.get('rules') == 'zero1':
     return batch + cut(1) + 2 * cut(tensor * rows)
   return batch + 3 * cut(tensor * case.parts('fsdp'))
@@ -191,15 +196,25 @@ def program(small, case):
     model=parsed['model'] | model,
     optimizer=dict(name='adamw', learning_rate=1e-3, clip_norm=0.0),
   )
+  if case.model == 'both':
+    parsed['objective'] |= dict(source_len=LENGTH)
   parsed = assemble.resolve(config.parse(parsed), TOKENIZER.vocab_size)
   objective = assemble.create_objective(parsed, TOKENIZER)
-  documents = small.random_documents(
-    [9, 5, 20, 40, 7, 11, 13, 60] * 12, vocab_size=TOKENIZER.vocab_size
-  )
+  lengths = [9, 5, 20, 40, 7, 11, 13, 60] * 12
+  documents = small.random_documents(lengths, vocab_size=TOKENIZER.vocab_size)
+  if case.model == 'both':
+    documents = pairs(documents)
   rows, rng = objective.rows(documents, LENGTH), np.random.default_rng(0)
   examples = [objective.transform(rows.example(i, rng), rng) for i in range(ROWS)]
   devices = jax.devices()[: case.devices]
   return programs.build(parsed, objective, examples[0], devices), small.stack(examples)
+
+
+def pairs(documents):
+  """Each document with the one before it as its target."""
+  tokens = [documents.array('tokens', index) for index in range(len(documents))]
+  records = [{'tokens': x, 'target_tokens': tokens[index - 1]} for index, x in enumerate(tokens)]
+  return Memory(records, lambda record, tokenizer: record, TOKENIZER)
 
 
 def gradient(made, compiled, batch):
