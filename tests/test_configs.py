@@ -43,8 +43,8 @@ SIZES = {
   ('llama', 'tiny'): 1_250_432,
   ('llama', '3.2-1b'): 1_235_814_400,
   ('llama', '2-7b'): 6_738_415_616,
-  ('transformer', None): 1_913_344,
-  ('transformer', 'tiny'): 1_913_344,
+  ('transformer', None): 2_045_440,
+  ('transformer', 'tiny'): 2_045_440,
   ('transformer', 'base'): 63_082_496,
 }
 

@@ -21,7 +21,7 @@ from llm_jax.core.state import Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.hf import reading, safetensors, writing
 from llm_jax.hf.family import CONFIG, Families, Family, values
-from llm_jax.hf.tensors import ANSWERS, CHOOSES, CLASSIFIES, FLOATS, TAGS
+from llm_jax.hf.tensors import ANSWERS, CHOOSES, CLASSIFIES, FLOATS, TABLE_BIAS, TAGS
 from llm_jax.parallel import hosts
 
 DTYPES = tuple(FLOATS)  # that a folder can be written in
@@ -256,8 +256,8 @@ def save(
   check_free(directory)
   extra = {key: value for key, value in (extra or {}).items() if value is not None}
   model, params = writing.without_free_rows(model, tree.flatten(params), extra.get('pad_token_id'))
-  kind, family = writing.family_of(families, model_name, model)
-  locations = family.locations(params, infos)
+  kind, family, model, params = writing.family_and_form(families, model_name, model, params)
+  locations = family.locations(params, {TABLE_BIAS: Info(('vocab',)), **infos})
   chosen = {path: found[0] for path, found in locations.items() if found}
   left_out = tuple(path for path in params if path not in chosen)
   lost = [path for path in left_out if path.startswith('model/')]

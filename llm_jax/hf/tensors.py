@@ -23,6 +23,7 @@ HEADS_IN = ('D(NH)->NHD', 'D->D')
 TOKEN = 'model/embedder/token/embedding'
 POSITION = 'model/embedder/position/embedding'
 OUTPUT = 'model/output/kernel'  # the projection on the vocabulary, where it is not tied
+TABLE_BIAS = 'model/bias'  # what is added to its logits
 CLASSIFIER = 'heads_classifier/dense/kernel'
 TAGGER = 'heads_tagger/dense/kernel'
 

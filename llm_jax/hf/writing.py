@@ -14,7 +14,16 @@ from llm_jax.core import files
 from llm_jax.core.contracts import Model
 from llm_jax.hf import safetensors
 from llm_jax.hf.family import CONFIG, Families, Family, differences, values
-from llm_jax.hf.tensors import CLASSIFIER, CLASSIFIES, OUTPUT, POSITION, TAGGER, TAGS, Location
+from llm_jax.hf.tensors import (
+  CLASSIFIER,
+  CLASSIFIES,
+  OUTPUT,
+  POSITION,
+  TABLE_BIAS,
+  TAGGER,
+  TAGS,
+  Location,
+)
 from llm_jax.parallel import hosts
 
 
@@ -56,6 +65,31 @@ def without_free_rows(
   if pad_token_id in (None, offset - 1):
     return model, dict(params)
   return model.clone(position_offset=0), {**params, POSITION: params[POSITION][offset:]}
+
+
+def family_and_form(
+  families: Families, model_name: str, model: Model, params: Mapping[str, Any]
+) -> tuple[str, Family, Any, dict[str, Any]]:
+  """The family of a model, and the model and its parameters in the form that the family has: where
+  it has a bias of the projection on the vocabulary and the model none, one of zeros.
+
+  Raises:
+    ValueError: as `family_of`.
+  """
+  try:
+    return *family_of(families, model_name, model), model, dict(params)
+  except ValueError:
+    if getattr(model, 'output_biased', True):
+      raise
+    biased = model.clone(output_biased=True)
+    try:
+      found = family_of(families, model_name, biased)
+    except ValueError:
+      found = None
+    if found is None:
+      raise
+  zeros = np.zeros(model.vocab_size, np.float32)
+  return *found, biased, {**params, TABLE_BIAS: zeros}
 
 
 def family_of(families: Families, model_name: str, model: Model) -> tuple[str, Family]:

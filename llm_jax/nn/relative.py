@@ -40,7 +40,7 @@ class RelativeBias(nn.Module):
     """
     distances = np.arange(1 - length, length)
     numbers = bucket(distances, self.buckets, self.farthest, self.options.causal)
-    bias_DN = self.embedding[jnp.asarray(numbers)]
+    bias_DN = jnp.asarray(self.embedding)[numbers]
     return bias_DN.T.astype(self.options.accumulation_dtype)
 
 

@@ -233,6 +233,38 @@ def test_a_cache_gives_the_states_of_whole_rows(made):
   )
 
 
+@pytest.mark.parametrize(
+  ('variant', 'kind'),
+  [
+    ('transformer_tiny', 'MBartForConditionalGeneration'),
+    ('transformer_base', 'MarianMTModel'),
+    ('t5_small', 'T5ForConditionalGeneration'),
+    ('t5_1_1_small', 'T5ForConditionalGeneration'),
+    ('bart_base', 'BartForConditionalGeneration'),
+  ],
+)
+def test_models_from_scratch(variant, kind, tmp_path):
+  tiny = dict(vocab_size=V, dim=D, heads=4, mlp_dim=48, layers=2, max_len=16, head_dim=8)
+  options = encoder_decoder.VARIANTS[variant] | tiny | dict(dropout=0.0, attention_dropout=0.0)
+  model = encoder_decoder.Model(**options)
+  shapes, infos = described(model)
+  rng = np.random.default_rng(0)
+  params = {
+    path: (rng.normal(size=leaf.shape) * 0.15 + path.endswith('scale')).astype(np.float32)
+    for path, leaf in shapes.items()
+  }
+  target = tmp_path / 'out'
+  assert hf.save(target, FAMILIES, 'encoder_decoder', model, params, infos, extra=IDS) == ()
+  reference, report = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+    target, attn_implementation='eager', output_loading_info=True
+  )
+  assert type(reference).__name__ == kind
+  assert not report['unexpected_keys'] and not report['missing_keys']
+  ours, theirs = logits(model, params, BATCH), run(reference.eval()).detach().numpy()
+  assert theirs.std() > 0.1
+  np.testing.assert_allclose(ours[SEGMENTS > 0], theirs[SEGMENTS > 0], atol=1e-4)
+
+
 @pytest.mark.parametrize('beams', [1, 4])
 def test_generated_tokens(made, beams):
   """Sources of unequal length in one batch, with an end that comes and one that may."""

@@ -7,7 +7,16 @@ from typing import Any
 
 from llm_jax.hf.family import Family
 from llm_jax.hf.fields import ACTIVATIONS
-from llm_jax.hf.tensors import HEADS_IN, HEADS_OUT, Tensor, linear, norm, table, vocabulary
+from llm_jax.hf.tensors import (
+  HEADS_IN,
+  HEADS_OUT,
+  TABLE_BIAS,
+  Tensor,
+  linear,
+  norm,
+  table,
+  vocabulary,
+)
 
 STACKS = {'model/encoder/': 'encoder/', 'model/decoder/': 'decoder/'}
 PLAIN = dict(qkv_bias=None, qk_norm=False, window=None, kv_heads=None)  # what none of them has
@@ -94,7 +103,7 @@ def bart(name: str, *, rank: int, options: Mapping[str, Any], **others: Any) -> 
     fixed=BOTH | others.pop('fixed', {}),
     options=_OPTIONS | dict(options),
     body=_BODY,
-    heads=(*vocabulary('lm_head.weight'), Tensor('final_logits_bias', '1V->V', ('model/bias',))),
+    heads=(*vocabulary('lm_head.weight'), Tensor('final_logits_bias', '1V->V', (TABLE_BIAS,))),
     copies=COPIES,
     stacks=STACKS,
     classes={f'{name}ForConditionalGeneration': ('vocabulary',), f'{name}Model': ()},
