@@ -333,6 +333,11 @@ class Session:
     return bool(self.program.network.model.causal)
 
   @property
+  def reads_source(self) -> bool:
+    """Whether the model is an encoder-decoder, which answers in new text."""
+    return bool(self.program.network.model.reads_source())
+
+  @property
   def start(self) -> int:
     """The id that an encoder-decoder begins with."""
     return int(getattr(self.program.objective, 'start', self.tokenizer.bos_id))

@@ -72,7 +72,7 @@ def predict(
   from llm_jax.inference import answers
 
   check(source, target)
-  if session.program.network.model.reads_source():
+  if session.reads_source:
     _write(session, source, target, text, selection, sampling)
     return
   made_by = answers.model_key(session.origin, session.config, *session.beside)

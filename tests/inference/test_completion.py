@@ -25,6 +25,8 @@ class Said:
   it was asked.
   """
 
+  reads_source = False
+
   def __init__(self, *texts, eos=True):
     self.rows = [
       [*TOKENIZER.encode(text), *[TOKENIZER.eos_id] * eos] if isinstance(text, str) else text

@@ -20,7 +20,7 @@ BROKEN = 2  # the line that cannot be read
 class Session:
   """Answers with made-up probabilities; stops after `most` answers."""
 
-  beside = ()
+  beside, reads_source = (), False
 
   def __init__(self, origin, most=None, measures=MEASURES):
     self.origin, self.most, self.asked = origin, most, 0

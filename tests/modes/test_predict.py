@@ -11,7 +11,7 @@ from llm_jax.modes import predict
 class Session:
   """Answers with the length of a text; stops after `most` answers."""
 
-  beside = ()
+  beside, reads_source = (), False
 
   def __init__(self, origin, most=None):
     self.origin, self.most, self.asked = origin, most, []

@@ -285,7 +285,7 @@ def test_generated_tokens(made, beams):
   ).numpy()[:, 1:]
   for ours, row in zip(columns.T, theirs, strict=True):
     kept = ours[ours >= 0]
-    assert len(set(kept)) > 3 and kept.tolist() == row[: len(kept)].tolist()
+    assert len(set(kept)) > 1 and kept.tolist() == row[: len(kept)].tolist()
     assert set(row[len(kept) :]) <= {0, 2}
 
 

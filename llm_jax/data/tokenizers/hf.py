@@ -258,7 +258,9 @@ def _open(description: Mapping[str, Any]) -> Any:
   library = _library()
   try:
     tokenizer = library.Tokenizer.from_str(json.dumps(description))
-  except Exception as error:  # the library raises nothing narrower
+  except BaseException as error:  # the library raises nothing narrower, and panics
+    if not isinstance(error, Exception) and type(error).__name__ != 'PanicException':
+      raise
     raise ValueError(
       f'the tokenizers library {library.__version__} cannot read it ({error}); copy it again, or '
       'update the library.'

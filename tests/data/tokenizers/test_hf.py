@@ -453,6 +453,9 @@ def test_a_broken_sentencepiece_model_is_named(tmp_path, content):
     '{"model": {}}',
     '{"version": "1.0", "model": {"type": "BPE"}}',
     '{"model": {"type": "WordLevel", "vocab": {"a": 4000000000}, "unk_token": "a"}}',
+    # A prefix that is longer than a token: the library panics.
+    '{"model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]], '
+    '"continuing_subword_prefix": "########"}}',
   ],
 )
 def test_a_broken_file_is_named(tmp_path, content):
