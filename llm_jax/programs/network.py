@@ -156,7 +156,7 @@ def apply(
 @contextlib.contextmanager
 def _moved(delta_BTD: jax.Array) -> Iterator[None]:
   """Adds delta to what an embedder gives for tokens."""
-  seen = []
+  seen: set[tuple[str, ...]] = set()
 
   def add(next_fun, args, kwargs, context):
     x_BTD = next_fun(*args, **kwargs)
@@ -167,7 +167,12 @@ def _moved(delta_BTD: jax.Array) -> Iterator[None]:
         f'the vectors of tokens {x_BTD.shape} cannot be moved by {delta_BTD.shape}: the objective '
         'passes other rows than those of the batch through the model; leave config.adversarial out.'
       )
-    seen.append(context.module)
+    seen.add(context.module.path)
+    if len(seen) > 1:
+      raise ValueError(
+        f'config.adversarial moves the vectors of one row, and this model embeds {len(seen)}: '
+        f'{", ".join(sorted(map("/".join, seen)))}; leave it out.'
+      )
     return x_BTD.astype(delta_BTD.dtype) + constrain(delta_BTD, 'batch', 'length', None)
 
   with nn.intercept_methods(add):

@@ -1,6 +1,7 @@
 """From text to text: rows of pairs, gradients of packed ones in float64, and what is refused."""
 
 import collections
+import functools
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from llm_jax.data.documents import Memory
 from llm_jax.models import decoder, encoder_decoder
 from llm_jax.objectives import seq2seq
+from llm_jax.programs import network as networks
 from llm_jax.training import step
 
 BOS, EOS = TOKENIZER.bos_id, TOKENIZER.eos_id
@@ -82,6 +84,17 @@ def test_packed_pairs_learn_as_if_alone(variant):
     for other, said in found[1:]:
       assert_same(other, grads)
       assert_same(said, metrics)
+
+
+def test_vectors_of_two_rows_are_not_moved():
+  objective = seq2seq.Objective(TOKENIZER)
+  batch = filled(examples(objective.rows(documents([('ab', 'c')]), 8)), 1)
+  options = encoder_decoder.VARIANTS['t5_small'] | shape(8, dtype='float32', param_dtype='float32')
+  model = encoder_decoder.Model(vocab_size=TOKENIZER.vocab_size, **options | dict(head_dim=4))
+  network, params = network_of(model, objective, batch)
+  moved = functools.partial(networks.apply, delta_BTD=np.zeros((1, 8, 8), np.float32))
+  with pytest.raises(ValueError, match='this model embeds 2: model/decoder_embedder, model/embedd'):
+    jax.eval_shape(lambda: moved(network, params, batch))
 
 
 def test_what_is_too_long_is_named_cut_or_left_out():
