@@ -32,17 +32,17 @@ def get_config(size: str = 'tiny'):
 
 
 def _tiny(config):
-  """Minutes on two cores, with Muon."""
-  config.steps = 500
+  """Two minutes on two cores, with Muon: five passes, after which it learns its texts by heart."""
+  config.steps = 200
   config.batch_size = 16
   config.seq_len = 128
   config.micro_batches = 1
-  config.log_every = 20
-  config.eval_every = 100
+  config.log_every = 10
+  config.eval_every = 50
   config.tokenizer.vocab_size = 4096
   config.optimizer.name = 'muon'
   config.optimizer.learning_rate = 5e-3
-  config.checkpoint.every = 100
+  config.checkpoint.every = 50
   config.evaluation.rows = 0
   return config
 

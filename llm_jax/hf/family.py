@@ -233,6 +233,10 @@ class Family:
     """Which of `stacks` a parameter is in; '' where the model has one."""
     return next((stack for stack in self.stacks if path.startswith(stack)), '')
 
+  def side(self, name: str) -> str:
+    """What of `stacks` a name of a parameter within a layer begins with; '' for nothing."""
+    return next((side for side in self.stacks.values() if name.startswith(side)), '')
+
   def _first_layers(
     self, params: Mapping[str, Any], infos: Mapping[str, Info]
   ) -> collections.Counter[str]:

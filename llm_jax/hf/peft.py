@@ -88,13 +88,15 @@ def maps(
   folder = base(path)
   config = folders.read_config(folder)
   _, family = folders.family_of(folder, config, families)
-  layers = folders.model_options(folder, families)['layers']
+  model = folders.model_options(folder, families)
   found: dict[tuple[str, str], set[int]] = {}
   for module, piece in peft_tensors.adapted(peft_tensors.read(path, pieces), pieces).items():
     tensor, layer = peft_tensors.of_map(path, module, family, piece.beside)
     for name in tensor.paths:
       found.setdefault((piece.targets, name.rpartition('/')[0]), set()).add(layer)
   for (_, name), held in found.items():
+    side = family.side(name).removesuffix('/')
+    layers = model.get(f'{side}_layers') or model['layers']
     if held not in ({-1}, set(range(layers))):
       raise ValueError(
         f'{path} adapts {name} in {len(held)} of {layers} layers, and all layers of a model have '
@@ -102,9 +104,16 @@ def maps(
       )
   options: dict[str, Any] = {}
   for piece in pieces:
-    names = [re.escape(name) for option, name in sorted(found) if option == piece.targets]
+    names = [_pattern(name, family) for option, name in sorted(found) if option == piece.targets]
     options[piece.targets] = '|'.join(names) if piece.beside == 'kernel' else bool(names)
   return options
+
+
+def _pattern(name: str, family: Family) -> str:
+  """What an adapter calls a linear map; where a model has several stacks, those of one."""
+  side = family.side(name)
+  within = re.escape(name.removeprefix(side))
+  return f'{re.escape(side)}.*/{within}' if side else within
 
 
 def rank(path: str | os.PathLike[str], pieces: Sequence[Piece]) -> int:

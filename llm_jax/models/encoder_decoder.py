@@ -141,9 +141,14 @@ class Model(Transformer):
       cache: of `empty_cache`, or as it was returned; as a decoder's.
 
     Raises:
-      ValueError: a row longer than `max_len`.
+      ValueError: a row longer than `max_len`, or no source.
     """
-    if f'{SOURCE}tokens' in batch or cache is None:
+    if f'{SOURCE}tokens' not in batch and cache is None:
+      raise ValueError(
+        'an encoder-decoder reads two rows, a source and a target, and here is one; vectors, maps '
+        'and single texts are for encoders and decoders.'
+      )
+    if f'{SOURCE}tokens' in batch:
       memory_BSD, segments_BS = self._encoded(batch, train)
       kept_BS = None if cache is None else _filled(segments_BS, cache.memory_segments_BS.shape[1])
     else:

@@ -19,6 +19,7 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import plugins
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import (
+  SOURCE,
   Adapter,
   Documents,
   Evaluator,
@@ -89,6 +90,11 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   objective = create_objective(config, tokenizer)
   objective.check(model)
   objective.heads(model)
+  if model.reads_source() and f'{SOURCE}tokens' not in template(config, objective, tokenizer):
+    raise ValueError(
+      f'the model {config.model["name"]} reads two rows, and the objective '
+      f'{config.objective["name"]} makes one; config.objective.name=seq2seq makes both.'
+    )
   evaluators = create_evaluators(config, objective)
   _check_patience(config, evaluators)
   _check_slices(config, objective, evaluators)

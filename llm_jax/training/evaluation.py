@@ -194,7 +194,7 @@ def _baselines(
 def _target_texts(tokenizer: Tokenizer, validation: Iterable[Batch]) -> Iterator[str]:
   """The text that the causal targets of each row spell."""
   for batch in validation:
-    if 'targets' not in batch:
+    if 'bytes' not in batch:  # with which a loss in bits per byte is to be compared
       return
     for targets, weights in zip(batch['targets'], batch['weights'], strict=True):
       yield tokenizer.decode(targets[weights > 0])

@@ -14,10 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import llm_jax
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.data.tokenizers import byte
 from llm_jax.hf import families
 from llm_jax.hf import folders as hf
+from llm_jax.inference import export
 from llm_jax.inference.generation.decoding import Generator
 from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.models import encoder_decoder
@@ -287,6 +290,41 @@ def test_generated_tokens(made, beams):
     kept = ours[ours >= 0]
     assert len(set(kept)) > 1 and kept.tolist() == row[: len(kept)].tolist()
     assert set(row[len(kept) :]) <= {0, 2}
+
+
+def test_a_lora_of_peft_beside_a_t5(tmp_path):
+  """What peft saved opens here, writes what its merged model does there, and goes back."""
+  peft = pytest.importorskip('peft')
+  tokenizer = byte.create()
+  config = transformers.T5Config(**T5 | dict(vocab_size=tokenizer.vocab_size))
+  reference = randomised(transformers.T5ForConditionalGeneration(config))
+  reference.save_pretrained(tmp_path / 'base')
+  shown = dict(causal=False, closed=True, max_len=64, token_types=False)
+  tokenizer.export(str(tmp_path / 'base'), **shown)
+  base = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / 'base')
+  lora = peft.LoraConfig(r=2, lora_alpha=8, target_modules=['q', 'v'], task_type='SEQ_2_SEQ_LM')
+  theirs = peft.get_peft_model(base, lora)
+  with torch.no_grad():
+    for name, value in theirs.named_parameters():
+      if 'lora_B' in name:
+        value.normal_(0, 0.3)
+  theirs.save_pretrained(tmp_path / 'adapter')
+  session = llm_jax.open(tmp_path / 'adapter')
+  assert session.config.objective['name'] == 'seq2seq'
+  export.export(session, tmp_path / 'merged')
+  export.export(session, tmp_path / 'back', form='adapter')
+  merged = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / 'merged').eval()
+  again = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / 'base')
+  again = peft.PeftModel.from_pretrained(again, tmp_path / 'back').eval()
+  there = peft.PeftModel.from_pretrained(
+    transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / 'base'),
+    tmp_path / 'adapter',
+  ).eval()
+  with torch.no_grad():
+    wanted, plain, *found = (run(model).numpy() for model in (there, reference, merged, again))
+  assert np.abs(wanted - plain).max() > 0.1
+  for each in found:
+    np.testing.assert_allclose(each, wanted, atol=1e-4)
 
 
 @pytest.mark.parametrize('causal', [True, False])

@@ -145,7 +145,7 @@ def advance(search: Search, logits_RV: jax.Array) -> tuple[Search, Best]:
 
   beams_BW, ids_BW = (_picked(x, next_BW) for x in (found.beams_BC, found.ids_BC))
   search = search._replace(
-    cache=forward.laid_out(jax.tree.map(lambda x: _picked_rows(x, beams_BW), search.cache)),
+    cache=forward.laid_out(forward.reordered(search.cache, lambda x: _picked_rows(x, beams_BW))),
     seen_BWV=_seen(search, beams_BW, ids_BW),
     running=running,
     finished=finished,

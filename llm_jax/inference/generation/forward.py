@@ -19,7 +19,7 @@ from llm_jax.core import tree
 from llm_jax.core.contracts import SOURCE, Adapter, Batch, Model
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.core.tree import PyTree
-from llm_jax.nn.attention.cache import KeyValues
+from llm_jax.nn.attention.cache import Crossing, KeyValues
 from llm_jax.nn.stack import Stack, unstacked
 from llm_jax.parallel import sharding
 from llm_jax.parallel.cpu import products
@@ -174,6 +174,19 @@ class Forward:
       return network.apply(variables, method=method)
     with nn.intercept_methods(self._adapter.intercept):
       return network.apply(variables, method=method)
+
+
+def reordered(cache: PyTree, move: Callable[[jax.Array], jax.Array]) -> Any:
+  """A cache whose rows are moved among those of the same prompt, which share what is kept of their
+  source.
+  """
+
+  def moved(part: PyTree) -> Any:
+    if isinstance(part, Crossing):
+      return part._replace(own=KeyValues(*map(move, part.own)))
+    return move(part)
+
+  return jax.tree.map(moved, cache, is_leaf=lambda part: isinstance(part, Crossing))
 
 
 def laid_out(cache: PyTree) -> Any:
