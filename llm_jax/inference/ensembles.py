@@ -41,10 +41,13 @@ class Ensemble:
   Attributes:
     members: as given.
     origin, config, tokenizer, program: those of the first.
+    reads_source: False: what an encoder-decoder writes has no mean.
 
   Raises:
     ValueError: an objective whose answers have no mean, other classes, another tokenizer.
   """
+
+  reads_source = False
 
   def __init__(self, members: Sequence[Session]):
     self.members = tuple(members)
