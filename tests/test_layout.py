@@ -17,6 +17,7 @@ ROOMS = (  # from the ground up
   'evaluators',
   'hf',
   'programs',
+  'generation',
   'training',
   'inference',
   'planning',

@@ -25,6 +25,11 @@ from llm_jax.hf.tensors import ANSWERS, CHOOSES, CLASSIFIES, FLOATS, TABLE_BIAS,
 from llm_jax.parallel import hosts
 
 DTYPES = tuple(FLOATS)  # that a folder can be written in
+WRITING_IDS = {  # of encoder-decoders: how config.json and generation_config.json name them
+  'start': 'decoder_start_token_id',
+  'forced_bos': 'forced_bos_token_id',
+  'forced_eos': 'forced_eos_token_id',
+}
 _PICKLES = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack')
 _WEIGHTS = (safetensors.SINGLE, safetensors.INDEX)
 _NO_IDS = dict.fromkeys(('pad_token_id', 'bos_token_id', 'eos_token_id'))
@@ -113,20 +118,25 @@ def chooses(path: str | os.PathLike[str]) -> bool:
   return _is_class(read_config(path), CHOOSES)
 
 
-def start_id(path: str | os.PathLike[str]) -> int | None:
-  """The id that the decoder of a folder's encoder-decoder begins with; None where it does not say.
+def writing_ids(path: str | os.PathLike[str]) -> dict[str, int]:
+  """What the folder of an encoder-decoder says of the tokens that it writes: `start`, the id that
+  the decoder begins with; `forced_bos` and `forced_eos`, those of its first and its last possible
+  new token. What is not said is left out.
 
   Raises:
-    ValueError: it is no id.
+    ValueError: what is no id.
   """
-  found = read_config(path)
-  file = os.path.join(path, 'generation_config.json')
-  if found.get('decoder_start_token_id') is None and os.path.exists(file):
-    found = safetensors.read_json(file)
-  start = found.get('decoder_start_token_id') if isinstance(found, dict) else None
-  if start is not None and (type(start) is not int or start < 0):
-    raise ValueError(f'{path}: decoder_start_token_id={start!r} must be an id of the vocabulary.')
-  return start
+  file, found = os.path.join(path, 'generation_config.json'), read_config(path)
+  later = safetensors.read_json(file) if os.path.exists(file) else {}
+  said = found | {key: value for key, value in later.items() if value is not None}
+  ids = {}
+  for name, key in WRITING_IDS.items():
+    if (one := said.get(key)) is None:
+      continue
+    if type(one) is not int or one < 0:
+      raise ValueError(f'{path}: {key}={one!r} must be an id of the vocabulary.')
+    ids[name] = one
+  return ids
 
 
 def tags_tokens(path: str | os.PathLike[str]) -> bool:

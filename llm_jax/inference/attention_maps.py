@@ -11,7 +11,7 @@ from llm_jax.core import tree
 from llm_jax.core.contracts import Batch, Tokenizer
 from llm_jax.core.params import LAYERS
 from llm_jax.core.tree import PyTree
-from llm_jax.inference.completion import template
+from llm_jax.generation.completion import template
 from llm_jax.nn.block import MAPS
 from llm_jax.parallel import sharding
 from llm_jax.programs import inference, network

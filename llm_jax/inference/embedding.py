@@ -16,7 +16,7 @@ from absl import logging
 from llm_jax.core.contracts import Batch, Example, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pack, pipeline
-from llm_jax.inference.completion import template
+from llm_jax.generation.completion import template
 from llm_jax.nn import heads
 from llm_jax.parallel import hosts, sharding
 from llm_jax.programs.inference import Inference

@@ -145,7 +145,11 @@ def _token_ids(session: Session) -> dict[str, Any]:
   first, *others = tokenizer.eos_ids
   start = {}
   if session.program.network.model.reads_source():
-    start = {'decoder_start_token_id': session.start}
+    start = {
+      name: session.writing_ids[key]
+      for key, name in hf.WRITING_IDS.items()
+      if session.writing_ids.get(key) is not None
+    }
   return start | {
     'pad_token_id': tokenizer.pad_id,
     'bos_token_id': tokenizer.bos_id,

@@ -11,7 +11,7 @@ import numpy as np
 
 from llm_jax.core.contracts import Batch, Tokenizer
 from llm_jax.core.tree import PyTree
-from llm_jax.inference.completion import template
+from llm_jax.generation.completion import template
 from llm_jax.parallel import sharding
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network

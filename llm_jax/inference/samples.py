@@ -11,9 +11,9 @@ from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.data import prompted
-from llm_jax.inference.completion import Completer
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation.completion import Completer
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 from llm_jax.parallel import hosts
 from llm_jax.programs.inference import Inference
 from llm_jax.training.logs import Log

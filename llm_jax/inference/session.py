@@ -24,15 +24,15 @@ from llm_jax.core import named_adapters, tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.data import encoding
+from llm_jax.generation.completion import Completer, Stream
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 from llm_jax.hf import sentences
 from llm_jax.inference import answers as answers_lib
 from llm_jax.inference import explanation, prediction
 from llm_jax.inference.attention_maps import AttentionMaps
-from llm_jax.inference.completion import Completer, Stream
 from llm_jax.inference.embedding import Embedder, rounded_rows
 from llm_jax.inference.filling import Filled, Filler
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.parallel import sharding
 from llm_jax.programs import assemble, inference, pretrained, soups, workdir
 from llm_jax.programs.inference import Inference
@@ -255,13 +255,14 @@ class Session:
     stream: Stream | None = None,
     **numbers: float,
   ) -> list[str]:
-    """The completion of each prompt, without the prompt; what an encoder-decoder writes for it.
+    """The completion of each prompt, without the prompt; what an encoder-decoder writes for it. With
+    `num_return_sequences` above 1 there are as many of each prompt, one after the other.
 
     Args:
       prompts: texts; an empty one asks for any text.
       sampling: how tokens are chosen.
       stop: strings before which a completion ends.
-      stream: called with the number of a prompt and the next piece of its completion.
+      stream: called with the number of a completion and its next piece.
       **numbers: fields of `Sampling`, in place of `sampling`: max_new_tokens=50, temperature=0.
 
     Raises:
@@ -281,7 +282,8 @@ class Session:
     if not prompts:
       return []
     completer = Completer(self._generator, self.tokenizer, self._rows(len(prompts)))
-    return completer(self._weights, prompts, sampling or Sampling(**numbers), stop, stream)
+    how = self._decided(sampling or Sampling(**numbers))
+    return completer(self._weights, prompts, how, stop, stream)
 
   def fill(self, texts: Sequence[str], top: int = 5) -> list[Filled]:
     """The most likely tokens at each [MASK] of each text.
@@ -308,6 +310,7 @@ class Session:
     """The same for a stream of prompts, batch by batch; the number that comes with a prompt is what
     its draws depend on.
     """
+    sampling = self._decided(sampling)
     for block, rows in self._batches(prompts):
       completer = Completer(self._generator, self.tokenizer, rows)
       numbers, texts = zip(*block, strict=True)
@@ -338,9 +341,24 @@ class Session:
     return bool(self.program.network.model.reads_source())
 
   @property
-  def start(self) -> int:
-    """The id that an encoder-decoder begins with."""
-    return int(getattr(self.program.objective, 'start', self.tokenizer.bos_id))
+  def writing_ids(self) -> dict[str, int | None]:
+    """The ids that an encoder-decoder begins with (`start`), and those that its first and its last
+    possible new token are (`forced_bos`, `forced_eos`; None for any).
+    """
+    objective, start = self.program.objective, self.tokenizer.bos_id
+    names = 'forced_bos', 'forced_eos'
+    return {'start': start} | {
+      name: getattr(objective, name) for name in ('start', *names) if hasattr(objective, name)
+    }
+
+  def _decided(self, sampling: Sampling) -> Sampling:
+    """With what the model says, where the sampling does not."""
+    if not self.reads_source:
+      return sampling
+    ids = self.writing_ids
+    own = {name: ids.get(name) for name in ('forced_bos', 'forced_eos')}
+    left_open = {name: one for name, one in own.items() if getattr(sampling, name) is None}
+    return dataclasses.replace(sampling, **left_open)
 
   def _batches(self, items: Iterable[Any]) -> Iterator[tuple[list[Any], int]]:
     """A batch of items at a time, and how many rows they are run in."""
@@ -382,7 +400,8 @@ class Session:
   def _generator(self) -> Generator:
     program, network = self.program, self.program.network
     infos = program.model_infos
-    return Generator(network.model, infos, program.layout, network.adapter, (self.start,))
+    start = (int(self.writing_ids['start']),)
+    return Generator(network.model, infos, program.layout, network.adapter, start)
 
   @functools.cached_property
   def _weights(self) -> Any:

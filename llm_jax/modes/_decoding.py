@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 if TYPE_CHECKING:
-  from llm_jax.inference.generation.sampling import Sampling
+  from llm_jax.generation.sampling import Sampling
 
 flags.DEFINE_integer(
   'max_new_tokens', 128, 'generate, predict: the most tokens that come after a prompt.'
@@ -36,10 +36,33 @@ flags.DEFINE_float(
   'generate, predict: above 1, tokens that stand in the text already become less likely.',
 )
 flags.DEFINE_integer(
+  'no_repeat_ngram_size',
+  0,
+  'generate, predict: no sequence of so many tokens comes twice in a text; 0 for no such rule.',
+)
+flags.DEFINE_integer('min_new_tokens', 0, 'generate, predict: no text ends before so many.')
+flags.DEFINE_integer(
+  'forced_bos',
+  None,
+  'generate, predict: the id of the first new token, that of a language, say; by default what the '
+  'model says.',
+)
+flags.DEFINE_integer(
+  'forced_eos',
+  None,
+  'generate, predict: the id of the last new token of a text that is as long as it may be; by '
+  'default what the model says.',
+)
+flags.DEFINE_integer(
   'beams', 1, 'generate, predict: beam search with so many beams; needs --temperature=0.'
 )
 flags.DEFINE_float(
   'length_penalty', 1.0, 'generate, predict: of beam search; above 1 favours long texts.'
+)
+flags.DEFINE_integer(
+  'num_return_sequences',
+  1,
+  'generate, predict: how many texts a prompt gets: the best beams, or as many draws.',
 )
 flags.DEFINE_integer('seed', 0, 'generate, predict, augment: the same seed draws the same text.')
 
@@ -50,7 +73,7 @@ def sampling(temperature: float) -> 'Sampling':
   Raises:
     ValueError: a number that is not possible, or changes nothing beside the others.
   """
-  from llm_jax.inference.generation.sampling import Sampling
+  from llm_jax.generation.sampling import Sampling
 
   numbers = {field.name: flags.FLAGS[field.name].value for field in dataclasses.fields(Sampling)}
   if numbers['temperature'] is None:

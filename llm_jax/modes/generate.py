@@ -4,6 +4,7 @@ both answers them.
 
 import collections
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from llm_jax.modes import _command, _decoding
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
-  from llm_jax.inference.generation.sampling import Sampling
+  from llm_jax.generation.sampling import Sampling
   from llm_jax.inference.records import Records
   from llm_jax.inference.session import Session
 
@@ -52,8 +53,8 @@ def generate(
     session: a model.
     prompts: the texts to continue, or, for an encoder, to fill in; None: they stand in `source`.
     source: one of `records.SUFFIXES`. A prompt of it that is not possible has `error`.
-    target: one of `answers.OUTPUTS`: each record again, its text as `prompt`, with the new `text`,
-      for an encoder also `masks`; None to print.
+    target: one of `answers.OUTPUTS`: each record again, its text as `prompt`, with the new `text`
+      (and all that were asked for as `texts`), for an encoder also `masks`; None to print.
     sampling: how tokens are chosen.
     stop: strings before which a text ends.
     text: the field of `source` with the prompt, as `records.Records` has it.
@@ -70,7 +71,8 @@ def generate(
     own = {key: value for key, value in session.config.data.items() if key != 'pair'}
     _answer_file(session, Records(source, own, text), target, sampling, stop)
     return
-  live = session.causal and target is None and len(prompts) == 1 and hosts.primary()
+  one = len(prompts) == sampling.num_return_sequences == 1
+  live = session.causal and target is None and one and hosts.primary()
   if live:
     stream = _terminal(prompts[0])
     (completion,) = session.complete(prompts, sampling=sampling, stop=stop, stream=stream)
@@ -124,8 +126,11 @@ def _answers(
       yield number, prompt
 
   if session.causal:
-    for text in session.completions(noted(), sampling, stop):
-      yield {'prompt': asked.popleft(), 'text': text}
+    written = session.completions(noted(), sampling, stop)
+    each = sampling.num_return_sequences
+    while texts := list(itertools.islice(written, each)):
+      answer = {'prompt': asked.popleft(), 'text': texts[0]}
+      yield answer | ({'texts': texts} if each > 1 else {})
     return
   for filled in session.fillings(prompt for _, prompt in noted()):
     yield {'prompt': asked.popleft(), 'text': filled.text, 'masks': filled.masks}
@@ -176,6 +181,7 @@ def _print(line: Mapping[str, Any]) -> None:
   if 'error' in line:
     print(f'error: {line["error"]}')
     return
-  print(line['text'] if 'masks' in line else line['prompt'] + line['text'])
+  for text in line.get('texts', [line['text']]):
+    print(text if 'masks' in line else line['prompt'] + text)
   for candidates in line.get('masks', ()):
     print('  ' + '  '.join(f'{token} {p:.3f}' for token, p in candidates))

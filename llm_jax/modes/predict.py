@@ -2,6 +2,7 @@
 those that are most worth a label by hand. An encoder-decoder writes its answers.
 """
 
+import itertools
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from llm_jax.modes import _command, _decoding
 from llm_jax.modes._command import Command
 
 if TYPE_CHECKING:
-  from llm_jax.inference.generation.sampling import Sampling
+  from llm_jax.generation.sampling import Sampling
   from llm_jax.inference.records import Records
   from llm_jax.inference.selection import Selection
   from llm_jax.inference.session import Session
@@ -94,9 +95,9 @@ def _write(
   selection: 'Selection | None',
   sampling: 'Sampling | None',
 ) -> None:
-  """Answers in new text, as `prediction`."""
+  """Answers in new text, as `prediction`; where several are asked for, all as `predictions`."""
+  from llm_jax.generation.sampling import GREEDY
   from llm_jax.inference import answers
-  from llm_jax.inference.generation.sampling import GREEDY
   from llm_jax.inference.records import Records
 
   if selection is not None:
@@ -106,7 +107,10 @@ def _write(
 
   def ask(numbered: Iterator[tuple[int, Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
     prompts = ((number, record['text']) for number, record in numbered)
-    return ({'prediction': found} for found in session.completions(prompts, how))
+    written = session.completions(prompts, how)
+    each = how.num_return_sequences
+    while texts := list(itertools.islice(written, each)):
+      yield {'prediction': texts[0]} | ({'predictions': texts} if each > 1 else {})
 
   made_by = answers.model_key(session.origin, session.config, *session.beside, how)
   check_record = lambda record: session.check_prompt(record['text'], how)

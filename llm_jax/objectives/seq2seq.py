@@ -42,6 +42,9 @@ class Objective(contracts.Objective):
     source_len: tokens of a row of sources; None: as many as `config.seq_len`, which are those of a
       row of targets.
     start: the id that the decoder begins with; None: BOS of the tokenizer.
+    forced_bos: the id that each target begins with, in place of what the tokenizer puts there: that
+      of a language, say (mBART); generation begins with it.
+    forced_eos: the id that ends what is generated where it is as long as it may be.
     packing: 'best_fit' puts several pairs in a row; 'none': one.
     long: what a source or target that is longer than its row is: an 'error', 'cut' at its end, or
       left out with its pair ('drop'); the latter two are counted in the log.
@@ -56,6 +59,8 @@ class Objective(contracts.Objective):
     tokenizer: Tokenizer,
     source_len: int | None = None,
     start: int | None = None,
+    forced_bos: int | None = None,
+    forced_eos: int | None = None,
     packing: str = 'best_fit',
     long: str = 'error',
     label_smoothing: float = 0.0,
@@ -69,13 +74,15 @@ class Objective(contracts.Objective):
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(known)}.')
     if source_len is not None and source_len < 2:
       raise ValueError(f'objective.source_len={source_len} must be at least 2.')
-    if start is not None and not 0 <= start < tokenizer.vocab_size:
-      raise ValueError(
-        f'objective.start={start} is no id of the vocabulary, 0 to {tokenizer.vocab_size - 1}.'
-      )
+    for name, one in (('start', start), ('forced_bos', forced_bos), ('forced_eos', forced_eos)):
+      if one is not None and not 0 <= one < tokenizer.vocab_size:
+        raise ValueError(
+          f'objective.{name}={one} is no id of the vocabulary, 0 to {tokenizer.vocab_size - 1}.'
+        )
     vocabulary.check_loss(label_smoothing, z_loss)
     self.tokenizer, self.source_len = tokenizer, source_len
     self.start = tokenizer.bos_id if start is None else start
+    self.forced_bos, self.forced_eos = forced_bos, forced_eos
     self.packing, self.long = packing, long
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
@@ -153,9 +160,12 @@ class _Rows:
     self.objective, self.documents = objective, documents
     self.lengths = objective.source_len or seq_len, seq_len
     template = objective.tokenizer.template
-    self.before, self.after = ((), (objective.tokenizer.eos_id,)) if template is None else template
-    own = len(self.before) + len(self.after)
-    counts = [documents.lengths(name) + own for name in ('tokens', 'target_tokens')]
+    before, after = ((), (objective.tokenizer.eos_id,)) if template is None else template
+    first = before if objective.forced_bos is None else (objective.forced_bos,)
+    self.around = {'tokens': (before, after), 'target_tokens': (first, after)}
+    counts = [
+      documents.lengths(name) + sum(map(len, around)) for name, around in self.around.items()
+    ]
     self.kept = self._checked(counts)
     first, second = (
       np.minimum(count[self.kept], most) for count, most in zip(counts, self.lengths, strict=True)
@@ -191,9 +201,9 @@ class _Rows:
 
   def ids(self, name: str, document: int, most: int) -> np.ndarray:
     """Those of a text between its special tokens, at most so many."""
-    room = most - len(self.before) - len(self.after)
-    text = self.documents.array(name, document, 0, room)
-    return np.concatenate([self.before, text, self.after]).astype(np.int32)
+    before, after = self.around[name]
+    text = self.documents.array(name, document, 0, most - len(before) - len(after))
+    return np.concatenate([before, text, after]).astype(np.int32)
 
   def _checked(self, counts: list[np.ndarray]) -> np.ndarray:
     """The pairs that are laid out."""

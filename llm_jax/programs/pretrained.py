@@ -296,9 +296,8 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
   if 'name' not in objective:
     own = {'name': SEQ2SEQ} if model.reads_source() else _objective(folder, causal)
     objective = own | objective
-  if objective['name'] == SEQ2SEQ and 'start' not in objective:
-    start = hf.start_id(folder)
-    objective |= {} if start is None else {'start': start}
+  if objective['name'] == SEQ2SEQ:
+    objective = hf.writing_ids(folder) | objective
   options = assemble.objective_options(objective['name'])
   if POOL in options and POOL not in objective:
     reading = _reading(TRANSFORM in options, folder, causal, families(config))

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from llm_jax.core import tree
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 
 pytestmark = pytest.mark.slow
 PROMPTS = [[9, 12, 33], [40, 41]]

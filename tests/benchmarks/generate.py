@@ -25,8 +25,8 @@ import transformers
 
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.generation import decoding, sampling
 from llm_jax.hf import families, folders
-from llm_jax.inference.generation import decoding, sampling
 from llm_jax.models import decoder
 
 ROWS, PROMPT, NEW = 8, 32, 64

@@ -11,9 +11,9 @@ import pytest
 import llm_jax
 from configs import base
 from llm_jax.core import config as config_lib
+from llm_jax.generation.sampling import Sampling
 from llm_jax.inference import prediction
 from llm_jax.inference.export import export
-from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.training import loop, optimizers
 
 pytestmark = pytest.mark.slow  # all tests share runs that are trained

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
+from llm_jax.generation.sampling import Sampling
 from llm_jax.inference.filling import Filled
-from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.modes.generate import generate
 
 SAMPLING = Sampling(max_new_tokens=3)

@@ -18,11 +18,11 @@ import llm_jax
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.data.tokenizers import byte
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 from llm_jax.hf import families
 from llm_jax.hf import folders as hf
 from llm_jax.inference import export
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.models import encoder_decoder
 from llm_jax.nn import relative
 
@@ -268,22 +268,33 @@ def test_models_from_scratch(variant, kind, tmp_path):
   np.testing.assert_allclose(ours[SEGMENTS > 0], theirs[SEGMENTS > 0], atol=1e-4)
 
 
+BY_BEAMS = dict(
+  no_repeat_ngram_size=2, min_new_tokens=40, num_return_sequences=3, length_penalty=0.7
+)
+
+
 @pytest.mark.parametrize('beams', [1, 4])
 def test_generated_tokens(made, beams):
-  """Sources of unequal length in one batch, with an end that comes and one that may."""
+  """Sources of unequal length in one batch: greedy; and by beams with all rules, three of each."""
   infos = {k.removeprefix('model/'): v for k, v in made.infos.items()}
   generator = Generator(made.model, infos, start=(IDS['decoder_start_token_id'],))
   sources = [row[:n].tolist() for row, n in zip(SOURCES, SOURCE_SEGMENTS.sum(1), strict=True)]
   new = min(60, made.model.max_len - 1)
   weights = generator.weights(tree.nest(made.loaded.params)['model'])
-  chosen = dict(max_new_tokens=new, repetition_penalty=20.0)  # else random weights say one token
-  sampling = Sampling(temperature=0, beams=beams, **chosen)
+  chosen = dict(max_new_tokens=new)  # without further rules random weights say one token
+  chosen |= BY_BEAMS if beams > 1 else dict(repetition_penalty=20.0)
+  forced = dict(forced_bos=7, forced_eos=2) if beams > 1 else {}
+  sampling = Sampling(temperature=0, beams=beams, **chosen, **forced)
   columns = np.stack(list(generator.tokens(weights, sources, sampling, eos_ids=(2,))))
   theirs = made.reference.generate(
     input_ids=torch.tensor(SOURCES),
     attention_mask=torch.tensor(np.int64(SOURCE_SEGMENTS > 0)),
     generation_config=transformers.GenerationConfig(
-      **IDS, **chosen, do_sample=False, num_beams=beams
+      **IDS,
+      **chosen,
+      **{f'{name}_token_id': token for name, token in forced.items()},
+      do_sample=False,
+      num_beams=beams,
     ),
   ).numpy()[:, 1:]
   for ours, row in zip(columns.T, theirs, strict=True):

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.generation import sampling
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 from llm_jax.hf import families
 from llm_jax.hf import folders as hf
-from llm_jax.inference.generation import sampling
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
 from llm_jax.models import decoder
 
 torch = pytest.importorskip('torch')
@@ -195,27 +195,45 @@ PROCESSED = jax.jit(sampling.processed)
   st.sampled_from([0.05, 0.6, 0.95, 1.0]),
   st.sampled_from([0.0, 0.02, 0.4, 1.0]),
   st.sampled_from([0.7, 1.0, 1.5]),
+  st.sampled_from([0, 1, 2, 3]),
+  st.sampled_from(['', 'early', 'first', 'last']),
 )
-def test_processors_are_transformers(seed, spread, temperature, top_k, top_p, min_p, penalty):
+def test_processors_are_transformers(
+  seed, spread, temperature, top_k, top_p, min_p, penalty, ngram, where
+):
   rng = np.random.default_rng(seed)
-  logits, ids = (spread * rng.normal(size=(3, V))).astype(np.float32), rng.integers(0, V, (3, 6))
+  length = 1 if where == 'first' else 12
+  logits, ids = (spread * rng.normal(size=(3, V))).astype(np.float32), rng.integers(0, 4, (3, 12))
   t = transformers.generation.logits_process
   steps = [
-    (penalty != 1, t.RepetitionPenaltyLogitsProcessor, penalty),
-    (temperature != 1, t.TemperatureLogitsWarper, temperature),
-    (top_k > 0, t.TopKLogitsWarper, top_k),
-    (top_p < 1, t.TopPLogitsWarper, top_p),
-    (min_p > 0, t.MinPLogitsWarper, min_p),
+    (penalty != 1, t.RepetitionPenaltyLogitsProcessor, (penalty,)),
+    (ngram > 0, t.NoRepeatNGramLogitsProcessor, (ngram,)),
+    (where == 'early', t.MinNewTokensLengthLogitsProcessor, (1, 15, [7, 9])),
+    (where == 'first', t.ForcedBOSTokenLogitsProcessor, (5,)),
+    (where == 'last', t.ForcedEOSTokenLogitsProcessor, (length + 1, 7)),
+    (temperature != 1, t.TemperatureLogitsWarper, (temperature,)),
+    (top_k > 0, t.TopKLogitsWarper, (top_k,)),
+    (top_p < 1, t.TopPLogitsWarper, (top_p,)),
+    (min_p > 0, t.MinPLogitsWarper, (min_p,)),
   ]
   expected = torch.tensor(logits)
-  for used, processor, strength in steps:
-    expected = processor(strength)(torch.tensor(ids), expected) if used else expected
-  seen = np.zeros((3, V), bool)
-  np.put_along_axis(seen, ids, True, axis=1)
+  for used, processor, options in steps:
+    if used:
+      expected = processor(*options)(torch.tensor(ids[:, :length]), expected)
   chosen = Sampling(
-    temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=penalty
+    temperature=temperature,
+    top_k=top_k,
+    top_p=top_p,
+    min_p=min_p,
+    repetition_penalty=penalty,
+    no_repeat_ngram_size=ngram,
+    min_new_tokens=15 if where == 'early' else 0,
+    forced_bos=5 if where == 'first' else None,
+    forced_eos=7 if where == 'last' else None,
+    max_new_tokens=12 if where == 'last' else 20,
   )
-  numbers = sampling.numbers([chosen] * 3, range(3))
-  found = np.asarray(PROCESSED(jnp.asarray(logits), jnp.asarray(seen), numbers))
+  numbers = sampling.numbers([chosen] * 3, range(3), [1] * 3, [7, 9])
+  lengths = jnp.full(3, length)
+  found = np.asarray(PROCESSED(jnp.asarray(logits), jnp.asarray(ids), lengths, numbers))
   np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
   assert np.isfinite(found).any(axis=1).all()

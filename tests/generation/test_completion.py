@@ -10,9 +10,9 @@ import pytest
 from configs import gpt_tiny
 from llm_jax.core import config
 from llm_jax.data.tokenizers import byte
-from llm_jax.inference import completion
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation import completion
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 from llm_jax.training import program as programs
 
 SHAPE = dict(dim=16, layers=2, heads=2, mlp_dim=24, max_len=64, dropout=0.0, attention_dropout=0.0)

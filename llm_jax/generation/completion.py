@@ -11,8 +11,8 @@ import numpy as np
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.data import prompted
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 
 CONTEXT = 8  # prompt tokens that new ones are decoded with: a space may depend on what precedes it
 BROKEN = '\ufffd'  # what bytes that are no character are decoded to
@@ -51,7 +51,8 @@ class Completer:
     stream: Stream | None = None,
     numbers: Sequence[int] | None = None,
   ) -> list[str]:
-    """The completion of each prompt; the prompts themselves are left out.
+    """The completion of each prompt, or `num_return_sequences` of them one after the other; the
+    prompts themselves are left out.
 
     A prompt stands after the ids that the tokenizer's template has before a text, else after BOS;
     a source between those around a text, else before EOS. A completion ends with EOS.
@@ -61,8 +62,7 @@ class Completer:
       prompts: texts; an empty one asks for any text.
       sampling: how tokens are chosen.
       stop: strings before which a completion ends, wherever tokens begin and end.
-      stream: called with the number of a prompt and the next piece of its completion, as soon as
-        that is certain.
+      stream: called with the number of a completion and its next piece, as soon as that is certain.
       numbers: of the prompts, on which what is drawn depends; counted from 0 by default.
 
     Raises:
@@ -96,11 +96,20 @@ class Completer:
       raise ValueError('an empty stop string would end every text before it begins; leave it out.')
     self.generator.check(prompts, [sampling] * len(prompts))  # all, before the first is continued
     stream = stream or (lambda *_: None)
-    known = [() if self.generator.reads_source else prompt for prompt in prompts]
-    completions = [_Completion(self._tokenizer, prompt, stop) for prompt in known]
-    for first in range(0, len(completions), self._rows):
-      batch = list(range(first, min(first + self._rows, len(completions))))
-      if first or numbers is not None:
+    numbers, filled = range(len(prompts)) if numbers is None else numbers, numbers is not None
+    each = sampling.num_return_sequences
+    if sampling.beams == 1 and each > 1:  # as many draws, each in a row of its own
+      prompts = [prompt for prompt in prompts for _ in range(each)]
+      numbers = [number * each + i for number in numbers for i in range(each)]
+      each = 1
+    texts: list[str] = []
+    for first in range(0, len(prompts), self._rows):
+      batch = list(range(first, min(first + self._rows, len(prompts))))
+      known = [
+        () if self.generator.reads_source else prompts[i] for i in batch for _ in range(each)
+      ]
+      completions = [_Completion(self._tokenizer, prompt, stop) for prompt in known]
+      if first or filled:
         # The last batch is filled up with its own last row: another number of rows would have to
         # be compiled.
         batch += batch[-1:] * (self._rows - len(batch))
@@ -109,10 +118,11 @@ class Completer:
         [prompts[i] for i in batch],
         sampling,
         self._tokenizer.eos_ids,
-        rows=[numbers[i] for i in batch] if numbers is not None else batch,
+        rows=[numbers[i] for i in batch],
       )
-      _write(columns, {i: completions[i] for i in batch}, stream)
-    return [completion.text for completion in completions]
+      _write(columns, dict(enumerate(completions, len(texts))), stream)
+      texts += [completion.text for completion in completions]
+    return texts
 
 
 def _write(

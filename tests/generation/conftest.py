@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from llm_jax.core import params as params_lib
-from llm_jax.inference.generation.decoding import Generator
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation.decoding import Generator
+from llm_jax.generation.sampling import Sampling
 from llm_jax.models import decoder
 
 TINY = dict(

@@ -5,7 +5,7 @@ length ** length_penalty, and a prompt is done when no running beam, at its pres
 better than the worst of its finished ones.
 
 W is the number of beams per prompt, C that of candidates for them, M the most new tokens; rows of
-caches and logits are B W, the beams of one prompt next to each other.
+caches and logits are B W, the beams of one prompt next to each other; N of them are returned.
 """
 
 from typing import NamedTuple
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.tree import PyTree
-from llm_jax.inference.generation import forward
-from llm_jax.inference.generation.sampling import penalized
+from llm_jax.generation import forward
+from llm_jax.generation.rules import Rules
 from llm_jax.parallel import sharding
 
 LOWEST = -1e9  # a score below all others
@@ -38,13 +38,12 @@ class Limits(NamedTuple):
 
   Attributes:
     new_tokens: all beams end after this many.
-    length_penalty, repetition_penalty: as in `sampling.Sampling`.
+    length_penalty: as in `sampling.Sampling`.
     eos_ids_E: tokens that end a beam; how many there are is compiled in.
   """
 
   new_tokens: jax.Array
   length_penalty: jax.Array
-  repetition_penalty: jax.Array
   eos_ids_E: jax.Array
 
 
@@ -54,7 +53,8 @@ class Search(NamedTuple):
   Attributes:
     cache: of B W rows.
     lengths_R: tokens of each of these rows, but for the newest.
-    seen_BWV: which tokens each beam has, its prompt included.
+    history_RT: the tokens of each, prompt and newest included.
+    rules: of each.
     running: beams that go on.
     finished: the best that have ended; scores are divided by their lengths, and `LOWEST` where
       there are fewer than W.
@@ -65,7 +65,8 @@ class Search(NamedTuple):
 
   cache: PyTree
   lengths_R: jax.Array
-  seen_BWV: jax.Array
+  history_RT: jax.Array
+  rules: Rules
   running: Beams
   finished: Beams
   open_B: jax.Array
@@ -79,10 +80,10 @@ class Search(NamedTuple):
 
 
 class Best(NamedTuple):
-  """The best finished beam of each prompt, and whether a better one may still come."""
+  """The best finished beams of each prompt, and whether a better one may still come."""
 
-  tokens_BM: jax.Array
-  counts_B: jax.Array
+  tokens_BNM: jax.Array
+  counts_BN: jax.Array
   open_B: jax.Array
 
 
@@ -95,21 +96,28 @@ class _Candidates(NamedTuple):
 
 
 def begin(
-  cache: PyTree, lengths_B: jax.Array, seen_BV: jax.Array, limits: Limits, beams: int, room: int
+  cache: PyTree,
+  lengths_B: jax.Array,
+  history_BT: jax.Array,
+  rules: Rules,
+  limits: Limits,
+  beams: int,
+  room: int,
 ) -> Search:
   """The state before the first token.
 
   Args:
     cache: with the prompts in it, B rows.
     lengths_B: tokens of each prompt.
-    seen_BV: which tokens each prompt has.
+    history_BT: these tokens, T at least with what is to come.
+    rules: of each prompt.
     limits: the numbers of the search.
     beams: W.
     room: M, at least `limits.new_tokens`.
   """
   B = len(lengths_B)
-  cache, lengths_R, seen_RV = jax.tree.map(
-    lambda x: jnp.repeat(x, beams, axis=0), (cache, lengths_B, seen_BV)
+  cache, lengths_R, history_RT = jax.tree.map(
+    lambda x: jnp.repeat(x, beams, axis=0), (cache, lengths_B, history_BT)
   )
   none = Beams(
     jnp.zeros((B, beams, room), jnp.int32),
@@ -118,13 +126,18 @@ def begin(
   )
   # Of beams that are alike only one counts.
   first = none._replace(scores_BW=none.scores_BW.at[:, 0].set(0.0))
-  seen_BWV = seen_RV.reshape(B, beams, -1)
-  return Search(cache, lengths_R, seen_BWV, first, none, jnp.ones(B, bool), jnp.int32(0), limits)
+  rules, open_B = rules.repeated(beams), jnp.ones(B, bool)
+  return Search(cache, lengths_R, history_RT, rules, first, none, open_B, jnp.int32(0), limits)
 
 
-def advance(search: Search, logits_RV: jax.Array) -> tuple[Search, Best]:
-  """One token more for each running beam, and the best text of each prompt so far, whole on each
+def advance(search: Search, logits_RV: jax.Array, best: int) -> tuple[Search, Best]:
+  """One token more for each running beam, and the best N texts of each prompt so far, whole on each
   device.
+
+  Args:
+    search: with the newest token of each beam in its cache.
+    logits_RV: after it.
+    best: N, at most W.
   """
   limits, made = search.limits, search.made + 1
   found = _candidates(search, logits_RV)
@@ -146,29 +159,28 @@ def advance(search: Search, logits_RV: jax.Array) -> tuple[Search, Best]:
   beams_BW, ids_BW = (_picked(x, next_BW) for x in (found.beams_BC, found.ids_BC))
   search = search._replace(
     cache=forward.laid_out(forward.reordered(search.cache, lambda x: _picked_rows(x, beams_BW))),
-    seen_BWV=_seen(search, beams_BW, ids_BW),
+    history_RT=_history(search, beams_BW, ids_BW),
     running=running,
     finished=finished,
     open_B=open_B,
     made=made,
   )
-  best = Best(finished.tokens_BWM[:, 0], finished.counts_BW[:, 0], open_B)
-  return search, Best(*(sharding.constrain(x, *[None] * x.ndim) for x in best))
+  texts = Best(finished.tokens_BWM[:, :best], finished.counts_BW[:, :best], open_B)
+  return search, Best(*(sharding.constrain(x, *[None] * x.ndim) for x in texts))
 
 
 def _candidates(search: Search, logits_RV: jax.Array) -> _Candidates:
   """As many as leave W that go on, should all others end."""
-  B, W, V = search.seen_BWV.shape
-  penalty = search.limits.repetition_penalty
-  scores_BWV = jax.lax.cond(
-    penalty != 1,
-    penalized,
-    lambda scores_BWV, *_: scores_BWV,
-    jax.nn.log_softmax(logits_RV).reshape(B, W, V),
-    search.seen_BWV,
-    penalty,
+  (B, W), V = search.running.scores_BW.shape, logits_RV.shape[1]
+  scores_RV = jax.lax.cond(
+    search.rules.asked(search.lengths_R),
+    search.rules.applied,
+    lambda scores_RV, *_: scores_RV,
+    jax.nn.log_softmax(logits_RV),
+    search.history_RT,
+    search.lengths_R,
   )
-  scores_BWV += search.running.scores_BW[:, :, None]
+  scores_BWV = scores_RV.reshape(B, W, V) + search.running.scores_BW[:, :, None]
   count = min(W * max(2, 1 + len(search.limits.eos_ids_E)), W * V)
   scores_BC, found_BC = jax.lax.top_k(scores_BWV.reshape(B, W * V), count)
   return _Candidates(scores_BC, found_BC // V, found_BC % V)
@@ -187,16 +199,11 @@ def _finished(search: Search, extended: Beams, ends_BC: jax.Array, length: jax.A
   return both.pick(jax.lax.top_k(both.scores_BW, W)[1])
 
 
-def _seen(search: Search, beams_BW: jax.Array, ids_BW: jax.Array) -> jax.Array:
-  """The tokens that the next running beams have; kept only where a penalty reads them."""
-
-  def moved(seen_BWV: jax.Array) -> jax.Array:
-    B, W = ids_BW.shape
-    rows, beams = jnp.arange(B)[:, None], jnp.arange(W)[None]
-    return _picked(seen_BWV, beams_BW).at[rows, beams, ids_BW].set(True)
-
-  asked = search.limits.repetition_penalty != 1
-  return jax.lax.cond(asked, moved, lambda seen_BWV: seen_BWV, search.seen_BWV)
+def _history(search: Search, beams_BW: jax.Array, ids_BW: jax.Array) -> jax.Array:
+  """The tokens of the next running beams."""
+  history_RT = _picked_rows(search.history_RT, beams_BW)
+  rows = jnp.arange(len(history_RT))
+  return history_RT.at[rows, search.lengths_R].set(ids_BW.reshape(-1), mode='drop')
 
 
 def _picked(x_BW: jax.Array, chosen_BC: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation.sampling import Sampling
 
 
 def best(tiny, model, prompt, eos, length, penalty):

@@ -8,7 +8,7 @@ import pytest
 
 from llm_jax.core import contracts
 from llm_jax.core import params as params_lib
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation.sampling import Sampling
 from llm_jax.nn.options import Options
 from llm_jax.parallel.cpu.products import Transposed
 

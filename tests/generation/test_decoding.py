@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.inference.generation import decoding
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation import decoding
+from llm_jax.generation.sampling import Sampling
 from llm_jax.nn.stack import unstacked
 
 
@@ -294,7 +294,7 @@ def joined(tiny, mesh):
 
 @pytest.mark.slow
 def test_meshes_give_what_one_device_gives():
-  room, root = pathlib.Path(__file__).parents[1], pathlib.Path(__file__).parents[3]
+  room, root = pathlib.Path(__file__).parent, pathlib.Path(__file__).parents[2]
   env = os.environ | {
     'PYTHONPATH': f'{room}{os.pathsep}{root}',
     'JAX_PLATFORMS': 'cpu',

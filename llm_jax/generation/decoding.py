@@ -4,7 +4,7 @@ continued; of an encoder-decoder they are the sources, and what is generated sta
 Prompts are filled up on the right, and each row has its own length, so a row gets what it would get
 alone, whichever rows run beside it. Prefill and step are compiled once for each shape: row counts,
 prompt lengths and cache slots are rounded up so that there are few, and how tokens are chosen is no
-part of a compiled program (`inference.generation.sampling`).
+part of a compiled program (`generation.sampling`).
 
 Whole batches go through `Generator.tokens`, which gives the new tokens of a position as soon as
 they are there; the next position is then on its way already. A batch that rows join and leave:
@@ -26,10 +26,10 @@ import numpy as np
 from llm_jax.core.contracts import Adapter, Model
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
-from llm_jax.inference.generation import beams as beam_search
-from llm_jax.inference.generation import forward
-from llm_jax.inference.generation.forward import Forward, Weights
-from llm_jax.inference.generation.sampling import GREEDY, Numbers, Sampling, choose, numbers
+from llm_jax.generation import beams as beam_search
+from llm_jax.generation import forward
+from llm_jax.generation.forward import Forward, Weights
+from llm_jax.generation.sampling import GREEDY, Numbers, Sampling, choose, numbers
 from llm_jax.parallel import hosts, sharding
 
 SHORTEST = 16  # positions that a row has at least
@@ -43,7 +43,7 @@ class State:
     cache: the model's, without the newest tokens.
     ids_B: the newest token of each row, int32.
     lengths_B: how many tokens of each row are in the cache, int32.
-    seen_BV: which tokens each row has, its prompt and the newest included.
+    history_BT: the tokens of each row, its prompt and the newest included.
     numbers: how the tokens of each row are chosen.
     slots: the longest row that the cache has room for.
     source: the longest source that it has room for.
@@ -52,7 +52,7 @@ class State:
   cache: PyTree
   ids_B: jax.Array
   lengths_B: jax.Array
-  seen_BV: jax.Array
+  history_BT: jax.Array
   numbers: Numbers
   slots: int = flax.struct.field(pytree_node=False)
   source: int = flax.struct.field(pytree_node=False, default=0)
@@ -97,8 +97,9 @@ class Generator:
     self._blank = self._jit(self._blanks, static_argnames=('rows', 'slots', 'source'))
     self._join = self._jit(self._joined, donate_argnames='state')
     self._next = self._jit(self._advanced, donate_argnames='state')
-    self._search = self._jit(self._searched, static_argnames=('slots', 'beams', 'room'))
-    self._search_on = self._jit(self._searched_on, donate_argnames='search')
+    shape = 'slots', 'beams', 'room', 'best'
+    self._search = self._jit(self._searched, static_argnames=shape)
+    self._search_on = self._jit(self._searched_on, static_argnames='best', donate_argnames='search')
 
   def tokens(
     self,
@@ -109,7 +110,7 @@ class Generator:
     rows: Sequence[int] | None = None,
   ) -> Iterator[np.ndarray]:
     """The new tokens, position by position, [prompts] int32 each; those of beam search come when
-    all are there.
+    all are there, for each prompt `num_return_sequences` rows, the best first.
 
     A row ends with one of `eos_ids`, which is its last token, or after `max_new_tokens`, and is -1
     from then on; when all have ended so does the iterator.
@@ -118,6 +119,7 @@ class Generator:
       weights: what `weights(params)` made of the model's parameters; it may be used again.
       prompts: ids, at least one per row.
       sampling: how tokens are chosen, for all rows or for each; beam search takes one for all.
+        Without it a prompt gets one row, whatever `num_return_sequences` says.
       eos_ids: tokens that end a row.
       rows: the numbers of the rows, for their randomness; None for 0, 1, ...
 
@@ -130,7 +132,8 @@ class Generator:
     else:
       samplings = list(sampling)
     self.check(prompts, samplings)
-    batch = self._prompts(prompts, samplings, range(len(prompts)) if rows is None else rows)
+    numbered = range(len(prompts)) if rows is None else rows
+    batch = self._prompts(prompts, samplings, numbered, eos_ids)
     pairs = zip(prompts, samplings, strict=True)
     slots = _rounded(max(self._begun(prompt) + s.max_new_tokens for prompt, s in pairs))
     if samplings[0].beams > 1:
@@ -169,6 +172,7 @@ class Generator:
     prompt: Sequence[int],
     sampling: Sampling,
     number: int = 0,
+    eos_ids: Sequence[int] = (),
   ) -> tuple[State, jax.Array]:
     """Puts a prompt into a row, whatever that held; the other rows stay as they are.
 
@@ -182,6 +186,7 @@ class Generator:
       prompt: ids, at least one.
       sampling: how its tokens are chosen; no beam search.
       number: the number of the row for its randomness: equal numbers draw alike in any row.
+      eos_ids: tokens that do not come before `sampling.min_new_tokens`.
 
     Returns:
       The state, and the row's first new token, int32 scalar.
@@ -211,7 +216,7 @@ class Generator:
         f'{length} positions, and the rows of this batch have slots={state.slots}; shorten the '
         'prompt, or set a lower max_new_tokens or more slots.'
       )
-    one = self._prompts([prompt], [sampling], [number], shards=1)
+    one = self._prompts([prompt], [sampling], [number], eos_ids, shards=1)
     key = 'admit', B, state.slots, state.source, one.tokens_BT.shape
     return self._together(key, self._join, weights, one, self._put(np.int32(row)), state=state)
 
@@ -235,7 +240,13 @@ class Generator:
       raise ValueError(f'{len(samplings)} samplings for {len(prompts)} prompts: give one for each.')
     if max(s.beams for s in samplings) > 1 and len(set(samplings)) > 1:
       raise ValueError('beam search takes one sampling for all prompts; give them one by one.')
-    most = self._longest
+    most, V = self._longest, self._model.vocab_size
+    for sampling in samplings:
+      for name in ('forced_bos', 'forced_eos'):
+        if (getattr(sampling, name) or 0) >= V:
+          raise ValueError(
+            f'{name}={getattr(sampling, name)} is no id of the vocabulary, 0 to {V - 1}.'
+          )
     if self.reads_source and max(lengths) > most:
       raise ValueError(
         f'a source of {max(lengths)} tokens is longer than max_len={most} of the model; shorten it.'
@@ -259,6 +270,7 @@ class Generator:
     prompts: Sequence[Sequence[int]],
     samplings: Sequence[Sampling],
     rows: Sequence[int],
+    eos_ids: Sequence[int],
     shards: int | None = None,
   ) -> _Prompts:
     """Prompts, filled up to a whole batch that `shards` divides, on the mesh."""
@@ -269,7 +281,8 @@ class Generator:
     tokens_BT = np.zeros((len(lengths), min(_rounded(max(lengths)), self._longest)), np.int32)
     for row, prompt in enumerate(prompts):
       tokens_BT[row, : len(prompt)] = prompt
-    chosen = numbers([*samplings, *[GREEDY] * fill], [*rows, *[0] * fill])
+    begun = [*map(self._begun, prompts), *[1] * fill]
+    chosen = numbers([*samplings, *[GREEDY] * fill], [*rows, *[0] * fill], begun, eos_ids)
     return self._put(_Prompts(tokens_BT, np.array(lengths, np.int32), chosen), by_row=shards > 1)
 
   def _row_tokens(
@@ -306,28 +319,29 @@ class Generator:
     limits = beam_search.Limits(
       new_tokens=np.int32(sampling.max_new_tokens),
       length_penalty=np.float32(sampling.length_penalty),
-      repetition_penalty=np.float32(sampling.repetition_penalty),
       eos_ids_E=np.array(eos_ids, np.int32),
     )
-    shape = dict(slots=slots, beams=sampling.beams, room=_rounded(sampling.max_new_tokens))
+    count = dict(best=sampling.num_return_sequences)
+    room = _rounded(sampling.max_new_tokens)
+    shape = dict(slots=slots, beams=sampling.beams, room=room) | count
     key = 'search', batch.tokens_BT.shape, len(eos_ids), *shape.values()
     search, best = self._together(key, self._search, weights, batch, self._put(limits), **shape)
     for _ in range(1, sampling.max_new_tokens):
       open_B = best.open_B
-      search, best = self._together((*key, 'on'), self._search_on, weights, search=search)
+      search, best = self._together((*key, 'on'), self._search_on, weights, search=search, **count)
       if not np.any(np.asarray(open_B)[:rows]):
         break
-    tokens_BM, counts_B = (np.asarray(x)[:rows] for x in (best.tokens_BM, best.counts_B))
-    for made in range(counts_B.max()):
-      yield np.where(made < counts_B, tokens_BM[:, made], -1)
+    tokens_BNM, counts_BN = (np.asarray(x)[:rows] for x in (best.tokens_BNM, best.counts_BN))
+    for made in range(counts_BN.max()):
+      yield np.where(made < counts_BN, tokens_BNM[:, :, made], -1).reshape(-1)
 
   # What is traced.
 
   def _prefilled(self, weights, batch, *, slots, source=None) -> tuple[State, jax.Array]:
     """The state of these prompts alone, and the first new token of each row."""
     source = batch.tokens_BT.shape[1] if source is None else source
-    cache, lengths_B, logits_BV, seen_BV = self._read(weights, batch, slots, source)
-    state = State(cache, lengths_B, lengths_B, seen_BV, batch.numbers, slots, source)
+    cache, lengths_B, logits_BV, history_BT = self._read(weights, batch, slots, source)
+    state = State(cache, lengths_B, lengths_B, history_BT, batch.numbers, slots, source)
     return _chosen(state, logits_BV)
 
   def _advanced(self, weights, *, state) -> tuple[State, jax.Array]:
@@ -349,44 +363,40 @@ class Generator:
         cache=self._forward.empty_cache(rows, slots, source),
         ids_B=jnp.zeros(rows, jnp.int32),
         lengths_B=jnp.zeros(rows, jnp.int32),
-        seen_BV=jnp.zeros((rows, self._model.vocab_size), bool),
-        numbers=jax.tree.map(jnp.asarray, numbers([GREEDY] * rows, [0] * rows)),
+        history_BT=jnp.zeros((rows, slots), jnp.int32),
+        numbers=jax.tree.map(jnp.asarray, numbers([GREEDY] * rows, [0] * rows, [1] * rows)),
         slots=slots,
         source=source,
       )
     )
 
-  def _searched(self, weights, batch, limits, *, slots, beams, room):
-    source = batch.tokens_BT.shape[1]
-    cache, lengths_B, logits_BV, seen_BV = self._read(weights, batch, slots, source)
-    search = beam_search.begin(cache, lengths_B, seen_BV, limits, beams, room)
-    return beam_search.advance(search, jnp.repeat(logits_BV, beams, axis=0))
+  def _searched(self, weights, batch, limits, *, slots, beams, room, best):
+    source, rules = batch.tokens_BT.shape[1], batch.numbers.rules
+    cache, lengths_B, logits_BV, history_BT = self._read(weights, batch, slots, source)
+    search = beam_search.begin(cache, lengths_B, history_BT, rules, limits, beams, room)
+    return beam_search.advance(search, jnp.repeat(logits_BV, beams, axis=0), best)
 
-  def _searched_on(self, weights, *, search):
+  def _searched_on(self, weights, *, search, best):
     ids_R, lengths_R = search.newest_R, search.lengths_R
     cache, logits_RV = self._read_newest(weights, ids_R, lengths_R, search.cache)
-    return beam_search.advance(search._replace(cache=cache, lengths_R=lengths_R + 1), logits_RV)
+    search = search._replace(cache=cache, lengths_R=lengths_R + 1)
+    return beam_search.advance(search, logits_RV, best)
 
   def _read(self, weights, batch, slots, source) -> tuple[Any, jax.Array, jax.Array, jax.Array]:
     """Prompts through the model: the cache, how many tokens each row has, the logits after the last
-    of them, and which tokens they are.
+    of them, and these tokens, [B, slots].
     """
-    rows, B, V = (
-      _rows(batch.tokens_BT, batch.lengths_B),
-      len(batch.lengths_B),
-      self._model.vocab_size,
-    )
+    rows, B = _rows(batch.tokens_BT, batch.lengths_B), len(batch.lengths_B)
     cache, beside = self._forward.empty_cache(B, slots, source), None
     if self.reads_source:
       begin_BT = jnp.broadcast_to(jnp.array(self._begin, jnp.int32), (B, len(self._begin)))
       rows, beside = _rows(begin_BT, jnp.full(B, len(self._begin))), rows
-    tokens_BT, real_BT = rows['tokens'], rows['segments'] > 0
-    lengths_B = jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+    lengths_B = jnp.sum(rows['segments'] > 0, axis=1, dtype=jnp.int32)
     hidden_BTD, cache = self._forward(weights, *rows.values(), cache, beside)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
-    ids_BT = jnp.where(real_BT, tokens_BT, V)  # out of range, and dropped
-    seen_BV = jnp.zeros((B, V), bool).at[jnp.arange(B)[:, None], ids_BT].set(True, mode='drop')
-    return cache, lengths_B, self._forward.logits(weights, last_BD), seen_BV
+    tokens_BT = rows['tokens'][:, :slots].astype(jnp.int32)  # what is cut off only fills rows up
+    history_BT = jnp.zeros((B, slots), jnp.int32).at[:, : tokens_BT.shape[1]].set(tokens_BT)
+    return cache, lengths_B, self._forward.logits(weights, last_BD), history_BT
 
   def _read_newest(self, weights, ids_B, lengths_B, cache) -> tuple[Any, jax.Array]:
     """One token of each row through the model: the cache with it, and the logits after it."""
@@ -437,10 +447,11 @@ def _rows(tokens_BT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
 
 def _chosen(state: State, logits_BV: jax.Array) -> tuple[State, jax.Array]:
   """The state with the next token of each row, and these tokens, whole on each device."""
-  ids_B = choose(logits_BV, state.seen_BV, state.lengths_B, state.numbers)
+  ids_B = choose(logits_BV, state.history_BT, state.lengths_B, state.numbers)
   ids_B = sharding.constrain(ids_B, 'batch')
-  seen_BV = state.seen_BV.at[jnp.arange(len(ids_B)), ids_B].set(True)
-  state = _laid_out(state.replace(ids_B=ids_B, seen_BV=seen_BV))
+  rows = jnp.arange(len(ids_B))
+  history_BT = state.history_BT.at[rows, state.lengths_B].set(ids_B, mode='drop')
+  state = _laid_out(state.replace(ids_B=ids_B, history_BT=history_BT))
   return state, sharding.constrain(ids_B, None)
 
 

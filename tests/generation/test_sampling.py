@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llm_jax.inference.generation import sampling as lib
-from llm_jax.inference.generation.sampling import Sampling
+from llm_jax.generation import sampling as lib
+from llm_jax.generation.sampling import Sampling
 
 V = 60
 
@@ -45,8 +45,9 @@ def test_rows_of_one_batch_are_processed_each_by_its_own_numbers(steps):
       strict=True,
     )
   ]
-  numbers = lib.numbers(samplings, range(16))
-  found = np.asarray(jax.jit(lib.processed)(jnp.asarray(logits), np.zeros((16, V), bool), numbers))
+  numbers = lib.numbers(samplings, range(16), [1] * 16)
+  rows = jnp.asarray(logits), np.zeros((16, 4), np.int32), np.ones(16, np.int32)
+  found = np.asarray(jax.jit(lib.processed)(*rows, numbers))
   for row, sampling in enumerate(samplings):
     scaled = (logits[row] / np.float32(sampling.temperature)).astype(np.float32)
     expected = kept(scaled, sampling.top_k, sampling.top_p, sampling.min_p)
@@ -64,9 +65,10 @@ def test_sorting_by_integers_is_sorting():
 
 def test_a_penalty_is_for_what_its_own_row_has_seen():
   logits = np.array([[2.0, -1.0, 0.5]] * 3, np.float32)
-  seen = np.array([[True, True, False]] * 2 + [[False, False, True]])
+  history, lengths = np.array([[0, 1, 2]] * 2 + [[2, 0, 1]]), np.array([2, 2, 1])
   samplings = [Sampling(repetition_penalty=p) for p in (1.0, 2.0, 2.0)]
-  found = lib.processed(jnp.asarray(logits), seen, lib.numbers(samplings, range(3)))
+  numbers = lib.numbers(samplings, range(3), [1] * 3)
+  found = lib.processed(jnp.asarray(logits), history, lengths, numbers)
   np.testing.assert_allclose(found, [[2.0, -1.0, 0.5], [1.0, -2.0, 0.5], [2.0, -1.0, 0.25]])
 
 
