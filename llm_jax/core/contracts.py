@@ -347,6 +347,8 @@ class Objective:
     diverges: whether it says how far the answers of two passes are apart (`answer`, `divergence`).
     embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
       not.
+    writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
+      `prompt(text)`, the ids after which that text is to be written.
   """
 
   terms: Mapping[str, float]
@@ -359,6 +361,7 @@ class Objective:
   turns: 'tuple[Objective, ...]' = ()
   diverges: bool = False
   embedding_pool: str | None = None
+  writes: bool = False
 
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
@@ -407,6 +410,11 @@ class Objective:
     """
     del options
     return [{'text': 'some words'}] * 4
+
+  @staticmethod
+  def asked(record: Record) -> tuple[str, str]:
+    """What a record asks, and the text that is to be written; called where `writes` is set."""
+    raise NotImplementedError
 
   def check(self, model: Model) -> None:
     """Raises ValueError where a model cannot learn this; called before anything is compiled."""
@@ -606,6 +614,9 @@ class Validation(NamedTuple):
       the fields of `config.evaluation.slices`.
     rows: for each row of all hosts', the `Rows` of the objective that it is of, and its number in
       them; with these a predictor's `answers` are those of `--mode=predict`.
+    record: (such rows, a document of theirs) -> its record, as the source has it.
+    write: (prompts in ids, fields of `generation.sampling.Sampling`) -> the text that the model
+      writes for each; all hosts call it with the same.
   """
 
   objective: Objective
@@ -616,16 +627,21 @@ class Validation(NamedTuple):
   predict: Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
   slices: Mapping[str, Sequence[Sequence[str]]] = {}
   rows: Sequence[tuple[Rows, int]] = ()
+  record: Callable[[Rows, int], Record] | None = None
+  write: Callable[[Sequence[Sequence[int]], Mapping[str, Any]], list[str]] | None = None
 
 
 class Evaluator(Protocol):
   """Numbers of a validation set; a run may have several.
 
-  One that scores the groups of `Validation.slices` has an attribute `slices` that is true.
+  One that scores the groups of `Validation.slices` has an attribute `slices` that is true. One that
+  cannot work with every objective and model has a method `check(objective, model)`, which raises
+  ValueError before anything is compiled.
   """
 
-  def evaluate(self, validation: Validation) -> tuple[dict[str, float], str]:
-    """Numbers by name, and a report for people, which may be empty.
+  def evaluate(self, validation: Validation) -> tuple[dict[str, Any], str]:
+    """Numbers by name, and a report for people, which may be empty. Beside the numbers there may be
+    strings, such as the signature of a metric.
 
     All hosts call it; they get the same numbers.
     """

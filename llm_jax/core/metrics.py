@@ -28,6 +28,18 @@ def divide(metrics: Metrics) -> dict[str, float]:
   return means
 
 
+def shown(values: Mapping[str, object], form: str = '.4f') -> dict[str, str]:
+  """Numbers as people read them; strings as they are.
+
+  Example:
+    >>> shown({'loss': 2 / 3, 'signature': 'x:1'})
+    {'loss': '0.6667', 'signature': 'x:1'}
+  """
+  return {
+    name: value if isinstance(value, str) else format(value, form) for name, value in values.items()
+  }
+
+
 def total(metrics: Metrics, terms: Mapping[str, Number]) -> jax.Array:
   """The loss: coefficient * sum / weight, summed over `terms`.
 

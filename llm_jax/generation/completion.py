@@ -4,7 +4,8 @@ Text comes in whole characters: where a character's bytes are spread over severa
 for the last of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -13,6 +14,7 @@ from llm_jax.core.tree import PyTree
 from llm_jax.data import prompted
 from llm_jax.generation.decoding import Generator
 from llm_jax.generation.sampling import Sampling
+from llm_jax.programs.inference import Inference
 
 CONTEXT = 8  # prompt tokens that new ones are decoded with: a space may depend on what precedes it
 BROKEN = '\ufffd'  # what bytes that are no character are decoded to
@@ -30,6 +32,25 @@ def template(tokenizer: Tokenizer, causal: bool) -> tuple[tuple[int, ...], tuple
   return (*prompted.prompt(tokenizer), *before), after
 
 
+def of(program: Inference, tokenizer: Tokenizer, rows: int) -> 'Completer':
+  """What completes prompts with a program's model, so many at once."""
+  network, ids = program.network, writing_ids(program, tokenizer)
+  begin = () if ids['start'] is None else (ids['start'],)
+  generator = Generator(network.model, program.model_infos, program.layout, network.adapter, begin)
+  return Completer(generator, tokenizer, rows, ids)
+
+
+def writing_ids(program: Inference, tokenizer: Tokenizer) -> dict[str, int | None]:
+  """The ids that an encoder-decoder begins with (`start`), and those that its first and its last
+  possible new token are (`forced_bos`, `forced_eos`; None for any); of a decoder None each.
+  """
+  names = 'start', 'forced_bos', 'forced_eos'
+  if not program.network.model.reads_source():
+    return dict.fromkeys(names)
+  said = {name: getattr(program.objective, name, None) for name in names}
+  return {'start': tokenizer.bos_id} | {k: v for k, v in said.items() if v is not None}
+
+
 class Completer:
   """Continues prompts with a decoder.
 
@@ -37,10 +58,18 @@ class Completer:
     generator: of the decoder.
     tokenizer: that of the model.
     rows: prompts that are run at once.
+    ids: what `writing_ids` says of an encoder-decoder.
   """
 
-  def __init__(self, generator: Generator, tokenizer: Tokenizer, rows: int = 8):
-    self.generator, self._tokenizer, self._rows = generator, tokenizer, rows
+  def __init__(
+    self,
+    generator: Generator,
+    tokenizer: Tokenizer,
+    rows: int = 8,
+    ids: Mapping[str, int | None] | None = None,
+  ):
+    self.generator, self.rows = generator, rows
+    self._tokenizer, self._ids_said = tokenizer, ids or {}
 
   def __call__(
     self,
@@ -73,7 +102,13 @@ class Completer:
 
   def check(self, prompt: str, sampling: Sampling) -> None:
     """Raises ValueError for a prompt that is too long."""
-    self.generator.check([self._ids(prompt)], [sampling])
+    self.generator.check([self._ids(prompt)], [self._decided(sampling)])
+
+  def _decided(self, sampling: Sampling) -> Sampling:
+    """With what the model says of its first and last token, where the sampling does not."""
+    said = {name: self._ids_said.get(name) for name in ('forced_bos', 'forced_eos')}
+    left_open = {name: one for name, one in said.items() if getattr(sampling, name) is None}
+    return dataclasses.replace(sampling, **left_open)
 
   def _ids(self, prompt: str) -> list[int]:
     if self.generator.reads_source:
@@ -94,6 +129,7 @@ class Completer:
     """The same for prompts that are ids already."""
     if '' in stop:
       raise ValueError('an empty stop string would end every text before it begins; leave it out.')
+    sampling = self._decided(sampling)
     self.generator.check(prompts, [sampling] * len(prompts))  # all, before the first is continued
     stream = stream or (lambda *_: None)
     numbers, filled = range(len(prompts)) if numbers is None else numbers, numbers is not None
@@ -103,16 +139,15 @@ class Completer:
       numbers = [number * each + i for number in numbers for i in range(each)]
       each = 1
     texts: list[str] = []
-    for first in range(0, len(prompts), self._rows):
-      batch = list(range(first, min(first + self._rows, len(prompts))))
-      known = [
-        () if self.generator.reads_source else prompts[i] for i in batch for _ in range(each)
-      ]
+    for first in range(0, len(prompts), self.rows):
+      batch = list(range(first, min(first + self.rows, len(prompts))))
+      begun = [() if self.generator.reads_source else prompts[i] for i in batch]
+      known = [prompt for prompt in begun for _ in range(each)]
       completions = [_Completion(self._tokenizer, prompt, stop) for prompt in known]
       if first or filled:
         # The last batch is filled up with its own last row: another number of rows would have to
         # be compiled.
-        batch += batch[-1:] * (self._rows - len(batch))
+        batch += batch[-1:] * (self.rows - len(batch))
       columns = self.generator.tokens(
         weights,
         [prompts[i] for i in batch],

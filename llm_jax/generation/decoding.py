@@ -146,6 +146,10 @@ class Generator:
     """Whether prompts are sources, and not continued."""
     return self._forward.reads_source
 
+  def room(self, prompt: Sequence[int]) -> int:
+    """How many new tokens the model can give a prompt at most."""
+    return self._longest - self._begun(prompt)
+
   def empty(self, rows: int, slots: int, source: int = 0) -> State:
     """A batch in which all rows are free; `step` gives free rows tokens that mean nothing.
 

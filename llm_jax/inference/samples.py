@@ -11,8 +11,7 @@ from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.core.state import TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.data import prompted
-from llm_jax.generation.completion import Completer
-from llm_jax.generation.decoding import Generator
+from llm_jax.generation import completion
 from llm_jax.generation.sampling import Sampling
 from llm_jax.parallel import hosts
 from llm_jax.programs.inference import Inference
@@ -53,11 +52,9 @@ class Samples:
     every: int,
     log: Log,
   ):
-    model, adapter = program.network.model, program.network.adapter
     self.every = every
     self._tokenizer, self._path, self._log = tokenizer, path, log
-    generator = Generator(model, program.model_infos, program.layout, adapter)
-    self._completer = Completer(generator, tokenizer, rows=count)
+    self._completer = completion.of(program, tokenizer, rows=count)
     longest = program.network.longest
     begin = min(PROMPT_TOKENS, longest // 4)
     self._beginnings = _beginnings(documents, begin, count)

@@ -24,6 +24,7 @@ from llm_jax.core import named_adapters, tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.data import encoding
+from llm_jax.generation import completion
 from llm_jax.generation.completion import Completer, Stream
 from llm_jax.generation.decoding import Generator
 from llm_jax.generation.sampling import Sampling
@@ -255,8 +256,8 @@ class Session:
     stream: Stream | None = None,
     **numbers: float,
   ) -> list[str]:
-    """The completion of each prompt, without the prompt; what an encoder-decoder writes for it. With
-    `num_return_sequences` above 1 there are as many of each prompt, one after the other.
+    """The completion of each prompt, without the prompt; what an encoder-decoder writes for it.
+    With `num_return_sequences` above 1 there are as many of each prompt, one after the other.
 
     Args:
       prompts: texts; an empty one asks for any text.
@@ -281,9 +282,8 @@ class Session:
       raise ValueError(f'give either sampling or {", ".join(numbers)}.')
     if not prompts:
       return []
-    completer = Completer(self._generator, self.tokenizer, self._rows(len(prompts)))
-    how = self._decided(sampling or Sampling(**numbers))
-    return completer(self._weights, prompts, how, stop, stream)
+    completer = self._completer(self._rows(len(prompts)))
+    return completer(self._weights, prompts, sampling or Sampling(**numbers), stop, stream)
 
   def fill(self, texts: Sequence[str], top: int = 5) -> list[Filled]:
     """The most likely tokens at each [MASK] of each text.
@@ -310,9 +310,8 @@ class Session:
     """The same for a stream of prompts, batch by batch; the number that comes with a prompt is what
     its draws depend on.
     """
-    sampling = self._decided(sampling)
     for block, rows in self._batches(prompts):
-      completer = Completer(self._generator, self.tokenizer, rows)
+      completer = self._completer(rows)
       numbers, texts = zip(*block, strict=True)
       yield from completer(self._weights, texts, sampling, stop, numbers=numbers)
 
@@ -326,7 +325,7 @@ class Session:
   def check_prompt(self, prompt: str, sampling: Sampling) -> None:
     """Raises ValueError for a prompt that `complete`, or of an encoder `fill`, would refuse."""
     if self.causal:
-      Completer(self._generator, self.tokenizer).check(prompt, sampling)
+      self._completer(rows=1).check(prompt, sampling)
     else:
       self._filler.ids(prompt)
 
@@ -342,23 +341,8 @@ class Session:
 
   @property
   def writing_ids(self) -> dict[str, int | None]:
-    """The ids that an encoder-decoder begins with (`start`), and those that its first and its last
-    possible new token are (`forced_bos`, `forced_eos`; None for any).
-    """
-    objective, start = self.program.objective, self.tokenizer.bos_id
-    names = 'forced_bos', 'forced_eos'
-    return {'start': start} | {
-      name: getattr(objective, name) for name in ('start', *names) if hasattr(objective, name)
-    }
-
-  def _decided(self, sampling: Sampling) -> Sampling:
-    """With what the model says, where the sampling does not."""
-    if not self.reads_source:
-      return sampling
-    ids = self.writing_ids
-    own = {name: ids.get(name) for name in ('forced_bos', 'forced_eos')}
-    left_open = {name: one for name, one in own.items() if getattr(sampling, name) is None}
-    return dataclasses.replace(sampling, **left_open)
+    """See `completion.writing_ids`."""
+    return completion.writing_ids(self.program, self.tokenizer)
 
   def _batches(self, items: Iterable[Any]) -> Iterator[tuple[list[Any], int]]:
     """A batch of items at a time, and how many rows they are run in."""
@@ -396,12 +380,12 @@ class Session:
   def _filler(self) -> Filler:
     return Filler(self.program, self.tokenizer)
 
+  def _completer(self, rows: int) -> Completer:
+    return Completer(self._generator, self.tokenizer, rows, self.writing_ids)
+
   @functools.cached_property
   def _generator(self) -> Generator:
-    program, network = self.program, self.program.network
-    infos = program.model_infos
-    start = (int(self.writing_ids['start']),)
-    return Generator(network.model, infos, program.layout, network.adapter, start)
+    return completion.of(self.program, self.tokenizer, rows=1).generator
 
   @functools.cached_property
   def _weights(self) -> Any:

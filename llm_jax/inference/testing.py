@@ -8,7 +8,7 @@ from typing import Any
 from absl import logging
 
 from llm_jax.core import config as config_lib
-from llm_jax.core import files, tree
+from llm_jax.core import files, metrics, tree
 from llm_jax.core.tree import PyTree
 from llm_jax.inference import answers
 from llm_jax.inference.prediction import Labeller
@@ -38,8 +38,7 @@ def score(run: Run) -> None:
   if hosts.agree(lambda: _holds(path, scored)):
     return
   params, report = program.kept(tree.nest(loaded.params)), run.workdir / REPORT
-  tokenizer, groups, rows = run.data.tokenizer, run.slices['test'], run.rows['test']
-  values = evaluation.scores(program, params, tokenizer, run.test, report, groups, rows)
+  values = evaluation.scores(program, params, run.data.tokenizer, run.test, report)
   lines = [] if program.objective.predictor is None else list(_answered(run, params))
   if not hosts.primary():
     return
@@ -47,7 +46,7 @@ def score(run: Run) -> None:
     answers.write(run.workdir / ANSWERS, lines)
   with files.whole_file(path) as file:
     json.dump(scored | values, file, indent=2)
-  numbers = '  '.join(f'{name} {value:.4f}' for name, value in values.items())
+  numbers = '  '.join(f'{name} {value}' for name, value in metrics.shown(values).items())
   logging.info(
     'Test set, by the checkpoint of step %d: %s. Also in %s.', loaded.step, numbers, path
   )

@@ -27,33 +27,29 @@ def evaluate(session: 'Session | Ensemble', folder: pathlib.Path | None = None) 
   Raises:
     ValueError: an unusable source, an empty corpus, parameters that are missing.
   """
-  from llm_jax.core import files
-  from llm_jax.data import pipeline
+  from llm_jax.core import files, metrics
   from llm_jax.inference import ensembles
   from llm_jax.parallel import hosts
   from llm_jax.programs import assemble, inference
-  from llm_jax.training import corpora, evaluation, slices
+  from llm_jax.training import corpora, evaluation, held_out
 
   tokenizer = session.tokenizer
-  slices.check(session.config)
+  held_out.check_slices(session.config)
   documents = corpora.documents(assemble.without_copies(session.config), tokenizer)
   config = assemble.derive(session.config, documents.train)
   chosen = documents.validation or documents.train
   objective = assemble.create_objective(config, tokenizer)
-  rows = pipeline.validation_rows(chosen, objective, config.seq_len)
-  examples = pipeline.validation_examples(rows, objective, config.seed, config.evaluation.rows)
-  groups = slices.read(config, 'validation', chosen, rows, config.evaluation.rows)
-  program = inference.build(config, objective, examples[0])
+  held = held_out.lay_out(config, 'validation', chosen, objective, config.evaluation.rows)
+  program = inference.build(config, objective, held.examples[0])
   several = isinstance(session, ensembles.Ensemble)
   params = (session.members[0] if several else session).load(program, heads=True)
-  others = session.voters(config, chosen, examples[0]) if several else ()
+  others = session.voters(config, chosen, held.examples[0]) if several else ()
   report = folder and folder / 'eval_report.txt'
-  numbered = pipeline.numbered_rows(rows, config.seed, config.evaluation.rows)
-  values = evaluation.scores(program, params, tokenizer, examples, report, groups, numbered, others)
-  values |= evaluation.baselines(program, tokenizer, examples)
+  values = evaluation.scores(program, params, tokenizer, held, report, others=others)
+  values |= evaluation.baselines(program, tokenizer, held.examples)
   if hosts.primary():
-    for name, value in values.items():
-      print(f'{name:>24} {value:.6g}')
+    for name, value in metrics.shown(values, '.6g').items():
+      print(f'{name:>24} {value}')
     if folder:
       record = {'model': str(session.origin), 'data': config.data} | session.named | values
       with files.whole_file(folder / 'eval.json') as file:

@@ -53,6 +53,7 @@ class Objective(contracts.Objective):
 
   terms = {'seq2seq': 1.0}
   text_fields = ('text', 'target')
+  writes = True
 
   def __init__(
     self,
@@ -99,6 +100,11 @@ class Objective(contracts.Objective):
       'tokens': tokenizer.encode(record['text']),
       'target_tokens': tokenizer.encode(record['target']),
     }
+
+  @staticmethod
+  def asked(record: Record) -> tuple[str, str]:
+    """`text` and `target`."""
+    return record['text'], record['target']
 
   @classmethod
   def sample_records(cls, options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -158,7 +164,7 @@ class Objective(contracts.Objective):
 class _Rows:
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
     self.objective, self.documents = objective, documents
-    self.lengths = objective.source_len or seq_len, seq_len
+    self.lengths, self.cut = (objective.source_len or seq_len, seq_len), 0
     template = objective.tokenizer.template
     before, after = ((), (objective.tokenizer.eos_id,)) if template is None else template
     first = before if objective.forced_bos is None else (objective.forced_bos,)
@@ -186,7 +192,7 @@ class _Rows:
     return len(self.plan)
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
-    pairs = [int(self.kept[pair]) for pair, _, _ in self.plan[index]]
+    pairs = self.texts(index)
     sources = [self.ids('tokens', pair, self.lengths[0]) for pair in pairs]
     targets = [self.ids('target_tokens', pair, self.lengths[1]) for pair in pairs]
     inputs = [np.append(self.objective.start, ids[:-1]) for ids in targets]
@@ -198,6 +204,14 @@ class _Rows:
       'targets': wanted['tokens'],
       'weights': (wanted['segments'] > 0).astype(np.float32),
     }
+
+  def texts(self, index: int) -> list[int]:
+    """The pairs of a row, as the contract `Texts` has them."""
+    return [int(self.kept[pair]) for pair, _, _ in self.plan[index]]
+
+  def prompt(self, text: int) -> list[int]:
+    """A source as generation reads it."""
+    return self.ids('tokens', text, self.lengths[0]).tolist()
 
   def ids(self, name: str, document: int, most: int) -> np.ndarray:
     """Those of a text between its special tokens, at most so many."""
@@ -220,6 +234,7 @@ class _Rows:
         f'{("config.objective.source_len", "config.seq_len")[side]}, or set '
         'config.objective.long=cut or drop.'
       )
+    self.cut = len(some) if long == 'cut' else 0
     if len(some):
       done = {'cut': 'lose their ends', 'drop': 'are left out'}[long]
       logging.warning(

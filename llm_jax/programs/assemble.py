@@ -96,6 +96,9 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
       f'{config.objective["name"]} makes one; config.objective.name=seq2seq makes both.'
     )
   evaluators = create_evaluators(config, objective)
+  for evaluator in evaluators.values():
+    if hasattr(evaluator, 'check'):
+      evaluator.check(objective, model)
   _check_patience(config, evaluators)
   _check_slices(config, objective, evaluators)
   for key, section in config.hooks.items():

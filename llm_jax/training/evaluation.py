@@ -1,8 +1,10 @@
 """The numbers of a program on a validation set, and the baselines that belong beside them."""
 
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import logging
@@ -14,16 +16,19 @@ from llm_jax.core.contracts import (
   Example,
   Metrics,
   Objective,
-  Rows,
   Tokenizer,
   Validation,
 )
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pipeline
 from llm_jax.evaluators import loss
+from llm_jax.generation import completion
+from llm_jax.generation.completion import Completer
+from llm_jax.generation.sampling import Sampling
 from llm_jax.parallel import hosts, sharding
 from llm_jax.programs import assemble
 from llm_jax.programs.inference import Inference
+from llm_jax.training.held_out import HeldOut
 
 Predict = Callable[[Batch, tuple[str, ...]], dict[str, jax.Array]]
 AVERAGED = {'probabilities', 'values'}  # of what a model predicts, what has a mean over several
@@ -33,27 +38,26 @@ def scores(
   program: Inference,
   params: PyTree,
   tokenizer: Tokenizer,
-  examples: Sequence[Example],
+  held: HeldOut,
   report: pathlib.Path | None,
-  groups: Mapping[str, Sequence[Sequence[str]]],
-  rows: Sequence[tuple[Rows, int]],
+  completer: Callable[[], Completer] | None = None,
   others: Sequence[tuple[Inference, PyTree]] = (),
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """The numbers of all evaluators over a validation set, the same on all processes.
 
   Args:
     program: what to evaluate.
     params: its parameters, on its mesh.
     tokenizer: for evaluators that look at texts.
-    examples: the validation set, as `pipeline.validation_examples` gives it.
+    held: the validation set.
     report: a file for what evaluators say to people; None for none.
-    groups: those of the validation set, as `slices.read` gives them.
-    rows: where each example comes from, as `pipeline.numbered_rows` gives it.
+    completer: gives what the model writes with, where an evaluator has it write.
     others: programs and parameters of the other members of an ensemble.
 
   Raises:
     ValueError: an ensemble of what cannot be averaged.
   """
+  completer = completer or (lambda: completion.of(program, tokenizer, program.config.batch_size))
   eval_step = hosts.compiled(program.eval_step)
   evaluators = assemble.create_evaluators(program.config, program.objective)
   if others:
@@ -63,13 +67,15 @@ def scores(
     objective=program.objective,
     terms=program.network.terms,
     tokenizer=tokenizer,
-    batches=functools.partial(_shown_batches, program, examples),
+    batches=functools.partial(_shown_batches, program, held.examples),
     losses=_no_losses if others else lambda batch: eval_step(params, program.put(batch)),
     predict=_mean([predictions(*each) for each in ((program, params), *others)]),
-    slices=groups,
-    rows=rows,
+    slices=held.slices,
+    rows=held.rows,
+    record=held.record,
+    write=None if others else functools.partial(_written, completer, params),
   )
-  values: dict[str, float] = {}
+  values: dict[str, Any] = {}
   reports = []
   for evaluator in evaluators.values():
     numbers, text = evaluator.evaluate(validation)
@@ -78,6 +84,36 @@ def scores(
   if report and reports and hosts.primary():
     report.write_text('\n\n'.join(reports) + '\n')
   return hosts.agree(lambda: values)  # decisions by them are then the same, to the last bit
+
+
+def _written(
+  completer: Callable[[], Completer],
+  params: PyTree,
+  prompts: Sequence[Sequence[int]],
+  options: Mapping[str, Any],
+) -> list[str]:
+  """What the model writes for each prompt."""
+  writer = completer()
+  weights = writer.generator.weights(params['model'])
+  most = [min(options['max_new_tokens'], writer.generator.room(prompt)) for prompt in prompts]
+  blocks = list(_blocks(most, writer.rows))
+  found: dict[int, str] = {}
+  for block in progress.shown(blocks, 'Writing', len(blocks), 'batches', hosts.primary()):
+    limit = most[block[0]]
+    least = min(options['min_new_tokens'], limit)
+    sampling = Sampling(**dict(options) | {'max_new_tokens': limit, 'min_new_tokens': least})
+    given = [prompts[number] for number in block]
+    texts = writer.from_ids(weights, given, sampling, numbers=block)
+    found |= dict(zip(block, texts, strict=True))
+  return [found[number] for number in range(len(prompts))]
+
+
+def _blocks(most: Sequence[int], size: int) -> Iterator[list[int]]:
+  """The numbers of prompts, so many at once, that may have equally many new tokens."""
+  order = sorted(range(len(most)), key=lambda number: most[number])
+  for _, group in itertools.groupby(order, key=lambda number: most[number]):
+    alike = list(group)
+    yield from (alike[first : first + size] for first in range(0, len(alike), size))
 
 
 def _shown_batches(program: Inference, examples: Sequence[Example]) -> Iterator[Example]:

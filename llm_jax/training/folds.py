@@ -26,7 +26,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Tokenizer
 from llm_jax.data import cache, encoding
 from llm_jax.parallel import hosts
-from llm_jax.training import slices
+from llm_jax.training import held_out
 
 NUMBERS, REPORT = 'folds.json', 'folds.txt'
 BINS = 5  # of labels that are numbers
@@ -74,7 +74,7 @@ def groups(wholes: Sequence[Documents], config: Config) -> list[str | None]:
   """The value of each document's field `config.fold_groups`; None where a record has none."""
   field, found = config.fold_groups, []
   try:
-    sources = slices.sources(config, 'data', (field,))
+    sources = held_out.sources(config, 'data', (field,))
   except ValueError as error:
     raise ValueError(
       f'config.fold_groups={field!r} names a field of the records: {error}'

@@ -85,12 +85,13 @@ class Log:
     Args:
       step: optimizer steps taken.
       split: 'train' or 'validation'.
-      values: numbers by name.
+      values: numbers by name; strings beside them stand in metrics.jsonl alone.
     """
     if not self._primary:
       return
-    numbers = {name: float(value) for name, value in values.items()}
-    line: dict[str, Any] = {'step': step, 'split': split}
+    strings = {name: value for name, value in values.items() if isinstance(value, str)}
+    numbers = {name: float(value) for name, value in values.items() if name not in strings}
+    line: dict[str, Any] = {'step': step, 'split': split} | strings
     for name, value in numbers.items():
       line[name] = value if math.isfinite(value) else None
     self._file.write(json.dumps(line) + '\n')

@@ -15,18 +15,30 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
+from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Example, Hook, Objective, Rows
+from llm_jax.core.contracts import Example, Hook
 from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.data import pipeline
+from llm_jax.generation import completion
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, bases, pretrained, workdir
 from llm_jax.programs.checkpoints import Checkpoints
-from llm_jax.training import adapted, corpora, evaluation, logs, memory, meter, page, slices
+from llm_jax.training import (
+  adapted,
+  corpora,
+  evaluation,
+  held_out,
+  logs,
+  memory,
+  meter,
+  page,
+)
 from llm_jax.training import program as programs
+from llm_jax.training.held_out import HeldOut
 from llm_jax.training.program import Training
 
 
@@ -67,9 +79,6 @@ class Run:
     validation: the validation set; empty where there is none.
     test: what is scored once, at the end; likewise.
     epoch: steps of a pass over the training rows.
-    slices: of the validation and the test set, the groups of their texts, as `slices.read` gives
-      them.
-    rows: likewise where their examples come from, as `pipeline.numbered_rows` gives it.
     state: at the step where it continues.
     position: examples consumed so far.
     patience: where early stopping stands.
@@ -83,11 +92,9 @@ class Run:
   workdir: pathlib.Path
   checkpoints: Checkpoints
   train: Sequence[Example]
-  validation: Sequence[Example]
-  test: Sequence[Example]
+  validation: HeldOut
+  test: HeldOut
   epoch: int
-  slices: Mapping[str, Mapping[str, Sequence[Sequence[str]]]]
-  rows: Mapping[str, Sequence[tuple[Rows, int]]]
   state: TrainState
   position: int
   patience: Patience
@@ -108,6 +115,12 @@ class Run:
   def eval_every(self) -> int:
     """Steps between two evaluations."""
     return self.program.config.eval_every or self.epoch
+
+  @functools.cached_property
+  def completer(self) -> completion.Completer:
+    """What the model writes with; what it has compiled serves all evaluations."""
+    program = self.program
+    return completion.of(program, self.data.tokenizer, program.config.batch_size)
 
 
 MakeHook = Callable[[Run, logs.Log], Hook | None]
@@ -133,7 +146,7 @@ def prepare(config: Config, folder: pathlib.Path) -> Run:
       f'config.base_weights={config.base_weights!r} needs a base that is read: give '
       'config.init_from.'
     )
-  slices.check(config)
+  held_out.check_slices(config)
   workdir.open_workdir(folder)
   return start(corpora.load(config, folder), folder)
 
@@ -149,19 +162,9 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   rows = pipeline.training_rows(splits.train, objective, config.seq_len, config.batch_size)
   config, epoch = _with_steps(config, sum(map(len, rows)))
   train = pipeline.train_examples(rows, splits.weights, objective, config.seed)
-  held_out = pipeline.validation_rows(splits.validation, objective, config.seq_len)
   limit = config.evaluation.rows
-  validation = _held_out(config, objective, held_out, limit)
-  tested = pipeline.validation_rows(splits.test, objective, config.seq_len)
-  test = _held_out(config, objective, tested)
-  groups = {
-    'validation': slices.read(config, 'validation', splits.validation, held_out, limit),
-    'test': slices.read(config, 'test', splits.test, tested),
-  }
-  numbered = {
-    'validation': pipeline.numbered_rows(held_out, config.seed, limit),
-    'test': pipeline.numbered_rows(tested, config.seed),
-  }
+  validation = held_out.lay_out(config, 'validation', splits.validation, objective, limit)
+  test = held_out.lay_out(config, 'test', splits.test, objective)
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -192,8 +195,6 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     train=train,
     validation=validation,
     test=test,
-    slices=groups,
-    rows=numbered,
     epoch=epoch,
     state=state,
     position=position,
@@ -201,13 +202,6 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     unlogged=unlogged,
     base=found,
   )
-
-
-def _held_out(
-  config: Config, objective: Objective, rows: Sequence[Rows], limit: int = 0
-) -> Sequence[Example]:
-  """The examples of a validation or test set; none where there are no documents."""
-  return pipeline.validation_examples(rows, objective, config.seed, limit) if rows else []
 
 
 def _with_steps(config: Config, rows: int) -> tuple[Config, int]:
@@ -259,7 +253,9 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
     values = _train(run, log, hooks)
     if run.over:
       params, tokenizer = run.state.answering_params, run.data.tokenizer
-      page.write(run.workdir, run.step, values, run.program, params, tokenizer, run.validation)
+      page.write(
+        run.workdir, run.step, values, run.program, params, tokenizer, run.validation.examples
+      )
     _say_how_it_ended(run, log)
     return values
 
@@ -268,7 +264,7 @@ def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, floa
   program, config = run.program, run.program.config
   baselines = {}
   if len(run.validation):
-    baselines = evaluation.baselines(program, run.data.tokenizer, run.validation)
+    baselines = evaluation.baselines(program, run.data.tokenizer, run.validation.examples)
   meter.announce(program, log, run.step)
   rows = hosts.rows(program.mesh, config.batch_size)
   batches = pipeline.batches(run.train, config.batch_size, run.position, rows, put=program.put)
@@ -351,15 +347,15 @@ def _due(step: int, every: int, last: int) -> bool:
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
   params, tokenizer = run.state.answering_params, run.data.tokenizer
-  groups, rows = run.slices['validation'], run.rows['validation']
-  values = evaluation.scores(program, params, tokenizer, run.validation, report, groups, rows)
+  values = evaluation.scores(
+    program, params, tokenizer, run.validation, report, lambda: run.completer
+  )
   shown = values | baselines
   log.write(step, 'validation', shown)
   if hosts.primary() and report.exists():
     log.text(step, 'report', report.read_text())
-  log.say(
-    'step %d  validation: %s', step, '  '.join(f'{name} {x:.4f}' for name, x in shown.items())
-  )
+  said = '  '.join(f'{name} {value}' for name, value in metrics_lib.shown(shown).items())
+  log.say('step %d  validation: %s', step, said)
   return values
 
 

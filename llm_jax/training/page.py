@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
-from llm_jax.core import files
+from llm_jax.core import files, metrics
 from llm_jax.core.contracts import Example, Predictor, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.evaluators import classification
@@ -168,7 +168,7 @@ def _body(
   if curves is not None:
     yield '<h2>Validation</h2>' + _picture(curves, 'validation numbers over steps')
   if values:
-    rows = [(name, f'{value:.4f}') for name, value in values.items()]
+    rows = metrics.shown(values).items()
     yield '<h2>Numbers</h2>' + _table(('', 'last evaluation'), rows)
   if found is not None and found.confusion_CC is not None:
     picture = _confusion(found.confusion_CC, predictor.classes)
@@ -220,7 +220,7 @@ def _curves(lines: Sequence[Mapping[str, Any]]) -> 'Figure | None':
   for line in lines:
     if line['split'] == 'validation':
       for name, value in line.items():
-        if name not in ('step', 'split', 'loss') and value is not None:
+        if name not in ('step', 'split', 'loss') and isinstance(value, int | float):
           points.setdefault(name, []).append((line['step'], value))
   drawn = list(points.items())[:MOST_CURVES]
   drawn = [(name, curve) for name, curve in drawn if len(curve) > 1]

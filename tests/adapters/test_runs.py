@@ -229,10 +229,8 @@ def test_averages_of_the_parameters_answer(settings, tmp_path):
   assert bits(plain.state.answering_params) == bits(plain.state.network_params)
   session = llm_jax.open(tmp_path / 'whole')
   assert bits(session.params) == bits(answering)
-  program, tokenizer, rows = whole.program, whole.data.tokenizer, whole.rows['validation']
-  evaluated = evaluation.scores(
-    program, answering, tokenizer, whole.validation, None, whole.slices['validation'], rows
-  )
+  program, tokenizer = whole.program, whole.data.tokenizer
+  evaluated = evaluation.scores(program, answering, tokenizer, whole.validation, None)
   assert evaluated['loss'] == loss
   shutil.copytree(whole.workdir, tmp_path / 'again')
   shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '4')

@@ -6,11 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import sacrebleu
 
 import llm_jax
 from configs import transformer
 from llm_jax.core import config as config_lib
 from llm_jax.generation.sampling import GREEDY, Sampling
+from llm_jax.inference import testing
 from llm_jax.inference.export import export
 from llm_jax.modes import predict
 from llm_jax.training import loop
@@ -39,8 +41,16 @@ def workdir(tmp_path_factory):
   settings |= dict(steps=60, batch_size=8, seq_len=32, log_every=20, eval_every=30)
   settings['optimizer'] = dict(name='adamw', learning_rate=1e-2)
   settings['checkpoint'] = dict(every=30, keep=2)
+  given = [{'en': text, 'it': ' '.join(map(WORDS.get, text.split()))} for text in ASKED]
+  (folder / 'test.jsonl').write_text('\n'.join(map(json.dumps, given)))
+  settings['test'] = dict(path=str(folder / 'test.jsonl'))
+  written = dict(max_new_tokens=60, no_repeat_ngram_size=9)  # more than there is room for
+  settings['evaluators'] = dict(loss={}, translation=written, generation=dict(max_new_tokens=12))
   settings['logging'] = dict(tensorboard=False)
-  loop.train(loop.prepare(config_lib.parse(settings), folder / 'run'))
+  settings['model']['max_len'] = 64
+  run = loop.prepare(config_lib.parse(settings), folder / 'run')
+  loop.train(run)
+  testing.score(run)
   return folder / 'run'
 
 
@@ -55,6 +65,25 @@ def test_it_has_learned_what_was_asked(workdir, session):
   assert last['seq2seq_nll'] < 0.6 * last['unigram_loss']
   (written,) = session.complete(['two cat'], sampling=SHORT)
   assert set(written) <= set(' '.join(WORDS.values()))
+
+
+def test_its_scores_are_of_what_it_writes(workdir, session):
+  numbers = json.loads((workdir / 'test.json').read_text())
+  lines = [json.loads(line) for line in (workdir.parent / 'test.jsonl').read_text().splitlines()]
+  wanted = [line['it'] for line in lines]
+  most = Sampling(max_new_tokens=60, temperature=0, no_repeat_ngram_size=9)
+  written = session.complete([line['en'] for line in lines], sampling=most)
+  bleu = sacrebleu.metrics.BLEU()
+  assert numbers['bleu'] == pytest.approx(bleu.corpus_score(written, [wanted]).score)
+  assert numbers['bleu_signature'] == str(bleu.get_signature())
+  short = session.complete([line['en'] for line in lines], sampling=SHORT)
+  pairs = zip(short, wanted, strict=True)
+  assert numbers['exact_match'] == sum(a.strip() == b for a, b in pairs) / len(wanted)
+  report = (workdir / 'test_report.txt').read_text()
+  assert 'the 3 worst:' in report and f'written: {written[0]}' in report
+  logged = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  last = [line for line in logged if line['split'] == 'validation'][-1]
+  assert last['chrf'] > 0 and last['ter_signature'].startswith('nrefs:1|case:lc')
 
 
 def test_alone_in_a_batch_and_in_rows_that_come_and_go(session):
@@ -75,8 +104,8 @@ def test_alone_in_a_batch_and_in_rows_that_come_and_go(session):
   assert found == columns[:8, 2].tolist()
   with pytest.raises(ValueError, match='a source of 20 tokens is longer.*source=16'):
     generator.admit(weights, state, 1, [9] * 20, SHORT)
-  with pytest.raises(ValueError, match='a source of 49 tokens is longer than max_len=48'):
-    generator.check([[9] * 49], [GREEDY])
+  with pytest.raises(ValueError, match='a source of 65 tokens is longer than max_len=64'):
+    generator.check([[9] * 65], [GREEDY])
 
 
 def test_beams_find_what_is_at_least_as_likely(session):
@@ -88,12 +117,12 @@ def test_beams_find_what_is_at_least_as_likely(session):
 def test_a_file_gets_a_prediction_for_each_record(session, tmp_path):
   lines = [{'en': text, 'number': i} for i, text in enumerate(ASKED)]
   source, target = tmp_path / 'in.jsonl', tmp_path / 'out.jsonl'
-  source.write_text('\n'.join(map(json.dumps, [*lines, {'en': 'x' * 60}])))
+  source.write_text('\n'.join(map(json.dumps, [*lines, {'en': 'x' * 70}])))
   predict.predict(session, source, target, sampling=SHORT)
   found = [json.loads(line) for line in target.read_text().splitlines()]
   written = session.complete(ASKED, sampling=SHORT)
   assert found[:3] == [line | {'prediction': w} for line, w in zip(lines, written, strict=True)]
-  assert 'a source of 61 tokens is longer than max_len=48' in found[3]['error']
+  assert 'a source of 71 tokens is longer than max_len=64' in found[3]['error']
 
 
 def test_its_folder_writes_the_same(session, tmp_path):

@@ -1,16 +1,18 @@
-"""Groups of validation and test texts, by fields of their records: `config.evaluation.slices`.
+"""Documents that measure a model: a validation or a test set, laid out, and what belongs to it; and
+the groups of their texts, by fields of their records: `config.evaluation.slices`.
 
-The fields are read from the source itself, not from the token cache: other slices make no other
-run, and nothing is encoded again.
+Records are read from the source itself, not from the token cache: other slices make no other run,
+and nothing is encoded again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm_jax.core import config as config_lib
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Documents, Rows, Source
+from llm_jax.core.contracts import Documents, Example, Objective, Record, Rows, Source
 from llm_jax.data import pipeline
 from llm_jax.programs import assemble
 
@@ -18,7 +20,72 @@ MOST_GROUPS = 100  # of a field
 MISSING = '(none)'  # the group of texts whose field is null or empty
 
 
-def check(config: Config) -> None:
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """A validation or test set.
+
+  Attributes:
+    config: names its source.
+    name: 'validation' or 'test'.
+    documents: of each corpus.
+    laid_out: their rows.
+    examples: those that are used; none where there are no documents.
+    rows: where each example comes from, as `pipeline.numbered_rows` gives it.
+    slices: the groups of their texts, as `read_slices` gives them.
+  """
+
+  config: Config
+  name: str
+  documents: Sequence[Documents]
+  laid_out: Sequence[Rows]
+  examples: Sequence[Example]
+  rows: Sequence[tuple[Rows, int]]
+  slices: Mapping[str, Sequence[Sequence[str]]]
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def record(self, rows: Rows, text: int) -> Record:
+    """The record of a document of `rows`, as its source has it, not as the tokenizer does."""
+    corpus = next(i for i, laid_out in enumerate(self.laid_out) if laid_out is rows)
+    return self._sources[corpus][int(self.documents[corpus].ids[text])]
+
+  @functools.cached_property
+  def _sources(self) -> list[Source]:
+    return sources(self.config, self.name, ())
+
+
+def lay_out(
+  config: Config, name: str, documents: Sequence[Documents], objective: Objective, limit: int = 0
+) -> HeldOut:
+  """A set, laid out by an objective.
+
+  Args:
+    config: the resolved config.
+    name: 'validation' or 'test'.
+    documents: of each corpus; none where there is no such set.
+    objective: lays them out.
+    limit: how many rows are used; 0 for all.
+
+  Raises:
+    ValueError: as `read_slices`.
+  """
+  laid_out = pipeline.validation_rows(documents, objective, config.seq_len)
+  examples: Sequence[Example] = []
+  if laid_out:
+    examples = pipeline.validation_examples(laid_out, objective, config.seed, limit)
+  return HeldOut(
+    config=config,
+    name=name,
+    documents=documents,
+    laid_out=laid_out,
+    examples=examples,
+    rows=pipeline.numbered_rows(laid_out, config.seed, limit),
+    slices=read_slices(config, name, documents, laid_out, limit),
+  )
+
+
+def check_slices(config: Config) -> None:
   """Raises ValueError where the first record of a source has no such field."""
   if not config.evaluation.slices:
     return
@@ -50,7 +117,7 @@ def sources(config: Config, name: str, fields: Sequence[str]) -> list[Source]:
   return given
 
 
-def read(
+def read_slices(
   config: Config, name: str, splits: Sequence[Documents], rows: Sequence[Rows], limit: int = 0
 ) -> dict[str, list[list[str]]]:
   """Field -> for each row of a validation or test set, the value of each of its texts.
