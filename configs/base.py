@@ -64,6 +64,33 @@ def clm() -> dict:
   return dict(name='clm', packing='windows', label_smoothing=0.0, z_loss=0.0)
 
 
+def seq2seq() -> dict:
+  """From text to text, several pairs in a row."""
+  return dict(
+    name='seq2seq',
+    source_len=256,
+    start=unset(int),  # ids: what the folder or the tokenizer says
+    forced_bos=unset(int),
+    forced_eos=unset(int),
+    packing='best_fit',
+    long='cut',
+    label_smoothing=0.1,
+    z_loss=0.0,
+  )
+
+
+def writing(max_new_tokens: int) -> dict:
+  """How evaluators have new text written."""
+  return dict(
+    max_new_tokens=max_new_tokens,
+    min_new_tokens=unset(int),
+    no_repeat_ngram_size=unset(int),
+    repetition_penalty=unset(float),
+    beams=1,
+    length_penalty=unset(float),
+  )
+
+
 def bert() -> dict:
   """The loss of BERT: masked LM plus next-sentence prediction."""
   masking = {key: value for key, value in mlm().items() if key not in ('name', 'packing')}
@@ -146,6 +173,8 @@ def get_config() -> config_dict.ConfigDict:
         normalization=unset(str),
         sample_bytes=unset(int),
         character_coverage=unset(float),
+        added=unset(tuple),  # texts of further special tokens
+        sentinels=unset(int),  # <extra_id_0> and so on
       ),
       optimizer=dict(
         name='adamw',

@@ -19,15 +19,7 @@ def get_config(size: str = 'tiny'):
   config.model = base.model('encoder_decoder', f'transformer_{size}')
   config.model.encoder_layers = base.unset(int)
   config.data.source = 'first_sentences'
-  config.objective = dict(
-    name='seq2seq',
-    source_len=256,
-    start=base.unset(int),
-    packing='best_fit',
-    long='cut',
-    label_smoothing=0.1,
-    z_loss=0.0,
-  )
+  config.objective = base.seq2seq()
   return _tiny(config) if size == 'tiny' else _base(config)
 
 

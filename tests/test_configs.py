@@ -46,6 +46,14 @@ SIZES = {
   ('transformer', None): 2_045_440,
   ('transformer', 'tiny'): 2_045_440,
   ('transformer', 'base'): 63_082_496,
+  ('translate', None): 2_045_440,
+  ('summarize', None): 2_045_440,
+  # T5 1.1 has 76,961,152, 247,577,856 and 783,150,080 with 28 ids more, in two tables.
+  ('t5', None): 2_403_712,
+  ('t5', 'tiny'): 2_403_712,
+  ('t5', 'small'): 76_961_152 - 2 * 28 * 512,
+  ('t5', 'base'): 247_577_856 - 2 * 28 * 768,
+  ('t5', 'large'): 783_150_080 - 2 * 28 * 1024,
 }
 
 

@@ -93,6 +93,8 @@ class Tokenizer(Protocol):
     token_bytes: [vocab_size] int32, UTF-8 bytes that each id spells, 0 for special tokens.
     word_start: [vocab_size] bool, whether the id begins a word (whole-word masking).
     special: [vocab_size] bool, whether the id is a special token.
+    sentinels: ids of special tokens that stand for what was taken out of a text, in their order;
+      none where the vocabulary has none.
 
   One that an adapter gave virtual tokens (`data.prompted`) has them as `prompt`, ids that stand
   before each text, and its arrays go on to the last of them.
@@ -113,6 +115,7 @@ class Tokenizer(Protocol):
   token_bytes: np.ndarray
   word_start: np.ndarray
   special: np.ndarray
+  sentinels: tuple[int, ...]
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
     """The ids of a text, [n] int32, none around it.

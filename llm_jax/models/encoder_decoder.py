@@ -273,6 +273,8 @@ VARIANTS = {
     attention_dropout=0.0,
   ),
   'transformer_base': dict(attention_dropout=0.0),
+  't5_tiny': _T5_1_1
+  | dict(dim=128, layers=3, heads=4, head_dim=32, mlp_dim=320, dropout=0.0, attention_dropout=0.0),
   't5_small': _T5 | dict(output_scaled=True),
   't5_base': _T5 | dict(dim=768, layers=12, heads=12, mlp_dim=3072, output_scaled=True),
   't5_large': _T5 | dict(dim=1024, layers=24, heads=16, mlp_dim=4096, output_scaled=True),

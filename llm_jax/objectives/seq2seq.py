@@ -5,31 +5,17 @@ of a source (Sutskever et al. 2014, arXiv:1409.3215; Vaswani et al. 2017, arXiv:
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from llm_jax.core import contracts
-from llm_jax.core.contracts import (
-  SOURCE,
-  Batch,
-  Documents,
-  Encoded,
-  Example,
-  Metrics,
-  Net,
-  Record,
-  Rows,
-  Tokenizer,
-)
+from llm_jax.core.contracts import Documents, Encoded, Example, Record, Rows, Tokenizer
 from llm_jax.data import pack
-from llm_jax.nn import vocabulary
+from llm_jax.objectives.shared import from_source
 
 LONG = ('error', 'cut', 'drop')
 
 
-class Objective(contracts.Objective):
+class Objective(from_source.Objective):
   """Each token of a target, its end included, is predicted from those before it and the whole
   source.
 
@@ -67,25 +53,12 @@ class Objective(contracts.Objective):
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
   ):
-    for name, value, known in (
-      ('packing', packing, ('best_fit', 'none')),
-      ('long', long, LONG),
-    ):
-      if value not in known:
-        raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(known)}.')
-    if source_len is not None and source_len < 2:
-      raise ValueError(f'objective.source_len={source_len} must be at least 2.')
-    for name, one in (('start', start), ('forced_bos', forced_bos), ('forced_eos', forced_eos)):
-      if one is not None and not 0 <= one < tokenizer.vocab_size:
-        raise ValueError(
-          f'objective.{name}={one} is no id of the vocabulary, 0 to {tokenizer.vocab_size - 1}.'
-        )
-    vocabulary.check_loss(label_smoothing, z_loss)
-    self.tokenizer, self.source_len = tokenizer, source_len
-    self.start = tokenizer.bos_id if start is None else start
-    self.forced_bos, self.forced_eos = forced_bos, forced_eos
-    self.packing, self.long = packing, long
-    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
+    super().__init__('seq2seq', tokenizer, source_len, start, packing, label_smoothing, z_loss)
+    if long not in LONG:
+      raise ValueError(f'objective.long={long!r} must be one of {", ".join(LONG)}.')
+    self.forced_bos = None if forced_bos is None else self.id('forced_bos', forced_bos)
+    self.forced_eos = None if forced_eos is None else self.id('forced_eos', forced_eos)
+    self.long = long
 
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
@@ -112,18 +85,6 @@ class Objective(contracts.Objective):
     del options
     return [{'text': 'some words', 'target': 'words'}] * 4
 
-  def check(self, model: contracts.Model) -> None:
-    """The model must read sources."""
-    if not model.reads_source():
-      raise ValueError(
-        'objective seq2seq needs a model that reads two rows (encoder_decoder); this one reads '
-        f'{", ".join(model.inputs)}.'
-      )
-    if self.source_len is not None and self.source_len > model.max_len:
-      raise ValueError(
-        f'objective.source_len={self.source_len} is more than config.model.max_len={model.max_len}.'
-      )
-
   def rows(self, documents: Documents, seq_len: int) -> Rows:
     """Rows of whole pairs.
 
@@ -134,39 +95,12 @@ class Objective(contracts.Objective):
     """
     return _Rows(self, documents, seq_len)
 
-  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
-    """Cross-entropy in nats and accuracy per token of the targets."""
-    model = net.model
-    sums = vocabulary.cross_entropy(
-      hidden_BTD,
-      model.table(),
-      batch['targets'],
-      batch['weights'],
-      model.table_bias(),
-      **self.smoothed,
-    )
-    return vocabulary.metrics('seq2seq', sums, jnp.sum(batch['weights']))
-
-  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-    """Perplexity of a token."""
-    return {'perplexity': float(np.exp(means['seq2seq_nll']))}
-
-  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that a batch asks for and their weights, each [B, T]."""
-    return batch['targets'], batch['weights']
-
-  def flops(self, model: contracts.Model, batch: Batch) -> float:
-    """Of the vocabulary, at all positions."""
-    rows, length = batch['targets'].shape
-    return 2.0 * rows * length * model.vocab_size * model.options.dim
-
 
 class _Rows:
   def __init__(self, objective: Objective, documents: Documents, seq_len: int):
     self.objective, self.documents = objective, documents
     self.lengths, self.cut = (objective.source_len or seq_len, seq_len), 0
-    template = objective.tokenizer.template
-    before, after = ((), (objective.tokenizer.eos_id,)) if template is None else template
+    before, after = objective.around
     first = before if objective.forced_bos is None else (objective.forced_bos,)
     self.around = {'tokens': (before, after), 'target_tokens': (first, after)}
     counts = [
@@ -176,8 +110,7 @@ class _Rows:
     first, second = (
       np.minimum(count[self.kept], most) for count, most in zip(counts, self.lengths, strict=True)
     )
-    most = 1 if objective.packing == 'none' else None
-    self.plan = pack.best_fit_pairs(first, second, self.lengths, most)
+    self.plan = pack.best_fit_pairs(first, second, self.lengths, objective.most)
     room = len(self.plan) * np.array(self.lengths)
     if len(self.plan):
       logging.info(
@@ -195,15 +128,7 @@ class _Rows:
     pairs = self.texts(index)
     sources = [self.ids('tokens', pair, self.lengths[0]) for pair in pairs]
     targets = [self.ids('target_tokens', pair, self.lengths[1]) for pair in pairs]
-    inputs = [np.append(self.objective.start, ids[:-1]) for ids in targets]
-    example = pack.assemble(inputs, self.lengths[1])
-    source = pack.assemble(sources, self.lengths[0])
-    example |= {f'{SOURCE}{name}': x for name, x in source.items()}
-    wanted = pack.assemble(targets, self.lengths[1])
-    return example | {
-      'targets': wanted['tokens'],
-      'weights': (wanted['segments'] > 0).astype(np.float32),
-    }
+    return self.objective.example(sources, targets, self.lengths)
 
   def texts(self, index: int) -> list[int]:
     """The pairs of a row, as the contract `Texts` has them."""

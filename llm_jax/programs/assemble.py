@@ -45,6 +45,7 @@ ALTERNATIVES = {'optimizer': ('warmup_steps', 'warmup_fraction')}
 FIELDS = ('text', 'pair', 'label', 'target', 'fields')
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
+T5_SENTINELS = 100
 
 Section = Mapping[str, Any]
 
@@ -72,7 +73,7 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
     )
   layout = create_layout(config, devices)
   micro_batches(config, layout.mesh)
-  tokenizer = byte_tokenizer()
+  tokenizer = byte_tokenizer(config)
   config = with_stand_ins(resolve(config, 1), tokenizer)
   config = with_compute_type(config, layout.platform)
   model = create_model(config)
@@ -281,9 +282,14 @@ def _prompted(config: Config, tokenizer: Tokenizer) -> Tokenizer:
   return Prompted(tokenizer, first, adapter.tokens)
 
 
-def byte_tokenizer() -> Tokenizer:
-  """A tokenizer that needs no data."""
-  return plugins.load('tokenizer', 'byte').create()
+def byte_tokenizer(config: Config) -> Tokenizer:
+  """A tokenizer that needs no data, in place of the config's; with as many sentinels, or where a
+  folder has them, those of T5.
+  """
+  given = config_lib.given(config.tokenizer)
+  sentinels = given.get('sentinels', T5_SENTINELS if given.get('path') else 0)
+  added = given.get('added', ())
+  return plugins.load('tokenizer', 'byte').create(added=tuple(added), sentinels=sentinels)
 
 
 def model_module(name: str) -> types.ModuleType:

@@ -164,6 +164,8 @@ def _sources(config: Config, name: str) -> list[Source]:
 
 def _with_fields(section: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any]:
   known = section.get('fields') or ()
+  if not fields:
+    return dict(section)
   return dict(section) | {'fields': tuple(dict.fromkeys((*known, *fields)))}
 
 

@@ -72,7 +72,7 @@ def check(config: Config, devices: Sequence[jax.Device] | None = None) -> None:
   optimizers.parse(config.optimizer)
   method = adversarial.parse(config.adversarial)
   if method is not None:
-    tokenizer = assemble.byte_tokenizer()
+    tokenizer = assemble.byte_tokenizer(config)
     stand_in = assemble.with_stand_ins(assemble.resolve(config, 1), tokenizer)
     method.check(assemble.create_objective(stand_in, tokenizer))
 
@@ -158,9 +158,11 @@ def outline(
     ValueError, TypeError: whatever in the config is not possible.
   """
   size = config.model.get('vocab_size') or config.tokenizer.get('vocab_size')
+  if size and not config.model.get('vocab_size'):
+    size += len(config.tokenizer.get('added') or ()) + (config.tokenizer.get('sentinels') or 0)
   if tokenizer is not None:
     size = tokenizer.vocab_size
-  tokenizer = tokenizer or assemble.byte_tokenizer()
+  tokenizer = tokenizer or assemble.byte_tokenizer(config)
   config = assemble.resolve(config, size or tokenizer.vocab_size)
   config = assemble.with_stand_ins(config, tokenizer)
   objective = assemble.create_objective(config, tokenizer)

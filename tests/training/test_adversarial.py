@@ -318,7 +318,7 @@ def test_a_program_learns_beside_lora_and_counts_the_passes(small):
   options = program.network.model.options
   forward += 2 * 8 * SEQ_LEN * options.layers * 4 * 2 * options.dim * 2  # A and B beside four maps
   assert program.flops == 2 * plain.flops + 4 * forward
-  batch = assemble.template(parsed, program.objective, assemble.byte_tokenizer())
+  batch = assemble.template(parsed, program.objective, assemble.byte_tokenizer(parsed))
   batch = program.put({key: np.stack([x] * 8) for key, x in batch.items()})
   state = program.init(0)
   for _ in range(2):

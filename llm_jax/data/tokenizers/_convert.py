@@ -46,7 +46,13 @@ _CLUSTER = '(?<=\\r)(?=\\n)|(?<=[^\\n])(?=[\\p{M}\u200c\u200d])'
 _PRIVATE = 0x10F000  # stand-ins are taken from here, in the last plane of private use
 
 
-def convert(model: bytes, specials: Mapping[str, int], *, sign_is_space: bool) -> dict[str, Any]:
+def convert(
+  model: bytes,
+  specials: Mapping[str, int],
+  *,
+  sign_is_space: bool,
+  added: Mapping[int, str] | None = None,
+) -> dict[str, Any]:
   """Returns tokenizer.json, without a post-processor.
 
   Args:
@@ -54,12 +60,13 @@ def convert(model: bytes, specials: Mapping[str, int], *, sign_is_space: bool) -
     specials: id of each special token, by name; ids beyond the pieces become tokens of their own.
     sign_is_space: U+2581 in a text is a space (as SentencePiece has it), else a character like any
       other.
+    added: texts of further special tokens, by id.
 
   Raises:
     ValueError: a kind of model that the `tokenizers` library has no twin of.
   """
   proto = _parse(model)
-  names = special_names(proto, specials)
+  names = special_names(proto, specials) | dict(added or {})
   stand_ins = _stand_ins(proto, names.values())
   vocab = [_spelled(piece, stand_ins) for piece in proto.pieces]
   unknown = next(i for i, piece in enumerate(proto.pieces) if piece.type == _UNKNOWN)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from llm_jax.data.tokenizers import _export, _specials, _spelling, _vocabulary, _words
+from llm_jax.data.tokenizers import _added, _export, _specials, _spelling, _vocabulary, _words
 
 _LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint
 _KEPT = (*_export.FILES, *_specials.CONFIGS, 'chat_template.jinja')
@@ -92,6 +92,7 @@ class Tokenizer:
     self.eos_ids = _specials.ends(self._files, self.eos_id, self.vocab_size)
     self.special = np.ones(self.vocab_size, bool)  # an id without a token is no text either
     self.special[list(vocab.values())] = False
+    self.sentinels = _added.sentinels(vocab)
     self.special[[*self.specials.values(), *_specials.flagged(self._plain).values()]] = True
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:

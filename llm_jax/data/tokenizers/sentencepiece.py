@@ -13,7 +13,7 @@ import numpy as np
 import sentencepiece
 from absl import logging
 
-from llm_jax.data.tokenizers import _convert, _export, _training, _words
+from llm_jax.data.tokenizers import _added, _convert, _export, _training, _words
 
 PIECES = _export.NAMES
 # To be raised with any change to how text becomes ids; part of every fingerprint and cache key.
@@ -39,6 +39,7 @@ class Tokenizer:
       ids beyond the model's pieces make the vocabulary larger. None: taken from the model by name,
       those that it lacks following its pieces. PAD is then wherever the model has it, 0 or not:
       padding is known by segment 0, not by id.
+    added: texts of further special tokens, whose ids come after all others.
 
   Raises:
     ValueError: `model` is not a SentencePiece model.
@@ -46,7 +47,9 @@ class Tokenizer:
 
   template = pair_template = None
 
-  def __init__(self, model: bytes, specials: Mapping[str, int] | None = None):
+  def __init__(
+    self, model: bytes, specials: Mapping[str, int] | None = None, added: Sequence[str] = ()
+  ):
     self._model = model
     self._processor = processor = _processor(model)
     self.specials = dict(specials if specials is not None else _find_specials(processor))
@@ -56,8 +59,10 @@ class Tokenizer:
     self.eos_ids = (self.eos_id,)
     self.mask_id = self.specials['mask']
     pieces = processor.vocab_size()
-    self.added = [name for name, number in self.specials.items() if number >= pieces]
-    self.vocab_size = max(pieces, 1 + max(self.specials.values()))
+    self.lacked = [name for name, number in self.specials.items() if number >= pieces]
+    first = max(pieces, 1 + max(self.specials.values()))
+    self._added = {first + number: text for number, text in enumerate(added)}
+    self.vocab_size = first + len(self._added)
     self.special = np.zeros(self.vocab_size, bool)
     self.special[pieces:] = True
     self.special[list(self.specials.values())] = True
@@ -72,9 +77,11 @@ class Tokenizer:
     self._dummy_prefix = processor.normalize('a') != 'a'
     self._space_sign = _space_sign_ids(processor) if not self._dummy_prefix else None
     self._texts = {i: processor.id_to_piece(i) for i in range(pieces) if self.special[i]}
-    for name in self.added:
+    for name in self.lacked:
       self._texts[self.specials[name]] = PIECES[name][0]
-    key = repr((_LAYOUT, sorted(self.specials.items())))
+    self._texts |= self._added
+    self.sentinels = _added.sentinels({text: number for number, text in self._texts.items()})
+    key = repr((_LAYOUT, sorted(self.specials.items()), *added))
     self.fingerprint = hashlib.sha256(model + key.encode()).hexdigest()
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
@@ -153,7 +160,9 @@ class Tokenizer:
     with open(os.path.join(directory, 'tokenizer.model'), 'wb') as file:
       file.write(self._model)
     with open(os.path.join(directory, 'tokenizer.json'), 'w', encoding='utf-8') as file:
-      json.dump({'name': 'sentencepiece', 'specials': self.specials}, file, indent=2)
+      named = {'name': 'sentencepiece', 'specials': self.specials}
+      added = {'added': list(self._added.values())} if self._added else {}
+      json.dump(named | added, file, indent=2)
 
   def export(
     self, directory: str, *, causal: bool, max_len: int, token_types: bool, closed: bool = False
@@ -172,14 +181,21 @@ class Tokenizer:
       ValueError: a model that is neither unigram nor BPE.
     """
     description = _convert.convert(
-      self._model, self.specials, sign_is_space=self._space_sign is None
+      self._model, self.specials, sign_is_space=self._space_sign is None, added=self._added
     )
     specials = {name: (number, self._texts[number]) for name, number in self.specials.items()}
     options = dict(causal=causal, max_len=max_len, token_types=token_types, closed=closed)
     _export.write(directory, _export.folder(description, specials, **options))
 
   def __reduce__(self):
-    return Tokenizer, (self._model, self.specials)
+    return Tokenizer, (self._model, self.specials, tuple(self._added.values()))
+
+  def extended(self, added: Sequence[str], sentinels: int) -> 'Tokenizer':
+    """The same with further special tokens; see `create`."""
+    if not added and not sentinels:
+      return self
+    texts = _added.texts(added, sentinels, list(self._texts.values()))
+    return Tokenizer(self._model, self.specials, texts)
 
 
 def load(directory: str) -> Tokenizer:
@@ -192,7 +208,7 @@ def load(directory: str) -> Tokenizer:
       f'{directory} holds a tokenizer {name!r}, not sentencepiece; load it with that module.'
     )
   with open(os.path.join(directory, 'tokenizer.model'), 'rb') as file:
-    return Tokenizer(file.read(), description['specials'])
+    return Tokenizer(file.read(), description['specials'], description.get('added', ()))
 
 
 def create(
@@ -206,6 +222,8 @@ def create(
   character_coverage: float = 0.9995,
   sample_bytes: int = 4_000_000,
   path: str | None = None,
+  added: tuple[str, ...] = (),
+  sentinels: int = 0,
 ) -> Tokenizer:
   """Trains a tokenizer on the corpus, or loads the one that an equal call trained before, or reads
   an existing model.
@@ -223,14 +241,16 @@ def create(
       spelled in bytes.
     sample_bytes: UTF-8 bytes of lines, spread evenly over the corpus, to train on. 4 MB take about
       20 s with 'unigram'.
-    path: an existing .model file; then the other options are not used, and the log says so.
+    path: an existing .model file; then the options of training are not used, and the log says so.
+    added: texts of further special tokens (marks of a chat, say), beside `vocab_size`.
+    sentinels: how many of the special tokens <extra_id_0>, <extra_id_1>, ... follow them.
 
   Raises:
     ValueError: an option out of range, an empty corpus, a vocabulary that the corpus cannot fill, a
       file that is no model.
   """
   if path is not None:
-    return _read(path)
+    return _read(path).extended(added, sentinels)
   _training.check_options(vocab_size, kind, normalization, character_coverage, sample_bytes)
   options = dict(
     vocab_size=vocab_size,
@@ -243,11 +263,11 @@ def create(
   directory = os.path.join(cache, f'sentencepiece-{hashlib.sha256(key.encode()).hexdigest()[:16]}')
   if os.path.exists(directory):
     logging.info('Tokenizer: %s', directory)
-    return load(directory)
+    return load(directory).extended(added, sentinels)
   model = _training.train(_training.sample(texts(), sample_bytes), options)
   tokenizer = Tokenizer(model, {name: number for number, name in enumerate(PIECES)})
   _store(tokenizer, directory)
-  return tokenizer
+  return tokenizer.extended(added, sentinels)
 
 
 def _store(tokenizer: Tokenizer, directory: str) -> None:
@@ -285,7 +305,7 @@ def _read(path: str) -> Tokenizer:
     'used); special tokens that it lacked, added at its end: %s.',
     path,
     tokenizer.vocab_size,
-    ', '.join(tokenizer.added) or 'none',
+    ', '.join(tokenizer.lacked) or 'none',
   )
   return tokenizer
 

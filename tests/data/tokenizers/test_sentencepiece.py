@@ -386,7 +386,7 @@ def test_a_foreign_model(tmp_path):
     pieces + 2,
     pieces + 3,
   ]
-  assert tokenizer.vocab_size == pieces + 4 and tokenizer.added == ['pad', 'cls', 'sep', 'mask']
+  assert tokenizer.vocab_size == pieces + 4 and tokenizer.lacked == ['pad', 'cls', 'sep', 'mask']
   assert tokenizer.encode('好')[-1] == tokenizer.unk_id
   tokenizer.save(str(tmp_path / 'saved'))
   assert sentencepiece.load(str(tmp_path / 'saved')).fingerprint == tokenizer.fingerprint
@@ -416,7 +416,7 @@ def test_a_foreign_model_with_its_own_special_tokens():
   }
   assert (
     tokenizer.specials == want
-    and tokenizer.added == []
+    and tokenizer.lacked == []
     and tokenizer.vocab_size == model.vocab_size()
   )
   assert list(np.flatnonzero(tokenizer.special)) == sorted(want.values())
