@@ -14,6 +14,7 @@ from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
 from llm_jax.data import pack, prompted
 from llm_jax.nn import vocabulary
+from llm_jax.objectives.shared import infilling
 
 
 class Objective(contracts.Objective):
@@ -24,6 +25,9 @@ class Objective(contracts.Objective):
   Args:
     tokenizer: gives BOS and EOS, and the bytes of each id.
     packing: how documents fill rows: 'windows', 'best_fit' or 'none'.
+    fim_rate: the share of the pieces of documents of which a middle part is learned after what
+      stands around it (`shared.infilling`), drawn anew in each epoch.
+    fim_spm: of these the share that begins with what stands behind.
     label_smoothing, z_loss: as in `vocabulary.cross_entropy`.
   """
 
@@ -33,6 +37,8 @@ class Objective(contracts.Objective):
     self,
     tokenizer: Tokenizer,
     packing: str = 'windows',
+    fim_rate: float = 0.0,
+    fim_spm: float = 0.5,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
   ):
@@ -40,6 +46,7 @@ class Objective(contracts.Objective):
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
     vocabulary.check_loss(label_smoothing, z_loss)
     self.tokenizer, self.packing = tokenizer, packing
+    self.fill_in = infilling.FillIn(tokenizer, fim_rate, fim_spm)
     self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
   def check(self, model: contracts.Model) -> None:
@@ -94,13 +101,15 @@ class _Rows:
     self.lengths = documents.lengths('tokens')
     inputs = np.where(self.lengths > 0, self.lengths + 1, 0)  # BOS and the tokens
     self.prompt = np.array(prompted.prompt(self.tokenizer), np.int32)
-    self.plan = pack.PACKINGS[objective.packing](inputs, seq_len, overhead=len(self.prompt))
+    self.fill_in = objective.fill_in
+    overhead = len(self.prompt) + self.fill_in.room
+    self.plan = pack.PACKINGS[objective.packing](inputs, seq_len, overhead=overhead)
 
   def __len__(self) -> int:
     return len(self.plan)
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
-    pieces = [self.ids(*piece) for piece in self.plan[index]]
+    pieces = [self.turned(*piece, rng) for piece in self.plan[index]]
     example = pack.assemble([np.append(self.prompt, ids[:-1]) for ids in pieces], self.seq_len)
     counted_T = (example['segments'] > 0) & (example['positions'] >= len(self.prompt))
     targets_T = np.zeros(self.seq_len, np.int32)
@@ -110,6 +119,12 @@ class _Rows:
       'weights': counted_T.astype(np.float32),
       'bytes': np.float32(np.sum(self.tokenizer.token_bytes[targets_T[counted_T]])),
     }
+
+  def turned(self, document: int, start: int, stop: int, rng: np.random.Generator) -> np.ndarray:
+    """The ids of a piece, its text turned round where that is drawn."""
+    ids = self.ids(document, start, stop)
+    end = len(ids) - (stop == int(self.lengths[document]) + 1)
+    return np.concatenate([ids[:1], self.fill_in(ids[1:end], rng), ids[end:]])
 
   def ids(self, document: int, start: int, stop: int) -> np.ndarray:
     """Ids start to stop, inclusive, of BOS document EOS: stop - start inputs, and the target of the

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_jax.data.documents import Memory
+from llm_jax.data.tokenizers import byte
 from llm_jax.objectives import clm
+from llm_jax.objectives.shared import infilling
 
 
 @settings(max_examples=40, deadline=None)
@@ -110,3 +112,87 @@ def test_refuses(small):
     clm.Objective(small.Tokenizer()).transform(
       {'tokens': np.zeros(4, np.int32)}, np.random.default_rng(0)
     )
+
+
+FIM = byte.create(added=infilling.KNOWN[0])
+PRE, SUF, MID = (FIM.encode(text, special=True)[0] for text in infilling.KNOWN[0])
+
+
+def written(texts):
+  return Memory([{'text': text} for text in texts], clm.Objective.encode, FIM)
+
+
+def restored(ids):
+  """The text of a piece, whichever way round it stands; and that way."""
+  at = {mark: ids.index(mark) for mark in (PRE, SUF, MID) if mark in ids}
+  if not at:
+    return FIM.decode(ids), 'as it is'
+  assert list(at) == [PRE, SUF, MID] and at[PRE] == 0 and sum(i in at for i in ids) == 3
+  suffix, rest = ids[at[SUF] + 1 : at[MID]], ids[at[MID] + 1 :]
+  if at[SUF] == 1:
+    return bytes(np.array([*rest, *suffix], np.uint8) - 7).decode(), 'spm'
+  return bytes(np.array([*ids[1 : at[SUF]], *rest, *suffix], np.uint8) - 7).decode(), 'psm'
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+  texts=st.lists(st.text(min_size=1, max_size=40), min_size=1, max_size=6),
+  rate=st.sampled_from([0.5, 1.0]),
+  seed=st.integers(0, 99),
+)
+def test_a_text_that_was_turned_round_comes_back_byte_for_byte(texts, rate, seed):
+  rows = clm.Objective(FIM, packing='best_fit', fim_rate=rate).rows(written(texts), 200)
+  found = []
+  for i in range(len(rows)):
+    row = rows.example(i, np.random.default_rng((seed, i)))
+    for k in range(1, row['segments'].max() + 1):
+      inside = row['segments'] == k
+      ids = [*row['tokens'][inside].tolist(), int(row['targets'][inside][-1])]
+      assert ids[0] == FIM.bos_id and ids[-1] == FIM.eos_id
+      text, way = restored(ids[1:-1])
+      found.append(text)
+      assert rate < 1 or way != 'as it is' or len(text.encode()) > 150
+    assert row['bytes'] == sum(len(t.encode()) for t in found[-row['segments'].max() :])
+  assert sorted(found) == sorted(texts)
+
+
+def test_at_rate_zero_it_is_plain_and_else_both_ways_come():
+  texts = ['some words of a text'] * 40
+  plain = clm.Objective(byte.create()).rows(written(texts), 64)
+  none = clm.Objective(FIM, fim_rate=0.0).rows(written(texts), 64)
+  assert list(plain.plan) == list(none.plan)
+  for i in range(len(plain)):
+    ours, theirs = (rows.example(i, np.random.default_rng(0)) for rows in (none, plain))
+    assert ours.keys() == theirs.keys()
+    for name, array in ours.items():
+      np.testing.assert_array_equal(array, theirs[name])
+  rows = clm.Objective(FIM, packing='none', fim_rate=0.8, fim_spm=0.25).rows(written(texts), 64)
+  drawn = [rows.example(i, np.random.default_rng(i)) for i in range(len(rows))]
+  ways = collections.Counter(
+    restored(e['targets'][e['weights'] > 0].tolist()[:-1])[1] for e in drawn
+  )
+  assert 2 <= ways['as it is'] <= 16 and 2 <= ways['spm'] <= 16 and ways['psm'] > 14
+
+
+def test_pieces_that_are_cut_inside_a_character_stay_as_they_are():
+  rows = clm.Objective(FIM, fim_rate=1.0).rows(written(['\U0001f600' * 30]), 24)
+  found = b''
+  for i in range(len(rows)):
+    row = rows.example(i, np.random.default_rng(i))
+    ids = row['targets'][row['weights'] > 0]
+    if not np.isin(ids, (PRE, SUF, MID)).any():
+      found += bytes((ids[ids < PRE] - 7)[ids[ids < PRE] >= 7].tolist())
+  assert found and found in ('\U0001f600' * 30).encode()
+
+
+@pytest.mark.parametrize(
+  ('tokenizer', 'options', 'said'),
+  [
+    (byte.create(), dict(fim_rate=0.5), 'no special tokens for prefix, suffix and middle; add'),
+    (FIM, dict(fim_rate=1.5), 'objective.fim_rate=1.5 must be at least 0 and at most 1'),
+    (FIM, dict(fim_rate=0.5, fim_spm=-1.0), 'objective.fim_spm=-1.0 must be'),
+  ],
+)
+def test_what_cannot_be_turned_round(tokenizer, options, said):
+  with pytest.raises(ValueError, match=said):
+    clm.Objective(tokenizer, **options)
