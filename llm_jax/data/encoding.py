@@ -96,11 +96,15 @@ def columns(encoded: Sequence[Encoded], vocab_size: int | None, first: int = 0) 
 
 
 def identity(encode: Encode) -> str:
-  """`TEXT` for the default; for any other function its name and a hash of its source code.
+  """`TEXT` for the default; for any other function its name and a hash of its source code, and of
+  the arguments that `functools.partial` gives it by name, which JSON must hold.
 
   Raises:
     ValueError: it is not a plain function, or its source code is not to be found.
   """
+  if isinstance(encode, functools.partial) and not encode.args:
+    given = json.dumps(encode.keywords, sort_keys=True)
+    return f'{identity(encode.func)} {hashlib.sha256(given.encode()).hexdigest()}'
   if encode is Objective.encode:
     return TEXT
   if not inspect.isfunction(encode):

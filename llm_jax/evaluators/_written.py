@@ -97,15 +97,14 @@ def written(validation: Validation, options: dict[str, Any]) -> list[Written]:
       'several models answer together only where answers have means; new text has '
       'none. --soup is one model.'
     )
-  texts: dict[tuple[int, int], tuple[Any, int]] = {}
+  prompts: dict[tuple[int, int], tuple[Any, int, Any]] = {}
   for rows, index in validation.rows:
-    texts |= {(id(rows), text): (rows, text) for text in rows.texts(index)}
+    prompts |= {(id(rows), text): (rows, text, rows.prompt(text)) for text in rows.texts(index)}
+  texts = [each for each in prompts.values() if each[2] is not None]
   if not texts:
     raise ValueError('the validation set has no text for which something could be written.')
-  found = validation.write([rows.prompt(text) for rows, text in texts.values()], options)
-  asked = (
-    validation.objective.asked(validation.record(rows, text)) for rows, text in texts.values()
-  )
+  found = validation.write([prompt for _, _, prompt in texts], options)
+  asked = (validation.objective.asked(validation.record(rows, text)) for rows, text, _ in texts)
   return [Written(*pair, new) for pair, new in zip(asked, found, strict=True)]
 
 

@@ -37,7 +37,7 @@ def of(program: Inference, tokenizer: Tokenizer, rows: int) -> 'Completer':
   network, ids = program.network, writing_ids(program, tokenizer)
   begin = () if ids['start'] is None else (ids['start'],)
   generator = Generator(network.model, program.model_infos, program.layout, network.adapter, begin)
-  return Completer(generator, tokenizer, rows, ids)
+  return Completer(generator, tokenizer, rows, ids, getattr(program.objective, 'ends', ()))
 
 
 def writing_ids(program: Inference, tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -59,6 +59,7 @@ class Completer:
     tokenizer: that of the model.
     rows: prompts that are run at once.
     ids: what `writing_ids` says of an encoder-decoder.
+    ends: further ids that end a completion, beside EOS.
   """
 
   def __init__(
@@ -67,8 +68,10 @@ class Completer:
     tokenizer: Tokenizer,
     rows: int = 8,
     ids: Mapping[str, int | None] | None = None,
+    ends: Sequence[int] = (),
   ):
     self.generator, self.rows = generator, rows
+    self._ends = tuple(dict.fromkeys([*tokenizer.eos_ids, *ends]))
     self._tokenizer, self._ids_said = tokenizer, ids or {}
 
   def __call__(
@@ -84,7 +87,8 @@ class Completer:
     prompts themselves are left out.
 
     A prompt stands after the ids that the tokenizer's template has before a text, else after BOS;
-    a source between those around a text, else before EOS. A completion ends with EOS.
+    a source between those around a text, else before EOS. A completion ends with EOS, or one of
+    `ends`.
 
     Args:
       weights: as `Generator.weights` makes them.
@@ -152,7 +156,7 @@ class Completer:
         weights,
         [prompts[i] for i in batch],
         sampling,
-        self._tokenizer.eos_ids,
+        self._ends,
         rows=[numbers[i] for i in batch],
       )
       _write(columns, dict(enumerate(completions, len(texts))), stream)

@@ -381,7 +381,8 @@ class Session:
     return Filler(self.program, self.tokenizer)
 
   def _completer(self, rows: int) -> Completer:
-    return Completer(self._generator, self.tokenizer, rows, self.writing_ids)
+    ends = getattr(self.program.objective, 'ends', ())
+    return Completer(self._generator, self.tokenizer, rows, self.writing_ids, ends)
 
   @functools.cached_property
   def _generator(self) -> Generator:

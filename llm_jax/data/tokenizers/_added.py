@@ -27,6 +27,16 @@ def texts(added: Sequence[str], sentinels: int, known: Sequence[str]) -> tuple[s
   return found
 
 
+def named(ids: Mapping[str, int], texts: Mapping[int, str]) -> dict[str, str]:
+  """Texts of special tokens by `bos_token` and the like.
+
+  Args:
+    ids: of special tokens, by 'bos' and the like.
+    texts: by id.
+  """
+  return {f'{name}_token': texts[number] for name, number in ids.items() if number in texts}
+
+
 def sentinels(ids: Mapping[str, int]) -> tuple[int, ...]:
   """The ids of the sentinels in their order, of a vocabulary by text.
 

@@ -32,6 +32,8 @@ class Tokenizer:
     first, self._added = len(SPECIALS), tuple(added)
     self._texts = _TEXTS | {text: [_BYTES + number] for number, text in enumerate(added)}
     self.sentinels = _added.sentinels({text: ids[0] for text, ids in self._texts.items()})
+    own = {ids[0]: text for text, ids in _TEXTS.items()}
+    self.special_texts = _added.named({name: i for i, name in enumerate(SPECIALS)}, own)
     self.vocab_size = _BYTES + len(self._added)
     ids = np.arange(self.vocab_size)
     self.special = (ids < first) | (ids >= _BYTES)

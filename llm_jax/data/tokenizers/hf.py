@@ -92,6 +92,7 @@ class Tokenizer:
     self.eos_ids = _specials.ends(self._files, self.eos_id, self.vocab_size)
     self.special = np.ones(self.vocab_size, bool)  # an id without a token is no text either
     self.special[list(vocab.values())] = False
+    self.special_texts = _added.named(self.specials, {n: text for text, n in vocab.items()})
     self.sentinels = _added.sentinels(vocab)
     self.special[[*self.specials.values(), *_specials.flagged(self._plain).values()]] = True
 

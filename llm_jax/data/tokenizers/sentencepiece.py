@@ -80,6 +80,7 @@ class Tokenizer:
     for name in self.lacked:
       self._texts[self.specials[name]] = PIECES[name][0]
     self._texts |= self._added
+    self.special_texts = _added.named(self.specials, self._texts)
     self.sentinels = _added.sentinels({text: number for number, text in self._texts.items()})
     key = repr((_LAYOUT, sorted(self.specials.items()), *added))
     self.fingerprint = hashlib.sha256(model + key.encode()).hexdigest()
