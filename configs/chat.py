@@ -1,9 +1,9 @@
 """Fine-tuning a decoder for conversations or instructions: it learns what the assistant says.
 
-For your own: `--config.data.source=chat --config.data.path=FILE` (JSON Lines with `messages`, or the
-fields of Alpaca or ShareGPT), or any source with `--config.data.text=question
---config.data.target=answer`. `--config.init_from=FOLDER` starts from a model, with its own template.
-Without data of yours the first sentence of a docstring is the answer to what follows it.
+For your own: `--config.data.source=chat --config.data.path=FILE` (JSON Lines with `messages`, or
+the fields of Alpaca or ShareGPT), or any source with `--config.data.text=question
+--config.data.target=answer`. `--config.init_from=FOLDER` starts from a model, with its own chat
+template. Without data of yours the first sentence of a docstring is the answer to what follows it.
 """
 
 from configs import base

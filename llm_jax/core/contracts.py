@@ -134,6 +134,10 @@ class Tokenizer(Protocol):
     """The text of ids; special tokens are left out."""
     ...
 
+  def special_text(self, number: int) -> str:
+    """The text of a special token, '' where its id has none."""
+    ...
+
   def save(self, directory: str) -> None:
     """Writes what the module's `load(directory)` reads."""
     ...
@@ -354,6 +358,7 @@ class Objective:
       not.
     writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
       `prompt(text)`, the ids after which that text is to be written; None where it was cut.
+    shows_learned: whether people are shown which tokens of a row are learned.
     ends: further ids than the tokenizer's `eos_ids` at which what it writes is over.
   """
 
@@ -368,6 +373,7 @@ class Objective:
   diverges: bool = False
   embedding_pool: str | None = None
   writes: bool = False
+  shows_learned: bool = False
   ends: tuple[int, ...] = ()
 
   @staticmethod

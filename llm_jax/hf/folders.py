@@ -139,6 +139,21 @@ def writing_ids(path: str | os.PathLike[str]) -> dict[str, int]:
   return ids
 
 
+def chat_template(path: str | os.PathLike[str]) -> str | None:
+  """The Jinja template by which a folder's model reads conversations; None where it has none."""
+  file = os.path.join(path, 'chat_template.jinja')
+  if os.path.isfile(file):
+    with open(file, encoding='utf-8') as opened:
+      return opened.read()
+  settings = os.path.join(path, 'tokenizer_config.json')
+  found = safetensors.read_json(settings) if os.path.isfile(settings) else {}
+  template = found.get('chat_template') if isinstance(found, dict) else None
+  if isinstance(template, list):  # several by name
+    named = {one.get('name'): one.get('template') for one in template if isinstance(one, dict)}
+    template = named.get('default')
+  return template if isinstance(template, str) else None
+
+
 def tags_tokens(path: str | os.PathLike[str]) -> bool:
   """Whether the folder's model classifies tokens."""
   return _is_class(read_config(path), TAGS)

@@ -9,6 +9,7 @@ from absl import logging
 
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
+from llm_jax.data import chat_template
 from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
 from llm_jax.inference.session import Session
@@ -51,6 +52,9 @@ def export(
     max_len=model.max_len,
     token_types=getattr(model, 'token_types', 0) > 1,
   )
+  template = getattr(program.objective, 'template', None)
+  if isinstance(template, chat_template.Template):
+    write_tokenizer = functools.partial(_write_with_template, write_tokenizer, template.source)
   if form == ADAPTER:
     _write_adapter(session, target, dtype, write_tokenizer)
     return
@@ -73,6 +77,11 @@ def export(
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
   if pool is not None:
     logging.info('So does sentence-transformers: vectors by pool=%s, of length 1.', pool)
+
+
+def _write_with_template(write: Callable[[str], None], template: str, folder: str) -> None:
+  write(folder)
+  (pathlib.Path(folder) / 'chat_template.jinja').write_text(template, encoding='utf-8')
 
 
 def _write_beside(

@@ -12,7 +12,7 @@ import functools
 import itertools
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,17 +23,21 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import named_adapters, tree
 from llm_jax.core.config import Config
 from llm_jax.core.contracts import Tokenizer
-from llm_jax.data import encoding
+from llm_jax.data import chat_template, encoding
+from llm_jax.data.conversations import Message
 from llm_jax.generation import completion
 from llm_jax.generation.completion import Completer, Stream
 from llm_jax.generation.decoding import Generator
 from llm_jax.generation.sampling import Sampling
+from llm_jax.hf import folders as hf
 from llm_jax.hf import sentences
 from llm_jax.inference import answers as answers_lib
 from llm_jax.inference import explanation, prediction
 from llm_jax.inference.attention_maps import AttentionMaps
+from llm_jax.inference.chatting import Chat
 from llm_jax.inference.embedding import Embedder, rounded_rows
 from llm_jax.inference.filling import Filled, Filler
+from llm_jax.objectives.shared import infilling
 from llm_jax.parallel import sharding
 from llm_jax.programs import assemble, inference, pretrained, soups, workdir
 from llm_jax.programs.inference import Inference
@@ -304,6 +308,60 @@ class Session:
     self._require(('mlm',))
     return filler(self.params, texts, self._rows(len(texts)), top) if texts else []
 
+  def chat(
+    self,
+    messages: Sequence[Message],
+    *,
+    sampling: Sampling | None = None,
+    stream: Callable[[str], None] | None = None,
+    **numbers: float,
+  ) -> str:
+    """What a decoder says next in a conversation, by the chat template of its folder or its run.
+
+    Args:
+      messages: {'role', 'content'} each; the last one is of the user, or of a tool.
+      sampling: how tokens are chosen.
+      stream: called with each piece of the answer.
+      **numbers: fields of `Sampling`, in place of `sampling`.
+
+    Raises:
+      ValueError: the model is no decoder or has no chat template, messages that are no
+        conversation, or too long.
+    """
+    if sampling is not None and numbers:
+      raise ValueError(f'give either sampling or {", ".join(numbers)}.')
+    return self._chat(self._weights, messages, sampling or Sampling(**numbers), stream)
+
+  def fitting(self, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
+    """The messages without as many of the oldest turns as there is no room for with the answer."""
+    return self._chat.fitting(messages, sampling)
+
+  def infill(
+    self,
+    parts: Sequence[tuple[str, str]],
+    *,
+    sampling: Sampling | None = None,
+    stream: Stream | None = None,
+    **numbers: float,
+  ) -> list[str]:
+    """What a decoder that has learned it (`objective.fim_rate`) writes between two texts.
+
+    Args:
+      parts: what stands before, and what behind.
+      sampling, stream, **numbers: as for `complete`.
+
+    Raises:
+      ValueError: the model is no decoder, or its tokenizer has no tokens for it; parts too long.
+    """
+    if not self.causal or self.reads_source:
+      raise ValueError('only a decoder writes between two texts; this model is none.')
+    if sampling is not None and numbers:
+      raise ValueError(f'give either sampling or {", ".join(numbers)}.')
+    before = completion.template(self.tokenizer, causal=True)[0]
+    ids = [[*before, *infilling.prompt(self.tokenizer, *pair)] for pair in parts]
+    completer = self._completer(self._rows(len(ids)))
+    return completer.from_ids(self._weights, ids, sampling or Sampling(**numbers), stream=stream)
+
   def completions(
     self, prompts: Iterable[tuple[int, str]], sampling: Sampling, stop: Sequence[str] = ()
   ) -> Iterator[str]:
@@ -383,6 +441,22 @@ class Session:
   def _completer(self, rows: int) -> Completer:
     ends = getattr(self.program.objective, 'ends', ())
     return Completer(self._generator, self.tokenizer, rows, self.writing_ids, ends)
+
+  @functools.cached_property
+  def _chat(self) -> Chat:
+    if not self.causal or self.reads_source:
+      raise ValueError('only a decoder answers in a conversation; this model is none.')
+    template = getattr(self.program.objective, 'template', None)
+    if not isinstance(template, chat_template.Template):
+      found = hf.chat_template(self.origin)
+      if found is None:
+        raise ValueError(
+          f'{self.origin} has no chat template; fine-tune it by configs/chat.py, or put one into '
+          'chat_template.jinja of its folder.'
+        )
+      template = chat_template.of(found, self.tokenizer)
+    ends = (template.end,)
+    return Chat(Completer(self._generator, self.tokenizer, 1, self.writing_ids, ends), template)
 
   @functools.cached_property
   def _generator(self) -> Generator:

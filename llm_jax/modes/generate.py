@@ -29,13 +29,40 @@ STOP = flags.DEFINE_multi_string(
 )
 
 
+PREFIX = flags.DEFINE_string(
+  'prefix',
+  None,
+  'generate: with --suffix, a text to fill in behind, by a decoder that has learned it.',
+)
+SUFFIX = flags.DEFINE_string('suffix', None, 'generate: what stands behind --prefix.')
+
+
 def run(command: Command) -> None:
   """Prints texts, or writes them to --output."""
+  if PREFIX.value is not None or SUFFIX.value is not None:
+    _infill(command)
+    return
   prompts, sampling = PROMPT.value, _decoding.sampling(temperature=1.0)
   target = _command.output_path()
   with _command.input_file() as source:
     _check(prompts, source, target)  # before a model is opened
     generate(command.session(), prompts, source, target, sampling, STOP.value, _command.TEXT.value)
+
+
+def _infill(command: Command) -> None:
+  """Prints a text with its middle filled in."""
+  prefix, suffix = PREFIX.value, SUFFIX.value
+  if prefix is None or suffix is None or PROMPT.value or _command.INPUT.value:
+    raise ValueError(
+      "--prefix='...' and --suffix='...' go together, without --prompt and --input; the text "
+      'between them is written.'
+    )
+  if _command.OUTPUT.value:
+    raise ValueError('--prefix and --suffix print one text; leave --output out.')
+  (middle,) = command.session().infill(
+    [(prefix, suffix)], sampling=_decoding.sampling(temperature=1.0)
+  )
+  print(prefix + middle + suffix)
 
 
 def generate(

@@ -55,6 +55,7 @@ class Objective(contracts.Objective):
   terms = {'chat': 1.0}
   text_fields = ('text', 'target')
   writes = True
+  shows_learned = True
 
   def __init__(
     self,

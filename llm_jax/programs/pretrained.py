@@ -22,6 +22,7 @@ from llm_jax.core.contracts import Objective, Tokenizer
 from llm_jax.core.params import Info
 from llm_jax.core.state import Loaded
 from llm_jax.core.tree import PyTree
+from llm_jax.data import chat_template
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
@@ -31,6 +32,7 @@ from llm_jax.programs import assemble, bases, checkpoints, workdir
 from llm_jax.programs.inference import Inference
 
 CLASSIFY, SEQ2SEQ = 'classify', 'seq2seq'
+CHAT = 'chat'
 # Options that a folder decides: what a text is read by, and what stands before a last layer. An
 # objective with both reads a model as classifiers do, one with the first alone makes vectors.
 POOL, TRANSFORM = READING = ('pool', 'transform')
@@ -69,11 +71,21 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
       config = _from_hf(config, origin)
     else:
       config = _from_run(config, origin)
+  config = _with_template(config)
   if config.seq_len is None:
     limits = [SEQ_LEN, _room(config)]
     limits += [sentences.max_len(_base(config.init_from))] if config.init_from else []
     config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
   return _with_rate(config)
+
+
+def _with_template(config: Config) -> Config:
+  """The config with the chat template of a file in place of its name."""
+  given = config.objective.get('template')
+  if config.objective.get('name') != CHAT or given is None or given in chat_template.KNOWN:
+    return config
+  objective = config.objective | {'template': chat_template.text(given)}
+  return dataclasses.replace(config, objective=objective)
 
 
 def _room(config: Config) -> int | None:
@@ -298,6 +310,10 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
     objective = own | objective
   if objective['name'] == SEQ2SEQ:
     objective = hf.writing_ids(folder) | objective
+  elif objective['name'] == CHAT and 'template' not in objective:
+    template = hf.chat_template(folder)
+    objective |= {} if template is None else {'template': template}
+    logging.info('objective.template: %s.', 'none there' if template is None else f'of {folder}')
   options = assemble.objective_options(objective['name'])
   if POOL in options and POOL not in objective:
     reading = _reading(TRANSFORM in options, folder, causal, families(config))

@@ -19,10 +19,11 @@ from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Example, Hook
+from llm_jax.core.contracts import Example, Hook, Objective, Tokenizer
 from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.data import pipeline
 from llm_jax.generation import completion
+from llm_jax.objectives.shared import learned
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
 from llm_jax.programs import assemble, bases, pretrained, workdir
@@ -40,6 +41,8 @@ from llm_jax.training import (
 from llm_jax.training import program as programs
 from llm_jax.training.held_out import HeldOut
 from llm_jax.training.program import Training
+
+DOCUMENTS_SHOWN = 3  # of those of which not every token is learned
 
 
 @dataclasses.dataclass
@@ -171,6 +174,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
   elsewhere = functools.partial(_frozen_elsewhere, program, folder)
   restored = checkpoints.restore(program.state, elsewhere)
+  if shown := _learned(objective, train, data.tokenizer):
+    logging.info('What is learned stands between signs:\n%s', learned.as_text(shown))
   if restored is None:
     (state, found), position, unlogged = _first_state(program), 0, {}
     patience = Patience(config.evaluation.patience)
@@ -202,6 +207,15 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     unlogged=unlogged,
     base=found,
   )
+
+
+def _learned(
+  objective: Objective, train: Sequence[Example], tokenizer: Tokenizer
+) -> list[list[learned.Piece]]:
+  """A few documents, where not every token of them is learned."""
+  if not objective.shows_learned:
+    return []
+  return learned.pieces(train[0], tokenizer)[:DOCUMENTS_SHOWN]
 
 
 def _with_steps(config: Config, rows: int) -> tuple[Config, int]:
@@ -253,9 +267,9 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
     values = _train(run, log, hooks)
     if run.over:
       params, tokenizer = run.state.answering_params, run.data.tokenizer
-      page.write(
-        run.workdir, run.step, values, run.program, params, tokenizer, run.validation.examples
-      )
+      shown = _learned(run.program.objective, run.train, tokenizer)
+      held = run.validation.examples
+      page.write(run.workdir, run.step, values, run.program, params, tokenizer, held, shown)
     _say_how_it_ended(run, log)
     return values
 

@@ -19,6 +19,7 @@ from llm_jax.core import files, metrics
 from llm_jax.core.contracts import Example, Predictor, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.evaluators import classification
+from llm_jax.objectives.shared.learned import Piece, as_html
 from llm_jax.parallel import hosts
 from llm_jax.programs.inference import Inference
 from llm_jax.training import evaluation, logs
@@ -82,6 +83,7 @@ def write(
   params: PyTree,
   tokenizer: Tokenizer,
   examples: Sequence[Example],
+  learned: Sequence[Sequence[Piece]] = (),
 ) -> None:
   """Writes the page; all processes call it, one writes.
 
@@ -93,6 +95,7 @@ def write(
     params: of its network.
     tokenizer: spells texts.
     examples: the validation set; may be empty.
+    learned: documents in pieces that are learned or are not (`objectives.shared.learned`).
   """
   predictor = getattr(program.objective, 'predictor', None)
   found = None
@@ -101,6 +104,8 @@ def write(
     found = answers(program, params, tokenizer, examples)
   if hosts.primary():
     body = '\n'.join(_body(workdir, step, values, found, predictor))
+    if learned:
+      body += '\n<h2>What is learned</h2>' + as_html(learned)
     with files.whole_file(workdir / FILE) as file:
       file.write(_page(f'{workdir.name}, step {step}', body))
 

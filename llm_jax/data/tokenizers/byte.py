@@ -70,6 +70,10 @@ class Tokenizer:
     spelled = ids[~self.special[ids]] - len(SPECIALS)
     return spelled.astype(np.uint8).tobytes().decode('utf-8', 'replace')
 
+  def special_text(self, number: int) -> str:
+    """The text of a special token."""
+    return next((text for text, ids in self._texts.items() if ids == [number]), '')
+
   def save(self, directory: str) -> None:
     """Writes tokenizer.json into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)

@@ -129,6 +129,10 @@ class Tokenizer:
     ids = _words.checked(ids, self.vocab_size)
     return self._plain.decode(ids[~self.special[ids]].tolist(), skip_special_tokens=False)
 
+  def special_text(self, number: int) -> str:
+    """The text of a special token."""
+    return self._plain.id_to_token(int(number)) or ''
+
   def save(self, directory: str) -> None:
     """Writes the folder's own files into `directory`, which is made if needed; of config.json the
     special ids only.

@@ -155,6 +155,10 @@ class Tokenizer:
     text = spelled.decode('utf-8', 'replace')
     return text.removeprefix(' ') if self._dummy_prefix else text
 
+  def special_text(self, number: int) -> str:
+    """The text of a special token."""
+    return self._texts.get(number, '')
+
   def save(self, directory: str) -> None:
     """Writes tokenizer.model and tokenizer.json into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)
