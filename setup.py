@@ -57,7 +57,13 @@ setup(
       # the TPU compiler, for plans; there is none for other systems
       'jax[tpu]; sys_platform == "linux"',
     ],
-    'parity': ['transformers>=5.0', 'torch>=2.6', 'peft==0.21.2', 'pytorch-crf==0.7.2'],
+    'parity': [
+      'transformers>=5.0',
+      'torch>=2.6',
+      'peft==0.21.2',
+      'pytorch-crf==0.7.2',
+      'trl==1.16.0',
+    ],
     'hf': ['tokenizers>=0.22'],  # tokenizers of Hugging Face folders
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],

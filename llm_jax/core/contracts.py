@@ -358,6 +358,8 @@ class Objective:
       not.
     writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
       `prompt(text)`, the ids after which that text is to be written; None where it was cut.
+    needs_reference: whether its rows need what another model thinks of their texts, which is found
+      once before training: `log_probabilities` of that model, per text as `Rows.reference`.
     shows_learned: whether people are shown which tokens of a row are learned.
     ends: further ids than the tokenizer's `eos_ids` at which what it writes is over.
   """
@@ -373,6 +375,7 @@ class Objective:
   diverges: bool = False
   embedding_pool: str | None = None
   writes: bool = False
+  needs_reference: bool = False
   shows_learned: bool = False
   ends: tuple[int, ...] = ()
 
@@ -484,6 +487,13 @@ class Objective:
     """
     del found, batch
     return {}
+
+  def log_probabilities(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
+    """What `Rows.reference` has of each text of a row, [B, G, ...]; called where `needs_reference`
+    is set. Arguments as for `loss`.
+    """
+    del net, hidden_BPD, batch
+    raise NotImplementedError
 
   def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
     """What `divergence` compares, of one pass: logits, say. Called where `diverges` is set, by

@@ -47,6 +47,8 @@ FIELDS = (  # that may make a conversation
   'prompt',
   'completion',
   'response',
+  'chosen',
+  'rejected',
 )
 
 
@@ -88,6 +90,48 @@ def prompt(found: Sequence[Message]) -> list[Message]:
   """The messages before the last one of the assistant."""
   last = max(i for i, message in enumerate(found) if message['role'] == 'assistant')
   return list(found[:last])
+
+
+def preference(record: Record) -> tuple[list[Message], list[Message], list[Message]]:
+  """What was asked, and the answers that were chosen and rejected.
+
+  A record has `prompt`, `chosen` and `rejected`, texts or lists of messages; without a prompt the
+  two lists begin with what they share.
+
+  Raises:
+    ValueError: fields that are not there, two answers that are equal or none.
+  """
+  missing = [name for name in ('chosen', 'rejected') if not record.get(name)]
+  if missing:
+    raise ValueError(
+      f'a record has no {missing[0]}, only {", ".join(k for k, v in record.items() if v)}; '
+      'preferences are prompt, chosen and rejected.'
+    )
+  sides = [_as_messages(record[name], 'assistant') for name in ('chosen', 'rejected')]
+  before = _as_messages(record['prompt'], 'user') if record.get('prompt') else []
+  if record.get('system'):
+    before = [{'role': 'system', 'content': record['system']}, *before]
+  if not before:
+    pairs = zip(*sides, strict=False)
+    shared = next((i for i, (a, b) in enumerate(pairs) if a != b), min(map(len, sides)))
+    before, sides = sides[0][:shared], [side[shared:] for side in sides]
+  chosen, rejected = sides
+  if chosen == rejected:
+    raise ValueError('the chosen answer is equal to the rejected one, so neither is better.')
+  for side in sides:
+    check([*before, *side])
+    if not side or side[-1]['role'] != 'assistant' or side[0]['role'] == 'user':
+      raise ValueError(
+        'chosen and rejected must be what the assistant answers, and end with it; what was asked '
+        'before is prompt.'
+      )
+  return list(before), chosen, rejected
+
+
+def _as_messages(given: Any, role: str) -> list[dict[str, Any]]:
+  if isinstance(given, str):
+    return [{'role': role, 'content': given}]
+  return _listed(given)
 
 
 def _listed(given: Any) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def evaluate(session: 'Session | Ensemble', folder: pathlib.Path | None = None) 
   from llm_jax.core import files, metrics
   from llm_jax.inference import ensembles
   from llm_jax.parallel import hosts
-  from llm_jax.programs import assemble, inference
+  from llm_jax.programs import assemble, inference, reference
   from llm_jax.training import corpora, evaluation, held_out
 
   tokenizer = session.tokenizer
@@ -40,6 +40,10 @@ def evaluate(session: 'Session | Ensemble', folder: pathlib.Path | None = None) 
   chosen = documents.validation or documents.train
   objective = assemble.create_objective(config, tokenizer)
   held = held_out.lay_out(config, 'validation', chosen, objective, config.evaluation.rows)
+  if objective.needs_reference:
+    cache = corpora.cache_directory(config)
+    of = documents.fingerprint
+    reference.attach(config, objective, tokenizer, held.laid_out, of, cache)
   program = inference.build(config, objective, held.examples[0])
   several = isinstance(session, ensembles.Ensemble)
   params = (session.members[0] if several else session).load(program, heads=True)

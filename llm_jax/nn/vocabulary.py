@@ -99,6 +99,36 @@ def cross_entropy(
   return _cross_entropy(layout, loss, pad(x_BTD), table, bias, pad(targets_BT), pad(weights_BT))
 
 
+def token_nll(
+  x_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, bias_V: jax.Array | None = None
+) -> jax.Array:
+  """The cross-entropy of each token, [B, T], at least float32, for losses that are no sum of it.
+
+  Logits are never whole: they are made in chunks of positions, and once more for the gradient.
+
+  Args:
+    x_BTD, table_VD, targets_BT, bias_V: as for `cross_entropy`.
+  """
+  B, T, D = x_BTD.shape
+  dtype = jnp.promote_types(x_BTD.dtype, jnp.float32)
+  count = min(T, -(-B * T * table_VD.shape[0] * 4 // CHUNK_BYTES))
+  size = -(-T // count)
+  pad = ((0, 0), (0, size * count - T))
+  cut = lambda x: jnp.moveaxis(x.reshape(B, count, size, *x.shape[2:]), 1, 0)
+  parts = cut(jnp.pad(x_BTD, (*pad, (0, 0)))), cut(jnp.pad(targets_BT, pad))
+
+  @jax.checkpoint
+  def chunk(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+    x, targets = part
+    logits = jnp.einsum('BTD,VD->BTV', x, table_VD.astype(x.dtype), preferred_element_type=dtype)
+    if bias_V is not None:
+      logits += bias_V.astype(dtype)
+    right = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - right
+
+  return jnp.moveaxis(jax.lax.map(chunk, parts), 0, 1).reshape(B, size * count)[:, :T]
+
+
 def check_loss(label_smoothing: float, z_loss: float) -> None:
   """Raises ValueError unless both are what `cross_entropy` may be given by an objective's section
   of the config.

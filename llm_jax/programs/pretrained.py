@@ -32,7 +32,7 @@ from llm_jax.programs import assemble, bases, checkpoints, workdir
 from llm_jax.programs.inference import Inference
 
 CLASSIFY, SEQ2SEQ = 'classify', 'seq2seq'
-CHAT = 'chat'
+CHATS = ('chat', 'dpo')  # objectives that read conversations by a template
 # Options that a folder decides: what a text is read by, and what stands before a last layer. An
 # objective with both reads a model as classifiers do, one with the first alone makes vectors.
 POOL, TRANSFORM = READING = ('pool', 'transform')
@@ -82,7 +82,7 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
 def _with_template(config: Config) -> Config:
   """The config with the chat template of a file in place of its name."""
   given = config.objective.get('template')
-  if config.objective.get('name') != CHAT or given is None or given in chat_template.KNOWN:
+  if config.objective.get('name') not in CHATS or given is None or given in chat_template.KNOWN:
     return config
   objective = config.objective | {'template': chat_template.text(given)}
   return dataclasses.replace(config, objective=objective)
@@ -310,7 +310,7 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
     objective = own | objective
   if objective['name'] == SEQ2SEQ:
     objective = hf.writing_ids(folder) | objective
-  elif objective['name'] == CHAT and 'template' not in objective:
+  elif objective['name'] in CHATS and 'template' not in objective:
     template = hf.chat_template(folder)
     objective |= {} if template is None else {'template': template}
     logging.info('objective.template: %s.', 'none there' if template is None else f'of {folder}')

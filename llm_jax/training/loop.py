@@ -26,7 +26,7 @@ from llm_jax.generation import completion
 from llm_jax.objectives.shared import learned
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
-from llm_jax.programs import assemble, bases, pretrained, workdir
+from llm_jax.programs import assemble, bases, pretrained, reference, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import (
   adapted,
@@ -168,6 +168,10 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   limit = config.evaluation.rows
   validation = held_out.lay_out(config, 'validation', splits.validation, objective, limit)
   test = held_out.lay_out(config, 'test', splits.test, objective)
+  if objective.needs_reference:
+    laid_out = [*rows, *validation.laid_out, *test.laid_out]
+    cache = corpora.cache_directory(config)
+    reference.attach(config, objective, data.tokenizer, laid_out, splits.fingerprint, cache)
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
