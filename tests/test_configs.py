@@ -46,8 +46,8 @@ SIZES = {
   ('transformer', None): 2_045_440,
   ('transformer', 'tiny'): 2_045_440,
   ('transformer', 'base'): 63_082_496,
-  ('chat', None): 1_366_784,
-  ('dpo', None): 1_366_784,
+  ('chat', None): 1_317_632,
+  ('dpo', None): 1_317_632,
   ('translate', None): 2_045_440,
   ('summarize', None): 2_045_440,
   # T5 1.1 has 76,961,152, 247,577,856 and 783,150,080 with 28 ids more, in two tables.

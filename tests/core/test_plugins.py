@@ -64,10 +64,13 @@ def test_what_the_program_gives_is_no_option():
 
 def test_known_names_are_the_modules():
   assert plugins.names('objective') == [
+    'chat',
     'choice',
     'classify',
     'clm',
     'contrast',
+    'denoise',
+    'dpo',
     'mix',
     'mlm',
     'nsp',
@@ -82,6 +85,7 @@ def test_known_names_are_the_modules():
   ]  # not the folder `shared`
   assert {'train', 'eval', 'predict', 'plan'} <= set(plugins.names('mode'))
   assert plugins.names('source') == [
+    'chat',
     'conll',
     'conllu',
     'csv',
@@ -91,6 +95,7 @@ def test_known_names_are_the_modules():
     'headings',
     'jsonl',
     'parquet',
+    'preferences',
     'squad',
     'stdlib',
     'summaries',
@@ -99,7 +104,7 @@ def test_known_names_are_the_modules():
     'word_tag',
   ]
   with pytest.raises(
-    ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: choice, "
+    ValueError, match=r"objective 'mln' is not known \(did you mean 'mlm'\?\); known: chat, "
   ):
     plugins.load('objective', 'mln')
 

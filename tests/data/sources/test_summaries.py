@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from llm_jax.data.sources import first_sentences, summaries
+from llm_jax.data.sources import first_sentences, preferences, summaries
 
 FILE = '''
 def a():
@@ -54,6 +54,16 @@ def test_what_a_sentence_stands_for(library):
     {'text': pairs[i]['pair'], 'target': pairs[i]['text']} for i in range(2)
   ]
   assert source.fingerprint != pairs.fingerprint
+
+
+def test_which_sentence_is_preferred(library):
+  source, pairs = preferences.Source(), summaries.Source()
+  for index in range(len(source)):
+    record = source[index]
+    assert record == source[index] and record['chosen'] == pairs[index]['text']
+    assert record['prompt'] == pairs[index]['pair']
+    assert record['rejected'] in {pairs[i]['text'] for i in range(len(pairs)) if i != index}
+  assert source.fingerprint not in (pairs.fingerprint, first_sentences.Source().fingerprint)
 
 
 def test_candidates(library):
