@@ -39,6 +39,7 @@ SIZES = {
   ('gpt2', 'large'): 774_030_080,
   ('gpt2', 'xl'): 1_557_611_200,
   ('gpt2', 'tiny'): 1_317_632,
+  ('code_tiny', None): 1_318_016,  # gpt_tiny, and three ids
   ('llama', None): 1_235_814_400,
   ('llama', 'tiny'): 1_250_432,
   ('llama', '3.2-1b'): 1_235_814_400,

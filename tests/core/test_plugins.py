@@ -92,6 +92,7 @@ def test_known_names_are_the_modules():
     'defaults',
     'docstrings',
     'first_sentences',
+    'functions',
     'headings',
     'jsonl',
     'parquet',

@@ -4,7 +4,7 @@ import types
 
 import pytest
 
-from llm_jax.data.sources import first_sentences, preferences, summaries
+from llm_jax.data.sources import first_sentences, functions, preferences, summaries
 
 FILE = '''
 def a():
@@ -102,3 +102,28 @@ def test_pairs_that_are_alike_by_degrees(library):
     assert record['label'] == len(left) / len(words) and record['text'] == plain[index]['text']
   with pytest.raises(ValueError, match='config.data.candidates=2 leaves no pair to be graded'):
     summaries.Source(candidates=2, graded=True)
+
+
+CODE = b'''
+class A:
+  @property
+  def first(self):
+    """Doc."""
+    return [
+      1,
+    ]
+
+  def second(self):
+    return 2
+
+async def third():
+  """Doc."""
+  def inner():
+    """Inner."""
+'''
+
+
+def test_functions_with_docstrings():
+  first, third, inner = functions.functions(CODE)
+  assert first == 'def first(self):\n  """Doc."""\n  return [\n    1,\n  ]\n'
+  assert third.startswith('async def third():\n') and inner == 'def inner():\n  """Inner."""\n'
