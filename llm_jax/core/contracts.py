@@ -97,6 +97,8 @@ class Tokenizer(Protocol):
     sentinels: ids of special tokens that stand for what was taken out of a text, in their order;
       none where the vocabulary has none.
 
+  One that reads and writes by other rules has a tokenizer `target` for what is written (Marian).
+
   One that an adapter gave virtual tokens (`data.prompted`) has them as `prompt`, ids that stand
   before each text, and its arrays go on to the last of them.
   """

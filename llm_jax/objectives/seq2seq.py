@@ -71,7 +71,7 @@ class Objective(from_source.Objective):
         )
     return {
       'tokens': tokenizer.encode(record['text']),
-      'target_tokens': tokenizer.encode(record['target']),
+      'target_tokens': getattr(tokenizer, 'target', tokenizer).encode(record['target']),
     }
 
   @staticmethod

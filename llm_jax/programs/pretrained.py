@@ -23,6 +23,7 @@ from llm_jax.core.params import Info
 from llm_jax.core.state import Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.data import chat_template
+from llm_jax.data.tokenizers import marian
 from llm_jax.hf import families as hf_families
 from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
@@ -326,8 +327,13 @@ def _from_hf(config: Config, folder: pathlib.Path) -> Config:
     config,
     model=_decided(config.model, found, folder),
     objective=objective,
-    tokenizer={'name': 'hf', 'path': str(folder)},
+    tokenizer={'name': _tokenizer(folder), 'path': str(folder)},
   )
+
+
+def _tokenizer(folder: pathlib.Path) -> str:
+  """The name of the tokenizer that reads a Hugging Face folder."""
+  return 'marian' if (folder / marian.SOURCE).exists() else 'hf'
 
 
 def _from_peft(config: Config, folder: pathlib.Path) -> Config:

@@ -8,6 +8,10 @@ precision, alternating.
     finetune    BERT-base as a classifier of docstrings of 8 to 128 tokens: theirs 32 texts per
                 batch, padded to the longest of them; ours as many in packed rows of 128
     lora        the same with LoRA of rank 8 on queries and values, theirs by peft
+    t5          from text to text by a T5-small, 8 rows of 128 tokens to read and 128 to write,
+                dropout as in the paper
+    pairs       the same model on first sentences of docstrings and what follows them: theirs 16
+                pairs per batch, both sides padded to the longest; ours as many in packed rows
 
 All in float32 with AdamW (torch's fused one), on all cores, each in a process of its own, of which
 one works at a time: ours keeps freed memory as `llm_jax.main` does, with `model.unroll=0`; theirs
@@ -43,7 +47,7 @@ import transformers  # noqa: E402
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # the configs
 
-from configs import bert_base, classify, gpt2  # noqa: E402
+from configs import bert_base, classify, gpt2, transformer  # noqa: E402
 from llm_jax.core import config, tree  # noqa: E402
 from llm_jax.core import params as params_lib  # noqa: E402
 from llm_jax.data import pipeline  # noqa: E402
@@ -55,7 +59,15 @@ from llm_jax.training import memory as step_memory  # noqa: E402
 RATE = 1e-4
 TEXTS, LENGTH, SHORTEST = 32, 128, 8  # of the case finetune
 WARM = 3  # steps; in the first ones each takes the memory that it goes on with
-UNITS = {'bert_base': 'tokens', 'gpt2': 'tokens', 'finetune': 'texts', 'lora': 'texts'}
+PAIRS, SOURCE = 16, 256  # of the case pairs: pairs of a batch, the most tokens to read
+UNITS = {
+  'bert_base': 'tokens',
+  'gpt2': 'tokens',
+  'finetune': 'texts',
+  'lora': 'texts',
+  't5': 'tokens',
+  'pairs': 'pairs',
+}
 RANK, ALPHA = 8, 16.0  # of the case lora
 SIDES = 'theirs', 'ours'
 
@@ -268,6 +280,96 @@ def padded(documents, tokenizer, classes):
     yield batch, TEXTS
 
 
+def t5_of(folder, vocab_size):
+  """A T5-small with random weights, saved in a folder, which begins with token 0."""
+  torch.manual_seed(0)
+  shape = transformers.T5Config(
+    d_model=512,
+    d_ff=2048,
+    num_layers=6,
+    num_heads=8,
+    vocab_size=vocab_size,
+    decoder_start_token_id=0,
+    use_cache=False,
+  )
+  model = transformers.T5ForConditionalGeneration(shape)
+  model.save_pretrained(folder)
+  return model
+
+
+def t5_settings(source_len, **changes):
+  """Training of that model by our config."""
+  objective = dict(name='seq2seq', source_len=source_len, start=0, long='drop')
+  model = dict(variant='t5_small') | changes.pop('model', {})
+  return settings_of(transformer, seq_len=LENGTH, objective=objective, model=model, **changes)
+
+
+def text_to_text(folder):
+  """Functions that make each side of a T5 over random tokens."""
+  model = t5_of(folder, 32128)
+  settings = t5_settings(LENGTH, batch_size=8, model=dict(vocab_size=32128))
+  outline = program.outline(settings, jax.devices())
+  rng, batch = np.random.default_rng(0), {}
+  for name, leaf in outline.batch.items():
+    batch[name] = np.ones(leaf.shape, leaf.dtype)
+    if name.endswith('positions'):
+      batch[name][:] = np.arange(leaf.shape[1])
+    elif name in ('targets', 'source_tokens'):
+      batch[name][:] = rng.integers(3, 32000, leaf.shape)
+  batch['tokens'][:, 0], batch['tokens'][:, 1:] = 0, batch['targets'][:, :-1]
+  given = {'input_ids': batch['source_tokens'], 'labels': batch['targets']}
+  given = {name: torch.tensor(array).long() for name, array in given.items()}
+  ours, theirs = (itertools.repeat((each, batch['targets'].size)) for each in (batch, given))
+  example = {key: value[0] for key, value in batch.items()}
+  return (
+    lambda: Ours(outline.config, outline.objective, example, ours, folder),
+    lambda: Theirs(model, theirs),
+  )
+
+
+def real_pairs(folder):
+  """Functions that make each side of a T5 over pairs of texts."""
+  run = pathlib.Path(folder) / 'run'
+  workdir.open_workdir(run)
+  data = corpora.load(pretrained.fill_in(t5_settings(SOURCE), run), run)
+  objective = assemble.create_objective(data.config, data.tokenizer)
+  documents = data.splits.train[0]
+  laid_out = objective.rows(documents, LENGTH)
+  rows = round(PAIRS * len(laid_out) / len(laid_out.kept))
+  settings = dataclasses.replace(data.config, batch_size=rows)
+  examples = pipeline.train_examples([laid_out], [1.0], objective, 0)
+  model = t5_of(folder, data.tokenizer.vocab_size)
+  print(f'{len(laid_out.kept)} pairs; {rows} rows hold {PAIRS} of them.', flush=True)
+
+  def ours():
+    for batch in pipeline.batches(examples, rows):
+      yield batch, int(batch['segments'].max(axis=1).sum())
+
+  return (
+    lambda: Ours(settings, objective, examples[0], ours(), folder),
+    lambda: Theirs(model, padded_pairs(laid_out)),
+  )
+
+
+def padded_pairs(laid_out):
+  """Batches of random pairs, both sides padded to the longest of them."""
+  rng = np.random.default_rng(0)
+  while True:
+    chosen = rng.choice(laid_out.kept, PAIRS, replace=False)
+    batch = {}
+    for name, key, most, fill in (
+      ('tokens', 'input_ids', SOURCE, 0),
+      ('target_tokens', 'labels', LENGTH, -100),
+    ):
+      texts = [laid_out.ids(name, int(i), most).tolist() for i in chosen]
+      width = max(map(len, texts))
+      batch[key] = torch.tensor([text + [fill] * (width - len(text)) for text in texts])
+      if key == 'input_ids':
+        real = [[1] * len(text) + [0] * (width - len(text)) for text in texts]
+        batch['attention_mask'] = torch.tensor(real)
+    yield batch, PAIRS
+
+
 def serve(case, side):
   """One side, in its own process: the first loss, then the speed of as many steps as each line of
   the input says.
@@ -275,6 +377,8 @@ def serve(case, side):
   with tempfile.TemporaryDirectory() as folder:
     if case in ('finetune', 'lora'):
       ours, theirs = finetune(folder, lora=case == 'lora')
+    elif case in ('t5', 'pairs'):
+      ours, theirs = (text_to_text if case == 't5' else real_pairs)(folder)
     else:
       ours, theirs = language_model(case, folder)
     chosen = ours() if side == 'ours' else theirs()
