@@ -27,6 +27,7 @@ row. Every array has one static shape for the whole run; rows that only fill up 
 | segments | B T int32 | 0 padding, then 1, 2, ...: a number per document; it sees itself alone |
 | positions | B T int32 | position within the segment, from 0 |
 | source_tokens, source_segments, ... | B S int32 | of the row that an encoder reads beside it |
+| prefix | B T int32 | prefix LM: 1 for tokens that all of their document see |
 | token_types | B T int32 | 0 first text, 1 second text of a pair (objectives with pairs only) |
 | mask_positions, mask_targets | B M int32 | masked LM: indices into the row, true ids there |
 | mask_weights | B M float32 | 1 or 0 |
@@ -363,6 +364,8 @@ class Objective:
     needs_reference: whether its rows need what another model thinks of their texts, which is found
       once before training: `log_probabilities` of that model, per text as `Rows.reference`.
     shows_learned: whether people are shown which tokens of a row are learned.
+    opens_prompts: whether all tokens of a prompt see all of it, in a decoder.
+    prompt_end: ids that stand after a prompt of a decoder.
     ends: further ids than the tokenizer's `eos_ids` at which what it writes is over.
   """
 
@@ -379,6 +382,8 @@ class Objective:
   writes: bool = False
   needs_reference: bool = False
   shows_learned: bool = False
+  opens_prompts: bool = False
+  prompt_end: tuple[int, ...] = ()
   ends: tuple[int, ...] = ()
 
   @staticmethod

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from llm_jax.core.contracts import Tokenizer
+from llm_jax.core.contracts import Objective, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.data import prompted
 from llm_jax.generation.decoding import Generator
@@ -36,8 +36,16 @@ def of(program: Inference, tokenizer: Tokenizer, rows: int) -> 'Completer':
   """What completes prompts with a program's model, so many at once."""
   network, ids = program.network, writing_ids(program, tokenizer)
   begin = () if ids['start'] is None else (ids['start'],)
-  generator = Generator(network.model, program.model_infos, program.layout, network.adapter, begin)
-  return Completer(generator, tokenizer, rows, ids, getattr(program.objective, 'ends', ()))
+  asked = program.objective or Objective()
+  generator = Generator(
+    network.model,
+    program.model_infos,
+    program.layout,
+    network.adapter,
+    begin,
+    asked.opens_prompts,
+  )
+  return Completer(generator, tokenizer, rows, ids, asked.ends, asked.prompt_end)
 
 
 def writing_ids(program: Inference, tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -60,6 +68,7 @@ class Completer:
     rows: prompts that are run at once.
     ids: what `writing_ids` says of an encoder-decoder.
     ends: further ids that end a completion, beside EOS.
+    after: ids that stand after a prompt of a decoder.
   """
 
   def __init__(
@@ -69,10 +78,11 @@ class Completer:
     rows: int = 8,
     ids: Mapping[str, int | None] | None = None,
     ends: Sequence[int] = (),
+    after: Sequence[int] = (),
   ):
     self.generator, self.rows = generator, rows
     self._ends = tuple(dict.fromkeys([*tokenizer.eos_ids, *ends]))
-    self._tokenizer, self._ids_said = tokenizer, ids or {}
+    self._tokenizer, self._ids_said, self._after = tokenizer, ids or {}, after
 
   def __call__(
     self,
@@ -119,7 +129,8 @@ class Completer:
       before, after = self._tokenizer.template or ((), (self._tokenizer.eos_id,))
       return [*before, *self._tokenizer.encode(prompt), *after]
     before = template(self._tokenizer, causal=True)[0]
-    return [*before, *self._tokenizer.encode(prompt)] or [self._tokenizer.bos_id]
+    ids = [*before, *self._tokenizer.encode(prompt), *self._after]
+    return ids or [self._tokenizer.bos_id]
 
   def from_ids(
     self,

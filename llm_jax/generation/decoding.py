@@ -78,6 +78,7 @@ class Generator:
     layout: the mesh that its parameters lie on; None for one device.
     adapter: what was trained beside it, if anything was.
     start: ids that each row of an encoder-decoder begins with.
+    opens: whether all tokens of a decoder's prompt see all of it.
   """
 
   def __init__(
@@ -87,8 +88,10 @@ class Generator:
     layout: sharding.Layout | None = None,
     adapter: Adapter | None = None,
     start: Sequence[int] = (0,),
+    opens: bool = False,
   ):
     self._model, self._layout, self._begin = model, layout, tuple(start)
+    self._opens = opens
     self._longest = model.max_len - (0 if adapter is None else adapter.positions)
     self._forward = Forward(model, infos, layout, adapter)
     self._compiled: set[tuple[Any, ...]] = set()
@@ -392,11 +395,12 @@ class Generator:
     """
     rows, B = _rows(batch.tokens_BT, batch.lengths_B), len(batch.lengths_B)
     cache, beside = self._forward.empty_cache(B, slots, source), None
+    open_BT = rows['segments'] if self._opens else None
     if self.reads_source:
       begin_BT = jnp.broadcast_to(jnp.array(self._begin, jnp.int32), (B, len(self._begin)))
       rows, beside = _rows(begin_BT, jnp.full(B, len(self._begin))), rows
     lengths_B = jnp.sum(rows['segments'] > 0, axis=1, dtype=jnp.int32)
-    hidden_BTD, cache = self._forward(weights, *rows.values(), cache, beside)
+    hidden_BTD, cache = self._forward(weights, *rows.values(), cache, beside, open_BT)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
     tokens_BT = rows['tokens'][:, :slots].astype(jnp.int32)  # what is cut off only fills rows up
     history_BT = jnp.zeros((B, slots), jnp.int32).at[:, : tokens_BT.shape[1]].set(tokens_BT)

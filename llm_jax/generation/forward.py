@@ -90,12 +90,15 @@ class Forward:
     positions_BT: jax.Array,
     cache: PyTree,
     source: Batch | None = None,
+    open_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Hidden states [B, T, D], and the cache with these tokens in it; `source`: the arrays of the
-    rows that a model reads beside them, before the first token.
+    rows that a model reads beside them, before the first token; `open_BT`: which tokens all of
+    their row see.
     """
     batch = {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
     batch |= {f'{SOURCE}{name}': x for name, x in (source or {}).items()}
+    batch |= {} if open_BT is None else {'prefix': open_BT}
     outputs = self._apply(weights.params, lambda network: network.model(batch, cache=cache))
     return outputs.hidden, outputs.cache
 

@@ -55,6 +55,11 @@ def export(
   template = getattr(program.objective, 'template', None)
   if isinstance(template, chat_template.Template):
     write_tokenizer = functools.partial(_write_with_template, write_tokenizer, template.source)
+  if program.objective.opens_prompts:
+    raise ValueError(
+      'a prefix LM lets all tokens of a prompt see each other, and no decoder of transformers does '
+      'that; it cannot be exported.'
+    )
   if form == ADAPTER:
     _write_adapter(session, target, dtype, write_tokenizer)
     return

@@ -22,7 +22,7 @@ from absl import logging
 from llm_jax.core import config as config_lib
 from llm_jax.core import named_adapters, tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Tokenizer
+from llm_jax.core.contracts import Objective, Tokenizer
 from llm_jax.data import chat_template, encoding
 from llm_jax.data.conversations import Message
 from llm_jax.generation import completion
@@ -439,8 +439,9 @@ class Session:
     return Filler(self.program, self.tokenizer)
 
   def _completer(self, rows: int) -> Completer:
-    ends = getattr(self.program.objective, 'ends', ())
-    return Completer(self._generator, self.tokenizer, rows, self.writing_ids, ends)
+    asked = self.program.objective or Objective()
+    given = self.writing_ids, asked.ends, asked.prompt_end
+    return Completer(self._generator, self.tokenizer, rows, *given)
 
   @functools.cached_property
   def _chat(self) -> Chat:

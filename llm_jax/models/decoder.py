@@ -75,7 +75,7 @@ class Model(Transformer):
 
     Args:
       batch: `tokens`, and where it has them `segments` (0 for padding; a token sees only its own
-        document) and `positions`.
+        document), `positions`, and `prefix` (1 for tokens that all of their document see).
       positions: indices of each row whose states are wanted, [B, P], without a cache; None for all.
       train: dropout is on, from the stream `dropout`.
       cache: of `empty_cache`, or as it was returned. One token per row (T = 1) follows those in it.
@@ -111,6 +111,7 @@ class Model(Transformer):
     return LayerContext(
       segments_BT=segments_BT,
       positions_BT=positions_BT,
+      open_BT=read(batch, 'prefix'),
       rotations=self._rotations(positions_BT),
       lengths_B=lengths_B,
       read_BP=read_BP,

@@ -38,6 +38,7 @@ class LayerContext:
   Attributes:
     segments_BT: document of each token; a token sees its own alone. None: one document per row.
     positions_BT: position of each token in its document.
+    open_BT: not 0 for tokens that all of their document see, where rows are causal; None for none.
     rotations: those of layers that see everywhere, and of those with a window; None where
       positions are not rotary.
     lengths_B: with a cache, the tokens of each row so far, these included.
@@ -52,6 +53,7 @@ class LayerContext:
 
   segments_BT: jax.Array | None = None
   positions_BT: jax.Array | None = None
+  open_BT: jax.Array | None = None
   rotations: tuple[Rotation, Rotation] | None = None
   lengths_B: jax.Array | None = None
   bias_ND: jax.Array | None = None
@@ -159,6 +161,7 @@ class Attention(nn.Module):
       prefix=self.prefix(),
       bias_ND=context.bias_ND,
       segments_BT=context.segments_BT,
+      open_BS=context.open_BT,
       causal=options.causal,
       window=self.window,
       dropout_rate=options.attention_dropout,
@@ -166,7 +169,7 @@ class Attention(nn.Module):
     )
     if context.read_BP is None:
       if self.is_mutable_collection(MAPS) and not self.is_initializing():
-        names = 'prefix', 'bias_ND', 'segments_BT', 'causal', 'window'
+        names = 'prefix', 'bias_ND', 'segments_BT', 'open_BS', 'causal', 'window'
         self._keep_maps(q_BTNH, k_BTKH, {name: given[name] for name in names})
       return attention(q_BTNH, k_BTKH, v_BTKH, **given, implementation=options.attention)
     return attention_at(q_BTNH, k_BTKH, v_BTKH, context.read_BP, **given)

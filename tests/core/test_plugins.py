@@ -75,6 +75,7 @@ def test_known_names_are_the_modules():
     'mlm',
     'nsp',
     'pair',
+    'prefix_lm',
     'prompt',
     'qa',
     'relation',

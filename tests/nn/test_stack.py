@@ -143,7 +143,7 @@ def test_the_last_layer_runs_only_at_the_positions_that_are_read(random_params, 
   positions = jnp.tile(jnp.arange(6), (2, 1))
   frequencies = rotary.frequencies(stack.options.head_dim, 100.0)
   rotation = rotary.rotation(positions, frequencies, jnp.float32)
-  context = LayerContext(segments, positions, (rotation, rotation))
+  context = LayerContext(segments, positions, rotations=(rotation, rotation))
   params = random_params(stack, x, context)
   read = jnp.array([[3, 0, 3], [5, 2, 1]])  # in any order, one of them twice
 

@@ -13,8 +13,9 @@ Letters are those of `llm_jax.nn.options`. Implementations, each a module beside
     auto       ring where rows are cut; else splash on a TPU and cudnn on a GPU, where they can do
                what is asked; else blockwise for rows of more than `LONG` tokens, and xla for others
 
-Keys and values before a row (`masks.Prefix`) are for xla alone; scores with a bias, and keys of
-another row (cross-attention), for xla, blockwise and ring.
+Keys and values before a row (`masks.Prefix`) are for xla alone; scores with a bias, keys of another
+row (cross-attention), and keys that are seen from before them (prefix LM), for xla, blockwise and
+ring.
 
 Where no more than a few positions of a row are read, `xla.attention_at` is theirs over the whole of
 it. A row that grows token by token keeps its keys and values (module `cache`).
@@ -37,6 +38,7 @@ ABLE = {  # what not all can do -> those that can
   'keys before those of a row': ('xla',),
   'bias of scores': ('xla', 'blockwise', 'ring'),
   'keys of another row': ('xla', 'blockwise', 'ring'),
+  'keys that are seen from before them': ('xla', 'blockwise', 'ring'),
 }
 
 
@@ -49,6 +51,7 @@ def attention(
   bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
+  open_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -71,6 +74,8 @@ def attention(
     segments_BT: one number per document; a token sees only its own number. None: the row is one
       document.
     key_segments_BS: the numbers of keys of another row; None where keys are of the same.
+    open_BS: not 0 for keys that all tokens of their document see, later ones than themselves too,
+      where `causal` (prefix LM, arXiv:1910.10683, section 3.2.1). None for none.
     causal: a token sees no later position of the row.
     window: None for no limit. Causal: the last `window` positions, its own among them (Mistral,
       arXiv:2310.06825). Otherwise `window // 2` positions to either side (ModernBERT,
@@ -92,6 +97,8 @@ def attention(
   _check(q_BTNH, k_BSKH, implementation, crosses)
   if crosses and (causal or window is not None or bias_ND is not None):
     raise ValueError('keys of another row are all seen, wherever they stand.')
+  if open_BS is not None and window is not None:
+    raise ValueError(f'keys that all tokens of a document see are none where window={window}.')
   drops = dropout_rng is not None and dropout_rate > 0.0
   masks = dict(segments_BT=segments_BT, causal=causal, window=window)
   drop = dict(dropout_rate=dropout_rate, dropout_rng=dropout_rng) if drops else {}
@@ -99,6 +106,7 @@ def attention(
     'keys before those of a row': prefix is not None,
     'bias of scores': bias_ND is not None,
     'keys of another row': crosses,
+    'keys that are seen from before them': open_BS is not None,
   }
   chosen = _chosen(implementation, q_BTNH, k_BSKH, drops, [k for k, v in wanted.items() if v])
   if chosen == 'splash':
@@ -107,9 +115,9 @@ def attention(
     return cudnn.attention(q_BTNH, k_BSKH, v_BSKH, **masks)
   if chosen in ('ring', 'blockwise'):
     tile = ring.BLOCK if chosen == 'blockwise' else ring.TILE
-    masks |= dict(bias_ND=bias_ND, key_segments_BS=key_segments_BS)
+    masks |= dict(bias_ND=bias_ND, key_segments_BS=key_segments_BS, open_BS=open_BS)
     return ring.attention(q_BTNH, k_BSKH, v_BSKH, **masks, **drop, tile=tile)
-  masks |= dict(bias_ND=bias_ND, key_segments_BS=key_segments_BS)
+  masks |= dict(bias_ND=bias_ND, key_segments_BS=key_segments_BS, open_BS=open_BS)
   return xla.attention(q_BTNH, k_BSKH, v_BSKH, prefix=prefix, **masks, **drop)
 
 

@@ -53,6 +53,7 @@ def visible(
   segments: tuple[jax.Array, jax.Array] | None,
   causal: bool,
   window: int | None,
+  open_BS: jax.Array | None = None,
 ) -> jax.Array | None:
   """Which key each query may see: bool, [B or 1, 1, 1, T, S]; None where every query sees every
   key.
@@ -63,12 +64,14 @@ def visible(
     segments: document numbers of queries [B, T] and keys [B, S]; None for one document.
     causal: as in `llm_jax.nn.attention.dispatch.attention`.
     window: as there.
+    open_BS: not 0 for keys that are seen from before them too; None for none.
   """
   masks = []
   queries = jnp.atleast_2d(indices_T)[:, None, None, :, None]
   distance = queries - indices_S[None, None, None, None]
   if causal:
-    masks.append(distance >= 0)
+    seen = distance >= 0
+    masks.append(seen if open_BS is None else seen | (open_BS[:, None, None, None, :] > 0))
   if window is not None:
     masks.append(distance < window if causal else jnp.abs(distance) <= window // 2)
   if segments is not None:

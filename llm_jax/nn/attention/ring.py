@@ -75,6 +75,7 @@ def attention(
   bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
+  open_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -88,7 +89,7 @@ def attention(
   they are cut. `tile`: the most queries of a device at a time.
   """
   layout, rate = sharding.current(), 0.0 if dropout_rng is None else dropout_rate
-  given = _Given(segments_BT, key_segments_BS, dropout_rng)
+  given = _Given(segments_BT, key_segments_BS, open_BS, dropout_rng)
   if layout is None:
     ring = _Ring(None, 1, None, None, causal, window, rate, tile)
     return _attend(ring, q_BTNH, k_BSKH, v_BSKH, bias_ND, given)
@@ -99,11 +100,12 @@ def attention(
 
 
 class _Given(NamedTuple):
-  """What has no gradient: segments of queries and of keys that are of another row, and the key of
-  the dropout."""
+  """What has no gradient: segments of queries and of keys that are of another row, which keys are
+  seen from before them, and the key of the dropout."""
 
   segments_BT: jax.Array | None
   key_segments_BS: jax.Array | None
+  open_BS: jax.Array | None
   key: jax.Array | None
 
 
@@ -136,7 +138,7 @@ def _on_mesh(ring, function, arrays, out):
     'x': P(ring.rows, AXIS, ring.heads, None),
     'l': P(ring.rows, AXIS, ring.heads),
     'b': P(ring.heads, None),
-    'g': _Given(P(ring.rows, AXIS), P(ring.rows, AXIS), P()),
+    'g': _Given(*[P(ring.rows, AXIS)] * 3, P()),
   }
   return jax.shard_map(
     run,
@@ -232,11 +234,13 @@ class _Keys(NamedTuple):
   k_BSKH: jax.Array
   v_BSKH: jax.Array
   segments_BS: jax.Array | None
+  open_BS: jax.Array | None
 
 
 def _keys(k_BSKH, v_BSKH, given: _Given) -> _Keys:
   own = given.key_segments_BS is not None
-  return _Keys(k_BSKH, v_BSKH, given.key_segments_BS if own else given.segments_BT)
+  segments_BS = given.key_segments_BS if own else given.segments_BT
+  return _Keys(k_BSKH, v_BSKH, segments_BS, given.open_BS)
 
 
 def _around(ring, see, state, keys):
@@ -300,7 +304,7 @@ def _scores(ring, q_BKGtH, segments_Bt, keys, bias_ND, number, block):
     bias_1NtS, back = jax.vjp(added, bias_ND.astype(dtype))
     s_BKGtS += bias_1NtS.reshape(1, K, G, t, S)
     of_bias = lambda ds_BKGtS: back(jnp.sum(ds_BKGtS, axis=0).reshape(1, K * G, t, S))[0]
-  mask = visible(indices_t, indices_S, segments, ring.causal, ring.window)
+  mask = visible(indices_t, indices_S, segments, ring.causal, ring.window, keys.open_BS)
   if mask is not None:
     s_BKGtS = jnp.where(mask, s_BKGtS, jnp.finfo(dtype).min / 2)
   return s_BKGtS, of_bias

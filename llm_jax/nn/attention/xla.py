@@ -23,6 +23,7 @@ def attention(
   bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
+  open_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -32,7 +33,8 @@ def attention(
   run = _mix(causal, window, dropout_rate if dropout_rng is not None else 0.0)
   indices_1T = jnp.arange(q_BTNH.shape[1])[None]
   segments = pairs(segments_BT, key_segments_BS)
-  return run(q_BTNH, k_BSKH, v_BSKH, prefix, bias_ND, indices_1T, segments, dropout_rng)
+  arrays = prefix, bias_ND, indices_1T, segments, open_BS
+  return run(q_BTNH, k_BSKH, v_BSKH, *arrays, dropout_rng)
 
 
 def attention_at(
@@ -45,6 +47,7 @@ def attention_at(
   bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
+  open_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
   dropout_rate: float = 0.0,
@@ -57,8 +60,8 @@ def attention_at(
     k_BTKH: all keys.
     v_BTKH: their values.
     indices_BP: the indices, in any order, any of them more than once.
-    prefix, bias_ND, segments_BT, key_segments_BS, causal, window, dropout_rate, dropout_rng: as in
-      `attention`.
+    prefix, bias_ND, segments_BT, key_segments_BS, open_BS, causal, window, dropout_rate,
+      dropout_rng: as in `attention`.
 
   Returns:
     [B, P, N, H] in the type of `q_BPNH`.
@@ -69,7 +72,7 @@ def attention_at(
   if segments is not None:
     segments = jnp.take_along_axis(segments[0], indices_BP, axis=1), segments[1]
   rng = dropout_rng if drops else None
-  return run(q_BPNH, k_BTKH, v_BTKH, prefix, bias_ND, indices_BP, segments, rng)
+  return run(q_BPNH, k_BTKH, v_BTKH, prefix, bias_ND, indices_BP, segments, open_BS, rng)
 
 
 def probabilities(
@@ -80,6 +83,7 @@ def probabilities(
   bias_ND: jax.Array | None = None,
   segments_BT: jax.Array | None = None,
   key_segments_BS: jax.Array | None = None,
+  open_BS: jax.Array | None = None,
   causal: bool = False,
   window: int | None = None,
 ) -> jax.Array:
@@ -90,7 +94,8 @@ def probabilities(
   segments = pairs(segments_BT, key_segments_BS)
   before = 0 if prefix is None else len(prefix.keys)
   k_BSKH = extended(k_BSKH, prefix and prefix.keys)
-  weights_BKGTS = _weights(q_BTNH, k_BSKH, bias_ND, indices_1T, segments, causal, window, before)
+  seen = segments, open_BS, causal, window
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, bias_ND, indices_1T, seen, before)
   weights_BKGTS = weights_BKGTS[..., before:]
   B, K, G, T, S = weights_BKGTS.shape
   return weights_BKGTS.reshape(B, K * G, T, S)
@@ -114,6 +119,7 @@ def _equation(
   bias_ND,
   indices_BT,
   segments,
+  open_BS,
   dropout_rng,
   *,
   causal,
@@ -124,7 +130,8 @@ def _equation(
   if prefix is not None:
     before, k_BSKH = len(prefix.keys), extended(k_BSKH, prefix.keys)
     v_BSKH = extended(v_BSKH, prefix.values)
-  weights_BKGTS = _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, segments, causal, window, before)
+  seen = segments, open_BS, causal, window
+  weights_BKGTS = _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, seen, before)
   weights_BKGTS = weights_BKGTS.astype(v_BSKH.dtype)
   if dropout_rng is not None:
     weights_BKGTS = dropout(weights_BKGTS, dropout_rate, dropout_rng)
@@ -140,7 +147,7 @@ def extended(x_BSKH: jax.Array, before_PKH: jax.Array | None) -> jax.Array:
   return jnp.concatenate([before_BPKH, x_BSKH], axis=1)
 
 
-def _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, segments, causal, window, before):
+def _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, seen, before):
   """Query heads of one key head side by side, so that nothing is repeated in memory. The first
   `before` keys are seen by all, and nothing is added to their scores.
   """
@@ -154,7 +161,8 @@ def _weights(q_BTNH, k_BSKH, bias_ND, indices_BT, segments, causal, window, befo
     bias_BNTS = by_distance(bias_ND.astype(dtype), indices_BT, indices_S)
     bias_BNTS = jnp.pad(bias_BNTS, [(0, 0)] * 3 + [(before, 0)])
     scores_BKGTS += bias_BNTS.reshape(-1, K, N // K, T, S)
-  mask = visible(indices_BT, indices_S, segments, causal, window)
+  segments, open_BS, causal, window = seen
+  mask = visible(indices_BT, indices_S, segments, causal, window, open_BS)
   if mask is not None:
     mask = jnp.pad(mask, [(0, 0)] * 4 + [(before, 0)], constant_values=True)
     # Finite, so that no gradient is NaN; low enough for an exact zero after the softmax.
