@@ -22,7 +22,7 @@ import numpy as np
 import optax
 import pytest
 
-from configs import bert_tiny, gpt_tiny, transformer
+from configs import bert_tiny, dpo, gpt_tiny, transformer
 from llm_jax.core import config, tree
 from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
@@ -47,6 +47,8 @@ MODELS = {  # over a vocabulary of 263, which nothing divides
   'decoder': (gpt_tiny, SHAPE | dict(variant='gpt2_small', tied=True)),
   'grouped': (gpt_tiny, SHAPE | dict(variant='llama_tiny', kv_heads=2, tied=False)),
   'both': (transformer, SHAPE | dict(variant='t5_1_1_small', head_dim=8)),
+  'prefix': (gpt_tiny, SHAPE | dict(variant='gpt2_small', tied=True)),
+  'preferences': (dpo, SHAPE | dict(variant='gpt2_small', tied=True)),
 }
 TOKENIZER = byte.create()
 MLP_PRODUCT = re.compile(
@@ -99,6 +101,8 @@ CASES = [
   Case('both', dict(data=2, fsdp=4), 2),
   Case('both', dict(sequence=4, tensor=2)),
   Case('both', dict(fsdp=2, sequence=2, tensor=2)),
+  Case('prefix', dict(fsdp=2, sequence=4)),
+  Case('preferences', dict(data=2, sequence=2, tensor=2), 2),
 ]
 
 
@@ -198,13 +202,19 @@ def program(small, case):
   )
   if case.model == 'both':
     parsed['objective'] |= dict(source_len=LENGTH)
+  elif case.model == 'prefix':
+    parsed['objective'] = dict(name='prefix_lm', long='drop')
+  elif case.model == 'preferences':
+    parsed['objective'] |= dict(loss='dpo')
   parsed = assemble.resolve(config.parse(parsed), TOKENIZER.vocab_size)
   objective = assemble.create_objective(parsed, TOKENIZER)
   lengths = [9, 5, 20, 40, 7, 11, 13, 60] * 12
   documents = small.random_documents(lengths, vocab_size=TOKENIZER.vocab_size)
-  if case.model == 'both':
-    documents = pairs(documents)
+  if case.model in ('both', 'prefix', 'preferences'):
+    documents = dict(preferences=preferences).get(case.model, pairs)(documents)
   rows, rng = objective.rows(documents, LENGTH), np.random.default_rng(0)
+  if case.model == 'preferences':
+    rows.reference = rng.normal(-9, 3, (len(documents), 2)).astype(np.float32)
   examples = [objective.transform(rows.example(i, rng), rng) for i in range(ROWS)]
   devices = jax.devices()[: case.devices]
   return programs.build(parsed, objective, examples[0], devices), small.stack(examples)
@@ -214,6 +224,20 @@ def pairs(documents):
   """Each document with the one before it as its target."""
   tokens = [documents.array('tokens', index) for index in range(len(documents))]
   records = [{'tokens': x, 'target_tokens': tokens[index - 1]} for index, x in enumerate(tokens)]
+  return Memory(records, lambda record, tokenizer: record, TOKENIZER)
+
+
+def preferences(documents):
+  """Each document as the chosen answer, and the one before it as the rejected one, the first token
+  of either as the question.
+  """
+  tokens = [documents.array('tokens', index)[:12] for index in range(len(documents))]
+  records = []
+  for index, chosen in enumerate(tokens):
+    sides = dict(chosen=chosen, rejected=tokens[index - 1])
+    record = {f'{name}_tokens': ids for name, ids in sides.items()}
+    learned = {f'{name}_learned': np.int32(np.arange(len(x)) > 0) for name, x in sides.items()}
+    records.append(record | learned)
   return Memory(records, lambda record, tokenizer: record, TOKENIZER)
 
 
