@@ -1,4 +1,4 @@
-"""Two small decoders, their weights, and how tests run them."""
+"""Two small decoders and an encoder-decoder, their weights, and how tests run them."""
 
 import functools
 import types
@@ -12,7 +12,7 @@ import pytest
 from llm_jax.core import params as params_lib
 from llm_jax.generation.decoding import Generator
 from llm_jax.generation.sampling import Sampling
-from llm_jax.models import decoder
+from llm_jax.models import decoder, encoder_decoder
 
 TINY = dict(
   vocab_size=40,
@@ -26,7 +26,8 @@ TINY = dict(
 )
 GPT = decoder.Model(**TINY)
 LLAMA = decoder.Model(**decoder.VARIANTS['llama_2_7b'] | TINY | dict(kv_heads=2, window=5))
-MODELS = {'learned': GPT, 'rotary': LLAMA.clone(window=None), 'window': LLAMA}
+T5 = encoder_decoder.Model(**encoder_decoder.VARIANTS['t5_1_1_small'] | TINY | dict(head_dim=4))
+MODELS = {'learned': GPT, 'rotary': LLAMA.clone(window=None), 'window': LLAMA, 'both': T5}
 PROMPTS = [[3, 9, 4, 1, 5], [2], [7, 8, 9, 10, 11, 12, 13, 14, 15], [6, 30, 2]]
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 
@@ -38,7 +39,7 @@ def logits(model, batch, **kwargs):
 
 
 def boxed_params(model, method=logits):
-  batch = {'tokens': jnp.ones((1, 4), jnp.int32)}
+  batch = {name: jnp.ones((1, 4), jnp.int32) for name in model.inputs}
   init = functools.partial(model.init, method=method)
   return jax.eval_shape(lambda: init(jax.random.key(0), batch))['params']
 

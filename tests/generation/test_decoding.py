@@ -230,6 +230,7 @@ CASES = [
   ('window', Sampling(max_new_tokens=12, temperature=0.0)),
   ('learned', Sampling(max_new_tokens=6, temperature=1.3, top_p=0.9, seed=2)),
   ('learned', Sampling(max_new_tokens=6, temperature=0.0, beams=4)),
+  ('both', Sampling(max_new_tokens=6, temperature=0.0, beams=3, no_repeat_ngram_size=1)),
 ]
 
 
@@ -305,7 +306,7 @@ def test_meshes_give_what_one_device_gives():
   )
   assert done.returncode == 0, done.stderr[-3000:]
   found = json.loads(done.stdout)
-  assert len(found) == 9
+  assert len(found) == 11
   wrong = [f for f in found if not f['same'] or f['compiled'] or f['share'] > 0.62]
   assert not wrong, '\n'.join(map(str, wrong))
 
