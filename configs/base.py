@@ -62,7 +62,12 @@ def mlm() -> dict:
 def clm() -> dict:
   """Causal LM as in GPT-2: one stream of documents, cut into rows."""
   return dict(
-    name='clm', packing='windows', fim_rate=0.0, fim_spm=0.5, label_smoothing=0.0, z_loss=0.0
+    name='clm',
+    packing='windows',
+    fim_rate=unset(float),  # fill in the middle
+    fim_spm=unset(float),
+    label_smoothing=0.0,
+    z_loss=0.0,
   )
 
 

@@ -17,6 +17,7 @@ def test_every_mode_has_a_docstring_and_runs():
   names = plugins.names('mode')
   assert names == [
     'augment',
+    'chat',
     'embed',
     'eval',
     'explain',

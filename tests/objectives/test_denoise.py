@@ -182,8 +182,7 @@ def test_packed_pieces_learn_as_if_alone(noise):
     results = []
     for packing in ('none', 'best_fit'):
       objective = denoise.Objective(TOKENIZER, noise=noise, source_len=48, packing=packing)
-      fixed = {n: kind for n, kind in enumerate(objective.noises)}
-      objective.noises = tuple(lambda_of(kind) for kind in fixed.values())
+      objective.noises = tuple(map(fixed, objective.noises))
       made = examples(objective.rows(documents(found), 48))
       batch = filled(made, 4)
       network, params = network_of(model, objective, batch)
@@ -196,7 +195,7 @@ def test_packed_pieces_learn_as_if_alone(noise):
       assert_same(said, metrics)
 
 
-def lambda_of(kind):
+def fixed(kind):
   """The same noise, which draws by the length of a text alone."""
 
   class Fixed(type(kind)):

@@ -17,8 +17,9 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import recipes, tree
 from llm_jax.data.tokenizers import byte
-from llm_jax.generation import completion, session
+from llm_jax.generation import completion
 from llm_jax.generation.sampling import Sampling
+from llm_jax.inference import session
 from llm_jax.inference.export import export
 from llm_jax.modes.embed import embed
 from llm_jax.modes.eval import evaluate
