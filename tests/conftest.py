@@ -86,6 +86,7 @@ def network(dim=6, vocab_size=50, seed=0, **outputs):
 
   model = types.SimpleNamespace(
     table=lambda: jnp.asarray(w_DV.T),
+    table_bias=lambda: None,
     vocab_size=vocab_size,
     options=types.SimpleNamespace(dim=dim),
   )

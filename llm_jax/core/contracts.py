@@ -362,7 +362,8 @@ class Objective:
     writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
       `prompt(text)`, the ids after which that text is to be written; None where it was cut.
     needs_reference: whether its rows need what another model thinks of their texts, which is found
-      once before training: `log_probabilities` of that model, per text as `Rows.reference`.
+      once before training: `log_probabilities` of that model. Such rows have `documents` and
+      `texts`, and take what is found as `reference`, per document.
     shows_learned: whether people are shown which tokens of a row are learned.
     opens_prompts: whether all tokens of a prompt see all of it, in a decoder.
     prompt_end: ids that stand after a prompt of a decoder.

@@ -2,11 +2,10 @@
 characters of the text an assistant says.
 
 A template is given what `transformers` gives it: `messages`, `add_generation_prompt`, `bos_token`
-and the other special tokens, `raise_exception`, `strftime_now`, the filter `tojson`, and
-`{% generation %}` around what an assistant says.
+and the other special tokens, `raise_exception`, the filter `tojson`, and `{% generation %}` around
+what an assistant says; not `strftime_now`, by which a conversation would be another one every day.
 """
 
-import datetime
 import functools
 import json
 import pathlib
@@ -112,9 +111,9 @@ class Template:
   def __init__(self, source: str, tokenizer: Tokenizer):
     self.source, self.tokenizer = source, tokenizer
     self._compiled = _compiled(source)
-    self._marked = '{% generation' in source.replace('{%-', '{%').replace('{%  ', '{% ')
     with _limited():
       whole = self._call(_PROBE)
+    self._marked = _BEGIN in whole
     if 'xyz' not in whole or 'abc' not in whole:
       raise ValueError('the chat template leaves out what is said in a conversation.')
     tried = self.render(_PROBE)
@@ -288,7 +287,6 @@ def _compiled(source: str) -> Any:
   )
   environment.filters['tojson'] = as_json
   environment.globals['raise_exception'] = fail
-  environment.globals['strftime_now'] = lambda form: datetime.datetime.now().strftime(form)
   try:
     return environment.from_string(source)
   except jinja2.exceptions.TemplateError as error:

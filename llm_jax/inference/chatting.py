@@ -29,7 +29,6 @@ class Chat:
     messages: Sequence[Message],
     sampling: Sampling,
     stream: Callable[[str], None] | None = None,
-    number: int = 0,
   ) -> str:
     """What the assistant says next.
 
@@ -38,16 +37,21 @@ class Chat:
       messages: the last one is of the user, or of a tool.
       sampling: how tokens are chosen.
       stream: called with each piece of the answer.
-      number: of the answer, on which what is drawn depends.
 
     Raises:
-      ValueError: messages that are no conversation, or longer with the answer than the model takes.
+      ValueError: messages that are no conversation, or longer with the answer than the model takes;
+        several answers.
     """
+    if sampling.num_return_sequences > 1:
+      raise ValueError(
+        f'num_return_sequences={sampling.num_return_sequences}: a conversation goes on with one '
+        'answer; leave it out.'
+      )
     self._check(messages)
     ids = self._template.prompt_ids(messages)
     pieces = stream or (lambda _: None)
     (text,) = self._completer.from_ids(
-      weights, [ids], sampling, stream=lambda _, piece: pieces(piece), numbers=[number]
+      weights, [ids], sampling, stream=lambda _, piece: pieces(piece)
     )
     return text
 

@@ -42,11 +42,15 @@ def chat(
     system: what the conversation begins with.
     lines: what the user types.
     say: prints; None: to standard output, at once.
+
+  Raises:
+    ValueError: a model that answers in no conversation, or has no room for any answer.
   """
   from llm_jax.inference import chatting
 
   say = say or _print
   begin = chatting.system(system)
+  session.fitting([*begin, {'role': 'user', 'content': '-'}], sampling)  # before anybody types
   messages = list(begin)
   for line in lines:
     said = line.strip()

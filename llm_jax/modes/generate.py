@@ -59,10 +59,9 @@ def _infill(command: Command) -> None:
     )
   if _command.OUTPUT.value:
     raise ValueError('--prefix and --suffix print one text; leave --output out.')
-  (middle,) = command.session().infill(
-    [(prefix, suffix)], sampling=_decoding.sampling(temperature=1.0)
-  )
-  print(prefix + middle + suffix)
+  sampling = _decoding.sampling(temperature=1.0)
+  for middle in command.session().infill([(prefix, suffix)], sampling=sampling):
+    print(prefix + middle + suffix)
 
 
 def generate(

@@ -7,31 +7,26 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import (
-  Batch,
   Documents,
   Encoded,
   Example,
-  Metrics,
-  Net,
   Record,
   Rows,
   Tokenizer,
 )
 from llm_jax.data import chat_template, conversations, pack, prompted
-from llm_jax.nn import vocabulary
+from llm_jax.objectives.shared import next_tokens
 
 LONG = ('error', 'cut', 'drop')
 PACKINGS = ('best_fit', 'none')
 
 
-class Objective(contracts.Objective):
+class Objective(next_tokens.Objective):
   """Each token that the assistant says, with the one that ends its turn, is predicted from those
   before it; what others say is read and not learned.
 
@@ -69,11 +64,10 @@ class Objective(contracts.Objective):
     for name, value, known in (('packing', packing, PACKINGS), ('long', long, LONG)):
       if value not in known:
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(known)}.')
-    vocabulary.check_loss(label_smoothing, z_loss)
+    super().__init__('chat', label_smoothing, z_loss)
     self.tokenizer, self.packing, self.long = tokenizer, packing, long
     self.template = chat_template.of(chat_template.text(template), tokenizer)
     self.ends = (self.template.end,)
-    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
   @classmethod
   def encoding(cls, options: Mapping[str, Any]) -> Callable[[Record, Tokenizer], Encoded]:
@@ -108,26 +102,6 @@ class Objective(contracts.Objective):
       ValueError: one that is longer than a row, where that is an error, naming it.
     """
     return _Rows(self, documents, seq_len)
-
-  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
-    """Cross-entropy in nats and accuracy per token that is learned."""
-    sums = vocabulary.cross_entropy(
-      hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed
-    )
-    return vocabulary.metrics('chat', sums, jnp.sum(batch['weights']))
-
-  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-    """Perplexity of a token."""
-    return {'perplexity': float(np.exp(means['chat_nll']))}
-
-  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that a batch asks for and their weights, each [B, T]."""
-    return batch['targets'], batch['weights']
-
-  def flops(self, model: contracts.Model, batch: Batch) -> float:
-    """Of the vocabulary, at all positions."""
-    rows, length = batch['targets'].shape
-    return 2.0 * rows * length * model.vocab_size * model.options.dim
 
 
 def encode(record: Record, tokenizer: Tokenizer, template: str) -> Encoded:
@@ -170,20 +144,11 @@ class _Rows:
     return [*self.prompt_ids.tolist(), *tokens.tolist()]
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
-    numbers, before = self.texts(index), len(self.prompt_ids)
-    parts = {
-      name: [self.documents.array(name, n, 0, int(self.stops[n])) for n in numbers]
+    tokens, learned = (
+      [self.documents.array(name, n, 0, int(self.stops[n])) for n in self.texts(index)]
       for name in ('tokens', 'learned')
-    }
-    example = pack.assemble(
-      [np.append(self.prompt_ids, ids[:-1]) for ids in parts['tokens']], self.seq_len
     )
-    inside_T = (example['segments'] > 0) & (example['positions'] >= before)
-    targets_T = np.zeros(self.seq_len, np.int32)
-    weights_T = np.zeros(self.seq_len, np.float32)
-    targets_T[inside_T] = np.concatenate([ids[1:] for ids in parts['tokens']])
-    weights_T[inside_T] = np.concatenate([learned[1:] for learned in parts['learned']])
-    return example | {'targets': targets_T, 'weights': weights_T}
+    return next_tokens.example(tokens, learned, self.prompt_ids, self.seq_len)
 
   def _stops(self, objective: Objective, most: int) -> np.ndarray:
     """Of each conversation how many tokens are read, the last of them as a target; 0 for none."""

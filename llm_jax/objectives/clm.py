@@ -4,8 +4,6 @@ Radford et al. 2019, "GPT-2". A document is read as BOS, its tokens, EOS; docume
 do not see each other.
 """
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +11,10 @@ import numpy as np
 from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Tokenizer
 from llm_jax.data import pack, prompted
-from llm_jax.nn import vocabulary
-from llm_jax.objectives.shared import infilling
+from llm_jax.objectives.shared import infilling, next_tokens
 
 
-class Objective(contracts.Objective):
+class Objective(next_tokens.Objective):
   """Next-token prediction: every token of every document, and its EOS, is a target once per epoch.
 
   A piece that continues a document in another row starts from the token before it, at position 0.
@@ -44,10 +41,9 @@ class Objective(contracts.Objective):
   ):
     if packing not in pack.PACKINGS:
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(pack.PACKINGS)}.')
-    vocabulary.check_loss(label_smoothing, z_loss)
+    super().__init__('clm', label_smoothing, z_loss)
     self.tokenizer, self.packing = tokenizer, packing
     self.fill_in = infilling.FillIn(tokenizer, fim_rate, fim_spm)
-    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
   def check(self, model: contracts.Model) -> None:
     """The model must be causal."""
@@ -74,25 +70,9 @@ class Objective(contracts.Objective):
     """Cross-entropy in nats and accuracy per token, and bits per UTF-8 byte of the text that the
     targets spell.
     """
-    sums = vocabulary.cross_entropy(
-      hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed
-    )
-    metrics = vocabulary.metrics('clm', sums, jnp.sum(batch['weights']))
-    metrics['bits_per_byte'] = sums.nll / np.log(2), jnp.sum(batch['bytes'])
+    metrics = super().loss(net, hidden_BTD, batch)
+    metrics['bits_per_byte'] = metrics['clm_nll'][0] / np.log(2), jnp.sum(batch['bytes'])
     return metrics
-
-  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-    """Perplexity of a token."""
-    return {'perplexity': float(np.exp(means['clm_nll']))}
-
-  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that a batch asks for and their weights, each [B, T]."""
-    return batch['targets'], batch['weights']
-
-  def flops(self, model: contracts.Model, batch: Batch) -> float:
-    """Of the vocabulary, at all positions."""
-    rows, length = batch['targets'].shape
-    return 2.0 * rows * length * model.vocab_size * model.options.dim
 
 
 class _Rows:

@@ -28,6 +28,7 @@ from llm_jax.core.contracts import (
 )
 from llm_jax.data import chat_template, conversations, pack, prompted
 from llm_jax.nn import vocabulary
+from llm_jax.objectives.shared import next_tokens
 
 LOSSES = {'dpo': 0.1, 'ipo': 0.1, 'simpo': 2.0, 'orpo': 0.1}  # and their usual beta
 WITH_REFERENCE = ('dpo', 'ipo')
@@ -153,8 +154,7 @@ class Objective(contracts.Objective):
 
   def flops(self, model: contracts.Model, batch: Batch) -> float:
     """Of the vocabulary, at all positions."""
-    rows, length = batch['targets'].shape
-    return 2.0 * rows * length * model.vocab_size * model.options.dim
+    return next_tokens.flops(model, batch)
 
   def _sums(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities of the answers of each pair, and how many tokens they have; [B, G, 2]."""
@@ -238,23 +238,16 @@ class _Rows:
     return [int(self.kept[number]) for number, _, _ in self.plan[index]]
 
   def example(self, index: int, rng: np.random.Generator) -> Example:
-    numbers, before = self.texts(index), len(self.prompt_ids)
+    numbers = self.texts(index)
     sides = [(number, side) for number in numbers for side in ('chosen', 'rejected')]
-    parts = {
-      name: [self.documents.array(f'{side}_{name}', number) for number, side in sides]
+    tokens, learned = (
+      [self.documents.array(f'{side}_{name}', number) for number, side in sides]
       for name in ('tokens', 'learned')
-    }
-    example = pack.assemble(
-      [np.append(self.prompt_ids, ids[:-1]) for ids in parts['tokens']], self.seq_len
     )
-    inside_T = (example['segments'] > 0) & (example['positions'] >= before)
-    targets_T = np.zeros(self.seq_len, np.int32)
-    weights_T = np.zeros(self.seq_len, np.float32)
-    targets_T[inside_T] = np.concatenate([ids[1:] for ids in parts['tokens']])
-    weights_T[inside_T] = np.concatenate([learned[1:] for learned in parts['learned']])
+    example = next_tokens.example(tokens, learned, self.prompt_ids, self.seq_len)
     weight_G = np.zeros(self.slots, np.float32)
     weight_G[: len(numbers)] = 1
-    example |= {'targets': targets_T, 'weights': weights_T, 'pair_weight': weight_G}
+    example['pair_weight'] = weight_G
     if self.with_reference:
       example['reference'] = np.zeros((self.slots, 2), np.float32)
       if self.reference is not None:

@@ -3,33 +3,26 @@ one token after the other (Liu et al. 2018, arXiv:1801.10198; Raffel et al. 2020
 section 3.2.1).
 """
 
-from collections.abc import Mapping
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from llm_jax.core import contracts
 from llm_jax.core.contracts import (
-  Batch,
   Documents,
   Encoded,
   Example,
-  Metrics,
-  Net,
   Record,
   Rows,
   Tokenizer,
 )
 from llm_jax.data import pack
-from llm_jax.nn import vocabulary
+from llm_jax.objectives.shared import next_tokens
 
 LONG = ('error', 'drop')
 PACKINGS = ('best_fit', 'none')
 
 
-class Objective(contracts.Objective):
+class Objective(next_tokens.Objective):
   """Of a record with a `text` and a `target` the text is the prefix, between BOS and SEP, and the
   target is learned, with EOS. Of one without a target a part of the text is the prefix, cut off
   anew in each epoch, each length equally likely; longer texts are cut into pieces.
@@ -63,10 +56,9 @@ class Objective(contracts.Objective):
     for name, value, known in (('packing', packing, PACKINGS), ('long', long, LONG)):
       if value not in known:
         raise ValueError(f'objective.{name}={value!r} must be one of {", ".join(known)}.')
-    vocabulary.check_loss(label_smoothing, z_loss)
+    super().__init__('prefix_lm', label_smoothing, z_loss)
     self.tokenizer, self.packing, self.long = tokenizer, packing, long
     self.prompt_end = (tokenizer.sep_id,)
-    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
   @staticmethod
   def encode(record: Record, tokenizer: Tokenizer) -> Encoded:
@@ -101,26 +93,6 @@ class Objective(contracts.Objective):
       ValueError: a pair that is longer than a row, where that is an error, naming it.
     """
     return _Rows(self, documents, seq_len)
-
-  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
-    """Cross-entropy in nats and accuracy per token behind the prefixes."""
-    sums = vocabulary.cross_entropy(
-      hidden_BTD, net.model.table(), batch['targets'], batch['weights'], **self.smoothed
-    )
-    return vocabulary.metrics('prefix_lm', sums, jnp.sum(batch['weights']))
-
-  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-    """Perplexity of a token."""
-    return {'perplexity': float(np.exp(means['prefix_lm_nll']))}
-
-  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that a batch asks for and their weights, each [B, T]."""
-    return batch['targets'], batch['weights']
-
-  def flops(self, model: contracts.Model, batch: Batch) -> float:
-    """Of the vocabulary, at all positions."""
-    rows, length = batch['targets'].shape
-    return 2.0 * rows * length * model.vocab_size * model.options.dim
 
 
 class _Rows:

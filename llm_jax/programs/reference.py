@@ -53,7 +53,7 @@ def attach(
   flat = tree.flatten(params)
   said = [bases.fingerprints(flat, program.mesh), contents, config.objective, config.seq_len]
   said += [{name: program.config.model.get(name) for name in MODEL}]
-  said += [[len(laid_out.kept) for laid_out in rows]]
+  said += [[(len(laid_out), len(laid_out.documents)) for laid_out in rows]]
   key = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
   path = cache / 'references' / f'{key[:32]}.npz'
   found = hosts.agree(lambda: _read(path))

@@ -232,6 +232,16 @@ def test_ids_and_masks_are_those_of_transformers(name, tmp_path):
   np.testing.assert_array_equal(learned, mask)
 
 
+@pytest.mark.parametrize('mark', ['{%generation%}', '{%-  generation -%}'])
+def test_marks_are_known_however_they_are_written(mark):
+  source, added = TEMPLATES['chatml']
+  other = Template(source.replace('{% generation %}', mark), byte.create(added=added))
+  for a, b in zip(
+    other.encode(TURNS), Template(source, other.tokenizer).encode(TURNS), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_marks_that_leave_the_end_out_do_not_unlearn_it():
   source = TEMPLATES['chatml'][0].replace(
     '<|im_end|>{% endgeneration %}', '{% endgeneration %}<|im_end|>'
@@ -267,6 +277,7 @@ def test_a_template_is_a_name_a_file_or_itself(tmp_path):
     ('{% for m in messages %}', 'cannot be read in line 1'),
     ('{{ messages[7].content }}', 'fails: UndefinedError'),
     ("{{ ''.__class__.__mro__ }}", 'fails: SecurityError'),
+    ("{{ strftime_now('%d') }}", "fails: UndefinedError: 'strftime_now' is undefined"),
     ('{{ messages[0].content }}', 'leaves out what is said'),
     (
       '{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}',

@@ -110,6 +110,8 @@ def test_history_that_fits(session):
   assert left[-2] == asked('bob')
   with pytest.raises(ValueError, match='the last message is of assistant; an answer follows on'):
     session.chat(left, sampling=GREEDY)
+  with pytest.raises(ValueError, match='num_return_sequences=2: a conversation goes on with one'):
+    session.chat([asked('bob')], max_new_tokens=4, num_return_sequences=2)
 
 
 def test_its_folder_answers_the_same(session, tmp_path):
@@ -118,5 +120,7 @@ def test_its_folder_answers_the_same(session, tmp_path):
   assert again.config.objective['name'] == 'clm'
   assert again.chat([asked('cleo')], sampling=GREEDY) == 'Hello, cleo!'
   (tmp_path / 'out' / 'chat_template.jinja').unlink()
+  with pytest.raises(ValueError, match='has no chat template'):
+    chat.chat(llm_jax.open(tmp_path / 'out'), GREEDY, None, iter(['never read']))
   with pytest.raises(ValueError, match='has no chat template; fine-tune it by configs/chat.py'):
     llm_jax.open(tmp_path / 'out').chat([asked('cleo')], sampling=GREEDY)

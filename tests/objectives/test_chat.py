@@ -11,7 +11,6 @@ from exact import assert_same, filled, network_of, shape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_jax.core import contracts
 from llm_jax.data import encoding
 from llm_jax.data.documents import Memory
 from llm_jax.data.tokenizers import byte
@@ -150,4 +149,3 @@ def test_records_and_models_that_cannot_be():
   sizes = dict(dim=8, layers=1, heads=1, mlp_dim=8, vocab_size=300, max_len=32)
   with pytest.raises(ValueError, match='objective chat needs a decoder; an encoder-decoder'):
     chat.Objective(TOKENIZER).check(encoder_decoder.Model(**sizes))
-  assert isinstance(chat.Objective(TOKENIZER), contracts.Objective)

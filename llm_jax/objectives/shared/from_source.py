@@ -2,22 +2,20 @@
 each token of a target from those before it and a whole source.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llm_jax.core import contracts
-from llm_jax.core.contracts import SOURCE, Batch, Example, Metrics, Net, Tokenizer
+from llm_jax.core.contracts import SOURCE, Example, Tokenizer
 from llm_jax.data import pack
-from llm_jax.nn import vocabulary
+from llm_jax.objectives.shared import next_tokens
 
 PACKINGS = ('best_fit', 'none')
 
 
-class Objective(contracts.Objective):
-  """Loss and checks.
+class Objective(next_tokens.Objective):
+  """Options, checks and rows.
 
   Args:
     name: of the loss.
@@ -46,11 +44,10 @@ class Objective(contracts.Objective):
       raise ValueError(f'objective.packing={packing!r} must be one of {", ".join(PACKINGS)}.')
     if source_len is not None and source_len < 2:
       raise ValueError(f'objective.source_len={source_len} must be at least 2.')
-    vocabulary.check_loss(label_smoothing, z_loss)
-    self.name, self.tokenizer, self.source_len = name, tokenizer, source_len
+    super().__init__(name, label_smoothing, z_loss)
+    self.tokenizer, self.source_len = tokenizer, source_len
     self.start = tokenizer.bos_id if start is None else self.id('start', start)
     self.packing = packing
-    self.smoothed = dict(label_smoothing=label_smoothing, z_loss=z_loss)
 
   @property
   def most(self) -> int | None:
@@ -100,29 +97,3 @@ class Objective(contracts.Objective):
       'targets': wanted['tokens'],
       'weights': (wanted['segments'] > 0).astype(np.float32),
     }
-
-  def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:
-    """Cross-entropy in nats and accuracy per token of the targets."""
-    model = net.model
-    sums = vocabulary.cross_entropy(
-      hidden_BTD,
-      model.table(),
-      batch['targets'],
-      batch['weights'],
-      model.table_bias(),
-      **self.smoothed,
-    )
-    return vocabulary.metrics(self.name, sums, jnp.sum(batch['weights']))
-
-  def summary(self, means: Mapping[str, float]) -> dict[str, float]:
-    """Perplexity of a token."""
-    return {'perplexity': float(np.exp(means[f'{self.name}_nll']))}
-
-  def targets(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    """The ids that a batch asks for and their weights, each [B, T]."""
-    return batch['targets'], batch['weights']
-
-  def flops(self, model: contracts.Model, batch: Batch) -> float:
-    """Of the vocabulary, at all positions."""
-    rows, length = batch['targets'].shape
-    return 2.0 * rows * length * model.vocab_size * model.options.dim
