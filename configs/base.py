@@ -229,6 +229,25 @@ def get_config() -> config_dict.ConfigDict:
         heads=unset(str),
       ),
       base_weights='',  # int8: the kernels of the frozen base in a quarter of the memory
+      # What makes a model smaller, in --mode=compress: int8 | int4 | svd | structured | vocabulary
+      # | magnitude | movement, each with some of these
+      compress=dict(
+        name=unset(str),
+        rows=unset(int),
+        tolerance=unset(float),
+        group=unset(int),
+        activations=unset(str),
+        sensitive=unset(float),
+        vocabulary=unset(bool),
+        share=unset(float),
+        rank=unset(int),
+        weighted=unset(bool),
+        least=unset(int),
+        heads=unset(float),
+        mlp=unset(float),
+        layers=unset(int),
+        keep=unset(tuple),
+      ),
       # Texts are moved to learn from them: fgm | pgd | freelb | smart, each with some of these
       adversarial=dict(
         name=unset(str),

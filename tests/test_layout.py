@@ -14,12 +14,14 @@ ROOMS = (  # from the ground up
   'models',
   'objectives',
   'adapters',
+  'compress',
   'evaluators',
   'hf',
   'programs',
   'generation',
   'training',
   'inference',
+  'compressing',
   'planning',
   'modes',
   'main',
@@ -28,6 +30,7 @@ SIDE_BY_SIDE = (
   'models',
   'objectives',
   'adapters',
+  'compress',
   'evaluators',
 )  # plug-ins: none knows another room
 

@@ -25,6 +25,7 @@ IDENTITY = (
   'objective',
   'adapter',
   'base_weights',
+  'compress',
   'seq_len',
   'seed',
   'folds',
@@ -142,6 +143,8 @@ class Config:
     mesh: sizes of the mesh axes, and the name of the sharding rules.
     adapter: what is trained beside a frozen base; {} trains all parameters.
     base_weights: the form of the frozen kernels, 'int8'; '' for as they are.
+    compress: the method that makes the model smaller, in `--mode=compress`; in training, how it
+      gets used to that; {}: none.
     adversarial: how texts are moved to learn from them; {}: they are not.
     evaluators: sections by name, or by any key with a `name` in the section (a dotted one, say);
       {} for those that the objective names.
@@ -171,6 +174,7 @@ class Config:
   mesh: dict = dataclasses.field(default_factory=dict)
   adapter: dict = dataclasses.field(default_factory=dict)
   base_weights: str = ''
+  compress: dict = dataclasses.field(default_factory=dict)
   adversarial: dict = dataclasses.field(default_factory=dict)
   evaluators: dict = dataclasses.field(default_factory=dict)
   hooks: dict = dataclasses.field(default_factory=dict)

@@ -36,6 +36,11 @@ def local(option: str, given: str | None) -> pathlib.Path | None:
   return pathlib.Path(given).expanduser()
 
 
+def remove(path: pathlib.Path) -> None:
+  """Removes a folder and all that is in it; nothing where there is none."""
+  shutil.rmtree(path, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def whole_file(
   path: str | os.PathLike[str], mode: str = 'w', encoding: str | None = None

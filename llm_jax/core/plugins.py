@@ -22,6 +22,7 @@ KINDS = {
   'source': ('llm_jax.data.sources', 'Source'),
   'tokenizer': ('llm_jax.data.tokenizers', 'create'),
   'adapter': ('llm_jax.adapters', 'Adapter'),
+  'compress': ('llm_jax.compress', 'Compression'),
   'evaluator': ('llm_jax.evaluators', 'Evaluator'),
   'hook': ('llm_jax.training.hooks', 'Hook'),
   'mode': ('llm_jax.modes', 'run'),

@@ -503,7 +503,9 @@ def open_model(folder: pathlib.Path | None, given: Config | None = None) -> Sess
     ValueError: no such run or folder, or a tokenizer that does not belong to it.
   """
   if given is not None and given.init_from:
-    return Session(pathlib.Path(given.init_from), given, pretrained.load_tokenizer(given))
+    origin = pathlib.Path(given.init_from)
+    given = dataclasses.replace(given, compress=pretrained.compression(origin))
+    return Session(origin, given, pretrained.load_tokenizer(given))
   config = _on_devices_here(workdir.read_config(folder))
   if given is not None:
     config = _with_data_of(given, config)
@@ -530,7 +532,7 @@ def load_params(
   Raises:
     ValueError: there are none, or some are missing.
   """
-  loaded = pretrained.load_params(program, origin, held=held)
+  loaded = pretrained.load_params(program, origin, held=held, in_forms=True)
   missing = {path.split('/')[0] for path in loaded.new}
   partial = any(path.split('/')[0] in missing for path in loaded.params)
   if loaded.new and (heads or partial or 'model' in missing):

@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from llm_jax.core import contracts
+from llm_jax.core import contracts, params
 from llm_jax.core.contracts import Batch
 from llm_jax.nn import rotary, stack
 from llm_jax.nn.embedder import Embedder
@@ -71,7 +71,10 @@ class Transformer(contracts.Model, nn.Module, Options):
 
   def table(self) -> jax.Array:
     """The projection on the vocabulary, [V, D]; see `vocabulary.cross_entropy`."""
-    return self.embedder.token.embedding if self.tied else self.output.kernel.T
+    weight = self.embedder.token.embedding if self.tied else self.output.kernel
+    if params.is_form(weight):
+      weight = weight.dense(self.options.compute_dtype)
+    return weight if self.tied else weight.T
 
   def logits(self, x_BMD: jax.Array) -> jax.Array:
     """Projection on the vocabulary, [B, M, V], at least float32, all at once; the losses go through

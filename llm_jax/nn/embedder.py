@@ -70,8 +70,10 @@ class Embedder(nn.Module):
 
   def vectors(self, tokens_BT: jax.Array) -> jax.Array:
     """Those of tokens, [B, T, D]; an adapter may stand around this."""
-    table = self.token if self.shared is None else self.shared
-    return lookup(table.embedding, tokens_BT, self.options.compute_dtype)
+    table = (self.token if self.shared is None else self.shared).embedding
+    if params.is_form(table):
+      return table.rows(tokens_BT, self.options.compute_dtype)
+    return lookup(table, tokens_BT, self.options.compute_dtype)
 
   def _summed(
     self, tokens_BT: jax.Array, positions_BT: jax.Array, token_types_BT: jax.Array | None

@@ -149,7 +149,7 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
-  """A table of `size` vectors.
+  """A table of `size` vectors; of the vocabulary, a weight form may stand in its place.
 
   Attributes:
     size: how many.
@@ -171,8 +171,13 @@ class Embedding(nn.Module):
       (self.axis, 'embed' if vocab else 'norm'),
       inputs=(1,) if vocab else (),
       decayed=True,
+      formable=vocab,
     )
     shape = self.size, self.options.dim
+    there = form(self, 'embedding')
+    if there is not None:
+      self.embedding = there
+      return
     with params_lib.in_layer(params_lib.EMBEDDINGS):
       self.embedding = self.param('embedding', init, shape, DTYPES[self.options.param_dtype])
 
@@ -182,14 +187,19 @@ class Embedding(nn.Module):
 
 
 class Output(nn.Module):
-  """The kernel [D, V] of a projection on the vocabulary that is not tied to the token table."""
+  """The kernel [D, V] of a projection on the vocabulary that is not tied to the token table, or a
+  weight form in its place.
+  """
 
   size: int
   options: Options
 
   def setup(self):
-    shape = self.options.dim, self.size
-    self.kernel = matrix(self, 'kernel', 'DV', shape, self.options, inputs=(0,))
+    there, shape = form(self, 'kernel'), (self.options.dim, self.size)
+    if there is not None:
+      self.kernel = there
+    else:
+      self.kernel = matrix(self, 'kernel', 'DV', shape, self.options, inputs=(0,), formable=True)
 
 
 def matrix(

@@ -21,6 +21,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import (
   SOURCE,
   Adapter,
+  Compression,
   Documents,
   Evaluator,
   Example,
@@ -44,6 +45,8 @@ ALTERNATIVES = {'optimizer': ('warmup_steps', 'warmup_fraction')}
 # What a source of validation or test documents shares with another kind of source in `data`.
 FIELDS = ('text', 'pair', 'label', 'target', 'fields')
 # The most tokens of a micro-batch on a device: a BERT-base then stays within a few GiB.
+# Options of config.compress that are those of the mode, whatever the method.
+OF_ALL_METHODS = ('rows', 'tolerance')
 TOKENS_AT_ONCE = {'cpu': 2048, 'accelerator': 8192}
 T5_SENTINELS = 100
 
@@ -339,6 +342,23 @@ def create_adapter(config: Config) -> Adapter | None:
   factory = plugins.load('adapter', config.adapter['name']).Adapter
   options = _without(config.adapter, 'name')
   return plugins.construct('adapter', factory, options, steps=config.steps)
+
+
+def create_compression(config: Config) -> Compression | None:
+  """The method of `config.compress`; None where there is none.
+
+  Raises:
+    ValueError: options without a name; whatever `plugins.construct` raises.
+  """
+  if not config.compress.get('name'):
+    if given := sorted(config_lib.given(config.compress)):
+      raise ValueError(
+        f'config.compress.{given[0]} is set, and config.compress.name is not; known: '
+        f'{", ".join(plugins.names("compress"))}.'
+      )
+    return None
+  factory = plugins.load('compress', config.compress['name']).Compression
+  return plugins.construct('compress', factory, _without(config.compress, 'name', *OF_ALL_METHODS))
 
 
 def ported_adapter(settings: Mapping[str, Any], steps: int) -> tuple[dict[str, Any], Ported]:

@@ -30,6 +30,7 @@ from llm_jax.core import files, tree
 from llm_jax.core.state import AVERAGES, Loaded
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import hosts
+from llm_jax.programs import forms
 
 SEAL = 'seal.json'
 DAMAGED = 'damaged'  # the folder of checkpoints that do not agree with their seals
@@ -254,7 +255,10 @@ def read_meta(
 
 
 def restore_params(
-  directory: str | pathlib.Path, abstract_params: PyTree, which: str | int = 'best'
+  directory: str | pathlib.Path,
+  abstract_params: PyTree,
+  which: str | int = 'best',
+  formed: Mapping[str, PyTree] | None = None,
 ) -> Loaded:
   """Reads parameters of another run, by path; that run's folder is not changed.
 
@@ -264,6 +268,8 @@ def restore_params(
       rounded to a type of fewer bits.
     which: 'best' (lowest validation loss; the latest where none was measured), 'latest', or a
       step. A damaged checkpoint is skipped, with an error in the log.
+    formed: of parameters that the checkpoint may hold in another form, that form, by path, abstract
+      in the same way.
 
   Raises:
     ValueError: no whole checkpoint there; or a parameter that both have, in another shape or type.
@@ -273,6 +279,10 @@ def restore_params(
   stored = _stored(orbax, path)
   paths = _parameter_paths(stored)
   wanted = tree.flatten(abstract_params)
+  in_form = {path: form for path, form in (formed or {}).items() if path in wanted.keys() - paths}
+  for path, form in in_form.items():
+    del wanted[path]
+    wanted |= {f'{path}/{name}': leaf for name, leaf in tree.flatten(form).items()}
   shared = {name: leaf for name, leaf in wanted.items() if name in paths}
   there = {name: _retyped(stored[paths[name]], leaf) for name, leaf in shared.items()}
   difference = tree.difference(shared, there)
@@ -291,7 +301,7 @@ def restore_params(
   base = _record(orbax, path)['meta'].get('base')
   orbax.close()
   return Loaded(
-    params={name: leaves[paths[name]] for name in shared},
+    params=forms.joined({name: leaves[paths[name]] for name in shared}, in_form),
     new=[name for name in wanted if name not in paths],
     unused=[name for name in paths if name not in wanted],
     step=int(path.name),

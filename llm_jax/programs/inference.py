@@ -15,10 +15,10 @@ import numpy as np
 
 from llm_jax.core import params as params_lib
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Tokenizer
+from llm_jax.core.contracts import Batch, Example, Metrics, Objective, Scheme, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
-from llm_jax.programs import assemble, base_weights
+from llm_jax.programs import assemble, forms
 from llm_jax.programs import network as networks
 from llm_jax.programs.network import Network
 
@@ -35,7 +35,8 @@ class Inference:
     infos: what each parameter is, by path.
     batch: one global batch, abstract.
     base: the paths of the parameters that are not the adapter's own.
-    formed: of these the kernels that are kept in another form (`programs.base_weights`).
+    formed: the kernels and tables that are kept in another form, by path, and how they are put into
+      it (`programs.forms`).
   """
 
   config: Config
@@ -45,7 +46,7 @@ class Inference:
   infos: dict[str, params_lib.Info]
   batch: dict[str, jax.ShapeDtypeStruct]
   base: frozenset[str]
-  formed: frozenset[str]
+  formed: Mapping[str, Scheme]
 
   @property
   def mesh(self) -> jax.sharding.Mesh:
@@ -74,11 +75,11 @@ class Inference:
 
   def kept(self, params: PyTree) -> dict[str, Any]:
     """Parameters, or some of them, in the form in which the network keeps them."""
-    return base_weights.kept(params, self.infos, self.formed, self.layout)
+    return forms.kept(params, self.infos, self.formed, self.layout)
 
   def dense(self, params: PyTree) -> dict[str, Any]:
     """Arrays in place of the forms."""
-    return base_weights.dense(params, self.infos, self.params)
+    return forms.dense(params, self.params)
 
   def function(self, method: Callable[[Network, Batch], Any]) -> Callable[[Any, Batch], Any]:
     """Compiles (params, batch) -> what `method` of the bound network gives, whole on each device.
@@ -140,7 +141,8 @@ def build(
   base = frozenset(infos)
   if network.adapter is not None:
     base = networks.base_paths(network, sample_rows(example))
-  formed = base_weights.chosen(config, network.adapter, infos, base)
+  formed = forms.of_base(config, network.adapter, infos, base)
+  formed |= forms.of_method(assemble.create_compression(config), infos, shapes)
   return Inference(config, network, layout, placed(shapes, shardings), infos, batch, base, formed)
 
 

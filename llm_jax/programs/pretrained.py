@@ -29,7 +29,7 @@ from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
 from llm_jax.hf.family import Family, decisive
 from llm_jax.parallel import hosts
-from llm_jax.programs import assemble, bases, checkpoints, workdir
+from llm_jax.programs import assemble, bases, checkpoints, forms, workdir
 from llm_jax.programs.inference import Inference
 
 CLASSIFY, SEQ2SEQ = 'classify', 'seq2seq'
@@ -121,6 +121,7 @@ def load_params(
   folder: pathlib.Path,
   step: int | None = None,
   held: Mapping[str, jax.Array] | None = None,
+  in_forms: bool = False,
 ) -> Loaded:
   """The parameters in a folder that a network wants too; of a run, those of its best checkpoint,
   with those of the base that it names.
@@ -130,6 +131,8 @@ def load_params(
     folder: of a run, of Hugging Face, which holds nothing of an adapter, or of the library peft.
     step: of a run, that of another checkpoint.
     held: parameters that are in memory; where they are those of a run's base, it is not read.
+    in_forms: kernels that a folder holds in the form in which the network keeps them stay in it;
+      otherwise arrays stand in place of all forms.
 
   Raises:
     ValueError: nothing to load there, a parameter of another shape, a base that is gone or another.
@@ -142,7 +145,7 @@ def load_params(
     return peft.load(folder, known, wanted, program.infos, adapter, loaded, leave)
   if not hf.is_folder(str(folder)):
     which = 'best' if step is None else step
-    loaded = checkpoints.restore_params(folder / 'checkpoints', program.params, which)
+    loaded = _from_checkpoint(program, folder, which, in_forms)
     return _with_base(program, folder, loaded, held or {})
   head = _head_of_other_classes(program.objective, folder)
   base, added = params_lib.split(
@@ -150,6 +153,27 @@ def load_params(
   )
   loaded = hf.load(str(folder), families(program.config), base, program.infos)
   return loaded._replace(new=[*loaded.new, *tree.paths(added)])
+
+
+def compression(folder: pathlib.Path) -> dict[str, Any]:
+  """The section `compress` of the run in a folder; nothing where it is no run."""
+  return {} if is_foreign(folder) else dict(workdir.read_config(folder).compress)
+
+
+def _from_checkpoint(
+  program: Inference, folder: pathlib.Path, which: str | int, in_forms: bool
+) -> Loaded:
+  method = assemble.create_compression(workdir.read_config(folder))
+  schemes = forms.of_method(method, program.infos, program.params)
+  shapes = forms.placed(program.params, program.infos, schemes, program.layout)
+  formed = {path: leaf for path, leaf in params_lib.leaves(shapes).items() if path in schemes}
+  loaded = checkpoints.restore_params(folder / 'checkpoints', program.params, which, formed)
+  types = tree.flatten(program.params)
+  for path, leaf in loaded.params.items():
+    kept = in_forms and program.formed.get(path) == schemes.get(path)
+    if params_lib.is_form(leaf) and not kept:
+      loaded.params[path] = leaf.dense(types[path].dtype)
+  return loaded
 
 
 def without_top(loaded: Loaded, drawn: PyTree, infos: Mapping[str, Info], count: int) -> Loaded:

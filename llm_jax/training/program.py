@@ -20,7 +20,7 @@ from llm_jax.core.contracts import SOURCE, Adapter, Batch, Example, Metrics, Obj
 from llm_jax.core.state import AVERAGES, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import fsdp, hosts, sharding
-from llm_jax.programs import assemble, base_weights, inference
+from llm_jax.programs import assemble, forms, inference
 from llm_jax.programs import network as networks
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
@@ -105,8 +105,8 @@ def build(
     averages=bool(ema_decay),
   )
   drawn = jax.eval_shape(init, 0)
-  shapes = drawn.replace(frozen=base_weights.abstract(drawn.frozen, base.infos, base.formed))
-  shardings = _state_shardings(layout, shapes, base_weights.with_parts(base.infos, base.formed))
+  shapes = drawn.replace(frozen=forms.abstract(drawn.frozen, base.infos, base.formed))
+  shardings = _state_shardings(layout, shapes, forms.with_parts(base.infos, base.formed))
   gradient_shardings = sharding.parameter_shardings(layout, shapes.params, base.infos, True)
   train_step = functools.partial(
     step.train_step,

@@ -5,14 +5,22 @@ BPE, Unigram.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from absl import logging
 
-from llm_jax.data.tokenizers import _added, _export, _specials, _spelling, _vocabulary, _words
+from llm_jax.data.tokenizers import (
+  _added,
+  _export,
+  _pruning,
+  _specials,
+  _spelling,
+  _vocabulary,
+  _words,
+)
 
 _LAYOUT = 1  # to be raised with any change to how text becomes ids; part of every fingerprint
 _KEPT = (*_export.FILES, *_specials.CONFIGS, 'chat_template.jinja')
@@ -161,6 +169,24 @@ class Tokenizer:
     config = {'model_max_length': max_len} | config
     files['tokenizer_config.json'] = json.dumps(config, indent=2, ensure_ascii=False)
     _export.write(directory, files)
+
+  def pruned(self, used: Collection[int]) -> tuple['Tokenizer', list[int]]:
+    """The same without tokens that are not needed; see `_pruning`.
+
+    Args:
+      used: ids that are.
+
+    Returns:
+      The tokenizer, and the former id of each of its ids.
+    """
+    used = {*used, *_specials.filled(self.specials).values(), *np.flatnonzero(self.special)}
+    description = _specials.read_json(self._files, 'tokenizer.json')
+    changed, order = _pruning.tokenizer_json(description, used)
+    files = self._files | {'tokenizer.json': json.dumps(changed, ensure_ascii=False)}
+    for name in files.keys() & {*_specials.CONFIGS, 'tokenizer_config.json'}:
+      config = _pruning.special_ids(_specials.read_json(files, name), order)
+      files[name] = json.dumps(config, ensure_ascii=False)
+    return Tokenizer(files), order
 
   def __reduce__(self):
     return Tokenizer, (self._files,)

@@ -7,13 +7,13 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
 from absl import logging
 
-from llm_jax.data.tokenizers import _added, _convert, _export, _training, _words
+from llm_jax.data.tokenizers import _added, _convert, _export, _pruning, _training, _words
 
 PIECES = _export.NAMES
 # To be raised with any change to how text becomes ids; part of every fingerprint and cache key.
@@ -194,6 +194,21 @@ class Tokenizer:
 
   def __reduce__(self):
     return Tokenizer, (self._model, self.specials, tuple(self._added.values()))
+
+  def pruned(self, used: Collection[int]) -> tuple['Tokenizer', list[int]]:
+    """The same without pieces that are not needed; see `_pruning`.
+
+    Args:
+      used: ids that are.
+
+    Returns:
+      The tokenizer, and the former id of each of its ids.
+    """
+    model, order = _pruning.sentencepiece_model(self._model, used)
+    order += range(self._processor.vocab_size(), self.vocab_size)
+    new = {old: number for number, old in enumerate(order)}
+    specials = {name: new[old] for name, old in self.specials.items()}
+    return Tokenizer(model, specials, tuple(self._added.values())), order
 
   def extended(self, added: Sequence[str], sentinels: int) -> 'Tokenizer':
     """The same with further special tokens; see `create`."""

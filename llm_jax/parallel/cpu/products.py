@@ -41,6 +41,12 @@ def input_axes(spec: str) -> int:
   return len(letters) - len(out)
 
 
+def inputs_first(spec: str) -> bool:
+  """Whether the axes of the kernel that are summed over come first, as `product` wants it."""
+  letters, _, out = spec.partition(',')[2].replace('...', '').partition('->')
+  return letters.endswith(out)
+
+
 @flax.struct.dataclass
 class Transposed:
   """A kernel for few rows, as a weight form (`core.contracts.WeightForm`).

@@ -1,0 +1,1 @@
+"""Methods that make a model smaller (`core.contracts.Compression`), one file each."""

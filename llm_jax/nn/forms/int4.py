@@ -1,0 +1,84 @@
+"""Weights in 4 bits, two in a byte: whole numbers from -7 to 7, and a scale for each group of
+inputs of an output channel (symmetric, by the largest absolute value of the group; groups as in
+GPTQ, arXiv:2210.17323, section 4). Products are taken in the compute type, of the array that it
+stands for.
+
+    w = scale * values,    |w - scale * values| <= scale / 2
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from llm_jax.core.params import Info
+from llm_jax.nn.forms import _axes
+
+LARGEST = 7
+_ZERO = 8  # what is added to a value, so that none is negative
+
+
+@flax.struct.dataclass
+class Int4:
+  """A kernel, or a table.
+
+  Attributes:
+    packed: uint8, of the kernel's shape with half the length on the last axis that is summed over:
+      its first half in the lower 4 bits, the second in the upper ones.
+    scale: float32, as that of `int8.Int8`.
+    inputs: likewise.
+  """
+
+  packed: jax.Array
+  scale: jax.Array
+  inputs: tuple[int, ...] = flax.struct.field(default=(-2,), pytree_node=False)
+
+  def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """See the contract."""
+    return _axes.einsum(spec, x.astype(dtype), self.dense(dtype), result)
+
+  def dense(self, dtype: DTypeLike) -> jax.Array:
+    """The array that it stands for."""
+    halves = [self.packed & 15, self.packed >> 4]
+    values = jnp.concatenate(halves, axis=self.inputs[-1]).astype(jnp.float32) - _ZERO
+    return _axes.grouped(values, self.scale, self.inputs).reshape(values.shape).astype(dtype)
+
+  def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Of a table, the vectors of `ids`."""
+    return dataclasses.replace(self, packed=self.packed[ids], scale=self.scale[ids]).dense(dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+  """How arrays are put into 4 bits (`core.contracts.Scheme`).
+
+  Attributes:
+    group: inputs that share a scale, of the last axis that is summed over; None: all of a channel.
+  """
+
+  group: int | None = 64
+
+  def fits(self, shape: tuple[int, ...], info: Info) -> str | None:
+    """See the contract."""
+    size = shape[_axes.inputs(info)[-1]]
+    if size % 2:
+      return f'its {size} inputs are an odd number, and two go into a byte'
+    return _axes.refused(shape, info, self.group)
+
+  def form(
+    self, kernel: jax.Array, info: Info, seen: Mapping[str, jax.Array] | None = None
+  ) -> Int4:
+    """See the contract."""
+    del seen
+    inputs = _axes.inputs(info)
+    wide, scale = _axes.scaled(kernel, inputs, self.group, LARGEST)
+    values = jnp.clip(jnp.round(wide), -LARGEST, LARGEST).reshape(kernel.shape)
+    low, high = jnp.split((values + _ZERO).astype(jnp.uint8), 2, axis=inputs[-1])
+    return Int4(low | (high << 4), scale, inputs)
+
+  def parts(self, info: Info) -> dict[str, Info]:
+    """See the contract."""
+    return {'packed': info, 'scale': _axes.scale_info(info)}
