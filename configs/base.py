@@ -243,10 +243,28 @@ def get_config() -> config_dict.ConfigDict:
         rank=unset(int),
         weighted=unset(bool),
         least=unset(int),
+        pattern=unset(str),
+        begin=unset(float),
+        end=unset(float),
+        every=unset(int),
         heads=unset(float),
         mlp=unset(float),
         layers=unset(int),
         keep=unset(tuple),
+      ),
+      # A folder whose model is learned from too; what of it, in which proportion
+      teacher=unset(str),
+      distill=dict(
+        temperature=unset(float),
+        soft=unset(float),
+        hard=unset(float),
+        hidden=unset(float),
+        hidden_loss=unset(str),
+        relations=unset(float),
+        relation_heads=unset(int),
+        relation_layer=unset(int),
+        weights=unset(str),
+        param_dtype=unset(str),
       ),
       # Texts are moved to learn from them: fgm | pgd | freelb | smart, each with some of these
       adversarial=dict(

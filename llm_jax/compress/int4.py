@@ -22,6 +22,8 @@ class Compression(contracts.Compression):
     keep: patterns of paths that stay as they are.
   """
 
+  trains = True
+
   def __init__(self, group: int = 64, vocabulary: bool = True, keep: Sequence[str] = ()):
     _kernels.check_positive('group', group)
     self.scheme, self.vocabulary, self.keep = int4.Scheme(group), vocabulary, tuple(keep)

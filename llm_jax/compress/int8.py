@@ -28,6 +28,7 @@ class Compression(contracts.Compression):
     keep: patterns of paths that stay as they are; found by `sensitive` where it is given.
   """
 
+  trains = True
   derived = ('keep',)
 
   def __init__(

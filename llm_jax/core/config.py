@@ -26,6 +26,7 @@ IDENTITY = (
   'adapter',
   'base_weights',
   'compress',
+  'distill',
   'seq_len',
   'seed',
   'folds',
@@ -139,6 +140,8 @@ class Config:
     fold: which of them a run holds out, from 1 on; None for one run after the other for each.
     log_every, eval_every: steps between two log lines, and between two evaluations (0: an epoch).
     init_from: the folder of a run or of a Hugging Face model whose parameters the run starts from.
+    teacher: the folder of a run or of a Hugging Face model, whose answers the run learns too.
+    distill: what it learns of them, and how (`objectives.shared.distilled.Options`).
     reinit_layers: how many of the layers from the top start anew all the same.
     mesh: sizes of the mesh axes, and the name of the sharding rules.
     adapter: what is trained beside a frozen base; {} trains all parameters.
@@ -170,6 +173,8 @@ class Config:
   log_every: int = 10
   eval_every: int = 500
   init_from: str | None = None
+  teacher: str | None = None
+  distill: dict = dataclasses.field(default_factory=dict)
   reinit_layers: int = 0
   mesh: dict = dataclasses.field(default_factory=dict)
   adapter: dict = dataclasses.field(default_factory=dict)

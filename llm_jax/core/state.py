@@ -11,7 +11,8 @@ import jax
 from llm_jax.core import params as params_lib
 from llm_jax.core.tree import PyTree
 
-AVERAGES = 'averages'  # of the trained parameters, in `TrainState.extras`
+# In `TrainState.extras`: averages of the trained parameters; what a method of `compress` carries.
+AVERAGES, COMPRESSED = 'averages', 'compress'
 
 
 @flax.struct.dataclass

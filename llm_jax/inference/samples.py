@@ -54,7 +54,7 @@ class Samples:
   ):
     self.every = every
     self._tokenizer, self._path, self._log = tokenizer, path, log
-    self._completer = completion.of(program, tokenizer, rows=count)
+    self._completer, self._kept = completion.of(program, tokenizer, rows=count), program.kept
     longest = program.network.longest
     begin = min(PROMPT_TOKENS, longest // 4)
     self._beginnings = _beginnings(documents, begin, count)
@@ -90,7 +90,7 @@ class Samples:
     """Beginnings and their completions, the same each time for the same parameters."""
     before = (*prompted.prompt(self._tokenizer), self._tokenizer.bos_id)
     prompts = [[*before, *ids] for ids in self._beginnings]
-    weights = self._completer.generator.weights(params['model'])
+    weights = self._completer.generator.weights(self._kept(params)['model'])
     texts = self._completer.from_ids(weights, prompts, self._sampling)
     beginnings = [self._tokenizer.decode(ids) for ids in self._beginnings]
     return list(zip(beginnings, texts, strict=True))

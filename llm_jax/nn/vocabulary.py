@@ -129,6 +129,58 @@ def token_nll(
   return jnp.moveaxis(jax.lax.map(chunk, parts), 0, 1).reshape(B, size * count)[:, :T]
 
 
+class End(NamedTuple):
+  """What logits are made of: x W^T + b.
+
+  Attributes:
+    x_BTD: hidden states.
+    table_VD: as for `cross_entropy`.
+    bias_V: likewise; None for none.
+  """
+
+  x_BTD: jax.Array
+  table_VD: jax.Array
+  bias_V: jax.Array | None
+
+
+def soft_divergence(student: End, teacher: End, temperature: float) -> jax.Array:
+  """T^2 KL(teacher || student) of the distributions over the vocabulary at each position, [B, T],
+  at least float32 (arXiv:1503.02531). Ids that only one of the two tables has are left out. Nothing
+  learns from the teacher's.
+
+  Logits are never whole: they are made in chunks of positions, and once more for the gradient.
+  """
+  teacher = jax.lax.stop_gradient(teacher)
+  B, T, _ = student.x_BTD.shape
+  dtype = jnp.promote_types(student.x_BTD.dtype, jnp.float32)
+  vocab = min(len(end.table_VD) for end in (student, teacher))
+  count = min(T, -(-2 * B * T * vocab * 4 // CHUNK_BYTES))
+  size = -(-T // count)
+  pad = ((0, 0), (0, size * count - T), (0, 0))
+  cut = lambda x: jnp.moveaxis(jnp.pad(x, pad).reshape(B, count, size, x.shape[-1]), 1, 0)
+
+  @jax.checkpoint
+  def chunk(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+    ours, theirs = (
+      _log_softmax(x, end, vocab, temperature, dtype)
+      for x, end in zip(part, (student, teacher), strict=True)
+    )
+    return temperature**2 * jnp.sum(jnp.exp(theirs) * (theirs - ours), axis=-1)
+
+  parts = cut(student.x_BTD), cut(teacher.x_BTD)
+  return jnp.moveaxis(jax.lax.map(chunk, parts), 0, 1).reshape(B, size * count)[:, :T]
+
+
+def _log_softmax(
+  x_BTD: jax.Array, end: End, vocab: int, temperature: float, dtype: DTypeLike
+) -> jax.Array:
+  table = end.table_VD[:vocab].astype(x_BTD.dtype)
+  logits = jnp.einsum('BTD,VD->BTV', x_BTD, table, preferred_element_type=dtype)
+  if end.bias_V is not None:
+    logits += end.bias_V[:vocab].astype(dtype)
+  return jax.nn.log_softmax(logits / temperature)
+
+
 def check_loss(label_smoothing: float, z_loss: float) -> None:
   """Raises ValueError unless both are what `cross_entropy` may be given by an objective's section
   of the config.

@@ -23,7 +23,7 @@ from llm_jax.core import contracts
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Tokenizer
 from llm_jax.data import pairs
 from llm_jax.nn import heads
-from llm_jax.objectives.shared import label_losses, mixup, text_rows
+from llm_jax.objectives.shared import label_losses, mixup, soft, text_rows
 from llm_jax.objectives.shared import labels as labels_lib
 from llm_jax.objectives.shared.label_losses import LabelLoss, balanced
 from llm_jax.objectives.shared.text_rows import TextRows
@@ -80,6 +80,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   evaluators = ('loss', 'classification')
   derived = ('classes', 'class_weights')
   diverges = True
+  distils = True
 
   def __init__(
     self,
@@ -358,6 +359,25 @@ class Objective(contracts.Objective, contracts.Predictor):
     if self.task != 'regression':
       apart_BG = 2 * apart_BG  # R-Drop has half of it
     weight_BG = batch['label_weight']
+    return jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
+
+  def distilled(
+    self,
+    net: Net,
+    hidden_BPD: jax.Array,
+    teacher: Net,
+    teacher_hidden_BPD: jax.Array,
+    batch: Batch,
+    temperature: float,
+    order: Sequence[int] | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Over all texts of the batch that have a label, or are learned from without one."""
+    ours_BGC = self.logits(net, hidden_BPD, batch)
+    theirs_BGC = teacher.objective.logits(teacher, teacher_hidden_BPD, batch)
+    if order is not None:
+      theirs_BGC = theirs_BGC[..., jnp.array(order)]
+    apart_BG = soft.divergence(self.task, ours_BGC, theirs_BGC, temperature)
+    weight_BG = batch['label_weight'] + batch.get('unlabelled', 0.0)
     return jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
 
   def flops(self, model: contracts.Model, batch: Batch) -> float:

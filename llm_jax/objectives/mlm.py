@@ -7,7 +7,7 @@ masked positions only.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -197,6 +197,28 @@ class Objective(contracts.Objective):
       x_BMD, net.model.table(), batch['mask_targets'], weights_BM, bias_V, **self.smoothed
     )
     return vocabulary.metrics('mlm', sums, jnp.sum(weights_BM))
+
+  distils = True
+
+  def distilled(
+    self,
+    net: Net,
+    hidden_BMD: jax.Array,
+    teacher: Net,
+    teacher_hidden_BMD: jax.Array,
+    batch: Batch,
+    temperature: float,
+    order: Sequence[int] | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Over the masked positions."""
+    del order
+    ends = []
+    for found, hidden in ((net, hidden_BMD), (teacher, teacher_hidden_BMD)):
+      x_BMD, bias_V = found.heads['mlm'](hidden)
+      ends.append(vocabulary.End(x_BMD, found.model.table(), bias_V))
+    apart_BM = vocabulary.soft_divergence(*ends, temperature)
+    weights_BM = batch['mask_weights']
+    return jnp.sum(apart_BM * weights_BM), jnp.sum(weights_BM)
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a masked token."""

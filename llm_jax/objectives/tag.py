@@ -33,7 +33,7 @@ from llm_jax.core.contracts import (
 from llm_jax.data import pairs
 from llm_jax.data import words as words_lib
 from llm_jax.nn import crf, heads
-from llm_jax.objectives.shared import label_losses
+from llm_jax.objectives.shared import label_losses, soft
 from llm_jax.objectives.shared import tags as tags_lib
 from llm_jax.objectives.shared.text_rows import TextRows
 from llm_jax.objectives.shared.uncertainty import MEASURES
@@ -117,7 +117,7 @@ class Objective(contracts.Objective, contracts.Predictor):
     self.kind, self.label_all, self.dropout = loss, label_all, dropout
     self.unlabelled, self.packing, self.transform_name = unlabelled, packing, transform
     self.predicate = predicate
-    self.diverges = loss == 'softmax'
+    self.diverges = self.distils = loss == 'softmax'
     self.measures = () if loss == 'hinge' else MEASURES
     self.frame = pairs.frame(tokenizer)
     self.predictor = self
@@ -301,6 +301,25 @@ class Objective(contracts.Objective, contracts.Predictor):
   def divergence(self, a: jax.Array, b: jax.Array, batch: Batch) -> tuple[jax.Array, jax.Array]:
     """With 'softmax': the divergence of Kullback and Leibler in both directions, over the words."""
     apart_BT = 2 * label_losses.disagreement('multiclass', a, b)
+    weight_BT = batch['tag_weight']
+    return jnp.sum(apart_BT * weight_BT), jnp.sum(weight_BT)
+
+  def distilled(
+    self,
+    net: Net,
+    hidden_BTD: jax.Array,
+    teacher: Net,
+    teacher_hidden_BTD: jax.Array,
+    batch: Batch,
+    temperature: float,
+    order: Sequence[int] | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """With 'softmax': over the words that have a tag."""
+    ours_BTC = self.logits(net, hidden_BTD)
+    theirs_BTC = teacher.objective.logits(teacher, teacher_hidden_BTD)
+    if order is not None:
+      theirs_BTC = theirs_BTC[..., jnp.array(order)]
+    apart_BT = soft.divergence('multiclass', ours_BTC, theirs_BTC, temperature)
     weight_BT = batch['tag_weight']
     return jnp.sum(apart_BT * weight_BT), jnp.sum(weight_BT)
 

@@ -358,7 +358,8 @@ def create_compression(config: Config) -> Compression | None:
       )
     return None
   factory = plugins.load('compress', config.compress['name']).Compression
-  return plugins.construct('compress', factory, _without(config.compress, 'name', *OF_ALL_METHODS))
+  options = _without(config.compress, 'name', *OF_ALL_METHODS)
+  return plugins.construct('compress', factory, options, steps=config.steps)
 
 
 def ported_adapter(settings: Mapping[str, Any], steps: int) -> tuple[dict[str, Any], Ported]:

@@ -61,17 +61,19 @@ def read(
   wanted: Collection[str],
   mesh: jax.sharding.Mesh,
   held: Mapping[str, jax.Array],
+  beside: str = FOLDER,
 ) -> dict[str, Any]:
   """The parameters of a base that a network wants, by path.
 
   Args:
     base: as a checkpoint of the run has it.
-    workdir: of the run. Where the folder is gone, `base` in there is read.
+    workdir: of the run. Where the folder is gone, `beside` in there is read.
     load: reads a folder.
     wanted: the paths of the network's parameters.
     mesh: where the parameters will lie.
     held: parameters that are in memory there; where all that are wanted are among them, to the bit,
       no folder is read.
+    beside: where in the workdir they may lie too.
 
   Raises:
     ValueError: the folder is gone, lacks some of them, or holds others.
@@ -80,10 +82,10 @@ def read(
   there = {path: held[path] for path in paths if path in held}
   if len(there) == len(paths) and fingerprints(there, mesh).items() <= base.fingerprints.items():
     return there
-  folder, beside = pathlib.Path(base.folder), workdir / FOLDER
+  folder, other = pathlib.Path(base.folder), workdir / beside
   if hosts.agree(lambda: not folder.exists()):
-    folder = beside
-  way_out = f'Bring it back, or put a copy or a link of it at {beside}.'
+    folder = other
+  way_out = f'Bring it back, or put a copy or a link of it at {other}.'
   if hosts.agree(lambda: not folder.exists()):
     raise ValueError(
       f'the checkpoints of {workdir} hold what was trained alone, and their base, {base.folder}, '

@@ -7,7 +7,7 @@ form when they have been read.
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -133,6 +133,22 @@ def kept(
       leaves[path], *given
     )
   return tree.nest(leaves)
+
+
+def learner(
+  infos: Mapping[str, Info], schemes: Schemes
+) -> Callable[[PyTree], dict[str, Any]] | None:
+  """What stands for parameters while a run learns in its forms; None where it has none."""
+  if not schemes:
+    return None
+
+  def forward(params: PyTree) -> dict[str, Any]:
+    leaves = params_lib.leaves(params)
+    for path, scheme in schemes.items():
+      leaves[path] = scheme.trained(leaves[path], infos[path])
+    return tree.nest(leaves)
+
+  return forward
 
 
 def dense(params: PyTree, shapes: PyTree) -> dict[str, Any]:

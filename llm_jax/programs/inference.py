@@ -123,12 +123,7 @@ def build(
   """
   layout = assemble.create_layout(config, devices)
   config = assemble.with_compute_type(config, layout.platform)
-  model = assemble.create_model(config)
-  heads = {}
-  if objective is not None:
-    objective.check(model)
-    heads = objective.heads(model)
-  network = Network(model, heads, objective, assemble.create_adapter(config))
+  network = network_of(config, objective)
   boxed = abstract_boxed(network, example)
   infos = params_lib.infos(boxed)
   shapes = nn.meta.unbox(boxed)
@@ -144,6 +139,19 @@ def build(
   formed = forms.of_base(config, network.adapter, infos, base)
   formed |= forms.of_method(assemble.create_compression(config), infos, shapes)
   return Inference(config, network, layout, placed(shapes, shardings), infos, batch, base, formed)
+
+
+def network_of(config: Config, objective: Objective | None) -> Network:
+  """The network of a resolved config.
+
+  Raises:
+    ValueError: a model that cannot learn the objective.
+  """
+  model, heads = assemble.create_model(config), {}
+  if objective is not None:
+    objective.check(model)
+    heads = objective.heads(model)
+  return Network(model, heads, objective, assemble.create_adapter(config))
 
 
 def outline(

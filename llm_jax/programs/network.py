@@ -16,7 +16,9 @@ from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.contracts import Adapter, Batch, Metrics, Net, Number, Objective, Outputs
 from llm_jax.core.tree import PyTree
+from llm_jax.nn import watch as watching
 from llm_jax.nn.embedder import Embedder
+from llm_jax.nn.rows import at
 from llm_jax.parallel.sharding import constrain
 
 
@@ -65,10 +67,47 @@ class Network(nn.Module):
 
   def states(self, batch: Batch, train: bool = False) -> tuple[Metrics, jax.Array]:
     """The metrics of a part of a batch, and the hidden states that they come from."""
-    outputs = self.model(batch, self.objective.positions(batch), train=train)
+    positions = self.objective.positions(batch)
+    outputs, seen = self._watched(batch, positions, train, self.objective.watches)
     with jax.named_scope('objective'):
-      metrics = self.objective.loss(self.net(train), outputs.hidden, batch)
+      metrics = self.objective.loss(self.net(train)._replace(seen=seen), outputs.hidden, batch)
     return metrics | outputs.aux_losses, outputs.hidden
+
+  def taught(self, batch: Batch, watch: bool) -> tuple[Net, jax.Array]:
+    """As a teacher: itself as objectives see it, and its hidden states where its own reads them.
+
+    Args:
+      batch: rows of a student.
+      watch: whether what its layers pass on is wanted too.
+    """
+    outputs, seen = self._watched(batch, self.objective.positions(batch), False, watch)
+    net = self.net()._replace(seen=seen, objective=self.objective)
+    return net, jax.lax.stop_gradient(outputs.hidden)
+
+  @nn.nowrap
+  def _watched(
+    self, batch: Batch, positions: jax.Array | None, train: bool, watch: bool
+  ) -> tuple[Outputs, dict[str, jax.Array]]:
+    """A pass through the model, and what its layers pass on, if wanted.
+
+    They are run for all positions then. What they sow does not reach out of a network that is bound
+    already, so another one is run, with the same parameters.
+    """
+    if not watch or self.is_initializing():
+      return self.model(batch, positions, train=train), {}
+    params = {'model': self.model.variables['params']}
+    rngs = {'dropout': self.make_rng('dropout')} if train else {}
+    alone = Network(self.model.clone(parent=None), {}, parent=None)
+
+    def run(network: 'Network') -> Outputs:
+      return network.model(batch, None, train=train)
+
+    with nn.intercept_methods(watching.watching):
+      outputs, collected = alone.apply(
+        {'params': params}, method=run, rngs=rngs, mutable=[watching.WATCHED]
+      )
+    seen = watching.layers(collected[watching.WATCHED])
+    return outputs.replace(hidden=at(outputs.hidden, positions)), seen
 
   def answer(
     self, batch: Batch, hidden_BPD: jax.Array | None = None, train: bool = False

@@ -19,7 +19,7 @@ from llm_jax.core.config import Config
 from llm_jax.core.contracts import Documents, Objective, Source, Tokenizer
 from llm_jax.data import augmentation, cache
 from llm_jax.parallel import hosts
-from llm_jax.programs import assemble, pretrained, workdir
+from llm_jax.programs import assemble, pretrained, teachers, workdir
 from llm_jax.training import folds
 
 EMBEDDED = ('stdlib', 'docstrings', 'headings')  # sources that come with Python
@@ -96,7 +96,8 @@ def load(config: Config, folder: pathlib.Path) -> Data:
   config = assemble.derive(config, splits.train, splits.validation if config.folds else ())
   config = assemble.resolve(config, tokenizer.vocab_size)
   hosts.check_same('options that the data decide', config_lib.to_json(config))
-  return Data(config, tokenizer, assemble.create_objective(config, tokenizer), splits)
+  objective = assemble.create_objective(config, tokenizer)
+  return Data(config, tokenizer, teachers.beside(config, objective, tokenizer), splits)
 
 
 def documents(config: Config, tokenizer: Tokenizer) -> Splits:

@@ -26,7 +26,7 @@ from llm_jax.generation import completion
 from llm_jax.objectives.shared import learned
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
-from llm_jax.programs import assemble, bases, pretrained, reference, workdir
+from llm_jax.programs import assemble, bases, pretrained, reference, teachers, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import (
   adapted,
@@ -88,6 +88,7 @@ class Run:
     unlogged: sums of the metrics since the last line of the log.
     base: what checkpoints say of parameters that they do not hold (`programs.bases`); None where
       they hold all.
+    teacher: likewise of the teacher's (`programs.teachers`); None where there is none.
   """
 
   program: Training
@@ -103,6 +104,7 @@ class Run:
   patience: Patience
   unlogged: Mapping[str, Sequence[float]]
   base: Mapping[str, Any] | None
+  teacher: Mapping[str, Any] | None = None
 
   @property
   def step(self) -> int:
@@ -176,12 +178,13 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
   checkpoints = Checkpoints(folder / 'checkpoints', config.checkpoint.keep)
-  elsewhere = functools.partial(_frozen_elsewhere, program, folder)
+  elsewhere = functools.partial(_frozen_elsewhere, program, data.tokenizer, example, folder)
   restored = checkpoints.restore(program.state, elsewhere)
   if shown := _learned(objective, train, data.tokenizer):
     logging.info('What is learned stands between signs:\n%s', learned.as_text(shown))
   if restored is None:
     (state, found), position, unlogged = _first_state(program), 0, {}
+    state, teacher = _with_teacher(program, state, data.tokenizer, example)
     patience = Patience(config.evaluation.patience)
     if program.network.adapter is not None:
       logging.info('What is trained:\n%s', adapted.report(program, state, train))
@@ -193,6 +196,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
         'folder, and the run goes on from the checkpoint before it.'
       )
     state, position, found = restored.state, restored.position, restored.meta.get('base')
+    teacher = restored.meta.get('teacher')
     unlogged = restored.meta.get('unlogged', {})
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
@@ -210,6 +214,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     patience=patience,
     unlogged=unlogged,
     base=found,
+    teacher=teacher,
   )
 
 
@@ -270,7 +275,7 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
       workdir.write_config(run.workdir, config)
     values = _train(run, log, hooks)
     if run.over:
-      params, tokenizer = run.state.answering_params, run.data.tokenizer
+      params, tokenizer = run.program.kept(run.state.answering_params), run.data.tokenizer
       shown = _learned(run.program.objective, run.train, tokenizer)
       held = run.validation.examples
       page.write(run.workdir, run.step, values, run.program, params, tokenizer, held, shown)
@@ -364,7 +369,7 @@ def _due(step: int, every: int, last: int) -> bool:
 
 def _evaluate(run: Run, log: logs.Log, step: int, baselines: dict[str, float]) -> dict[str, float]:
   program, report = run.program, run.workdir / 'report.txt'
-  params, tokenizer = run.state.answering_params, run.data.tokenizer
+  params, tokenizer = program.kept(run.state.answering_params), run.data.tokenizer
   values = evaluation.scores(
     program, params, tokenizer, run.validation, report, lambda: run.completer
   )
@@ -399,25 +404,48 @@ def _meta(run: Run) -> dict[str, Any]:
     'patience': {'best': run.patience.best, 'waited': run.patience.waited},
     'unlogged': run.unlogged,
     'base': run.base,
+    'teacher': run.teacher,
   }
 
 
 def _held(run: Run) -> TrainState:
   """The state but for what its checkpoints have from elsewhere."""
-  if run.base is None:
+  named = {path for said in (run.base, run.teacher) if said for path in said['fingerprints']}
+  if not named:
     return run.state
-  _, own = params_lib.split(run.state.frozen, run.base['fingerprints'].__contains__)
+  _, own = params_lib.split(run.state.frozen, named.__contains__)
   return run.state.replace(frozen=own)
 
 
 def _frozen_elsewhere(
-  program: Training, folder: pathlib.Path, meta: Mapping[str, Any]
+  program: Training,
+  tokenizer: Tokenizer,
+  example: Example,
+  folder: pathlib.Path,
+  meta: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
   """The frozen parameters that a checkpoint does not hold, by their paths in the state."""
-  if meta.get('base') is None:
-    return {}
-  found = program.kept(tree.nest(pretrained.read_base(program, folder, meta['base'])))
-  return {f'frozen/{path}': leaf for path, leaf in tree.flatten(found).items()}
+  found: dict[str, jax.Array] = {}
+  if meta.get('base') is not None:
+    found |= pretrained.read_base(program, folder, meta['base'])
+  if meta.get('teacher') is not None:
+    found |= teachers.read(program, tokenizer, example, folder, meta['teacher'])
+  kept = program.kept(tree.nest(found))
+  return {f'frozen/{path}': leaf for path, leaf in tree.flatten(kept).items()}
+
+
+def _with_teacher(
+  program: Training, state: TrainState, tokenizer: Tokenizer, example: Example
+) -> tuple[TrainState, dict[str, Any] | None]:
+  """A new state with the teacher's parameters, and what checkpoints say of them; as it is where
+  there is none.
+  """
+  if not program.config.teacher:
+    return state, None
+  loaded, said = teachers.load(program, tokenizer, example)
+  _, others = params_lib.split(state.frozen, loaded.params.__contains__)
+  theirs = program.kept(tree.nest(dict(loaded.params)))
+  return state.replace(frozen=params_lib.merge(others, theirs)), said._asdict()
 
 
 def _say_how_it_ended(run: Run, log: logs.Log) -> None:
@@ -469,13 +497,15 @@ def _first_state(program: Training) -> tuple[TrainState, dict[str, Any] | None]:
   loaded = pretrained.load_params(program, folder)
   if not loaded.params:
     raise ValueError(f'config.init_from={folder} has no parameter in common with this model.')
-  unread = sorted(program.formed - loaded.params.keys())
+  formed = program.formed.keys() if config.base_weights else ()
+  unread = sorted(path for path in formed if path not in loaded.params)
   if unread:
     raise ValueError(
       f'config.base_weights={config.base_weights!r} is of a base that is read, and '
       f'config.init_from={folder} lacks {unread[0]}.'
     )
-  meter.log_found(config.init_from, len(loaded.params), list(loaded.new), list(loaded.unused))
+  new = [path for path in loaded.new if not path.startswith(teachers.PREFIX)]
+  meter.log_found(config.init_from, len(loaded.params), new, list(loaded.unused))
   drawn = state.network_params
   if config.reinit_layers:
     loaded = pretrained.without_top(loaded, drawn, program.infos, config.reinit_layers)

@@ -16,11 +16,20 @@ from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import SOURCE, Adapter, Batch, Example, Metrics, Objective, Tokenizer
-from llm_jax.core.state import AVERAGES, TrainState
+from llm_jax.core.contracts import (
+  SOURCE,
+  Adapter,
+  Batch,
+  Compression,
+  Example,
+  Metrics,
+  Objective,
+  Tokenizer,
+)
+from llm_jax.core.state import AVERAGES, COMPRESSED, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import fsdp, hosts, sharding
-from llm_jax.programs import assemble, forms, inference
+from llm_jax.programs import assemble, forms, inference, teachers
 from llm_jax.programs import network as networks
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
@@ -85,6 +94,7 @@ def build(
 ) -> Training:
   """Makes the program of a resolved config; arguments and errors as `inference.build`."""
   base = inference.build(config, objective, example, devices)
+  base = dataclasses.replace(base, formed=dict(base.formed) | teachers.schemes(base))
   network, layout = base.network, base.layout
   micro_batches = assemble.micro_batches(config, base.mesh)
   _log_micro_batches(config, base.mesh, micro_batches)
@@ -96,6 +106,7 @@ def build(
   method = adversarial.parse(config.adversarial)
   if method is not None:
     method.check(objective)
+  compression = _compression(base)
   init = functools.partial(
     _init,
     network=network,
@@ -103,6 +114,8 @@ def build(
     trained=trained,
     tx=tx,
     averages=bool(ema_decay),
+    compression=compression,
+    infos=base.infos,
   )
   drawn = jax.eval_shape(init, 0)
   shapes = drawn.replace(frozen=forms.abstract(drawn.frozen, base.infos, base.formed))
@@ -120,6 +133,9 @@ def build(
     begins={} if network.adapter is None else network.adapter.begins(params, base.infos),
     ema_decay=ema_decay,
     adversarial=method,
+    compression=compression,
+    infos=base.infos,
+    forward=forms.learner(base.infos, base.formed) if compression else None,
   )
   fields = {field.name: getattr(base, field.name) for field in dataclasses.fields(base)}
   return Training(
@@ -166,7 +182,37 @@ def outline(
   config = assemble.resolve(config, size or tokenizer.vocab_size)
   config = assemble.with_stand_ins(config, tokenizer)
   objective = assemble.create_objective(config, tokenizer)
-  return build(config, objective, assemble.template(config, objective, tokenizer), devices)
+  example = assemble.template(config, objective, tokenizer)
+  return build(config, teachers.beside(config, objective, tokenizer), example, devices)
+
+
+def _compression(program: Inference) -> Compression | None:
+  """The method that a run is trained with; None where there is none.
+
+  Raises:
+    ValueError: it is not trained with, or not in this run.
+  """
+  config = program.config
+  method = assemble.create_compression(config)
+  if method is None:
+    return None
+  name = config.compress['name']
+  if not method.trains:
+    raise ValueError(
+      f'config.compress.name={name!r} is for --mode=compress; a run is not trained with it.'
+    )
+  for section, given in (
+    ('adapter', config.adapter.get('name')),
+    ('adversarial', config.adversarial.get('name')),
+    ('optimizer.ema_decay', config.optimizer.get('ema_decay')),
+  ):
+    if given:
+      raise ValueError(
+        f'config.compress.name={name!r} in training and config.{section}={given!r} do not go '
+        'together; train without the latter, or compress after the training.'
+      )
+  method.check(program.infos, tree.flatten(program.params))
+  return method
 
 
 def _ema_decay(config: Config, adapter: Adapter | None) -> float:
@@ -188,6 +234,8 @@ def _init(
   trained: frozenset[str],
   tx: optax.GradientTransformation,
   averages: bool,
+  compression: Compression | None,
+  infos: Mapping[str, params_lib.Info],
 ) -> TrainState:
   """The first state."""
   param_key, rng = jax.random.split(jax.random.PRNGKey(seed))
@@ -196,6 +244,8 @@ def _init(
   extras = {} if network.adapter is None else dict(network.adapter.extras(whole))
   if averages:
     extras[AVERAGES] = jax.tree.map(jnp.copy, params)  # a state has no buffer twice
+  if compression is not None:
+    extras[COMPRESSED] = compression.extras(params, infos)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -213,10 +263,11 @@ def _trained(program: Inference) -> tuple[frozenset[str], dict[str, np.ndarray]]
     ValueError: there is none, or an option of the adapter does not fit the network.
   """
   adapter, infos, base = program.network.adapter, program.infos, program.base
+  learned = {path: info for path, info in infos.items() if program.objective.trains(path)}
   if adapter is None:
-    return frozenset(infos), {}
+    return frozenset(learned), {}
   adapter.check(infos, base)
-  trained = {path for path, info in infos.items() if adapter.trains(path, info, path in base)}
+  trained = {path for path, info in learned.items() if adapter.trains(path, info, path in base)}
   chosen, _ = params_lib.split(program.params, trained.__contains__)
   layers = adapter.trained_layers(chosen, infos)
   trained -= {path for path, which in layers.items() if not np.any(which)}
@@ -234,6 +285,12 @@ def _state_shardings(
   extras = jax.tree.map(lambda _: everywhere, dict(shapes.extras))
   if AVERAGES in extras:
     extras[AVERAGES] = kept
+  extras[COMPRESSED] = {
+    name: sharding.parameter_shardings(layout, carried, infos)
+    for name, carried in dict(shapes.extras).get(COMPRESSED, {}).items()
+  }
+  if COMPRESSED not in shapes.extras:
+    del extras[COMPRESSED]
   return TrainState(
     step=everywhere,
     params=sharding.parameter_shardings(layout, shapes.params, infos),

@@ -17,8 +17,8 @@ import optax
 from llm_jax.core import metrics as metrics_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.core.contracts import Adapter, Batch, Metrics, Number, Objective
-from llm_jax.core.state import AVERAGES, TrainState
+from llm_jax.core.contracts import Adapter, Batch, Compression, Metrics, Number, Objective
+from llm_jax.core.state import AVERAGES, COMPRESSED, TrainState
 from llm_jax.core.tree import PyTree
 from llm_jax.programs import network as networks
 from llm_jax.programs.network import Network
@@ -42,6 +42,9 @@ def train_step(
   begins: Mapping[str, np.ndarray] | None = None,
   ema_decay: float = 0.0,
   adversarial: adversarial_lib.Method | None = None,
+  compression: Compression | None = None,
+  infos: Mapping[str, params_lib.Info] | None = None,
+  forward: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
@@ -60,6 +63,9 @@ def train_step(
       `Adapter.begins`.
     ema_decay: of the averages, `Optimizer.ema_decay`; 0: there are none.
     adversarial: how texts are moved to learn from them; None: they are not.
+    compression: what the model gets used to; None: nothing.
+    infos: what each parameter is, for that.
+    forward: from all parameters to what the network reads in their place; None: these.
 
   Returns:
     The state after, and metrics: the objective's, and `loss`, `gradient_norm`, `learning_rate`,
@@ -76,8 +82,11 @@ def train_step(
     shardings=shardings,
     layers=layers,
     adversarial=adversarial,
+    forward=forward,
   )
   grads = _in_layers(grads, layers, 0.0)
+  if compression is not None:
+    state, grads = _before_update(compression, state, grads, steps)
   with jax.named_scope('optimizer'):
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     begun = {path: steps <= state.step for path, steps in (begins or {}).items()}
@@ -92,11 +101,24 @@ def train_step(
   state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
   if network.adapter is not None:
     state = network.adapter.after_update(state, grads)
+  if compression is not None:
+    done = state.step / steps
+    carried = state.extras[COMPRESSED]
+    params, carried = compression.after_update(state.params, carried, done, infos or {})
+    state = state.replace(params=params, extras=dict(state.extras) | {COMPRESSED: carried})
   if ema_decay:
     before = state.extras[AVERAGES]
     averages = optimizers.averaged(before, state.params, state.step - 1, ema_decay)
     state = state.replace(extras=dict(state.extras) | {AVERAGES: averages})
   return state, metrics
+
+
+def _before_update(
+  compression: Compression, state: TrainState, grads: PyTree, steps: int
+) -> tuple[TrainState, PyTree]:
+  carried = state.extras[COMPRESSED]
+  grads, carried = compression.before_update(grads, state.params, carried, state.step / steps)
+  return state.replace(extras=dict(state.extras) | {COMPRESSED: carried}), grads
 
 
 def _gradient_in_turn(
@@ -141,6 +163,7 @@ def gradient(
   layers: Mapping[str, np.ndarray] | None = None,
   terms: Mapping[str, Number] | None = None,
   adversarial: adversarial_lib.Method | None = None,
+  forward: Callable[[PyTree], PyTree] | None = None,
 ) -> tuple[Any, Metrics]:
   """The gradient of the total loss over one global batch, and the metrics with it as `loss`.
 
@@ -158,9 +181,10 @@ def gradient(
       computed.
     terms: the coefficients; None for `network.terms`.
     adversarial: as in `train_step`; needs an rng.
+    forward: as in `train_step`.
   """
   terms = network.terms if terms is None else terms
-  complete = functools.partial(_complete, frozen=frozen, layers=layers)
+  complete = functools.partial(_complete, frozen=frozen, layers=layers, forward=forward)
   loss = functools.partial(_loss, network=network, complete=complete, terms=terms)
   if network.objective.compares and micro_batches > 1:
     loss = functools.partial(
@@ -304,8 +328,15 @@ def _in_layers(x: PyTree, layers: Mapping[str, np.ndarray | jax.Array] | None, o
   return tree.map_with_path(leaf, x)
 
 
-def _complete(params: PyTree, frozen: PyTree, layers: Mapping[str, np.ndarray] | None) -> Any:
-  """All parameters; gradients stop at `frozen`, and at layers that are not trained."""
+def _complete(
+  params: PyTree,
+  frozen: PyTree,
+  layers: Mapping[str, np.ndarray] | None,
+  forward: Callable[[PyTree], PyTree] | None,
+) -> Any:
+  """All parameters, as the network reads them; gradients stop at `frozen`, and at layers that are
+  not trained.
+  """
 
   def leaf(path: str, x: jax.Array) -> jax.Array:
     if not layers or path not in layers:
@@ -320,7 +351,8 @@ def _complete(params: PyTree, frozen: PyTree, layers: Mapping[str, np.ndarray] |
     return jnp.concatenate(kept)
 
   params = tree.map_with_path(leaf, params)
-  return params_lib.merge(params, frozen) if frozen else params
+  params = params_lib.merge(params, frozen) if frozen else params
+  return params if forward is None else forward(params)
 
 
 def _count_tokens(batch: Batch) -> jax.Array:

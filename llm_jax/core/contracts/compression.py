@@ -62,11 +62,17 @@ class Compression:
   """A method: `config.compress`. It changes a model's shape (`shrink`), or puts kernels into other
   forms (`schemes`), or both.
 
+  A run may also be trained with it (`trains`), so that the model gets used to it: what it has
+  learned is then evaluated, and answers, in its smaller form.
+
   Attributes:
     looks_at: which of `Seen` it wants, before it changes anything.
+    trains: whether a run may be trained with it.
+    derived: options that `decide` may give.
   """
 
   looks_at: Sequence[str] = ()
+  trains: bool = False
   derived: ClassVar[tuple[str, ...]] = ()
 
   def check(self, infos: Mapping[str, 'Info'], shapes: Mapping[str, Any]) -> None:
@@ -91,5 +97,37 @@ class Compression:
     return {}
 
   def shrink(self, model: Smaller, seen: Seen) -> None:
-    """Gives the model another shape."""
+    """Gives the model another shape, or other numbers."""
     del model, seen
+
+  def extras(self, params: PyTree, infos: Mapping[str, 'Info']) -> dict[str, Any]:
+    """In training: what is carried from step to step, by name, each nested as the parameters that
+    it is of, and laid out as they are; `TrainState.extras` has it under `compress`.
+
+    Args:
+      params: those that are trained, at the start.
+      infos: what each of them is.
+    """
+    del params, infos
+    return {}
+
+  def before_update(
+    self, grads: PyTree, params: PyTree, extras: dict[str, Any], done: jax.Array
+  ) -> tuple[PyTree, dict[str, Any]]:
+    """In training: gradients for the optimizer, and extras, after the gradient of a batch.
+
+    Args:
+      grads: of the trained parameters.
+      params: these.
+      extras: of `extras`.
+      done: the share of the run that is over, from 0 to 1.
+    """
+    del params, done
+    return grads, extras
+
+  def after_update(
+    self, params: PyTree, extras: dict[str, Any], done: jax.Array, infos: Mapping[str, 'Info']
+  ) -> tuple[PyTree, dict[str, Any]]:
+    """In training: parameters and extras after the optimizer; `done` counts this step."""
+    del done, infos
+    return params, extras

@@ -1,7 +1,7 @@
 """A model, what it returns, and a network as objectives see it."""
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import flax.struct
 import jax
@@ -109,9 +109,14 @@ class Net(NamedTuple):
     heads: the bound heads by name.
     forward: (batch, positions) -> `Outputs`: a further pass through the model.
     train: whether it is training: dropout is on, and drawn anew in each pass.
+    seen: what its layers passed on, by name, where the objective watches: `hidden` [L, B, T, D];
+      `query`, `key` and `value` [L, B, T, N, H].
+    objective: what the network learned; of another network than that of the objective that sees it.
   """
 
   model: Model
   heads: Mapping[str, 'nn.Module']
   forward: Callable[..., Outputs]
   train: bool = False
+  seen: Mapping[str, jax.Array] = {}
+  objective: Any = None

@@ -32,6 +32,8 @@ class Objective:
     turns: the objectives that batches are learned from in turn, one after the other; none where
       each batch is learned from by all of it.
     diverges: whether it says how far the answers of two passes are apart (`answer`, `divergence`).
+    distils: whether it learns from the answers of another model (`distilled`).
+    watches: whether it looks at what layers pass on (`Net.seen`).
     embedding_pool: one of `nn.heads.POOLS`, by which it learns vectors of texts; None where it does
       not.
     writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
@@ -54,6 +56,8 @@ class Objective:
   compares: bool = False
   turns: 'tuple[Objective, ...]' = ()
   diverges: bool = False
+  distils: bool = False
+  watches: bool = False
   embedding_pool: str | None = None
   writes: bool = False
   needs_reference: bool = False
@@ -197,6 +201,33 @@ class Objective:
     """
     del a, b, batch
     raise NotImplementedError
+
+  def distilled(
+    self,
+    net: Net,
+    hidden_BPD: jax.Array,
+    teacher: Net,
+    teacher_hidden_BPD: jax.Array,
+    batch: Batch,
+    temperature: float,
+    order: Sequence[int] | None,
+  ) -> tuple[Number, Number]:
+    """(sum, weight) of how far the answers are from a teacher's, T^2 KL(teacher || student), 0
+    where they are equal (arXiv:1503.02531). Called where `distils` is set.
+
+    Args:
+      net, hidden_BPD, batch: as for `loss`.
+      teacher: a network with an objective of the same kind, which nothing changes.
+      teacher_hidden_BPD: its hidden states, at its own positions.
+      temperature: T, by which the logits of both are divided.
+      order: for each class its number among the teacher's; None where they are the same.
+    """
+    raise NotImplementedError
+
+  def trains(self, path: str) -> bool:
+    """Whether a parameter is trained; heads that stay as they are are named here."""
+    del path
+    return True
 
   def no_gradient(self, path: str) -> str | None:
     """Why a parameter of a head has no gradient, if the loss does not depend on it; else None."""

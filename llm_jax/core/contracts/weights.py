@@ -63,6 +63,15 @@ class Scheme(Protocol):
     """
     ...
 
+  def trained(self, kernel: jax.Array, info: 'Info') -> 'jax.Array | WeightForm':
+    """What stands for a kernel while it is trained: it multiplies as the form does, and its
+    gradient goes to the kernel (arXiv:1308.3432: straight through what rounds).
+
+    Raises:
+      ValueError: the form is not learned.
+    """
+    ...
+
   def parts(self, info: 'Info') -> dict[str, 'Info']:
     """What each array of the form is, by the name of its field; one that a form lacks may be in it.
     """

@@ -63,6 +63,11 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, result: DTypeLike) -> jax.Arra
   return jnp.einsum(spec, x, w, preferred_element_type=result)
 
 
+def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
+  """`rounded`, whose gradient is that of x."""
+  return x + jax.lax.stop_gradient(rounded - x)
+
+
 def refused(shape: tuple[int, ...], info: Info, group: int | None) -> str | None:
   """Why an array of this shape cannot have groups of this size; None where it can."""
   size = shape[inputs(info)[-1]]

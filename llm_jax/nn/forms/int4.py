@@ -79,6 +79,11 @@ class Scheme:
     low, high = jnp.split((values + _ZERO).astype(jnp.uint8), 2, axis=inputs[-1])
     return Int4(low | (high << 4), scale, inputs)
 
+  def trained(self, kernel: jax.Array, info: Info) -> jax.Array:
+    """See the contract."""
+    form = self.form(jax.lax.stop_gradient(kernel), info)
+    return _axes.straight_through(kernel, form.dense(kernel.dtype))
+
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""
     return {'packed': info, 'scale': _axes.scale_info(info)}

@@ -78,6 +78,29 @@ class Int8:
     return (y * step * _axes.of_outputs(self.scale, self.inputs, y.ndim)).astype(result)
 
 
+@flax.struct.dataclass
+class Rounded:
+  """A kernel in training, whose inputs are rounded as those of an `Int8` with
+  `activations='token'`.
+
+  Attributes:
+    kernel: with rounded values, in its own type.
+    inputs: as those of `Int8`.
+  """
+
+  kernel: jax.Array
+  inputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+  def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """See the contract."""
+    axes = tuple(range(-len(self.inputs), 0))
+    still = jax.lax.stop_gradient(x).astype(jnp.float32)
+    step = _step(jnp.max(jnp.abs(still), axis=axes, keepdims=True))
+    rounded = _rounded(still, step).astype(jnp.float32) * step
+    x = _axes.straight_through(x, rounded.astype(x.dtype))
+    return _axes.einsum(spec, x.astype(dtype), self.kernel.astype(dtype), result)
+
+
 @dataclasses.dataclass(frozen=True)
 class Scheme:
   """How arrays are put into 8 bits (`core.contracts.Scheme`).
@@ -106,6 +129,19 @@ class Scheme:
       most = jnp.ones(kernel.shape[: info.stacked]) if seen is None else seen[MOST]
       reach = most.astype(jnp.float32)
     return Int8(values, scale, reach, inputs, activations)
+
+  def trained(self, kernel: jax.Array, info: Info) -> 'jax.Array | Rounded':
+    """See the contract."""
+    form = self.form(jax.lax.stop_gradient(kernel), info)
+    through = _axes.straight_through(kernel, form.dense(kernel.dtype))
+    if form.activations == 'none':
+      return through
+    if form.activations == 'tensor':
+      raise ValueError(
+        "config.compress.activations='tensor' goes by what texts lead to in the end; train with "
+        "'token', and compress by it afterwards."
+      )
+    return Rounded(through, form.inputs)
 
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""

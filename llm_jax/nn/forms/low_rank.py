@@ -98,6 +98,12 @@ class Scheme:
       summed,
     )
 
+  def trained(self, kernel: jax.Array, info: Info) -> jax.Array:
+    """See the contract."""
+    raise ValueError(
+      'kernels of low rank are not learned as such: compress by it, and train what comes of it on.'
+    )
+
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""
     at = info.stacked + len(info.inputs)

@@ -43,6 +43,27 @@ class Objective(contracts.Objective):
     )
     return vocabulary.metrics(self.name, sums, jnp.sum(batch['weights']))
 
+  distils = True
+
+  def distilled(
+    self,
+    net: Net,
+    hidden_BTD: jax.Array,
+    teacher: Net,
+    teacher_hidden_BTD: jax.Array,
+    batch: Batch,
+    temperature: float,
+    order: Sequence[int] | None,
+  ) -> tuple[jax.Array, jax.Array]:
+    """Over the tokens that are learned."""
+    del order
+    ends = [
+      vocabulary.End(x, found.model.table(), found.model.table_bias())
+      for found, x in ((net, hidden_BTD), (teacher, teacher_hidden_BTD))
+    ]
+    apart_BT = vocabulary.soft_divergence(*ends, temperature)
+    return jnp.sum(apart_BT * batch['weights']), jnp.sum(batch['weights'])
+
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:
     """Perplexity of a token."""
     return {'perplexity': float(np.exp(means[f'{self.name}_nll']))}

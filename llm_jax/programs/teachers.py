@@ -1,0 +1,182 @@
+"""The teacher of a run, `config.teacher`: the folder of a run or of a Hugging Face model, whose
+network stands as a head beside the one that learns, and stays as it is.
+
+Its parameters are those under `heads_teacher`. Checkpoints do not hold them: they name the folder,
+and fingerprints of the values, as they do for a base (`programs.bases`).
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from llm_jax.core import files, tree
+from llm_jax.core.config import Config
+from llm_jax.core.contracts import Example, Objective, Tokenizer
+from llm_jax.core.state import Loaded
+from llm_jax.nn.forms import int8
+from llm_jax.objectives.shared import distilled
+from llm_jax.programs import assemble, bases, inference, pretrained
+from llm_jax.programs.inference import Inference
+
+PREFIX = f'heads_{distilled.HEAD}/'
+FOLDER = 'teacher'  # of a workdir: where the teacher may also lie
+FORMS = {'int8': int8.Scheme()}
+
+
+def options(config: Config) -> distilled.Options:
+  """The section `config.distill`.
+
+  Raises:
+    ValueError: an option that is not possible, or a form of weights that is not known.
+  """
+  from llm_jax.core import plugins
+
+  found = plugins.construct('distill', distilled.Options, config.distill)
+  if found.weights and found.weights not in FORMS:
+    raise ValueError(
+      f'config.distill.weights={found.weights!r} is not known; known: {", ".join(FORMS)}.'
+    )
+  return found
+
+
+def beside(config: Config, objective: Objective, tokenizer: Tokenizer) -> Objective:
+  """The objective with its teacher; as it is where the config names none.
+
+  Args:
+    config: of the run, resolved.
+    objective: of the run.
+    tokenizer: of the run.
+
+  Raises:
+    ValueError: a folder that is none, a teacher with another tokenizer, other labels, another
+      objective, or shorter rows.
+  """
+  if not config.teacher:
+    return objective
+  given = options(config)
+  theirs, answers = opened(config, tokenizer)
+  network = inference.network_of(theirs, answers)
+  if config.seq_len > network.longest:
+    raise ValueError(
+      f'config.teacher={config.teacher} reads rows of at most {network.longest} tokens, and '
+      f'config.seq_len={config.seq_len}; lower it.'
+    )
+  if theirs.objective['name'] != config.objective['name'] and given.soft:
+    raise ValueError(
+      f'config.teacher={config.teacher} learned the objective {theirs.objective["name"]}, and the '
+      f'student learns {config.objective["name"]}: their answers cannot be compared. Set '
+      'config.distill.soft to 0, and hidden or relations above it.'
+    )
+  order = _order(config, objective, answers) if given.soft else None
+  made = distilled.beside(objective, network, given, order)
+  return made
+
+
+def opened(config: Config, tokenizer: Tokenizer) -> tuple[Config, Objective]:
+  """The teacher's config, for rows and devices of the student, and its objective.
+
+  Raises:
+    ValueError: as `beside`.
+  """
+  folder = files.local('config.teacher', config.teacher)
+  sections = dict(tokenizer={}, model={}, objective={}, optimizer={}, data={})
+  found = Config(steps=1, batch_size=config.batch_size, init_from=str(folder), **sections)
+  found = pretrained.fill_in(found)
+  theirs = pretrained.load_tokenizer(found)
+  if theirs.fingerprint != tokenizer.fingerprint:
+    raise ValueError(
+      f'config.teacher={folder} has another tokenizer than the student, so the two do not read the '
+      'same ids. Start the student from the teacher (config.init_from), or from a model with its '
+      'tokenizer.'
+    )
+  found = assemble.resolve(found, tokenizer.vocab_size)
+  dtypes = {'dtype': config.model.get('dtype'), 'param_dtype': options(config).param_dtype}
+  dtypes = {name: value for name, value in dtypes.items() if value is not None}
+  model = found.model | dtypes | {'remat': 'none', 'dropout': 0.0, 'attention_dropout': 0.0}
+  found = dataclasses.replace(found, model=model, mesh=config.mesh, seq_len=config.seq_len)
+  return found, assemble.create_objective(found, tokenizer)
+
+
+def schemes(program: Inference) -> dict[str, Any]:
+  """How the teacher's kernels are kept, where that is in another form."""
+  form = options(program.config).weights if program.config.teacher else ''
+  if not form:
+    return {}
+  kernels = (
+    path for path, info in program.infos.items() if info.formable and info.layer is not None
+  )
+  return {path: FORMS[form] for path in kernels if path.startswith(PREFIX)}
+
+
+def load(program: Inference, tokenizer: Tokenizer, example: Example) -> tuple[Loaded, bases.Base]:
+  """The teacher's parameters by their paths in the student's program, and what checkpoints say of
+  them.
+
+  Raises:
+    ValueError: some are missing.
+  """
+  folder = str(files.local('config.teacher', program.config.teacher).absolute())
+  loaded = _load(program, tokenizer, example, pathlib.Path(folder), None)
+  wanted = [path for path in tree.paths(program.params) if path.startswith(PREFIX)]
+  missing = [path for path in wanted if path not in loaded.params]
+  if missing:
+    raise ValueError(f'config.teacher={folder} lacks parameters:\n  ' + '\n  '.join(missing[:10]))
+  prints = bases.fingerprints(loaded.params, program.mesh)
+  return loaded, bases.Base(folder, loaded.step, prints)
+
+
+def read(
+  program: Inference,
+  tokenizer: Tokenizer,
+  example: Example,
+  workdir: pathlib.Path,
+  said: Mapping[str, Any],
+) -> dict[str, jax.Array]:
+  """The teacher's parameters for a run that goes on, by path.
+
+  Raises:
+    ValueError: they are gone, or others.
+  """
+  load = functools.partial(_load, program, tokenizer, example)
+  wanted = tree.paths(program.params)
+  return bases.read(bases.Base(**said), workdir, load, wanted, program.mesh, {}, FOLDER)
+
+
+def _load(
+  program: Inference,
+  tokenizer: Tokenizer,
+  example: Example,
+  folder: pathlib.Path,
+  step: int | None,
+) -> Loaded:
+  config = dataclasses.replace(program.config, teacher=str(folder))
+  theirs, objective = opened(config, tokenizer)
+  alone = inference.build(theirs, objective, example)
+  loaded = pretrained.load_params(alone, folder, step)
+  wanted = tree.flatten(program.params)
+  named = {f'{PREFIX}{path}': leaf for path, leaf in loaded.params.items()}
+  return loaded._replace(params={path: leaf for path, leaf in named.items() if path in wanted})
+
+
+def _order(config: Config, ours: Objective, theirs: Objective) -> list[int] | None:
+  """For each class of the student its number among the teacher's, by name."""
+  names = [getattr(each, 'classes', None) or getattr(each, 'tags', None) for each in (ours, theirs)]
+  student, teacher = (tuple(found or ()) for found in names)
+  if student == teacher:
+    return None
+  if sorted(student) != sorted(teacher):
+    odd = sorted(set(student) ^ set(teacher))
+    raise ValueError(
+      f'config.teacher={config.teacher} has other labels than the student: {", ".join(odd[:10])}. '
+      'Train it on the same labels, or set config.distill.soft to 0.'
+    )
+  if getattr(ours, 'task', '') == 'binary':
+    raise ValueError(
+      f'config.teacher={config.teacher} has the two classes in the order {", ".join(teacher)}; set '
+      'config.objective.classes to that.'
+    )
+  return [teacher.index(name) for name in student]
