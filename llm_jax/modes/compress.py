@@ -18,14 +18,23 @@ ROWS = 64  # of training texts that a method looks at
 
 def run(command: Command) -> None:
   """Makes it, measures it beside its parent, and writes --output."""
+  command.require('output=FOLDER')
+  compress(command, _command.output_path())
+
+
+def compress(command: Command, target: pathlib.Path) -> None:
+  """The same for a folder that is given.
+
+  Raises:
+    ValueError: a method that this model cannot take, a folder that holds something, a model that is
+      worse than its parent by more than `config.compress.tolerance`: nothing is written then.
+  """
   from llm_jax.compressing import making, measuring, writing
   from llm_jax.core import config as config_lib
   from llm_jax.core import files, tree
   from llm_jax.parallel import hosts
   from llm_jax.programs import assemble, pretrained
 
-  command.require('output=FOLDER')
-  target = _command.output_path()
   hosts.agree(lambda: writing.check_target(target))
   if not command.settings.get('init_from'):
     command = dataclasses.replace(

@@ -279,10 +279,11 @@ def restore_params(
   stored = _stored(orbax, path)
   paths = _parameter_paths(stored)
   wanted = tree.flatten(abstract_params)
-  in_form = {path: form for path, form in (formed or {}).items() if path in wanted.keys() - paths}
-  for path, form in in_form.items():
-    del wanted[path]
-    wanted |= {f'{path}/{name}': leaf for name, leaf in tree.flatten(form).items()}
+  elsewhere = wanted.keys() - paths.keys()
+  in_form = {kernel: form for kernel, form in (formed or {}).items() if kernel in elsewhere}
+  for kernel, form in in_form.items():
+    del wanted[kernel]
+    wanted |= {f'{kernel}/{name}': leaf for name, leaf in tree.flatten(form).items()}
   shared = {name: leaf for name, leaf in wanted.items() if name in paths}
   there = {name: _retyped(stored[paths[name]], leaf) for name, leaf in shared.items()}
   difference = tree.difference(shared, there)

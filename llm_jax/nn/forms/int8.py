@@ -124,7 +124,7 @@ class Scheme:
     inputs, reach = _axes.inputs(info), None
     wide, scale = _axes.scaled(kernel, inputs, self.group, LARGEST)
     values = _rounded(wide, 1.0).reshape(kernel.shape)
-    activations = 'none' if _axes.is_table(info) else self.activations
+    activations = 'none' if 'vocab' in info.names else self.activations
     if activations == 'tensor':
       most = jnp.ones(kernel.shape[: info.stacked]) if seen is None else seen[MOST]
       reach = most.astype(jnp.float32)
