@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from absl import logging
+import jax.numpy as jnp
 
 from llm_jax.compressing import looking
 from llm_jax.core import config as config_lib
@@ -120,12 +120,16 @@ def make(session: Session, params: PyTree, section: Mapping[str, Any], seen: See
 
 
 def check_changed(kept: PyTree, before: PyTree, formed: Mapping[str, Any]) -> None:
-  """Raises ValueError where a form changes nothing of its kernel, as if it were not there."""
-  arrays = params_lib.leaves(before)
-  for path, leaf in params_lib.leaves(kept).items():
-    if path in formed and bool((leaf.dense(arrays[path].dtype) == arrays[path]).all()):
-      if bool((arrays[path] != 0).any()):
-        logging.warning('%s: its form stands for the very same numbers.', path)
+  """Raises ValueError where no form stands for other numbers than its kernel: it gains nothing."""
+  if not formed:
+    return
+  arrays, forms_of = params_lib.leaves(before), params_lib.leaves(kept)
+  for path in formed:
+    if not jnp.array_equal(forms_of[path].dense(arrays[path].dtype), arrays[path]):
+      return
+  raise ValueError(
+    'config.compress changes nothing: the model is in this form already, or all its kernels are 0.'
+  )
 
 
 def _placed(program: Inference, params: PyTree) -> dict[str, Any]:

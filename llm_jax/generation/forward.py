@@ -14,9 +14,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
+from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.core.contracts import SOURCE, Adapter, Batch, Model
+from llm_jax.core.contracts import SOURCE, Adapter, Batch, Model, WeightForm
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.core.tree import PyTree
 from llm_jax.nn.attention.cache import Crossing, KeyValues
@@ -31,12 +33,12 @@ class Weights(NamedTuple):
 
   Attributes:
     params: nested by name.
-    table_VD: the projection on the vocabulary, where it is to be kept beside them: on a single CPU,
-      unless it is one of them as it stands.
+    table_VD: the projection on the vocabulary, or a weight form of it, where it is to be kept
+      beside them: on a single CPU, unless it is one of them as it stands.
   """
 
   params: PyTree
-  table_VD: jax.Array | None
+  table_VD: jax.Array | WeightForm | None
 
 
 class Forward:
@@ -75,7 +77,7 @@ class Forward:
       return x.astype(dtype) if path in self._infos and self._infos[path].inputs else x
 
     params = tree.map_with_path(cast, params)
-    table_VD = self._table(params) if self._one_cpu else None
+    table_VD = self._for_few_rows(params) if self._one_cpu else None
     if any(table_VD is leaf for leaf in jax.tree.leaves(params)):
       table_VD = None
     for path in self._stacks:
@@ -104,18 +106,34 @@ class Forward:
 
   def logits(self, weights: Weights, x_BD: jax.Array) -> jax.Array:
     """Projection on the vocabulary, [B, V], at least float32."""
-    table_VD, dtype = weights.table_VD, self._model.options.accumulation_dtype
-    if table_VD is None:
-      table_VD = self._table(weights.params)
-    if self._one_cpu:
-      logits_BV = products.matrix_first(x_BD, table_VD, dtype)
-    else:
-      table_VD = table_VD.astype(x_BD.dtype)
-      logits_BV = jnp.einsum('BD,VD->BV', x_BD, table_VD, preferred_element_type=dtype)
+    logits_BV = self._projected(weights, x_BD, self._model.options.accumulation_dtype)
+    dtype = logits_BV.dtype
     bias_V = self._apply(weights.params, lambda network: network.model.table_bias())
     if bias_V is not None:
       logits_BV += bias_V[None].astype(dtype)
     return sharding.constrain(logits_BV, 'batch', None)
+
+  def _projected(self, weights: Weights, x_BD: jax.Array, dtype: DTypeLike) -> jax.Array:
+    table = weights.table_VD
+    if params_lib.is_form(table):
+      return table.product('...D,DV->...V', x_BD, x_BD.dtype, dtype)
+    projection = self._apply(weights.params, lambda network: network.model.projection())
+    if projection is not None:
+      spec, form = projection
+      return form.product(spec, x_BD, x_BD.dtype, dtype)
+    table_VD = self._table(weights.params) if table is None else table
+    if self._one_cpu:
+      return products.matrix_first(x_BD, table_VD, dtype)
+    table_VD = table_VD.astype(x_BD.dtype)
+    return jnp.einsum('BD,VD->BV', x_BD, table_VD, preferred_element_type=dtype)
+
+  def _for_few_rows(self, params: PyTree) -> jax.Array | WeightForm:
+    """The projection on the vocabulary as a single CPU is fast at it."""
+    projection = self._apply(params, lambda network: network.model.projection())
+    if projection is None:
+      return self._table(params)
+    form = projection[1]
+    return form.few_rows() if hasattr(form, 'few_rows') else self._table(params)
 
   @property
   def reads_source(self) -> bool:

@@ -76,12 +76,22 @@ class Transformer(contracts.Model, nn.Module, Options):
       weight = weight.dense(self.options.compute_dtype)
     return weight if self.tied else weight.T
 
+  def projection(self) -> tuple[str, contracts.WeightForm] | None:
+    """See the contract."""
+    weight = self.embedder.token.embedding if self.tied else self.output.kernel
+    if not params.is_form(weight):
+      return None
+    return '...D,VD->...V' if self.tied else '...D,DV->...V', weight
+
   def logits(self, x_BMD: jax.Array) -> jax.Array:
     """Projection on the vocabulary, [B, M, V], at least float32, all at once; the losses go through
     it in chunks.
     """
+    dtype, projection = self.options.accumulation_dtype, self.projection()
+    if projection is not None:
+      spec, form = projection
+      return form.product(spec, x_BMD, x_BMD.dtype, dtype)
     table_VD = self.table().astype(x_BMD.dtype)
-    dtype = self.options.accumulation_dtype
     return jnp.einsum('...D,VD->...V', x_BMD, table_VD, preferred_element_type=dtype)
 
   def table_bias(self) -> jax.Array | None:

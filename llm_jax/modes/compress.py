@@ -46,7 +46,13 @@ def compress(command: Command, target: pathlib.Path) -> None:
   if method is None:
     raise ValueError('--mode=compress needs config.compress.name, the method (int8, say).')
   rows, tolerance = section.get('rows', ROWS), section.get('tolerance')
-  session, params = making.parent(_opened(command))
+  opened = _opened(command)
+  if opened.program.formed and (opened.origin / writing.REPORT).exists():
+    raise ValueError(
+      f'{opened.origin} was made by config.compress.name={opened.config.compress["name"]!r}, and its '
+      'kernels are in another form already; compress the model that it was made from.'
+    )
+  session, params = making.parent(opened)
   program = session.program
   schemes = method.schemes(program.infos, tree.flatten(program.params))
   making.check(method, session, schemes)

@@ -77,6 +77,8 @@ def test_from_a_run_to_a_folder_and_back(method, kind, runs, tiny, tmp_path):
     other = llm_jax.open(tmp_path / 'hf')
     if kind == 'encoder':
       np.testing.assert_allclose(said(other, tiny.texts), answers, atol=1e-4)
+    with pytest.raises(ValueError, match='in another form already'):
+      compressed(target, tmp_path / 'again', METHODS['svd'])
     held = checkpoints.restore_params(target / 'checkpoints', first.program.params)
     assert not forms & held.params.keys()  # not an array of a kernel is on the disk
 

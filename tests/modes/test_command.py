@@ -18,6 +18,7 @@ def test_every_mode_has_a_docstring_and_runs():
   assert names == [
     'augment',
     'chat',
+    'compress',
     'embed',
     'eval',
     'explain',

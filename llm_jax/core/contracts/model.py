@@ -7,6 +7,7 @@ import flax.struct
 import jax
 
 from llm_jax.core.contracts.values import SOURCE, Batch, Metrics
+from llm_jax.core.contracts.weights import WeightForm
 from llm_jax.core.tree import PyTree
 
 if TYPE_CHECKING:
@@ -80,6 +81,12 @@ class Model:
 
   def table_bias(self) -> jax.Array | None:
     """What is added to the logits, [V]; None for nothing."""
+    return None
+
+  def projection(self) -> 'tuple[str, WeightForm] | None':
+    """The weight form that stands in place of the projection on the vocabulary, and the einsum of
+    its product: '...D,VD->...V', or '...D,DV->...V'; None where it is an array.
+    """
     return None
 
   def empty_cache(self, rows: int, slots: int) -> PyTree:

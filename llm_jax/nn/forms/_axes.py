@@ -63,6 +63,24 @@ def einsum(spec: str, x: jax.Array, w: jax.Array, result: DTypeLike) -> jax.Arra
   return jnp.einsum(spec, x, w, preferred_element_type=result)
 
 
+def outputs(x: jax.Array, axes: tuple[int, ...]) -> tuple[int, ...]:
+  """The sizes of the axes within one layer that are not summed over: those behind the first that
+  is, or of a table before it.
+  """
+  first = axes[0] if axes[-1] != -1 else -2
+  return tuple(x.shape[axis] for axis in range(first, 0) if axis not in axes)
+
+
+def outputs_first(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+  """A kernel, or its scales, as a matrix [O, I]; of a stack [L, O, I]."""
+  others = [axis for axis in range(axes[0] if axes[-1] != -1 else -2, 0) if axis not in axes]
+  rank = len(others) + len(axes)
+  layers = tuple(range(x.ndim - rank))
+  moved = x.transpose(*layers, *(x.ndim + axis for axis in (*others, *axes)))
+  size = math.prod(x.shape[axis] for axis in others)
+  return moved.reshape(*x.shape[: len(layers)], size, -1)
+
+
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
   """`rounded`, whose gradient is that of x."""
   return x + jax.lax.stop_gradient(rounded - x)

@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 
 from llm_jax.core.params import Info
 from llm_jax.nn.forms import _axes
+from llm_jax.parallel.cpu import products
 
 LARGEST = 127
 ACTIVATIONS = ('none', 'token', 'tensor')
@@ -65,17 +66,59 @@ class Int8:
     """Of a table, the vectors of `ids`."""
     return dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids]).dense(dtype)
 
+  def few_rows(self) -> 'FewRows':
+    """For a single CPU, where few rows meet it: outputs first."""
+    return FewRows(
+      _axes.outputs_first(self.values, self.inputs),
+      _axes.outputs_first(self.scale, self.inputs),
+      self.reach,
+      _axes.outputs(self.values, self.inputs),
+      self.activations,
+    )
+
   def _whole_numbers(self, spec: str, x: jax.Array, result: DTypeLike) -> jax.Array:
     axes = tuple(range(-len(self.inputs), 0))
-    if self.reach is None:
-      step = _step(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32))
-    else:
-      step = _step(self.reach)
+    step = _steps(x, axes, self.reach)
     x = _rounded(x, step)
     y = _axes.einsum(spec, x, self.values, jnp.int32).astype(jnp.float32)
     if self.reach is None:
       step = step.reshape(step.shape[: -len(axes)] + (1,) * (y.ndim - step.ndim + len(axes)))
     return (y * step * _axes.of_outputs(self.scale, self.inputs, y.ndim)).astype(result)
+
+
+@flax.struct.dataclass
+class FewRows:
+  """An `Int8` with its outputs first, as a single CPU is fast at it; see `parallel.cpu.products`.
+
+  Attributes:
+    values_OI: int8; [L, O, I] where it is stacked.
+    scale_OG: float32, of each group of inputs.
+    reach, activations: as of `Int8`.
+    outputs: the sizes that O is made of.
+  """
+
+  values_OI: jax.Array
+  scale_OG: jax.Array
+  reach: jax.Array | None
+  outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+  activations: str = flax.struct.field(default='none', pytree_node=False)
+
+  def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """See the contract."""
+    inputs = products.input_axes(spec)
+    x_RI, scale_O1 = x.reshape(-1, self.values_OI.shape[-1]).astype(dtype), self.scale_OG
+    if self.scale_OG.shape[-1] > 1:
+      count, groups = self.scale_OG.shape
+      wide = self.values_OI.reshape(count, groups, -1).astype(dtype)
+      wide *= self.scale_OG[..., None].astype(dtype)
+      y_RO = products.matrix_first(x_RI, wide.reshape(count, -1), result)
+    elif self.activations == 'none':
+      y_RO = products.matrix_first(x_RI, self.values_OI, result) * scale_O1.T.astype(result)
+    else:
+      step = _steps(x_RI, (-1,), self.reach)
+      y_RO = products.matrix_first(_rounded(x_RI, step), self.values_OI, jnp.int32)
+      y_RO = (y_RO.astype(jnp.float32) * step * scale_O1.T).astype(result)
+    return y_RO.reshape(*x.shape[:-inputs], *self.outputs)
 
 
 @flax.struct.dataclass
@@ -146,6 +189,13 @@ class Scheme:
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""
     return {'values': info, 'scale': _axes.scale_info(info), 'reach': _axes.layer_info(info)}
+
+
+def _steps(x: jax.Array, axes: tuple[int, ...], reach: jax.Array | None) -> jax.Array:
+  """The scale of each token, or that of all."""
+  if reach is not None:
+    return _step(reach)
+  return _step(jnp.max(jnp.abs(x), axis=axes, keepdims=True).astype(jnp.float32))
 
 
 def _step(most: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from llm_jax.core import params as params_lib
 from llm_jax.core import tree
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
@@ -76,15 +77,18 @@ def transposed(params: PyTree, infos: Mapping[str, Info]) -> Any:
     infos: what each of them is, by its path in `params`.
 
   Returns:
-    The same; what multiplies nothing, what stands outside of the layers (the vocabulary), and what
-    has another form already, as it was.
+    The same; what multiplies nothing, what stands outside of the layers (the vocabulary), and forms
+    that have none for few rows (`few_rows`), as they were.
   """
 
-  def chosen(path: str, leaf: jax.Array) -> jax.Array | Transposed:
+  def chosen(path: str, leaf: Any) -> Any:
+    if params_lib.is_form(leaf):
+      return leaf.few_rows() if hasattr(leaf, 'few_rows') else leaf
     multiplies = path in infos and _multiplies(infos[path])
     return _transposed(leaf, infos[path]) if multiplies else leaf
 
-  return tree.map_with_path(chosen, params)
+  leaves = params_lib.leaves(params)
+  return tree.nest({path: chosen(path, leaf) for path, leaf in leaves.items()})
 
 
 def _multiplies(info: Info) -> bool:

@@ -110,3 +110,17 @@ def test_one_channel_times_100_ruins_the_scale_of_all_tokens_and_not_that_of_eac
     found = form.product('...D,DF->...F', jnp.asarray(x), jnp.float32, jnp.float32)
     lost[activations] = np.sqrt(np.mean((found - exact) ** 2) / np.mean(exact**2))
   assert lost['none'] < 0.01 < 0.1 < lost['tensor'], lost
+
+
+@pytest.mark.parametrize('activations, group', [('none', None), ('none', 3), ('token', None)])
+@pytest.mark.parametrize('spec', KERNELS)
+def test_for_few_rows_it_is_turned_and_multiplies_the_same(spec, activations, group):
+  shape, one = KERNELS[spec]
+  info = Info((LAYERS, *one.names), one.inputs)
+  form = int8.Scheme(group, activations).form(jnp.asarray(kernel(shape, (2,))), info)
+  form, turned = (jax.tree.map(lambda x: x[1], each) for each in (form, form.few_rows()))
+  x = np.random.default_rng(1).normal(size=(3, 4, *[shape[axis] for axis in one.inputs]))
+  x = jnp.asarray(x, jnp.float32)
+  wanted = form.product(spec, x, jnp.float32, jnp.float32)
+  found = turned.product(spec.replace('VD', 'DV'), x, jnp.float32, jnp.float32)
+  np.testing.assert_allclose(found, wanted, atol=1e-4)

@@ -1,0 +1,59 @@
+"""A teacher beside an objective: what is asked for, and what is refused; nothing is run."""
+
+import types
+
+import pytest
+
+from llm_jax.core import contracts
+from llm_jax.objectives import clm, mlm, nsp
+from llm_jax.objectives.shared import distilled
+from llm_jax.objectives.shared.distilled import Options
+from llm_jax.programs import teachers
+
+
+def test_terms_are_those_that_are_asked_for(small):
+  objective = clm.Objective(small.Tokenizer())
+  made = distilled.beside(objective, None, Options(soft=0.7, hard=0.2, hidden=0.1), None)
+  assert made.terms == {'clm': 0.2, 'soft': 0.7, 'hidden': 0.1} and made.watches
+  assert objective.terms == {'clm': 1.0} and not objective.watches
+  assert isinstance(made, clm.Objective) and not isinstance(objective, distilled.Distilled)
+  plain = distilled.beside(objective, None, Options(), None)
+  assert plain.terms == {'clm': 0.5, 'soft': 1.0} and not plain.watches
+  assert not plain.trains('heads_teacher/model/x') and plain.trains('model/x')
+
+
+@pytest.mark.parametrize(
+  'options, words',
+  [
+    (dict(temperature=0.0), 'temperature=0.0 must be above 0'),
+    (dict(hard=-1.0), 'hard=-1.0 must be at least 0'),
+    (dict(soft=0.0), 'nothing is learned from config.teacher'),
+    (dict(hidden_loss='cosines'), "did you mean 'cosine'"),
+  ],
+)
+def test_options_out_of_range_are_refused(options, words):
+  with pytest.raises(ValueError, match=words):
+    Options(**options)
+
+
+def test_an_objective_without_answers_learns_from_the_inside_alone(small):
+  objective = nsp.Objective(small.Tokenizer())
+  with pytest.raises(ValueError, match='has no answers that a student could learn'):
+    distilled.beside(objective, None, Options(), None)
+  made = distilled.beside(objective, None, Options(soft=0.0, relations=1.0), None)
+  assert made.terms == {'nsp': 0.5, 'relations': 1.0}
+  assert mlm.Objective.distils and not contracts.Objective.distils
+
+
+def test_labels_are_matched_by_their_names():
+  config = types.SimpleNamespace(teacher='T')
+  of = lambda classes, task='multiclass': types.SimpleNamespace(classes=classes, task=task)
+  order = lambda ours, theirs, task='multiclass': teachers._order(
+    config, of(ours, task), of(theirs, task)
+  )
+  assert order(('a', 'b'), ('a', 'b')) is None
+  assert order(('a', 'b', 'c'), ('c', 'a', 'b')) == [1, 2, 0]
+  with pytest.raises(ValueError, match='other labels than the student: b, x'):
+    order(('a', 'b'), ('a', 'x'))
+  with pytest.raises(ValueError, match='set config.objective.classes to that'):
+    order(('a', 'b'), ('b', 'a'), 'binary')
