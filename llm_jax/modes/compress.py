@@ -49,8 +49,8 @@ def compress(command: Command, target: pathlib.Path) -> None:
   opened = _opened(command)
   if opened.program.formed and (opened.origin / writing.REPORT).exists():
     raise ValueError(
-      f'{opened.origin} was made by config.compress.name={opened.config.compress["name"]!r}, and its '
-      'kernels are in another form already; compress the model that it was made from.'
+      f'{opened.origin} was made by {opened.config.compress["name"]}, and its kernels are in '
+      'another form already; compress the model that it was made from.'
     )
   session, params = making.parent(opened)
   program = session.program

@@ -105,7 +105,7 @@ def student(options, key):
 
 
 def decoder(options, key):
-  """A method's report of a decoder with the shape of GPT-2 small, and how often it says the same."""
+  """A method's report of a decoder as large as GPT-2 small, and how often it says the same."""
   parent = options.work / f'decoder_{options.steps}'
   if not (parent / 'loss.png').exists():
     given = {'steps': options.steps, 'batch_size': 8, 'seq_len': 128, 'model.max_len': 1024}

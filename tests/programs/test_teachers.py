@@ -1,4 +1,4 @@
-"""A run with a teacher: what it learns, what its checkpoints hold, and which teachers it refuses."""
+"""A run with a teacher: what it learns, what its checkpoints hold, which teachers it refuses."""
 
 import json
 import pathlib

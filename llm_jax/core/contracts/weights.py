@@ -73,5 +73,5 @@ class Scheme(Protocol):
     ...
 
   def parts(self, info: 'Info') -> dict[str, 'Info']:
-    """What each array of the form is, by the name of its field; one that a form lacks may be in it."""
+    """What each array of the form is, by its field; one that a form lacks may be among them."""
     ...
