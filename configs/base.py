@@ -32,6 +32,7 @@ def model(name: str, variant: str) -> dict:
     remat='auto',  # the least recomputation with which a step fits the device
     unroll=unset(int),
     attention=unset(str),
+    cache_dtype=unset(str),  # int8: what generation keeps of tokens, in 8 bits
     dim=unset(int),
     layers=unset(int),
     heads=unset(int),

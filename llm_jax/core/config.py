@@ -41,6 +41,7 @@ NOT_IDENTITY = (
   'model.remat',
   'model.unroll',
   'model.attention',
+  'model.cache_dtype',
 )
 
 # Sections that name documents of their own, beside `data`.

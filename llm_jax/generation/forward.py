@@ -204,7 +204,7 @@ def reordered(cache: PyTree, move: Callable[[jax.Array], jax.Array]) -> Any:
 
   def moved(part: PyTree) -> Any:
     if isinstance(part, Crossing):
-      return part._replace(own=KeyValues(*map(move, part.own)))
+      return part._replace(own=jax.tree.map(move, part.own))
     return move(part)
 
   return jax.tree.map(moved, cache, is_leaf=lambda part: isinstance(part, Crossing))
@@ -215,7 +215,8 @@ def laid_out(cache: PyTree) -> Any:
 
   def constrained(part: PyTree) -> Any:
     if isinstance(part, KeyValues):
-      return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in part))
+      whole = lambda x: sharding.constrain(x, 'batch', 'kv_heads', None, None)
+      return jax.tree.map(whole, part)
     return sharding.constrain(part, 'batch', *[None] * (part.ndim - 1))
 
   return jax.tree.map(constrained, cache, is_leaf=lambda part: isinstance(part, KeyValues))

@@ -25,6 +25,7 @@ RUN_TIME = frozenset(
     'depth_scaled_init',
     'dtype',
     'param_dtype',
+    'cache_dtype',
     'attention',
     'remat',
     'unroll',

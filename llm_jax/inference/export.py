@@ -1,19 +1,20 @@
 """A model, its heads and its tokenizer as a folder that Hugging Face's transformers opens."""
 
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from absl import logging
 
+from llm_jax.core import files, tree
 from llm_jax.core import params as params_lib
-from llm_jax.core import tree
 from llm_jax.data import chat_template
 from llm_jax.hf import folders as hf
 from llm_jax.hf import peft, sentences
 from llm_jax.inference.session import Session
-from llm_jax.programs import pretrained
+from llm_jax.programs import portable, pretrained
 
 # Our task -> what Hugging Face calls it in config.json.
 PROBLEMS = {
@@ -23,7 +24,8 @@ PROBLEMS = {
 }
 
 
-MERGED, BASE, ADAPTER = 'merged', 'base', 'adapter'
+MERGED, BASE, ADAPTER, STABLEHLO = 'merged', 'base', 'adapter', 'stablehlo'
+FUNCTION, SIGNATURE = 'model.stablehlo', 'signature.json'
 
 
 def export(
@@ -36,7 +38,8 @@ def export(
     target: a folder that is empty or not there yet.
     dtype: of the weights in the files.
     form: of a run with an adapter, 'merged' into its base, the 'base' without it, or the 'adapter'
-      alone as the library peft reads it.
+      alone as the library peft reads it; or 'stablehlo', one function (`programs.portable`) with
+      the tokenizer beside it.
 
   Raises:
     ValueError: an adapter that cannot be merged, a model that none of their architectures holds,
@@ -52,6 +55,9 @@ def export(
     max_len=model.max_len,
     token_types=getattr(model, 'token_types', 0) > 1,
   )
+  if form == STABLEHLO:
+    _write_function(session, target, write_tokenizer)
+    return
   template = getattr(program.objective, 'template', None)
   if isinstance(template, chat_template.Template):
     write_tokenizer = functools.partial(_write_with_template, write_tokenizer, template.source)
@@ -82,6 +88,24 @@ def export(
   logging.info('Exported to %s: transformers opens it by from_pretrained.', target)
   if pool is not None:
     logging.info('So does sentence-transformers: vectors by pool=%s, of length 1.', pool)
+
+
+def _write_function(session: Session, target: pathlib.Path, also: Callable[[str], None]) -> None:
+  program, config = session.program, session.config
+  if target.exists() and any(target.iterdir()):
+    raise ValueError(f'{target} holds something already; name a folder that is not there.')
+  content = portable.exported(program, session.params, config.seq_len)
+  predictor = program.objective.predictor
+  said = {
+    'inputs': {'tokens': ['B', config.seq_len], 'lengths': ['B'], 'dtype': 'int32'},
+    'classes': None if predictor is None else predictor.classes,
+  }
+  target.mkdir(parents=True, exist_ok=True)
+  also(str(target))
+  (target / SIGNATURE).write_text(json.dumps(said, indent=2))
+  with files.whole_file(target / FUNCTION, 'wb') as file:
+    file.write(content)
+  logging.info('Exported to %s: jax.export.deserialize opens %s.', target, FUNCTION)
 
 
 def _write_with_template(write: Callable[[str], None], template: str, folder: str) -> None:

@@ -12,7 +12,7 @@ from llm_jax.core.contracts import Batch
 from llm_jax.nn import rotary, stack
 from llm_jax.nn.embedder import Embedder
 from llm_jax.nn.linear import Norm, Output
-from llm_jax.nn.options import Options, check_known, check_positive
+from llm_jax.nn.options import DTYPES, Options, check_known, check_positive
 from llm_jax.parallel.sharding import constrain
 
 
@@ -141,6 +141,12 @@ class Transformer(contracts.Model, nn.Module, Options):
       self.final_norm = Norm(self.options)
     if not self.tied:
       self.output = Output(self.vocab_size, self.options)
+
+
+def check_cache_dtype(name: str | None) -> None:
+  """Raises ValueError unless a cache may be kept in this type."""
+  if name is not None:
+    check_known('cache_dtype', name, (*DTYPES, 'int8'))
 
 
 def read(batch: Batch, name: str) -> jax.Array | None:

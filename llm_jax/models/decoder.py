@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.contracts import Batch, Outputs
-from llm_jax.models._transformer import Transformer, begun, read
+from llm_jax.models._transformer import Transformer, begun, check_cache_dtype, read
 from llm_jax.nn import rotary, stack
-from llm_jax.nn.attention.cache import KeyValues
+from llm_jax.nn.attention import cache as caches
 from llm_jax.nn.block import LayerContext
 from llm_jax.nn.options import check_length, check_positive
 
@@ -37,6 +37,8 @@ class Model(Transformer):
     rope_scaling: None, (factor,), or LLaMA 3's (factor, low, high, original length), as in
       `nn.rotary.frequencies`.
     window: how many positions each layer sees, its own among them (Mistral, arXiv:2310.06825).
+    cache_dtype: of the keys and values that generation keeps; 'int8': in 8 bits, with a scale for
+      each token of each head. None: the compute type.
   """
 
   inputs: ClassVar[tuple[str, ...]] = ('tokens', 'segments', 'positions')
@@ -45,12 +47,14 @@ class Model(Transformer):
   max_len: int = 1024
   position_std: float = 0.01
   rope_scaling: tuple[float, ...] | None = None
+  cache_dtype: str | None = None
   activation: str = 'gelu_tanh'
   init_distribution: str = 'normal'
   depth_scaled_init: bool = True
 
   def __post_init__(self):
     super().__post_init__()
+    check_cache_dtype(self.cache_dtype)
     if self.window is not None:
       check_positive('window', self.window)
     if self.rope_scaling is not None:
@@ -100,8 +104,8 @@ class Model(Transformer):
     options = self.options
     kept = min(slots, self.window or slots)
     shape = self.layers, rows, options.kv_heads or options.heads, kept, options.head_dim
-    keys, values = (jnp.zeros(shape, options.compute_dtype) for _ in range(2))
-    return Cache(jnp.zeros(rows, jnp.int32), {'layers': (KeyValues(keys, values),)})
+    kept = caches.empty(shape, self.cache_dtype or options.compute_dtype)
+    return Cache(jnp.zeros(rows, jnp.int32), {'layers': (kept,)})
 
   def _context(
     self, batch: Batch, read_BP: jax.Array | None, train: bool, cache: Cache | None

@@ -14,8 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.contracts import SOURCE, Batch, Outputs
-from llm_jax.models._transformer import Transformer, begun, positions_of, read
+from llm_jax.models._transformer import (
+  Transformer,
+  begun,
+  check_cache_dtype,
+  positions_of,
+  read,
+)
 from llm_jax.nn import relative, stack
+from llm_jax.nn.attention import cache as caches
 from llm_jax.nn.attention.cache import Crossing, KeyValues
 from llm_jax.nn.block import LayerContext
 from llm_jax.nn.dropout import drop
@@ -51,6 +58,7 @@ class Model(Transformer):
     output_scaled: what is projected on the vocabulary is divided by the square root of D (T5 where
       it is tied).
     output_biased: the projection has a bias.
+    cache_dtype: as for decoders.
   """
 
   inputs: ClassVar[tuple[str, ...]] = (
@@ -76,9 +84,11 @@ class Model(Transformer):
   embedding_scaled: bool = True
   output_scaled: bool = False
   output_biased: bool = False
+  cache_dtype: str | None = None
 
   def __post_init__(self):
     super().__post_init__()
+    check_cache_dtype(self.cache_dtype)
     if self.encoder_layers is not None:
       check_positive('encoder_layers', self.encoder_layers)
     if self.position_offset < 0:
@@ -186,7 +196,7 @@ class Model(Transformer):
     def empty(length: int) -> KeyValues:
       kv_heads = options.kv_heads or options.heads
       shape = self.layers, rows, kv_heads, length, options.head_dim
-      return KeyValues(*(jnp.zeros(shape, options.compute_dtype) for _ in range(2)))
+      return caches.empty(shape, self.cache_dtype or options.compute_dtype)
 
     layers = {'layers': (Crossing(empty(slots), empty(source)),)}
     return Cache(jnp.zeros(rows, jnp.int32), jnp.zeros((rows, source), jnp.int32), layers)
@@ -229,7 +239,7 @@ def _filled(segments_BS: jax.Array, slots: int) -> jax.Array:
 def _slots(cache: Cache) -> int:
   """How many tokens of a row there is room for."""
   own = next(leaf for leaf in jax.tree.leaves(cache.layers, is_leaf=_keeps) if _keeps(leaf)).own
-  return own.keys.shape[-2]
+  return own.slots
 
 
 def _keeps(part: object) -> bool:

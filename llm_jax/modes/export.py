@@ -14,9 +14,10 @@ DTYPE = flags.DEFINE_enum(
 FORM = flags.DEFINE_enum(
   'export',
   'merged',
-  ['merged', 'base', 'adapter'],
+  ['merged', 'base', 'adapter', 'stablehlo'],
   'export: of a run with an adapter, merged into its base, the base without it, or the adapter '
-  'alone (and the heads), as the library peft reads it.',
+  'alone (and the heads), as the library peft reads it; stablehlo: one function that JAX runs '
+  'without this package.',
 )
 
 

@@ -198,7 +198,7 @@ class CrossAttention(Attention):
     memory_BSD = constrain(context.memory_BSD, 'batch', 'length', None)
     q_BTNH, k_BSKH, v_BSKH = self._laid_out(q_BTNH, *self._key_values(memory_BSD))
     if cache is not None:
-      cache = remembered(k_BSKH, v_BSKH, cache.keys.shape[2])
+      cache = remembered(cache, k_BSKH, v_BSKH)
     return self._out(self._crossed(q_BTNH, k_BSKH, v_BSKH, context)), cache
 
   @nn.nowrap

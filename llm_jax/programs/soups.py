@@ -21,7 +21,16 @@ from llm_jax.programs.inference import Inference
 
 # Options by which runs of a soup may differ: none of them changes what a parameter means.
 FREE = (
-  *('variant', 'dtype', 'remat', 'unroll', 'attention', 'dropout', 'attention_dropout'),
+  *(
+    'variant',
+    'dtype',
+    'remat',
+    'unroll',
+    'attention',
+    'dropout',
+    'attention_dropout',
+    'cache_dtype',
+  ),
   # of adapters, while they are trained
   *('loraplus_lr_ratio', 'warmup_steps', 'final_steps', 'every', 'orthogonality'),
 )

@@ -4,20 +4,57 @@ Letters are those of `llm_jax.nn.options`; S is the number of slots. The token a
 in slot p mod S, so that a layer with a window needs no more slots than its window.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from llm_jax.nn.attention.masks import Prefix, by_distance
 from llm_jax.parallel import sharding
+
+LARGEST = 127  # in 8 bits
+
+
+class Rounded(NamedTuple):
+  """Keys, or values, in 8 bits: whole numbers, and a scale for each token of each head.
+
+  Attributes:
+    values: int8 [B, K, S, H].
+    scale: float32 [B, K, S, 1].
+  """
+
+  values: jax.Array
+  scale: jax.Array
 
 
 class KeyValues(NamedTuple):
   """Keys and values of the tokens so far, [B, K, S, H] each."""
 
-  keys: jax.Array
-  values: jax.Array
+  keys: jax.Array | Rounded
+  values: jax.Array | Rounded
+
+  @property
+  def slots(self) -> int:
+    """S."""
+    return jax.tree.leaves(self.keys)[0].shape[-2]
+
+
+def empty(shape: tuple[int, ...], dtype: DTypeLike) -> KeyValues:
+  """What a cache begins with.
+
+  Args:
+    shape: [..., K, S, H].
+    dtype: int8 for numbers of 8 bits.
+  """
+
+  def zeros() -> jax.Array | Rounded:
+    if jnp.dtype(dtype) != jnp.int8:
+      return jnp.zeros(shape, dtype)
+    return Rounded(jnp.zeros(shape, jnp.int8), jnp.zeros((*shape[:-1], 1), jnp.float32))
+
+  return KeyValues(zeros(), zeros())
 
 
 class Crossing(NamedTuple):
@@ -42,21 +79,22 @@ def extended(
     lengths_B: tokens of each row so far, these included; positions from there on are padding, and
       stay out.
   """
-  S = cache.keys.shape[2]
+  S = cache.slots
+  given = KeyValues(*(_as(old, x) for old, x in zip(cache, (k_BTKH, v_BTKH), strict=True)))
   if k_BTKH.shape[1] == 1:
-    slots_B = (lengths_B - 1) % S
-    new = [_with_newest(old, x, slots_B) for old, x in zip(cache, (k_BTKH, v_BTKH), strict=True)]
+    write = functools.partial(_with_newest, slots_B=(lengths_B - 1) % S)
   else:
     indices_BS = jnp.clip(_positions(lengths_B, S), 0, k_BTKH.shape[1] - 1)
-    new = [_of_first(old, x, indices_BS) for old, x in zip(cache, (k_BTKH, v_BTKH), strict=True)]
-  return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in new))
+    write = functools.partial(_of_first, indices_BS=indices_BS)
+  return _laid_out(jax.tree.map(write, cache, given))
 
 
-def remembered(k_BSKH: jax.Array, v_BSKH: jax.Array, slots: int) -> KeyValues:
-  """Keys and values of a memory, in `slots` slots."""
-  room = [(0, 0), (0, 0), (0, slots - k_BSKH.shape[1]), (0, 0)]
-  new = (jnp.pad(x.swapaxes(1, 2), room) for x in (k_BSKH, v_BSKH))
-  return KeyValues(*(sharding.constrain(x, 'batch', 'kv_heads', None, None) for x in new))
+def remembered(cache: KeyValues, k_BSKH: jax.Array, v_BSKH: jax.Array) -> KeyValues:
+  """Keys and values of a memory, in the slots of a cache and in its form."""
+  room = [(0, 0), (0, 0), (0, cache.slots - k_BSKH.shape[1]), (0, 0)]
+  given = KeyValues(*(_as(old, x) for old, x in zip(cache, (k_BSKH, v_BSKH), strict=True)))
+  write = lambda old, x: jnp.pad(x.swapaxes(1, 2).astype(old.dtype), room)
+  return _laid_out(jax.tree.map(write, cache, given))
 
 
 def recall(
@@ -80,12 +118,13 @@ def recall(
   Returns:
     [B, 1, N, H] in the type of `q_B1NH`.
   """
-  S = cache.keys.shape[2]
+  S = cache.slots
   full_BS, bias_BNS = _positions(lengths_B, S) >= 0, None
   if bias_ND is not None:
     bias_BNS = by_distance(bias_ND, lengths_B[:, None] - 1, jnp.arange(S))[:, :, 0]
   if prefix is not None:
-    cache = KeyValues(*(_after(x, old) for x, old in zip(prefix, cache, strict=True)))
+    given = KeyValues(*(_as(old, x[None]) for old, x in zip(cache, prefix, strict=True)))
+    cache = jax.tree.map(_after, given, cache)
     before = len(prefix.keys), 0
     full_BS = jnp.pad(full_BS, [(0, 0), before], constant_values=True)
     bias_BNS = None if bias_BNS is None else jnp.pad(bias_BNS, [(0, 0), (0, 0), before])
@@ -96,22 +135,46 @@ def mixed(
   q_B1NH: jax.Array, cache: KeyValues, seen_BS: jax.Array, bias_BNS: jax.Array | None = None
 ) -> jax.Array:
   """As `recall`, of the slots that are seen."""
-  (B, _, N, H), (K, S) = q_B1NH.shape, cache.keys.shape[1:3]
+  (B, _, N, H), S = q_B1NH.shape, cache.slots
+  K = jax.tree.leaves(cache.keys)[0].shape[1]
   dtype = jnp.promote_types(q_B1NH.dtype, jnp.float32)
   q_BKGH = q_B1NH.reshape(B, K, N // K, H)
-  scores_BKGS = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, cache.keys, preferred_element_type=dtype)
-  scores_BKGS = scores_BKGS * H**-0.5
+  keys_BKSH, key_scale = _wide(cache.keys, q_B1NH.dtype)
+  scores_BKGS = jnp.einsum('BKGH,BKSH->BKGS', q_BKGH, keys_BKSH, preferred_element_type=dtype)
+  scores_BKGS = scores_BKGS * key_scale * H**-0.5
   if bias_BNS is not None:
     scores_BKGS += bias_BNS.astype(dtype).reshape(B, K, N // K, S)
   scores_BKGS = jnp.where(seen_BS[:, None, None], scores_BKGS, jnp.finfo(dtype).min / 2)
-  weights_BKGS = jax.nn.softmax(scores_BKGS, axis=-1).astype(cache.values.dtype)
-  return jnp.einsum('BKGS,BKSH->BKGH', weights_BKGS, cache.values).reshape(B, 1, N, H)
+  values_BKSH, value_scale = _wide(cache.values, q_B1NH.dtype)
+  weights_BKGS = (jax.nn.softmax(scores_BKGS, axis=-1) * value_scale).astype(values_BKSH.dtype)
+  return jnp.einsum('BKGS,BKSH->BKGH', weights_BKGS, values_BKSH).reshape(B, 1, N, H)
 
 
-def _after(x_PKH: jax.Array, old_BKSH: jax.Array) -> jax.Array:
+def _as(old: jax.Array | Rounded, x: jax.Array) -> jax.Array | Rounded:
+  """Keys or values [..., H] in the form of a cache."""
+  if not isinstance(old, Rounded):
+    return x
+  wide = x.astype(jnp.float32)
+  most = jnp.max(jnp.abs(wide), axis=-1, keepdims=True)
+  scale = jnp.where(most > 0, most, 1) / LARGEST
+  return Rounded(jnp.round(wide / scale).astype(jnp.int8), scale)
+
+
+def _wide(held: jax.Array | Rounded, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | float]:
+  """Numbers to multiply, [B, K, S, H], and what their products are multiplied by, [B, K, 1, S]."""
+  if not isinstance(held, Rounded):
+    return held, 1.0
+  return held.values.astype(dtype), held.scale[..., 0][:, :, None]
+
+
+def _laid_out(cache: KeyValues) -> KeyValues:
+  return jax.tree.map(lambda x: sharding.constrain(x, 'batch', 'kv_heads', None, None), cache)
+
+
+def _after(x_1PKH: jax.Array, old_BKSH: jax.Array) -> jax.Array:
   """The slots of a cache, behind those of a prefix."""
-  x_KPH = x_PKH.swapaxes(0, 1).astype(old_BKSH.dtype)
-  x_BKPH = jnp.broadcast_to(x_KPH, (len(old_BKSH), *x_KPH.shape))
+  x_1KPH = x_1PKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+  x_BKPH = jnp.broadcast_to(x_1KPH, (len(old_BKSH), *x_1KPH.shape[1:]))
   return jnp.concatenate([x_BKPH, old_BKSH], axis=2)
 
 
