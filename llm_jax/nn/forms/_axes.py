@@ -31,18 +31,18 @@ def scaled(
   """
   last, wide = axes[-1], kernel.astype(jnp.float32)
   size = wide.shape[last]
-  split = _split(wide, last, group or size)
+  parts = split(wide, last, group or size)
   over = (last,) if group else (*(axis - 1 for axis in axes[:-1]), last - 1, last)
-  most = jnp.max(jnp.abs(split), axis=over, keepdims=True)
+  most = jnp.max(jnp.abs(parts), axis=over, keepdims=True)
   scale = jnp.where(most > 0, most, 1) / largest
-  return split / scale, jnp.squeeze(scale, last)
+  return parts / scale, jnp.squeeze(scale, last)
 
 
 def grouped(values: jax.Array, scale: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   """Values times their scales, the last axis that is summed over in two."""
   last = axes[-1]
-  split = _split(values, last, values.shape[last] // scale.shape[last])
-  return split * jnp.expand_dims(scale, last)
+  parts = split(values, last, values.shape[last] // scale.shape[last])
+  return parts * jnp.expand_dims(scale, last)
 
 
 def groups(scale: jax.Array, axes: tuple[int, ...]) -> int:
@@ -106,7 +106,7 @@ def layer_info(info: Info) -> Info:
   return Info(info.names[: info.stacked], layer=info.layer, period=info.period)
 
 
-def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
+def split(x: jax.Array, axis: int, size: int) -> jax.Array:
   """An axis, counted from the end, in two: groups, and `size` in each."""
   at = x.ndim + axis
   return x.reshape(*x.shape[:at], x.shape[at] // size, size, *x.shape[at + 1 :])

@@ -1,12 +1,14 @@
 """Weights in 4 bits, two in a byte: whole numbers from -7 to 7, and a scale for each group of
 inputs of an output channel (symmetric, by the largest absolute value of the group; groups as in
-GPTQ, arXiv:2210.17323, section 4). Products are taken in the compute type, of the array that it
-stands for.
+GPTQ, arXiv:2210.17323, section 4). Products are taken in the compute type: of many rows with the
+array that it stands for; of few, where reading the weights is what takes the time, with the numbers
+themselves, group by group, scaled afterwards.
 
     w = scale * values,    |w - scale * values| <= scale / 2
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import flax.struct
@@ -16,8 +18,10 @@ from jax.typing import DTypeLike
 
 from llm_jax.core.params import Info
 from llm_jax.nn.forms import _axes
+from llm_jax.parallel.cpu import products
 
 LARGEST = 7
+FEW = 32  # rows
 _ZERO = 8  # what is added to a value, so that none is negative
 
 
@@ -38,7 +42,28 @@ class Int4:
 
   def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
     """See the contract."""
-    return _axes.einsum(spec, x.astype(dtype), self.dense(dtype), result)
+    groups, rows = self.scale.shape[self.inputs[-1]], math.prod(x.shape[: -len(self.inputs)])
+    whole = groups % 2 and groups > 1  # a group that is in both halves
+    if rows > FEW or whole or not products.inputs_first(spec):
+      return _axes.einsum(spec, x.astype(dtype), self.dense(dtype), result)
+    return self._of_few_rows(spec, x.astype(dtype), result)
+
+  def _of_few_rows(self, spec: str, x: jax.Array, result: DTypeLike) -> jax.Array:
+    """Group by group, half by half: the bytes are all that is read of the weights."""
+    letters, out = spec.split(',')[1].replace('...', '').split('->')
+    others, last = letters.removesuffix(out)[:-1], self.inputs[-1]
+    groups = max(self.scale.shape[last] // 2, 1)  # of a half
+    scales = [self.scale] * 2 if self.scale.shape[last] == 1 else jnp.split(self.scale, 2, last)
+    halves = zip(jnp.split(x, 2, -1), (self.packed & 15, self.packed >> 4), scales, strict=True)
+    summed = tuple(range(x.ndim - len(self.inputs), x.ndim))
+    total = jnp.zeros((), result)
+    for part, bits, scale in halves:
+      w = _axes.split(bits, last, bits.shape[last] // groups).astype(jnp.int8) - _ZERO
+      part = part.reshape(*part.shape[:-1], groups, -1)
+      spec = f'...{others}Gg,{others}Gg{out}->...{others}G{out}'
+      y = jnp.einsum(spec, part, w.astype(x.dtype), preferred_element_type=result)
+      total += jnp.sum(y * scale.astype(result), axis=summed)
+    return total
 
   def dense(self, dtype: DTypeLike) -> jax.Array:
     """The array that it stands for."""
