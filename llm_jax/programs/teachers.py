@@ -13,10 +13,11 @@ from typing import Any
 
 import jax
 
-from llm_jax.core import files, tree
+from llm_jax.core import files, plugins, tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Example, Objective, Tokenizer
+from llm_jax.core.contracts import Batch, Example, Objective, Tokenizer
 from llm_jax.core.state import Loaded
+from llm_jax.core.tree import PyTree
 from llm_jax.nn.forms import int8
 from llm_jax.objectives.shared import distilled
 from llm_jax.programs import assemble, bases, inference, pretrained
@@ -25,6 +26,7 @@ from llm_jax.programs.inference import Inference
 PREFIX = f'heads_{distilled.HEAD}/'
 FOLDER = 'teacher'  # of a workdir: where the teacher may also lie
 FORMS = {'int8': int8.Scheme()}
+LEAST = 1e-8  # of a loss that is one, by what rounding leaves of equal answers
 
 
 def options(config: Config) -> distilled.Options:
@@ -33,8 +35,6 @@ def options(config: Config) -> distilled.Options:
   Raises:
     ValueError: an option that is not possible, or a form of weights that is not known.
   """
-  from llm_jax.core import plugins
-
   found = plugins.construct('distill', distilled.Options, config.distill)
   if found.weights and found.weights not in FORMS:
     raise ValueError(
@@ -127,6 +127,28 @@ def load(program: Inference, tokenizer: Tokenizer, example: Example) -> tuple[Lo
     raise ValueError(f'config.teacher={folder} lacks parameters:\n  ' + '\n  '.join(missing[:10]))
   prints = bases.fingerprints(loaded.params, program.mesh)
   return loaded, bases.Base(folder, loaded.step, prints)
+
+
+def check_teaches(program: Inference, params: PyTree, batch: Batch) -> None:
+  """Raises ValueError where the teacher says of a batch what the student says: nothing would be
+  learned from it, and nobody would see that.
+
+  Args:
+    program: of the student.
+    params: all of its network, the teacher's among them.
+    batch: the first one.
+  """
+  metrics = program.eval_step(params, batch)
+  for name in (distilled.SOFT, distilled.HIDDEN, distilled.RELATIONS):
+    if name not in metrics:
+      continue
+    total, weight = (float(x) for x in metrics[name])
+    if not weight or total / weight < LEAST:
+      reason = 'no text of the first batch counts' if not weight else f'it is {total / weight:.1e}'
+      raise ValueError(
+        f'config.teacher={program.config.teacher} has nothing to teach by {name}: {reason}. Is it '
+        f'the student itself? Set config.distill.{name} to 0, or give another teacher.'
+      )
 
 
 def read(

@@ -186,6 +186,11 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     (state, found), position, unlogged = _first_state(program), 0, {}
     state, teacher = _with_teacher(program, state, data.tokenizer, example)
     patience = Patience(config.evaluation.patience)
+    if teacher is not None:
+      rows = hosts.rows(program.mesh, config.batch_size)
+      batches = pipeline.batches(train, config.batch_size, 0, rows, put=program.put)
+      with contextlib.closing(batches):
+        teachers.check_teaches(program, state.network_params, next(batches))
     if program.network.adapter is not None:
       logging.info('What is trained:\n%s', adapted.report(program, state, train))
   else:

@@ -78,10 +78,13 @@ def gradient(run, count=1):
   )(state.params, batch_of(run))
 
 
-def test_a_student_that_is_its_teacher_has_nothing_to_learn(taught, tmp_path):
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(taught, tmp_path, monkeypatch):
   kind, folder, teacher = taught
   distill = dict(hard=0.0, **INSIDE)
   given = settings(kind, folder, 2, teacher=str(teacher), init_from=str(teacher), distill=distill)
+  with pytest.raises(ValueError, match='has nothing to teach by soft: it is .*the student itself'):
+    prepared(given, tmp_path / 'refused')
+  monkeypatch.setattr(teachers, 'check_teaches', lambda *given: None)
   run = prepared(given, tmp_path / 'run')
   grads, metrics = gradient(run)
   for name in ('soft', 'hidden', 'relations'):
