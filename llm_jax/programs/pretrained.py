@@ -61,6 +61,7 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
   Raises:
     ValueError: a folder that is neither; an option that contradicts it.
   """
+  config = _with_texts_of_teacher(config, folder)
   if config.init_from:
     origin = files.local('config.init_from', config.init_from).absolute()
     config = dataclasses.replace(config, init_from=str(origin))
@@ -78,6 +79,21 @@ def fill_in(config: Config, folder: pathlib.Path | None = None) -> Config:
     limits += [sentences.max_len(_base(config.init_from))] if config.init_from else []
     config = dataclasses.replace(config, seq_len=min(filter(None, limits)))
   return _with_rate(config)
+
+
+def _with_texts_of_teacher(config: Config, folder: pathlib.Path | None) -> Config:
+  """The config with the documents that its teacher learned from, where it names none."""
+  if not config.teacher or config.data.get('source') or config.data.get('parts'):
+    return config
+  origin = files.local('config.teacher', config.teacher)
+  if folder is not None and hosts.agree(lambda: workdir.has_checkpoints(folder)):
+    origin = folder  # a run that goes on has them itself
+  if is_foreign(origin) or not (origin / 'config.json').exists():
+    return config
+  saved = workdir.read_config(origin)
+  own = config_lib.given(config.data)
+  kept = {name: own[name] for name in ('cache', 'workers') if name in own}
+  return dataclasses.replace(config, data=saved.data | kept, validation=saved.validation)
 
 
 def _with_template(config: Config) -> Config:
