@@ -14,7 +14,7 @@ from llm_jax.core.params import Info
 
 
 class Compression(contracts.Compression):
-  """Rows of the token table that no training or validation text reads are left out, with the tokens
+  """Rows of the token table that no training text reads are left out, with the tokens
   themselves; single characters and bytes stay, so that other texts are still spelled.
 
   Attributes:
