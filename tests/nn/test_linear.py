@@ -48,13 +48,13 @@ def test_parameters_say_what_they_are():
   assert infos(Norm(BASE), x) == {'scale': Info(('norm',)), 'bias': Info(('norm',))}
   ids, embeddings = jnp.ones((1, 2), jnp.int32), params_lib.EMBEDDINGS
   assert infos(Embedding(9, 'vocab', BASE), ids) == {
-    'embedding': Info(('vocab', 'embed'), inputs=(1,), decayed=True, layer=embeddings)
+    'embedding': Info(('vocab', 'embed'), (1,), decayed=True, layer=embeddings, formable=True)
   }
   assert infos(Embedding(9, 'positions', BASE), ids) == {
     'embedding': Info(('positions', 'norm'), decayed=True, layer=embeddings)
   }
   kernel = infos(Output(9, BASE), method=lambda module: module.kernel)
-  assert kernel == {'kernel': Info(('embed', 'vocab'), inputs=(0,), decayed=True)}
+  assert kernel == {'kernel': Info(('embed', 'vocab'), (0,), decayed=True, formable=True)}
 
 
 @flax.struct.dataclass
