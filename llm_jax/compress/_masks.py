@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.compress import _kernels
+from llm_jax.core import contracts, tree
 from llm_jax.core import params as params_lib
-from llm_jax.core import tree
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 
@@ -84,6 +84,52 @@ class Sparsity:
     least = jnp.take(flat, jnp.maximum(count - 1, 0), axis=-1)
     least = jnp.expand_dims(least, axes)
     return jnp.where(count > 0, scores > least, True)
+
+
+class Growing(contracts.Compression):
+  """What both methods have in common: masks that grow while a run is trained.
+
+  Args:
+    steps: of the run.
+    share, pattern, keep: of `Sparsity`.
+    begin, end: shares of the run between which the share grows to its whole.
+    every: steps between two looks at what the masks go by.
+  """
+
+  trains = True
+
+  def __init__(
+    self,
+    steps: int = 1,
+    share: float | None = None,
+    pattern: str | None = None,
+    begin: float = 0.0,
+    end: float = 0.75,
+    every: int = 10,
+    keep: Sequence[str] = (),
+  ):
+    check_schedule(begin, end, every)
+    self.sparsity = Sparsity(share, pattern, keep)
+    self.begin, self.end, self.every, self.steps = begin, end, every, steps
+
+  def check(self, infos: Mapping[str, Info], shapes: Mapping[str, Any]) -> None:
+    """See the contract."""
+    self.sparsity.paths(infos, shapes)
+
+  def renewed(
+    self,
+    masks: Mapping[str, jax.Array],
+    scores: Mapping[str, jax.Array],
+    infos: Mapping[str, Info],
+    done: jax.Array,
+  ) -> dict[str, jax.Array]:
+    """The masks by path, by the scores as they are where a look is due."""
+    share = share_at(done, self.begin, self.end, self.sparsity.share)
+    step = jnp.round(done * self.steps).astype(jnp.int32)
+    last = jnp.ceil(self.end * self.steps).astype(jnp.int32)
+    due = (step <= last) & ((step % self.every == 0) | (step == last))
+    look = lambda: {path: self.sparsity.mask(scores[path], infos[path], share) for path in masks}
+    return jax.lax.cond(due, look, lambda: dict(masks))
 
 
 def share_at(done: jax.Array, begin: float, end: float, share: float) -> jax.Array:

@@ -29,7 +29,6 @@ class Compression(contracts.Compression):
   """
 
   trains = True
-  derived = ('keep',)
 
   def __init__(
     self,

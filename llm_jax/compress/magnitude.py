@@ -2,20 +2,20 @@
 (arXiv:1710.01878).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llm_jax.compress import _masks
-from llm_jax.core import contracts, tree
+from llm_jax.core import tree
 from llm_jax.core.contracts import Seen, Smaller
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 
 
-class Compression(contracts.Compression):
+class Compression(_masks.Growing):
   """Kernels of linear maps in the layers with zeros in place of their smallest weights. Their
   shapes and the time of products stay; a folder gets smaller as far as zeros are packed.
 
@@ -29,26 +29,6 @@ class Compression(contracts.Compression):
     every: steps between two looks, in training.
     keep: patterns of paths that stay as they are.
   """
-
-  trains = True
-
-  def __init__(
-    self,
-    steps: int = 1,
-    share: float | None = None,
-    pattern: str | None = None,
-    begin: float = 0.0,
-    end: float = 0.75,
-    every: int = 10,
-    keep: Sequence[str] = (),
-  ):
-    _masks.check_schedule(begin, end, every)
-    self.sparsity = _masks.Sparsity(share, pattern, keep)
-    self.begin, self.end, self.every, self.steps = begin, end, every, steps
-
-  def check(self, infos: Mapping[str, Info], shapes: Mapping[str, Any]) -> None:
-    """See the contract."""
-    self.sparsity.paths(infos, shapes)
 
   def shrink(self, model: Smaller, seen: Seen) -> None:
     """See the contract."""
@@ -70,13 +50,6 @@ class Compression(contracts.Compression):
   ) -> tuple[PyTree, dict[str, Any]]:
     """Masks by the weights as they are, now and then; zeros where they say so."""
     masks, leaves = tree.flatten(extras[_masks.MASK]), tree.flatten(params)
-    share = _masks.share_at(done, self.begin, self.end, self.sparsity.share)
-    step = jnp.round(done * self.steps).astype(jnp.int32)
-    last = jnp.ceil(self.end * self.steps).astype(jnp.int32)
-    due = (step <= last) & ((step % self.every == 0) | (step == last))
-
-    def looked() -> dict[str, jax.Array]:
-      return {path: self.sparsity.mask(jnp.abs(leaves[path]), infos[path], share) for path in masks}
-
-    masks = jax.lax.cond(due, looked, lambda: masks)
+    sizes = {path: jnp.abs(leaves[path]) for path in masks}
+    masks = self.renewed(masks, sizes, infos, done)
     return _masks.applied(params, masks), {_masks.MASK: tree.nest(masks)}

@@ -2,7 +2,7 @@
 arXiv:2005.07683): for models that are fine-tuned.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from llm_jax.core.tree import PyTree
 SCORES, ASIDE = 'scores', 'aside'
 
 
-class Compression(contracts.Compression):
+class Compression(_masks.Growing):
   """Each weight of the kernels in the layers has a score, S <- S - rate * W dL/dW (equation 3), the
   gradient being that at the masked weights; those with the lowest scores are zeros in the network.
   A weight that is left out keeps its value, aside, and comes back where its score rises.
@@ -28,26 +28,6 @@ class Compression(contracts.Compression):
     every: steps between two looks at the scores.
     keep: patterns of paths that stay as they are.
   """
-
-  trains = True
-
-  def __init__(
-    self,
-    steps: int = 1,
-    share: float | None = None,
-    pattern: str | None = None,
-    begin: float = 0.1,
-    end: float = 0.75,
-    every: int = 10,
-    keep: Sequence[str] = (),
-  ):
-    _masks.check_schedule(begin, end, every)
-    self.sparsity = _masks.Sparsity(share, pattern, keep)
-    self.begin, self.end, self.every, self.steps = begin, end, every, steps
-
-  def check(self, infos: Mapping[str, Info], shapes: Mapping[str, Any]) -> None:
-    """See the contract."""
-    self.sparsity.paths(infos, shapes)
 
   def shrink(self, model: contracts.Smaller, seen: contracts.Seen) -> None:
     """Refuses: there is no movement without training."""
@@ -84,15 +64,7 @@ class Compression(contracts.Compression):
     """Masks by the scores, now and then."""
     masks, leaves = tree.flatten(extras[_masks.MASK]), tree.flatten(params)
     scores, aside = tree.flatten(extras[SCORES]), tree.flatten(extras[ASIDE])
-    share = _masks.share_at(done, self.begin, self.end, self.sparsity.share)
-    step = jnp.round(done * self.steps).astype(jnp.int32)
-    last = jnp.ceil(self.end * self.steps).astype(jnp.int32)
-    due = (step <= last) & ((step % self.every == 0) | (step == last))
-
-    def looked() -> dict[str, jax.Array]:
-      return {path: self.sparsity.mask(scores[path], infos[path], share) for path in masks}
-
-    new = jax.lax.cond(due, looked, lambda: masks)
+    new = self.renewed(masks, scores, infos, done)
     # A step of the optimizer moves what is left out too (decay, momentum): it stays as it was.
     whole = {path: jnp.where(masks[path], leaves[path], aside[path]) for path in masks}
     kept = {path: jnp.where(new[path], whole[path], 0) for path in masks}

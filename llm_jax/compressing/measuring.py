@@ -188,8 +188,9 @@ def _mean(batches: np.ndarray) -> float:
 
 
 def _row_seconds(program: inference.Inference, params: Any) -> float:
-  zeros = {key: np.ones(leaf.shape, leaf.dtype) for key, leaf in program.batch.items()}
-  batch = program.put(zeros)
+  rows = len(hosts.rows(program.mesh, program.config.batch_size))
+  ones = lambda leaf: np.ones((rows, *leaf.shape[1:]), leaf.dtype)
+  batch = program.put({key: ones(leaf) for key, leaf in program.batch.items()})
   predictor = getattr(program.objective, 'predictor', None)
   step = hosts.compiled(program.eval_step if predictor is None else program.predict_step)
   return _median(lambda: step(params, batch)) / program.config.batch_size
@@ -217,15 +218,19 @@ def _median(run: Callable[[], Any]) -> float:
   return statistics.median(found)
 
 
-def within(said: Mapping[str, Any], tolerance: float | None) -> None:
-  """Raises ValueError where the smaller model is worse by more than a tolerance."""
-  if tolerance is None:
-    return
-  if 'score_lost' not in said:
+def check_tolerance(tolerance: float | None, splits: Splits | None) -> None:
+  """Raises ValueError where there is a tolerance, and nothing to measure it by."""
+  if tolerance is not None and (splits is None or not splits.validation):
     raise ValueError(
       f'config.compress.tolerance={tolerance} needs a validation set; give config.data.validation '
       'or config.validation.'
     )
+
+
+def within(said: Mapping[str, Any], tolerance: float | None) -> None:
+  """Raises ValueError where the smaller model is worse by more than a tolerance."""
+  if tolerance is None:
+    return
   lost = said['score_lost']['mean']
   if lost > tolerance:
     raise ValueError(

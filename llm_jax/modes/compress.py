@@ -57,6 +57,7 @@ def compress(command: Command, target: pathlib.Path) -> None:
   schemes = method.schemes(program.infos, tree.flatten(program.params))
   making.check(method, session, schemes)
   splits = measuring.texts(session.config, session.tokenizer)
+  measuring.check_tolerance(tolerance, splits)
   seen = making.look(method, session, params, splits, rows)
   made = making.make(session, params, section, seen)
   before = measuring.measure(

@@ -1,7 +1,7 @@
 """What makes a model smaller."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import flax.struct
 import jax
@@ -68,12 +68,10 @@ class Compression:
   Attributes:
     looks_at: which of `Seen` it wants, before it changes anything.
     trains: whether a run may be trained with it.
-    derived: options that `decide` may give.
   """
 
   looks_at: Sequence[str] = ()
   trains: bool = False
-  derived: ClassVar[tuple[str, ...]] = ()
 
   def check(self, infos: Mapping[str, 'Info'], shapes: Mapping[str, Any]) -> None:
     """Raises ValueError where an option does not fit the model; called before anything is compiled.
@@ -92,7 +90,7 @@ class Compression:
     return {}
 
   def decide(self, seen: Seen) -> dict[str, Any]:
-    """Options of `derived` that follow from what was seen; they stand in the folder's config."""
+    """Options that follow from what was seen; they stand in the folder's config."""
     del seen
     return {}
 
