@@ -266,6 +266,7 @@ def get_config() -> config_dict.ConfigDict:
         relation_layer=unset(int),
         weights=unset(str),
         param_dtype=unset(str),
+        cached=unset(bool),
       ),
       # Texts are moved to learn from them: fgm | pgd | freelb | smart, each with some of these
       adversarial=dict(

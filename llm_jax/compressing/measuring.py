@@ -1,4 +1,6 @@
-"""A model and a smaller one side by side: scores with their interval, bytes, time."""
+"""A model and a smaller one side by side: scores with their interval, bytes, and speed, for which
+the two run in turn.
+"""
 
 import dataclasses
 import json
@@ -6,7 +8,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,13 +19,27 @@ from llm_jax.core.tree import PyTree
 from llm_jax.generation import completion
 from llm_jax.generation.sampling import Sampling
 from llm_jax.parallel import hosts
+from llm_jax.parallel.sharding import row_shards
 from llm_jax.programs import assemble, inference
 from llm_jax.training import corpora, evaluation, held_out
 from llm_jax.training.corpora import Splits
 
 ACCURACY, LOSS = '_accuracy', 'loss'
+ROWS, ALONE, TOKENS = 'rows per second', 'rows per second, one at a time', 'new tokens per second'
 DRAWS, INTERVAL = 2000, 0.95  # of the bootstrap, and how much of it lies inside
-REPEATS, NEW_TOKENS = 5, 32
+REPEATS, NEW_TOKENS = 7, 32
+
+
+class Work(NamedTuple):
+  """What a model is timed by.
+
+  Attributes:
+    run: does it once, and returns arrays.
+    units: how much is done by that.
+  """
+
+  run: Callable[[], Any]
+  units: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +51,15 @@ class Numbers:
     batches: (sum, weight) of what is scored, of each batch of the validation set.
     score: its name: the accuracy of answers, or the loss.
     memory: bytes of the parameters, as they are held.
-    row_seconds: of a row in a full batch.
-    token_seconds: of a new token, one prompt alone; None where the model does not write.
+    work: by the name of its speed: `ROWS` in full batches, `ALONE` in batches of one row a device,
+      and where the model writes `TOKENS`, of one prompt alone.
   """
 
   values: Mapping[str, float]
   batches: np.ndarray
   score: str
   memory: int
-  row_seconds: float
-  token_seconds: float | None
+  work: Mapping[str, Work]
 
   @property
   def mean(self) -> float:
@@ -81,8 +96,11 @@ def measure(made: Made, splits: Splits | None) -> Numbers:
     batches=pairs,
     score=name,
     memory=sum(leaf.nbytes for leaf in jax.tree.leaves(params)),
-    row_seconds=_row_seconds(program, params),
-    token_seconds=_token_seconds(made),
+    work={
+      ROWS: _batch(program, params, program.config.batch_size),
+      ALONE: _batch(program, params, row_shards(program.mesh)),
+    }
+    | _completion(made),
   )
 
 
@@ -131,10 +149,11 @@ def report(before: Numbers, after: Numbers, sizes: tuple[int | None, int | None]
   rows: dict[str, Any] = {
     'bytes on disk': sizes,
     'bytes in memory': (before.memory, after.memory),
-    'rows per second': tuple(1 / numbers.row_seconds for numbers in (before, after)),
   }
-  if before.token_seconds and after.token_seconds:
-    rows['new tokens per second'] = 1 / before.token_seconds, 1 / after.token_seconds
+  for name in before.work:
+    rows[name] = speeds(before.work[name], after.work[name])
+  shared = before.values.keys() & after.values.keys()
+  rows |= {name: (before.values[name], after.values[name]) for name in sorted(shared)}
   if len(before.batches):
     rows[before.score] = before.mean, after.mean
   found = {'numbers': {name: list(pair) for name, pair in rows.items()}}
@@ -147,13 +166,13 @@ def report(before: Numbers, after: Numbers, sizes: tuple[int | None, int | None]
 
 def table(said: Mapping[str, Any]) -> str:
   """The report as lines of text: before, after, and their ratio."""
-  lines = [f'{"":24}{"before":>14}{"after":>14}{"ratio":>9}']
+  lines = [f'{"":32}{"before":>14}{"after":>14}{"ratio":>9}']
   for name, (before, after) in said['numbers'].items():
     if before is None or after is None:
-      lines.append(f'{name:24}{"-" if before is None else before:>14}{after:>14,}{"":>9}')
+      lines.append(f'{name:32}{"-" if before is None else before:>14}{after:>14,}{"":>9}')
       continue
     shown = [f'{x:>14,}' if isinstance(x, int) else f'{x:>14.4f}' for x in (before, after)]
-    lines.append(f'{name:24}{"".join(shown)}{after / before:>9.3f}')
+    lines.append(f'{name:32}{"".join(shown)}{after / before:>9.3f}')
   if 'score_lost' in said:
     lost = said['score_lost']
     lines.append(
@@ -187,35 +206,42 @@ def _mean(batches: np.ndarray) -> float:
   return float(total / weight)
 
 
-def _row_seconds(program: inference.Inference, params: Any) -> float:
-  rows = len(hosts.rows(program.mesh, program.config.batch_size))
+def speeds(*works: Work) -> tuple[float, ...]:
+  """Units per second of each, by the median of `REPEATS` runs; they run in turn, so that what else
+  the machine does falls on all.
+  """
+  for work in works:
+    jax.block_until_ready(work.run())
+  seconds: list[list[float]] = [[] for _ in works]
+  for _ in range(REPEATS):
+    for work, found in zip(works, seconds, strict=True):
+      began = time.perf_counter()
+      jax.block_until_ready(work.run())
+      found.append(time.perf_counter() - began)
+  return tuple(
+    work.units / statistics.median(found) for work, found in zip(works, seconds, strict=True)
+  )
+
+
+def _batch(program: inference.Inference, params: PyTree, count: int) -> Work:
+  rows = len(hosts.rows(program.mesh, count))
   ones = lambda leaf: np.ones((rows, *leaf.shape[1:]), leaf.dtype)
   batch = program.put({key: ones(leaf) for key, leaf in program.batch.items()})
   predictor = getattr(program.objective, 'predictor', None)
   step = hosts.compiled(program.eval_step if predictor is None else program.predict_step)
-  return _median(lambda: step(params, batch)) / program.config.batch_size
+  return Work(lambda: step(params, batch), count)
 
 
-def _token_seconds(made: Made) -> float | None:
+def _completion(made: Made) -> dict[str, Work]:
   model = made.program.network.model
   if not model.causal or model.reads_source():
-    return None
+    return {}
   completer = completion.of(made.program, made.tokenizer, rows=1)
   weights = completer.generator.weights(made.params['model'])
   prompt = [made.tokenizer.bos_id]
   new = min(NEW_TOKENS, completer.generator.room(prompt))
   sampling = Sampling(max_new_tokens=new, min_new_tokens=new, temperature=0.0)
-  return _median(lambda: completer.from_ids(weights, [prompt], sampling)) / new
-
-
-def _median(run: Callable[[], Any]) -> float:
-  jax.block_until_ready(run())
-  found: list[float] = []
-  for _ in range(REPEATS):
-    began = time.perf_counter()
-    jax.block_until_ready(run())
-    found.append(time.perf_counter() - began)
-  return statistics.median(found)
+  return {TOKENS: Work(lambda: completer.from_ids(weights, [prompt], sampling), new)}
 
 
 def check_tolerance(tolerance: float | None, splits: Splits | None) -> None:

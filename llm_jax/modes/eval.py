@@ -42,8 +42,7 @@ def evaluate(session: 'Session | Ensemble', folder: pathlib.Path | None = None) 
   held = held_out.lay_out(config, 'validation', chosen, objective, config.evaluation.rows)
   if objective.needs_reference:
     cache = corpora.cache_directory(config)
-    of = documents.fingerprint
-    reference.attach(config, objective, tokenizer, held.laid_out, of, cache)
+    reference.attach(config, objective, tokenizer, held.laid_out, cache)
   program = inference.build(config, objective, held.examples[0])
   several = isinstance(session, ensembles.Ensemble)
   params = (session.members[0] if several else session).load(program, heads=True)

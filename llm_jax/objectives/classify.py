@@ -81,6 +81,7 @@ class Objective(contracts.Objective, contracts.Predictor):
   derived = ('classes', 'class_weights')
   diverges = True
   distils = True
+  answers_texts = True
 
   def __init__(
     self,
@@ -261,14 +262,18 @@ class Objective(contracts.Objective, contracts.Predictor):
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """The last linear layer, and what stands before it."""
-    outputs = len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
     bias = self.pool != 'last'
     found: dict[str, Any] = {}
     if self.transform_name != 'none':
       name, module = heads.TRANSFORMS[self.transform_name]
       found[name] = module(model.options)
-    found['classifier'] = heads.ClassifierHead(model.options, outputs, self.dropout, bias=bias)
+    found['classifier'] = heads.ClassifierHead(model.options, self.outputs, self.dropout, bias=bias)
     return found
+
+  @property
+  def outputs(self) -> int:
+    """C: how many numbers the head gives for a text."""
+    return len(self.classes) if self.task in ('multiclass', 'multilabel') else 1
 
   def positions(self, batch: Batch) -> jax.Array | None:
     """What the pooling reads: one index per text, [B, G], or all."""
@@ -365,18 +370,13 @@ class Objective(contracts.Objective, contracts.Predictor):
     self,
     net: Net,
     hidden_BPD: jax.Array,
-    teacher: Net,
-    teacher_hidden_BPD: jax.Array,
+    taught: jax.Array,
     batch: Batch,
     temperature: float,
-    order: Sequence[int] | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Over all texts of the batch that have a label, or are learned from without one."""
     ours_BGC = self.logits(net, hidden_BPD, batch)
-    theirs_BGC = teacher.objective.logits(teacher, teacher_hidden_BPD, batch)
-    if order is not None:
-      theirs_BGC = theirs_BGC[..., jnp.array(order)]
-    apart_BG = soft.divergence(self.task, ours_BGC, theirs_BGC, temperature)
+    apart_BG = soft.divergence(self.task, ours_BGC, taught, temperature)
     weight_BG = batch['label_weight'] + batch.get('unlabelled', 0.0)
     return jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
 

@@ -117,8 +117,8 @@ class Objective(contracts.Objective):
     """
     return _Rows(self, documents, seq_len)
 
-  def log_probabilities(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
-    """[B, G, 2]: of the chosen and the rejected answer of each pair."""
+  def of_reference(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
+    """[B, G, 2]: log-probabilities of the chosen and the rejected answer of each pair."""
     return self._sums(net, hidden_BPD, batch)[0]
 
   def loss(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> Metrics:

@@ -7,7 +7,7 @@ masked positions only.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -200,23 +200,23 @@ class Objective(contracts.Objective):
 
   distils = True
 
+  def answer(self, net: Net, hidden_BMD: jax.Array, batch: Batch) -> vocabulary.End:
+    """What logits of the vocabulary are made of, at the masked positions."""
+    del batch
+    x_BMD, bias_V = net.heads['mlm'](hidden_BMD)
+    return vocabulary.End(x_BMD, net.model.table(), bias_V)
+
   def distilled(
     self,
     net: Net,
     hidden_BMD: jax.Array,
-    teacher: Net,
-    teacher_hidden_BMD: jax.Array,
+    taught: vocabulary.End,
     batch: Batch,
     temperature: float,
-    order: Sequence[int] | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Over the masked positions."""
-    del order
-    ends = []
-    for found, hidden in ((net, hidden_BMD), (teacher, teacher_hidden_BMD)):
-      x_BMD, bias_V = found.heads['mlm'](hidden)
-      ends.append(vocabulary.End(x_BMD, found.model.table(), bias_V))
-    apart_BM = vocabulary.soft_divergence(*ends, temperature)
+    ours = self.answer(net, hidden_BMD, batch)
+    apart_BM = vocabulary.soft_divergence(ours, taught, temperature)
     weights_BM = batch['mask_weights']
     return jnp.sum(apart_BM * weights_BM), jnp.sum(weights_BM)
 

@@ -308,18 +308,13 @@ class Objective(contracts.Objective, contracts.Predictor):
     self,
     net: Net,
     hidden_BTD: jax.Array,
-    teacher: Net,
-    teacher_hidden_BTD: jax.Array,
+    taught: jax.Array,
     batch: Batch,
     temperature: float,
-    order: Sequence[int] | None,
   ) -> tuple[jax.Array, jax.Array]:
     """With 'softmax': over the words that have a tag."""
     ours_BTC = self.logits(net, hidden_BTD)
-    theirs_BTC = teacher.objective.logits(teacher, teacher_hidden_BTD)
-    if order is not None:
-      theirs_BTC = theirs_BTC[..., jnp.array(order)]
-    apart_BT = soft.divergence('multiclass', ours_BTC, theirs_BTC, temperature)
+    apart_BT = soft.divergence('multiclass', ours_BTC, taught, temperature)
     weight_BT = batch['tag_weight']
     return jnp.sum(apart_BT * weight_BT), jnp.sum(weight_BT)
 

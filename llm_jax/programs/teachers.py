@@ -8,7 +8,7 @@ and fingerprints of the values, as they do for a base (`programs.bases`).
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -72,8 +72,7 @@ def beside(config: Config, objective: Objective, tokenizer: Tokenizer) -> Object
       'config.distill.soft to 0, and hidden or relations above it.'
     )
   order = _order(config, objective, answers) if given.soft else None
-  made = distilled.beside(objective, network, given, order)
-  return made
+  return distilled.beside(objective, network, given, order, getattr(answers, 'outputs', 0))
 
 
 def opened(config: Config, tokenizer: Tokenizer) -> tuple[Config, Objective]:
@@ -103,13 +102,18 @@ def opened(config: Config, tokenizer: Tokenizer) -> tuple[Config, Objective]:
 
 def schemes(program: Inference) -> dict[str, Any]:
   """How the teacher's kernels are kept, where that is in another form."""
-  form = options(program.config).weights if program.config.teacher else ''
+  form = options(program.config).weights if in_state(program.config) else ''
   if not form:
     return {}
   kernels = (
     path for path, info in program.infos.items() if info.formable and info.layer is not None
   )
   return {path: FORMS[form] for path in kernels if path.startswith(PREFIX)}
+
+
+def in_state(config: Config) -> bool:
+  """Whether a run holds the parameters of a teacher; one whose answers are kept is not held."""
+  return bool(config.teacher) and not options(config).cached
 
 
 def load(program: Inference, tokenizer: Tokenizer, example: Example) -> tuple[Loaded, bases.Base]:
@@ -119,14 +123,44 @@ def load(program: Inference, tokenizer: Tokenizer, example: Example) -> tuple[Lo
   Raises:
     ValueError: some are missing.
   """
-  folder = str(files.local('config.teacher', program.config.teacher).absolute())
-  loaded = _load(program, tokenizer, example, pathlib.Path(folder), None)
+  folder = files.local('config.teacher', program.config.teacher).absolute()
+  loaded = _load(program, tokenizer, example, folder, None)
   wanted = [path for path in tree.paths(program.params) if path.startswith(PREFIX)]
-  missing = [path for path in wanted if path not in loaded.params]
-  if missing:
-    raise ValueError(f'config.teacher={folder} lacks parameters:\n  ' + '\n  '.join(missing[:10]))
+  _check_whole(folder, wanted, loaded)
   prints = bases.fingerprints(loaded.params, program.mesh)
-  return loaded, bases.Base(folder, loaded.step, prints)
+  return loaded, bases.Base(str(folder), loaded.step, prints)
+
+
+def alone(
+  config: Config, tokenizer: Tokenizer, example: Example
+) -> tuple[Inference, PyTree, bases.Base]:
+  """The teacher's own program and its parameters, and what checkpoints say of them.
+
+  Args:
+    config: of the student's run.
+    tokenizer: of both.
+    example: a row of the student.
+
+  Raises:
+    ValueError: as `opened`, or parameters are missing.
+  """
+  theirs, objective = opened(config, tokenizer)
+  program = inference.build(theirs, objective, example)
+  folder = files.local('config.teacher', config.teacher).absolute()
+  loaded = pretrained.load_params(program, folder)
+  _check_whole(folder, tree.paths(program.params), loaded)
+  named = {f'{PREFIX}{path}': leaf for path, leaf in loaded.params.items()}
+  prints = bases.fingerprints(named, program.mesh)
+  return program, tree.nest(dict(loaded.params)), bases.Base(str(folder), loaded.step, prints)
+
+
+def check_same(config: Config, found: bases.Base, said: Mapping[str, Any] | None) -> None:
+  """Raises ValueError where the teacher that answers is not the one that a run began with."""
+  if said is None or dict(said['fingerprints']) != dict(found.fingerprints):
+    raise ValueError(
+      f'config.teacher={config.teacher} is not the teacher that this run began with: its '
+      'parameters are others. Bring that one back, or begin a new run.'
+    )
 
 
 def check_teaches(program: Inference, params: PyTree, batch: Batch) -> None:
@@ -166,6 +200,12 @@ def read(
   load = functools.partial(_load, program, tokenizer, example)
   wanted = tree.paths(program.params)
   return bases.read(bases.Base(**said), workdir, load, wanted, program.mesh, {}, FOLDER)
+
+
+def _check_whole(folder: pathlib.Path, wanted: Collection[str], loaded: Loaded) -> None:
+  missing = [path for path in wanted if path not in loaded.params or path in loaded.new]
+  if missing:
+    raise ValueError(f'config.teacher={folder} lacks parameters:\n  ' + '\n  '.join(missing[:10]))
 
 
 def _load(

@@ -170,10 +170,11 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
   limit = config.evaluation.rows
   validation = held_out.lay_out(config, 'validation', splits.validation, objective, limit)
   test = held_out.lay_out(config, 'test', splits.test, objective)
+  asked = None
   if objective.needs_reference:
     laid_out = [*rows, *validation.laid_out, *test.laid_out]
     cache = corpora.cache_directory(config)
-    reference.attach(config, objective, data.tokenizer, laid_out, splits.fingerprint, cache)
+    asked = reference.attach(config, objective, data.tokenizer, laid_out, cache)
   example = train[0]
   program = memory.fitting(config, lambda config: programs.build(config, objective, example))
   logging.info('Parameters:\n%s', logs.parameter_overview(program.params))
@@ -184,7 +185,7 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
     logging.info('What is learned stands between signs:\n%s', learned.as_text(shown))
   if restored is None:
     (state, found), position, unlogged = _first_state(program), 0, {}
-    state, teacher = _with_teacher(program, state, data.tokenizer, example)
+    state, teacher = _with_teacher(program, state, data.tokenizer, example, asked)
     patience = Patience(config.evaluation.patience)
     if teacher is not None:
       rows = hosts.rows(program.mesh, config.batch_size)
@@ -202,6 +203,8 @@ def start(data: corpora.Data, folder: pathlib.Path) -> Run:
       )
     state, position, found = restored.state, restored.position, restored.meta.get('base')
     teacher = restored.meta.get('teacher')
+    if asked is not None:
+      teachers.check_same(config, asked, teacher)
     unlogged = restored.meta.get('unlogged', {})
     patience = Patience(config.evaluation.patience, **restored.meta['patience'])
     logging.info('Resumed from the checkpoint of step %d, at example %d.', restored.step, position)
@@ -433,20 +436,24 @@ def _frozen_elsewhere(
   found: dict[str, jax.Array] = {}
   if meta.get('base') is not None:
     found |= pretrained.read_base(program, folder, meta['base'])
-  if meta.get('teacher') is not None:
+  if meta.get('teacher') is not None and teachers.in_state(program.config):
     found |= teachers.read(program, tokenizer, example, folder, meta['teacher'])
   kept = program.kept(tree.nest(found))
   return {f'frozen/{path}': leaf for path, leaf in tree.flatten(kept).items()}
 
 
 def _with_teacher(
-  program: Training, state: TrainState, tokenizer: Tokenizer, example: Example
+  program: Training,
+  state: TrainState,
+  tokenizer: Tokenizer,
+  example: Example,
+  asked: bases.Base | None,
 ) -> tuple[TrainState, dict[str, Any] | None]:
   """A new state with the teacher's parameters, and what checkpoints say of them; as it is where
-  there is none.
+  there is none, or where it was asked before.
   """
-  if not program.config.teacher:
-    return state, None
+  if not teachers.in_state(program.config):
+    return state, None if asked is None else asked._asdict()
   loaded, said = teachers.load(program, tokenizer, example)
   _, others = params_lib.split(state.frozen, loaded.params.__contains__)
   theirs = program.kept(tree.nest(dict(loaded.params)))

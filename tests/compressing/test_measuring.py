@@ -8,7 +8,7 @@ from llm_jax.compressing import measuring
 
 def numbers(right, score='classify_accuracy', **more):
   batches = np.stack([right, np.full(len(right), 10.0)], -1)
-  given = dict(values={}, memory=400, row_seconds=0.01, token_seconds=None) | more
+  given = dict(values={}, memory=400, work={}) | more
   return measuring.Numbers(batches=batches, score=score, **given)
 
 
@@ -29,12 +29,23 @@ def test_the_interval_is_that_of_the_difference_on_the_same_batches():
   assert lost == pytest.approx(-0.05)
 
 
-def test_the_report_says_what_became_worse_too():
+def test_the_report_says_what_became_worse_too(monkeypatch):
+  clock, order = [0.0], []
+  monkeypatch.setattr(measuring.time, 'perf_counter', lambda: clock[0])
+
+  def work(name, seconds, units):
+    def run():
+      order.append(name)
+      clock[0] += seconds * (1 + 9 * (len(order) == 5))  # once the machine does something else
+
+    return {measuring.ROWS: measuring.Work(run, units)}
+
   right = np.full(4, 9.0)
-  before = numbers(right, memory=400, row_seconds=0.01, token_seconds=0.1)
-  after = numbers(right - 1, memory=100, row_seconds=0.02, token_seconds=0.2)
+  before = numbers(right, memory=400, work=work('before', 0.08, 8))
+  after = numbers(right - 1, memory=100, work=work('after', 0.16, 8))
   said = measuring.report(before, after, (1000, 300))
-  assert said['numbers']['rows per second'] == [100.0, 50.0]
+  assert said['numbers']['rows per second'] == pytest.approx([100.0, 50.0])
+  assert order == ['before', 'after'] * (1 + measuring.REPEATS)
   assert said['numbers']['bytes on disk'] == [1000, 300]
   text = measuring.table(said)
   assert 'rows per second' in text and '0.500' in text and '0.300' in text

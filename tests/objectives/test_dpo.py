@@ -193,7 +193,7 @@ def test_packed_pairs_learn_as_if_alone(kind):
 
 def scored(network, batch):
   hidden = network.model(batch).hidden
-  return network.objective.log_probabilities(network.net(), hidden, batch)
+  return network.objective.of_reference(network.net(), hidden, batch)
 
 
 def test_only_the_answer_counts():

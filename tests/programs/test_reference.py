@@ -27,5 +27,5 @@ def test_a_model_must_be_named(tmp_path):
   named = {'name': 'x'}
   config = Config(steps=1, batch_size=1, seq_len=8, tokenizer=named, model=named, objective=named)
   with pytest.raises(ValueError, match='give config.init_from, or config.objective.reference, or'):
-    reference.attach(config, object(), None, [Rows()], '', tmp_path)
-  reference.attach(config, object(), None, [], '', tmp_path)
+    reference.attach(config, object(), None, [Rows()], tmp_path)
+  reference.attach(config, object(), None, [], tmp_path)

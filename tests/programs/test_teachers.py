@@ -13,7 +13,7 @@ from configs import classify, gpt_tiny
 from llm_jax.core import config as config_lib
 from llm_jax.core import params as params_lib
 from llm_jax.core import tree
-from llm_jax.programs import checkpoints, teachers, workdir
+from llm_jax.programs import checkpoints, reference, teachers, workdir
 from llm_jax.training import loop, step
 
 pytestmark = pytest.mark.slow
@@ -119,6 +119,38 @@ def test_a_student_learns_and_its_checkpoints_do_not_hold_the_teacher(taught, tm
   assert again.step == 3
   loop.train(again)
   assert bits(again.state) == bits(run.state)
+
+
+def test_answers_that_are_kept_teach_the_same(taught, tmp_path, monkeypatch):
+  kind, folder, teacher = taught
+  given = settings(kind, folder, 1, teacher=str(teacher), distill=dict(cached=True))
+  if kind == 'decoder':
+    with pytest.raises(ValueError, match='keeps one answer for each text'):
+      prepared(given, tmp_path / 'run')
+    return
+  beside = prepared(given | dict(distill={}), tmp_path / 'beside')
+  run = prepared(given, tmp_path / 'run')
+  assert not tree.flatten(run.state.frozen) and tree.flatten(beside.state.frozen)
+  (ours, metrics), (theirs, others) = gradient(run), gradient(beside)
+  assert float(metrics['soft'][0]) == pytest.approx(float(others['soft'][0]), rel=1e-5)
+  for mine, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    np.testing.assert_allclose(mine, other, atol=1e-6)
+  loop.train(run)
+  # It is not asked again, and the run goes on to the bit.
+  monkeypatch.setattr(reference, '_scores', lambda *given: pytest.fail('asked again'))
+  shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+  shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '6')
+  again = prepared(given, tmp_path / 'again')
+  assert again.step == 3
+  loop.train(again)
+  assert bits(again.state) == bits(run.state)
+  # Another teacher would say something else.
+  monkeypatch.undo()
+  other = settings(kind, folder, 2, seed=1)
+  loop.train(prepared(other, tmp_path / 'other'))
+  shutil.rmtree(tmp_path / 'again' / 'checkpoints' / '6')
+  with pytest.raises(ValueError, match='not the teacher that this run began with'):
+    prepared(given | dict(teacher=str(tmp_path / 'other')), tmp_path / 'again')
 
 
 def test_a_teacher_in_8_bits(taught, tmp_path):

@@ -38,9 +38,11 @@ class Objective:
       not.
     writes: whether it asks for new text: `asked` says which, and its rows have `texts` and
       `prompt(text)`, the ids after which that text is to be written; None where it was cut.
+    answers_texts: whether `answer` has something for each text of a row, [B, G, ...], whose rows
+      have `documents` and `texts`: what a teacher says of a text can be kept then.
     needs_reference: whether its rows need what another model thinks of their texts, which is found
-      once before training: `log_probabilities` of that model. Such rows have `documents` and
-      `texts`, and take what is found as `reference`, per document.
+      once before training: `of_reference`. Such rows have `documents` and `texts`, and take what is
+      found as `reference`, per document.
     shows_learned: whether people are shown which tokens of a row are learned.
     opens_prompts: whether all tokens of a prompt see all of it, in a decoder.
     prompt_end: ids that stand after a prompt of a decoder.
@@ -57,6 +59,7 @@ class Objective:
   turns: 'tuple[Objective, ...]' = ()
   diverges: bool = False
   distils: bool = False
+  answers_texts: bool = False
   watches: bool = False
   embedding_pool: str | None = None
   writes: bool = False
@@ -175,17 +178,17 @@ class Objective:
     del found, batch
     return {}
 
-  def log_probabilities(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
-    """What `Rows.reference` has of each text of a row, [B, G, ...]; called where `needs_reference`
-    is set. Arguments as for `loss`.
+  def of_reference(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
+    """What `Rows.reference` has of each text of a row, [B, G, ...], from the network that is the
+    reference; called where `needs_reference` is set. Arguments as for `loss`.
     """
     del net, hidden_BPD, batch
     raise NotImplementedError
 
   def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
     """What `divergence` compares, of one pass: logits, say. Called where `diverges` is set, by
-    methods that want the answers to a text and to the same text changed a little to be alike.
-    Arguments as for `loss`.
+    methods that want the answers to a text and to the same text changed a little to be alike; and
+    where `distils` is set, of a teacher. Arguments as for `loss`.
     """
     del net, hidden_BPD, batch
     raise NotImplementedError
@@ -206,21 +209,17 @@ class Objective:
     self,
     net: Net,
     hidden_BPD: jax.Array,
-    teacher: Net,
-    teacher_hidden_BPD: jax.Array,
+    taught: Any,
     batch: Batch,
     temperature: float,
-    order: Sequence[int] | None,
   ) -> tuple[Number, Number]:
     """(sum, weight) of how far the answers are from a teacher's, T^2 KL(teacher || student), 0
     where they are equal (arXiv:1503.02531). Called where `distils` is set.
 
     Args:
       net, hidden_BPD, batch: as for `loss`.
-      teacher: a network with an objective of the same kind, which nothing changes.
-      teacher_hidden_BPD: its hidden states, at its own positions.
+      taught: what `answer` of the teacher's own objective gave; classes in the order of this one.
       temperature: T, by which the logits of both are divided.
-      order: for each class its number among the teacher's; None where they are the same.
     """
     raise NotImplementedError
 

@@ -11,15 +11,17 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from llm_jax.core import contracts
-from llm_jax.core.contracts import Batch, Metrics, Net
+from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts
 from llm_jax.core.plugins import nearest
 from llm_jax.nn.linear import Linear
 from llm_jax.objectives.shared import soft
 
 HEAD, PROJECTION = 'teacher', 'distill'
 SOFT, HIDDEN, RELATIONS = 'soft', 'hidden', 'relations'
+ANSWERS = 'teacher_answers'  # of a batch: what the teacher has said of each text, [B, G, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Options:
     relation_layer: of the teacher, from 1 on; None: its last.
     weights: the form of the teacher's kernels, 'int8'; '' for as they are.
     param_dtype: of the teacher's parameters.
+    cached: whether the teacher answers each text once, before training; its answers are kept, and
+      it takes no memory and no time afterwards.
 
   Raises:
     ValueError: an option out of range.
@@ -56,6 +60,7 @@ class Options:
   relation_layer: int | None = None
   weights: str = ''
   param_dtype: str | None = None
+  cached: bool = False
 
   def __post_init__(self) -> None:
     if not self.temperature > 0:
@@ -67,6 +72,11 @@ class Options:
       raise ValueError(
         'config.distill.soft, hidden and relations are all 0: nothing is learned from '
         'config.teacher; give one of them a weight, or leave config.teacher out.'
+      )
+    if self.cached and self.looks_inside:
+      raise ValueError(
+        'config.distill.cached=True keeps answers alone, and config.distill.hidden or relations '
+        'compare layers; choose one.'
       )
     if self.hidden_loss not in soft.HIDDEN_LOSSES:
       raise ValueError(
@@ -85,7 +95,10 @@ class Distilled:
 
   def heads(self, model: contracts.Model) -> dict[str, nn.Module]:
     """The objective's own, the teacher, and a projection where the widths differ."""
-    found = super().heads(model) | {HEAD: self.teacher}
+    found = super().heads(model)
+    if self.distill.cached:
+      return found
+    found |= {HEAD: self.teacher}
     ours, theirs = model.options, self.teacher.model.options
     if self.distill.hidden and ours.dim != theirs.dim:
       found[PROJECTION] = Linear('...D,DF->...F', (ours.dim, theirs.dim), ours, bias=False)
@@ -112,14 +125,27 @@ class Distilled:
         'teacher, from 1 on.'
       )
 
+  def rows(self, documents: Documents, seq_len: int) -> Rows:
+    """The objective's; with what the teacher says of their texts, where that is kept."""
+    found = super().rows(documents, seq_len)
+    return AnsweredRows(found, self.teacher_width) if self.distill.cached else found
+
+  @property
+  def needs_reference(self) -> bool:
+    """Whether the teacher is asked before training."""
+    return self.distill.cached
+
   def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """The objective's metrics, and (sum, weight) of each of what is learned from the teacher."""
     metrics = super().loss(net, hidden_BPD, batch)
+    temperature = self.distill.temperature
+    if self.distill.cached:
+      said = self._in_order(batch[ANSWERS])
+      return metrics | {SOFT: self.distilled(net, hidden_BPD, said, batch, temperature)}
     theirs, hidden = net.heads[HEAD].taught(batch, self.distill.looks_inside)
     if self.distill.soft:
-      metrics[SOFT] = self.distilled(
-        net, hidden_BPD, theirs, hidden, batch, self.distill.temperature, self.teacher_order
-      )
+      said = self._in_order(theirs.objective.answer(theirs, hidden, batch))
+      metrics[SOFT] = self.distilled(net, hidden_BPD, said, batch, temperature)
     if self.distill.hidden:
       metrics[HIDDEN] = self._hidden(net, theirs, batch)
     if self.distill.relations:
@@ -132,10 +158,15 @@ class Distilled:
 
   def flops(self, model: contracts.Model, batch: Batch) -> float:
     """With a third of the teacher's forward pass, as a head is counted three times."""
+    if self.distill.cached:
+      return super().flops(model, batch)
     rows, length = batch['segments'].shape
     positions = jax.eval_shape(self.teacher.objective.positions, batch)
     read = length if positions is None else positions.shape[1]
     return super().flops(model, batch) + rows * self.teacher.model.flops(length, read) / 3
+
+  def _in_order(self, said: Any) -> Any:
+    return said if self.teacher_order is None else said[..., jnp.array(self.teacher_order)]
 
   def _hidden(self, net: Net, theirs: Net, batch: Batch) -> tuple[jax.Array, jax.Array]:
     if not net.seen:  # while parameters are made
@@ -162,11 +193,43 @@ class Distilled:
     return soft.relations_apart(last, chosen, batch['segments'], count)
 
 
+class AnsweredRows:
+  """Rows of texts, with what a teacher says of each.
+
+  Args:
+    rows: of the student's objective.
+    width: how many numbers the teacher says of a text.
+
+  Attributes:
+    reference: [documents, width] float32; None for what is not known yet.
+  """
+
+  def __init__(self, rows: Texts, width: int):
+    self.rows, self.width = rows, width
+    self.reference: np.ndarray | None = None
+
+  def __len__(self) -> int:
+    return len(self.rows)
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self.rows, name)
+
+  def example(self, index: int, rng: np.random.Generator) -> Example:
+    """The row, and `ANSWERS`, 0 where there is no text."""
+    found = self.rows.example(index, rng)
+    texts = self.rows.texts(index)
+    said = np.zeros((len(found['label_weight']), self.width), np.float32)
+    if self.reference is not None:
+      said[: len(texts)] = self.reference[texts]
+    return found | {ANSWERS: said}
+
+
 def beside(
   objective: contracts.Objective,
   teacher: Any,
   options: Options,
   order: Sequence[int] | None,
+  width: int = 0,
 ) -> contracts.Objective:
   """The objective with a teacher.
 
@@ -175,21 +238,29 @@ def beside(
     teacher: its network (`programs.network.Network`), with an objective of the same kind.
     options: what is learned from it.
     order: for each class of the student its number among the teacher's; None: the same ones.
+    width: how many numbers the teacher says of a text, where its answers are kept.
 
   Raises:
-    ValueError: the objective does not learn from answers of others.
+    ValueError: the objective does not learn from answers of others, or not from kept ones.
   """
   if options.soft and not objective.distils:
     raise ValueError(
       f'the objective {type(objective).__module__} has no answers that a student could learn; set '
       'config.distill.soft to 0, and hidden or relations above it.'
     )
+  if options.cached and not objective.answers_texts:
+    raise ValueError(
+      'config.distill.cached=True keeps one answer for each text, and the objective '
+      f'{type(objective).__module__} has answers for each token, or masks other tokens each time; '
+      'leave it out.'
+    )
   made = copy.copy(objective)
   made.__class__ = _class(type(objective))
   own = {name: options.hard * weight for name, weight in objective.terms.items()}
   more = {SOFT: options.soft, HIDDEN: options.hidden, RELATIONS: options.relations}
   made.terms = own | {name: weight for name, weight in more.items() if weight}
-  made.teacher, made.distill, made.teacher_order = teacher, options, order
+  made.teacher, made.distill = teacher, options
+  made.teacher_order, made.teacher_width = order, width
   made.watches = options.looks_inside
   return made
 

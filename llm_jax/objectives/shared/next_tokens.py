@@ -45,23 +45,22 @@ class Objective(contracts.Objective):
 
   distils = True
 
+  def answer(self, net: Net, hidden_BTD: jax.Array, batch: Batch) -> vocabulary.End:
+    """What logits of the vocabulary are made of."""
+    del batch
+    return vocabulary.End(hidden_BTD, net.model.table(), net.model.table_bias())
+
   def distilled(
     self,
     net: Net,
     hidden_BTD: jax.Array,
-    teacher: Net,
-    teacher_hidden_BTD: jax.Array,
+    taught: vocabulary.End,
     batch: Batch,
     temperature: float,
-    order: Sequence[int] | None,
   ) -> tuple[jax.Array, jax.Array]:
     """Over the tokens that are learned."""
-    del order
-    ends = [
-      vocabulary.End(x, found.model.table(), found.model.table_bias())
-      for found, x in ((net, hidden_BTD), (teacher, teacher_hidden_BTD))
-    ]
-    apart_BT = vocabulary.soft_divergence(*ends, temperature)
+    ours = self.answer(net, hidden_BTD, batch)
+    apart_BT = vocabulary.soft_divergence(ours, taught, temperature)
     return jnp.sum(apart_BT * batch['weights']), jnp.sum(batch['weights'])
 
   def summary(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import types
 
+import numpy as np
 import pytest
 
 from llm_jax.core import contracts
@@ -29,6 +30,7 @@ def test_terms_are_those_that_are_asked_for(small):
     (dict(hard=-1.0), 'hard=-1.0 must be at least 0'),
     (dict(soft=0.0), 'nothing is learned from config.teacher'),
     (dict(hidden_loss='cosines'), "did you mean 'cosine'"),
+    (dict(cached=True, hidden=1.0), 'cached=True keeps answers alone'),
   ],
 )
 def test_options_out_of_range_are_refused(options, words):
@@ -40,9 +42,21 @@ def test_an_objective_without_answers_learns_from_the_inside_alone(small):
   objective = nsp.Objective(small.Tokenizer())
   with pytest.raises(ValueError, match='has no answers that a student could learn'):
     distilled.beside(objective, None, Options(), None)
+  with pytest.raises(ValueError, match='cached=True keeps one answer for each text'):
+    distilled.beside(clm.Objective(small.Tokenizer()), None, Options(cached=True), None)
   made = distilled.beside(objective, None, Options(soft=0.0, relations=1.0), None)
   assert made.terms == {'nsp': 0.5, 'relations': 1.0}
   assert mlm.Objective.distils and not contracts.Objective.distils
+
+
+def test_what_a_teacher_has_said_stands_beside_its_texts():
+  rows = types.SimpleNamespace(texts=lambda index: [2, 0], cut=3)
+  rows.example = lambda index, rng: {'label_weight': np.ones(4, np.float32)}
+  made = distilled.AnsweredRows(rows, 2)
+  assert made.cut == 3 and not made.example(0, None)[distilled.ANSWERS].any()
+  made.reference = np.arange(6, dtype=np.float32).reshape(3, 2)
+  said = made.example(0, None)[distilled.ANSWERS]
+  np.testing.assert_array_equal(said, [[4, 5], [0, 1], [0, 0], [0, 0]])
 
 
 def test_labels_are_matched_by_their_names():
