@@ -9,11 +9,12 @@ student with and without its teacher, and a decoder in 8 bits.
     python tests/benchmarks/compress.py --task=decoder --data=. --json=compress.jsonl
 
 `spam`: MiniLM, fine-tuned as in `methods.py`, made smaller by each method; the score is the
-accuracy of the held-out texts. `student`: an encoder of 12 layers is trained here on the same
-texts; a student of six, which starts from every second of them, is trained with it and without.
-`decoder`: one with the shape of GPT-2 small is trained here for some steps; `equal` is the share of
-held-out tokens for which the most likely next token is the same. Nothing else should run meanwhile:
-time is measured too.
+accuracy of the held-out texts, and `equal` the share of those it learned from that get the same
+label as before. `student`: an encoder of 12 layers is trained here on the same texts; a student of
+six, which starts from every second of them, is trained with it and without. `decoder`: one with the
+shape of GPT-2 small is trained here for some steps on the embedded corpus; `equal` is the share of
+the tokens of a module of it after which the most likely token is the same. Nothing else should run
+meanwhile: time is measured too.
 """
 
 import argparse
@@ -80,7 +81,18 @@ def spam(options, key):
     given |= {'objective.pool': 'cls', 'test.path': files(options)[1]}
     given['optimizer.learning_rate'] = methods.METHODS['full'].rate
     _real.program(options.work, 'classify', given, parent)
-  return report(options, parent, SPAM[key['method']])
+  small = options.work / 'spam_small'
+  said = report(options, parent, SPAM[key['method']], small)
+  texts = files(options)[0].read_text().splitlines()
+  return said | {'equal': same_labels(parent, small, [json.loads(line)['text'] for line in texts])}
+
+
+def same_labels(parent, small, texts):
+  """The share of texts to which both models give one label."""
+  import llm_jax
+
+  found = [[said['label'] for said in llm_jax.open(x).predict(texts)] for x in (parent, small)]
+  return sum(a == b for a, b in zip(*found, strict=True)) / len(texts)
 
 
 def student(options, key):
@@ -171,16 +183,13 @@ def compressed(options, parent, target, section):
     raise RuntimeError(f'{" ".join(command)}\n{done.stderr[-4000:]}')
 
 
-def report(options, parent, section, target=None):
+def report(options, parent, section, target):
   """What the mode says of both models."""
   import shutil
-  import tempfile
 
-  with tempfile.TemporaryDirectory(dir=options.work) as folder:
-    made = target or pathlib.Path(folder) / 'small'
-    shutil.rmtree(made, ignore_errors=True)
-    compressed(options, parent, made, section)
-    said = json.loads((made / 'compression.json').read_text())
+  shutil.rmtree(target, ignore_errors=True)
+  compressed(options, parent, target, section)
+  said = json.loads((target / 'compression.json').read_text())
   found = {'lost': said['score_lost']['mean'], 'interval': [*said['score_lost'].values()][1:]}
   for name, (before, after) in said['numbers'].items():
     found |= {f'{name}, before': before, f'{name}, after': after}
@@ -194,9 +203,10 @@ def table(options, lines):
     for name in STUDENT:
       rows.append([name, _real.spread([x for x in lines if x['method'] == name], 'accuracy')])
     return rows
-  rows = [['method', 'score', 'lost (95 %)', 'disk', 'memory', 'rows/s', 'new tokens/s', 'equal']]
+  rows = [['method', 'score', 'lost (95 %)', 'disk', 'memory', 'rows/s', 'rows/s alone']]
+  rows[0] += ['new tokens/s', 'bits per byte lost', 'equal']
   for line in lines:
-    score = next(name for name in line if name.startswith(('loss,', 'classify_accuracy,')))
+    score = 'classify_accuracy' if 'classify_accuracy, after' in line else 'loss'
     ratio = lambda name, line=line: (
       f'{line[f"{name}, after"] / line[f"{name}, before"]:.3f} x'
       if f'{name}, after' in line
@@ -204,12 +214,19 @@ def table(options, lines):
     )
     low, high = line['interval']
     rows.append(
-      [line['method'], f'{line[score.partition(",")[0] + ", after"]:.4f}']
+      [line['method'], f'{line[f"{score}, after"]:.4f}']
       + [f'{line["lost"]:.4f} ({low:.4f}, {high:.4f})']
       + [ratio('bytes on disk'), ratio('bytes in memory'), ratio('rows per second')]
-      + [ratio('new tokens per second'), f'{line["equal"]:.4f}' if 'equal' in line else '-']
+      + [ratio('rows per second, one at a time'), ratio('new tokens per second')]
+      + [lost_bits(line), f'{line["equal"]:.4f}']
     )
   return rows
+
+
+def lost_bits(line):
+  """How many bits per byte more the smaller model needs."""
+  before, after = (line.get(f'bits_per_byte, {when}') for when in ('before', 'after'))
+  return '-' if before is None else f'{after - before:.5f}'
 
 
 if __name__ == '__main__':
