@@ -21,7 +21,7 @@ from llm_jax.core import config
 from llm_jax.training import logs
 
 ROOT = pathlib.Path(__file__).parents[1]
-NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu', 'finetune_bert', 'inspect')
+NAMES = ('pretrain_bert_tpu', 'finetune_gpt_tpu', 'finetune_bert', 'chat', 'inspect')
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda)
 
 
@@ -212,6 +212,26 @@ def test_fine_tuning_on_tables(tmp_path, monkeypatch):
   assert most < float(low) < float(share) < float(high) < 1
   assert 'weighted avg' in said and ', labelled ' in said
   assert "'config.json', 'model.safetensors'" in said and 'tokenizer.json' in said
+
+
+@pytest.mark.slow
+def test_conversations(tmp_path, monkeypatch):
+  book = execute('chat', tmp_path, monkeypatch, STEPS=150)
+  said, folder = printed(book), tmp_path / 'runs' / 'chat'
+  pictures = figures(book)
+  assert len(pictures) == 2 and pictures[1] == (folder / 'loss.png').read_bytes()
+  # Green is what the assistant says, and its end.
+  shown = ''.join(output.data.get('text/html', '') for output in outputs(book) if 'data' in output)
+  green = re.findall(r'<span style="background[^>]*>([^<]*)</span>', shown)
+  assert green and all(re.match(r'\d \+ \d = \d+', text) for text in green)
+  assert 0.2 < int(re.search(r'(\d+)% of the tokens are learned', said)[1]) / 100 < 0.6
+  asked, answer, written = (
+    re.search(rf'^{name}: +(.*)$', said, re.M)[1] for name in ('asked', 'answer', 'written')
+  )
+  a, b = re.findall(r'\d', asked)
+  assert written == f'{a} + {b} = {int(a) + int(b)}' and re.fullmatch(r'\d \+ \d = \d+', answer)
+  assert re.search(r'\d+ of 40 turns are answered as they were written', said)
+  assert "'config.json'" in said and 'tokenizer.json' in said
 
 
 @pytest.mark.slow

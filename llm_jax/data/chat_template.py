@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from llm_jax.core.contracts import Tokenizer
 from llm_jax.data.conversations import Message
@@ -121,6 +122,7 @@ class Template:
       raise ValueError('the chat template marks something else than what the assistant says.')
     self._puts_end = True
     self._puts_end = self._ends(tried)
+    self._warn_of_words(tried)
 
   def render(self, messages: Sequence[Message]) -> Rendered:
     """A conversation, and where the assistant speaks: between `{% generation %}` marks where the
@@ -230,6 +232,21 @@ class Template:
     ((begin, end),) = tried.spans
     inside = np.flatnonzero((offsets[:, 0] < end) & (offsets[:, 1] > begin))
     return self._turn(tried.text, ids, offsets, inside, begin)[2]
+
+  def _warn_of_words(self, tried: Rendered) -> None:
+    """Says so where what ends a turn is text to the tokenizer: it would be learned as words."""
+    said = tried.text[slice(*tried.spans[0])]
+    tail = said[said.index('xyz') + 3 :].strip()
+    if tail and not self._names_special(tail):
+      logging.warning(
+        'The chat template ends a turn with %r, which is no token of this tokenizer: it is learned '
+        'as words of the answer, before the end. A new tokenizer has it by config.tokenizer.added.',
+        tail,
+      )
+
+  def _names_special(self, text: str) -> bool:
+    ids, _ = self.tokenizer.offsets(text, special=True)
+    return bool(len(ids)) and bool(self.tokenizer.special[ids[-1]])
 
   def _call(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
     try:

@@ -299,3 +299,12 @@ def test_a_turn_in_which_nothing_is_said():
   template = Template(chat_template.text('bare'), byte.create())
   silent = [{'role': 'user', 'content': 'a'}, {'role': 'assistant', 'content': ''}]
   assert pieces(template.encode(silent), template.tokenizer) == [('', template.end)]
+
+
+def test_an_end_that_is_no_token_is_said(caplog):
+  chatml = chat_template.text('chatml')
+  Template(chatml, byte.Tokenizer(added=('<|im_start|>', '<|im_end|>')))
+  Template(chat_template.text(None), byte.Tokenizer())
+  assert not caplog.records
+  Template(chatml, byte.Tokenizer())
+  assert "'<|im_end|>', which is no token of this tokenizer" in caplog.text
