@@ -172,7 +172,8 @@ def table(said: Mapping[str, Any]) -> str:
       lines.append(f'{name:32}{"-" if before is None else before:>14}{after:>14,}{"":>9}')
       continue
     shown = [f'{x:>14,}' if isinstance(x, int) else f'{x:>14.4f}' for x in (before, after)]
-    lines.append(f'{name:32}{"".join(shown)}{after / before:>9.3f}')
+    ratio = f'{after / before:.3f}' if before else '-'
+    lines.append(f'{name:32}{"".join(shown)}{ratio:>9}')
   if 'score_lost' in said:
     lost = said['score_lost']
     lines.append(

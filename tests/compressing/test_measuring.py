@@ -41,13 +41,17 @@ def test_the_report_says_what_became_worse_too(monkeypatch):
     return {measuring.ROWS: measuring.Work(run, units)}
 
   right = np.full(4, 9.0)
-  before = numbers(right, memory=400, work=work('before', 0.08, 8))
-  after = numbers(right - 1, memory=100, work=work('after', 0.16, 8))
+  before = numbers(right, memory=400, work=work('before', 0.08, 8), values=dict(f1=0.0, x=1.0))
+  after = numbers(right - 1, memory=100, work=work('after', 0.16, 8), values=dict(f1=0.5))
   said = measuring.report(before, after, (1000, 300))
   assert said['numbers']['rows per second'] == pytest.approx([100.0, 50.0])
   assert order == ['before', 'after'] * (1 + measuring.REPEATS)
   assert said['numbers']['bytes on disk'] == [1000, 300]
   text = measuring.table(said)
+  assert said['numbers']['f1'] == [0.0, 0.5] and 'x' not in said['numbers']
+  assert [line.split() for line in text.splitlines() if 'f1' in line] == [
+    ['f1', '0.0000', '0.5000', '-']
+  ]
   assert 'rows per second' in text and '0.500' in text and '0.300' in text
   assert 'lost: 0.1000, 95% within 0.1000 and 0.1000' in text
   measuring.within(said, None)
