@@ -66,8 +66,8 @@ def attach(
   rows = [laid_out for laid_out in rows if len(laid_out)]
   if not rows:
     return None
-  find = _teacher if isinstance(objective, distilled.Distilled) else _model
-  asked = find(config, objective, tokenizer, rows[0])
+  kept = isinstance(objective, distilled.Distilled) and objective.distill.cached
+  asked = (_teacher if kept else _model)(config, objective, tokenizer, rows[0])
   key = _key(asked, rows)
   path = cache / 'references' / f'{key[:32]}.npz'
   found = hosts.agree(lambda: _read(path))

@@ -185,10 +185,10 @@ class Objective:
     del net, hidden_BPD, batch
     raise NotImplementedError
 
-  def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> jax.Array:
-    """What `divergence` compares, of one pass: logits, say. Called where `diverges` is set, by
-    methods that want the answers to a text and to the same text changed a little to be alike; and
-    where `distils` is set, of a teacher. Arguments as for `loss`.
+  def answer(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Any:
+    """What `divergence` compares, of one pass: logits, or what they are made of. Called where
+    `diverges` is set, by methods that want the answers to a text and to the same text changed a
+    little to be alike; and where `distils` is set, of a teacher. Arguments as for `loss`.
     """
     del net, hidden_BPD, batch
     raise NotImplementedError

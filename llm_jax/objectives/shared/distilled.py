@@ -130,11 +130,6 @@ class Distilled:
     found = super().rows(documents, seq_len)
     return AnsweredRows(found, self.teacher_width) if self.distill.cached else found
 
-  @property
-  def needs_reference(self) -> bool:
-    """Whether the teacher is asked before training."""
-    return self.distill.cached
-
   def loss(self, net: Net, hidden_BPD: jax.Array, batch: Batch) -> Metrics:
     """The objective's metrics, and (sum, weight) of each of what is learned from the teacher."""
     metrics = super().loss(net, hidden_BPD, batch)
@@ -261,6 +256,8 @@ def beside(
   made.terms = own | {name: weight for name, weight in more.items() if weight}
   made.teacher, made.distill = teacher, options
   made.teacher_order, made.teacher_width = order, width
+  if options.cached:
+    made.needs_reference = True
   made.watches = options.looks_inside
   return made
 

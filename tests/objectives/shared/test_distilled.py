@@ -1,6 +1,7 @@
 """A teacher beside an objective: what is asked for, and what is refused; nothing is run."""
 
 import types
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -47,6 +48,20 @@ def test_an_objective_without_answers_learns_from_the_inside_alone(small):
   made = distilled.beside(objective, None, Options(soft=0.0, relations=1.0), None)
   assert made.terms == {'nsp': 0.5, 'relations': 1.0}
   assert mlm.Objective.distils and not contracts.Objective.distils
+
+
+class Asking(contracts.Objective):
+  terms: ClassVar = {'x': 1.0}
+  distils = answers_texts = True
+
+  def __init__(self, needs_reference):
+    self.needs_reference = needs_reference  # of each loss, as in `dpo`
+
+
+def test_a_teacher_beside_leaves_the_reference_of_a_loss_as_it_is():
+  of = lambda asks, options: distilled.beside(Asking(asks), None, options, None).needs_reference
+  assert of(True, Options(soft=0.0, hidden=1.0)) and not of(False, Options())
+  assert of(False, Options(cached=True))
 
 
 def test_what_a_teacher_has_said_stands_beside_its_texts():
