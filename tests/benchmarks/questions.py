@@ -11,6 +11,10 @@ sides get the same questions, epochs, AdamW, rate, schedule and clipping, and as
 step (ours several in a row, on average as many); of several answers to a question both learn the
 first. A context that is too long for a row is read in windows. The scores are exact match and F1 of
 SQuAD 1.1, by one and the same function.
+
+Ours learns a span among its candidates: [CLS] and the tokens of the context. The loss of
+transformers is over all positions of a row, those of the question and of the padding too: the
+method `positions`, of torch alone. Under `candidates` torch learns among the same as ours.
 """
 
 import argparse
@@ -23,6 +27,7 @@ import _real
 
 BATCH, LENGTH, STRIDE, RATE = 16, 320, 128, 2e-4
 MOST, N_BEST = 30, 20  # tokens of an answer, spans that are looked at
+METHODS = {'positions': ('torch',), 'candidates': ('torch', 'ours')}  # who learns among what
 
 
 def main(argv):
@@ -35,25 +40,31 @@ def main(argv):
   options = parser.parse_args(argv)
   recipe = f'{options.texts} questions, {options.held} held out, {options.epochs} epochs of '
   recipe += f'{BATCH} questions, rate {RATE:g}, first answers'
-  wanted = lambda sides: [
-    dict(task='squad', method='spans', side=side, seed=seed, recipe=recipe)
+  wanted = lambda methods, chosen=None: [
+    dict(task='squad', method=method, side=side, seed=seed, recipe=recipe)
+    for method in methods
     for seed in _real.seeds(options)
-    for side in sides
+    for side in METHODS[method]
+    if chosen in (None, side)
   ]
-  _real.measure(options, wanted([options.side] if options.side else _real.SIDES), run)
-  lines = _real.kept(options, wanted(_real.SIDES))
-  rows = [['side', 'exact match', 'F1', 'questions/s']]
-  for side in ('torch', 'ours'):
-    mine = [line for line in lines if line['side'] == side]
-    rows.append([side, _real.spread(mine, 'exact_match'), _real.spread(mine, 'f1')])
-    rows[-1].append(_real.rate_of(mine))
+  _real.measure(options, wanted(_real.chosen(parser, options, METHODS), options.side), run)
+  lines = _real.kept(options, wanted(METHODS))
+  rows = [['learned among', 'side', 'exact match', 'F1', 'questions/s']]
+  for method, sides in METHODS.items():
+    for side in sides:
+      mine = [line for line in lines if (line['method'], line['side']) == (method, side)]
+      rows.append([method, side, _real.spread(mine, 'exact_match'), _real.spread(mine, 'f1')])
+      rows[-1].append(_real.rate_of(mine))
   _real.show(rows)
 
 
 def run(options: argparse.Namespace, key: dict) -> dict:
   """The figures of one run, in this process or in one that it starts."""
   texts, held = split(options.data, options.texts, options.held)
-  found = (ours if key['side'] == 'ours' else theirs)(options, texts, held, key['seed'])
+  if key['side'] == 'ours':
+    found = ours(options, texts, held, key['seed'])
+  else:
+    found = theirs(options, texts, held, key['seed'], key['method'] == 'candidates')
   per_step = options.epochs * len(texts) / found['steps']
   found['examples_per_second'] = per_step / found.pop('seconds_per_step')
   names = ('exact_match', 'f1', 'trained', 'steps', 'examples_per_second')
@@ -134,8 +145,8 @@ def windows(tokenizer, texts, padding='longest', **others):
   )
 
 
-def theirs(options, texts, held, seed):
-  """By transformers and torch: BERT's recipe."""
+def theirs(options, texts, held, seed, among):
+  """By transformers and torch: BERT's recipe; `among` the candidates, or all positions."""
   import torch
   import transformers
 
@@ -153,10 +164,12 @@ def theirs(options, texts, held, seed):
     ]
     given = {name: rows[name] for name in ('input_ids', 'attention_mask', 'token_type_ids')}
     starts, ends = torch.tensor(bounds).T
-    return given | {'start_positions': starts, 'end_positions': ends}
+    given |= {'start_positions': starts, 'end_positions': ends}
+    return given | ({'candidates': candidates(rows)} if among else {})
 
   order = _real.shuffled(len(texts), options.epochs, BATCH, seed)
-  found = _real.torch_loop(network, [batch([texts[i] for i in chosen]) for chosen in order], RATE)
+  batches = [batch([texts[i] for i in chosen]) for chosen in order]
+  found = _real.torch_loop(learner(network) if among else network, batches, RATE)
   questions = []
   with torch.no_grad():
     for start in range(0, len(held), 32):
@@ -169,6 +182,34 @@ def theirs(options, texts, held, seed):
         right = [each['text'] for each in text['answers']]
         questions.append(squad.Question(right, answer, answer, 0.0))
   return found | squad.scores(questions, '1.1')
+
+
+def candidates(rows):
+  """Where an answer may begin or end, as ours has it: the tokens of the context, and [CLS]."""
+  import torch
+
+  found = [[part == 1 for part in rows.sequence_ids(row)] for row in range(len(rows['input_ids']))]
+  return torch.tensor(found).index_fill(1, torch.tensor([0]), True)
+
+
+def learner(network):
+  """A network of transformers whose loss is among candidates."""
+  import torch
+
+  class Candidates(torch.nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.network = network
+
+    def forward(self, candidates, start_positions, end_positions, **given):
+      said = self.network(**given)
+      among = lambda logits: logits.masked_fill(~candidates, float('-inf'))
+      entropy = torch.nn.functional.cross_entropy
+      said.loss = entropy(among(said.start_logits), start_positions) / 2
+      said.loss += entropy(among(said.end_logits), end_positions) / 2
+      return said
+
+  return Candidates()
 
 
 def span_of(rows, row, answer):

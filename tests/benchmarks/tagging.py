@@ -19,8 +19,8 @@ clipping, and as many sentences a step (ours several in a row, on average as man
 encoder (`bert_tiny`, a token per character) is pretrained on all others by masked LM; some of them,
 drawn at random, then teach it the names of persons (nr), places (ns) and organisations (nt), BIO
 per character. The score is the F1 of names, all of whose characters must be right (seqeval).
-torch's side starts from the same encoder, exported, and has the CRF of pytorch-crf, which forbids
-no moves.
+torch's side starts from the same encoder, exported, and has the CRF of pytorch-crf: `crf` with the
+moves forbidden that BIO has not, as ours, `free_crf` as it comes, with none forbidden.
 
 `--words=1000` trains nothing: of so many sentences of Brown it is seen that training, evaluation
 and prediction read the same words at the same tokens.
@@ -37,9 +37,13 @@ import _real
 
 BATCH, LENGTH = 32, 128
 RATES = {'brown': 3e-4, 'people': 1e-3}
-METHODS = {'brown': ('softmax',), 'people': ('softmax', 'crf')}
+METHODS = {  # and who has them
+  'brown': {'softmax': _real.SIDES},
+  'people': {'softmax': _real.SIDES, 'crf': _real.SIDES, 'free_crf': ('torch',)},
+}
 MARKS = re.compile(r'(-(tl|hl|nc))+$')
 NAMES = ('nr', 'ns', 'nt')
+FORBIDDEN = -1e4  # exp of it is 0, and the gradient too
 END = re.compile(r'(?<=[。！？]/w)\s+')  # of a sentence
 
 
@@ -59,15 +63,16 @@ def main(argv):
   if options.words:
     print(same_words(brown(options.data, options.words, 0)[0], options.model))
     return
-  wanted = lambda names, sides: [
+  methods = METHODS[options.task]
+  wanted = lambda names, only=None: [
     key_of(name, side, seed, options)
     for seed in _real.seeds(options)
     for name in names
-    for side in sides
+    for side in methods[name]
+    if only in (None, side)
   ]
-  sides = [options.side] if options.side else _real.SIDES
-  _real.measure(options, wanted(_real.chosen(parser, options, METHODS[options.task]), sides), run)
-  _real.show(table(options.task, _real.kept(options, wanted(METHODS[options.task], _real.SIDES))))
+  _real.measure(options, wanted(_real.chosen(parser, options, methods), options.side), run)
+  _real.show(table(options.task, _real.kept(options, wanted(methods))))
 
 
 def key_of(name, side, seed, options):
@@ -297,7 +302,7 @@ def names_by_torch(options, texts, held, all_texts, key):
   tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
   tags = sorted({tag for text in texts for _, tag in text})
   number = {tag: i for i, tag in enumerate(tags)}
-  tagger = Tagger(folder, len(tags), key['method'] == 'crf')
+  tagger = Tagger(folder, tags, key['method'])
 
   def batch(chosen):
     lines = [''.join(character for character, _ in text) for text in chosen]
@@ -341,22 +346,26 @@ def names_by_torch(options, texts, held, all_texts, key):
 class Tagger:
   """Tags at given positions, by softmax or a CRF; `network` is a module of torch with the loss."""
 
-  def __init__(self, folder, tags, with_crf):
+  def __init__(self, folder, tags, method):
     import torch
     import torchcrf
     import transformers
+
+    count = len(tags)
 
     class Network(torch.nn.Module):
       def __init__(self):
         super().__init__()
         self.encoder = transformers.AutoModelForTokenClassification.from_pretrained(
-          folder, num_labels=tags
+          folder, num_labels=count
         )
-        self.crf = torchcrf.CRF(tags, batch_first=True) if with_crf else None
+        self.crf = None if method == 'softmax' else torchcrf.CRF(count, batch_first=True)
+        if method == 'crf':
+          forbid(self.crf, tags)
 
       def scores(self, positions, **given):
         found = self.encoder(**given).logits
-        return torch.gather(found, 1, positions[..., None].expand(-1, -1, tags))
+        return torch.gather(found, 1, positions[..., None].expand(-1, -1, count))
 
       def forward(self, positions, labels, **given):
         scores, real = self.scores(positions, **given), labels >= 0
@@ -377,6 +386,16 @@ class Tagger:
       return self.network.crf.decode(scores, mask=labels >= 0)
     lengths = (labels >= 0).sum(1).tolist()
     return [row[:n].tolist() for row, n in zip(scores.argmax(-1), lengths, strict=True)]
+
+
+def forbid(crf, tags):
+  """No move to the inside of a name from anything but that name, nor to begin with one."""
+  for to, tag in enumerate(tags):
+    if tag.startswith('I-'):
+      crf.start_transitions.data[to] = FORBIDDEN
+      for before, other in enumerate(tags):
+        if other not in (tag, f'B-{tag[2:]}'):
+          crf.transitions.data[before, to] = FORBIDDEN
 
 
 def first_characters(offsets):
