@@ -1,9 +1,11 @@
 """Runs that are killed at random moments, and started again until they are done.
 
     python tests/benchmarks/kills.py [--count=200] [--seed=0] [--json=FILE]
+    python tests/benchmarks/kills.py --cases=smaller --count=60
 
-Series of starts of tiny runs of bert_tiny and classify, each series with a fresh workdir and a
-fresh cache. A start gets SIGINT, SIGTERM or SIGKILL: half of them at a moment drawn from the whole
+Series of starts of tiny runs of bert_tiny and classify, or, with `--cases=smaller`, of encoders and
+decoders that train in a smaller form or with a teacher. Each series has a fresh workdir and a fresh
+cache. A start gets SIGINT, SIGTERM or SIGKILL: half of them at a moment drawn from the whole
 length of a run, half shortly after the first sign of a phase that was drawn. Then the same command
 is started again. A start that ends before its moment ends the series, which must have the
 parameters, optimizer state and metrics.jsonl (but for the timings) of an undisturbed run, to the
@@ -37,6 +39,19 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 PHASES = ('start', 'tokenizer', 'cache', 'program', 'training', 'saving', 'evaluation', 'end')
 TIMINGS = ('tokens_per_second', 'seconds_per_step', 'model_flops_utilization')
 STEPS, EVAL_EVERY, PATIENCE = 30, 7, 120  # steps, steps, seconds
+CONFIGS = {'bert_tiny': ('bert_tiny', {}), 'classify': ('classify', {})}
+TEACHER = {'teacher': '{base}/{config}/run', 'seed': 1}
+FORMS = {
+  'int8': {'compress.name': 'int8', 'compress.activations': 'token'},
+  'int4': {'compress.name': 'int4', 'compress.group': 8},
+  'magnitude': {'compress.name': 'magnitude', 'compress.share': 0.6, 'compress.every': 4},
+  'movement': {'compress.name': 'movement', 'compress.pattern': '2:4', 'compress.every': 4},
+  'taught': TEACHER,
+  'taught once': TEACHER | {'distill.cached': True},
+}
+SMALLER = {config: (config, {}) for config in ('classify', 'gpt_tiny')}  # the teachers first
+SMALLER |= {f'{kind} {form}': (kind, FORMS[form]) for form in FORMS for kind in tuple(SMALLER)}
+CASES = {'configs': CONFIGS, 'smaller': SMALLER}
 
 
 @dataclasses.dataclass
@@ -68,8 +83,9 @@ def corpus(folder, lines=6000):
       file.write(json.dumps({'text': f'{number} {text}', 'label': text[0] < 'e'}) + '\n')
 
 
-def series(config, base, folder):
-  """A series that has not begun, on the corpus in `base`."""
+def series(case, base, folder):
+  """A series that has not begun, on the corpus in `base`; a case is a config and more flags."""
+  config, flags = case
   shape = dict(dim=32, layers=1, heads=2, mlp_dim=64, max_len=32)
   settings = {f'model.{key}': value for key, value in shape.items()} | {
     'data.cache': folder / 'cache',
@@ -88,6 +104,10 @@ def series(config, base, folder):
   }
   if config == 'classify':
     settings['data.label'] = 'label'
+  settings |= {
+    name: value.format(base=base, config=config) if isinstance(value, str) else value
+    for name, value in flags.items()
+  }
   command = [sys.executable, '-m', 'llm_jax.main', f'--config={ROOT}/configs/{config}.py']
   command += [f'--workdir={folder / "run"}']
   folder.mkdir()
@@ -221,7 +241,7 @@ def state(run, step):
   return jax.tree.map(np.asarray, restored)
 
 
-def measure(folder, cache, count, seed, configs=('bert_tiny', 'classify')):
+def measure(folder, cache, count, seed, cases=CONFIGS):
   """Series until `count` starts have been killed.
 
   Args:
@@ -229,21 +249,21 @@ def measure(folder, cache, count, seed, configs=('bert_tiny', 'classify')):
     cache: keeps what is compiled.
     count: kills in all.
     seed: of signals and moments.
-    configs: taken in turns.
+    cases: taken in turns; each is first run twice, undisturbed, to `folder` and its name.
   """
   corpus(folder)
   rng, whole, seconds, found = random.Random(seed), {}, {}, []
-  for config in configs:
-    whole[config] = series(config, folder, folder / config)
-    undisturbed(whole[config], cache)  # compiles
-    seconds[config] = undisturbed(series(config, folder, folder / f'{config}_again'), cache)
+  for name, case in cases.items():
+    whole[name] = series(case, folder, folder / name)
+    undisturbed(whole[name], cache)  # compiles
+    seconds[name] = undisturbed(series(case, folder, folder / f'{name}_again'), cache)
   while (left := count - sum(len(one.kills) for one in found)) > 0:
-    config = configs[len(found) % len(configs)]
-    one = series(config, folder, folder / f'series_{len(found)}')
+    name = tuple(cases)[len(found) % len(cases)]
+    one = series(cases[name], folder, folder / f'series_{len(found)}')
     found.append(one)
-    disturb(one, whole[config], cache, rng, seconds[config], left)
+    disturb(one, whole[name], cache, rng, seconds[name], left)
     if one.fault:
-      print(f'{one.folder.name}, {config}, killed at {one.kills}: {one.fault}', flush=True)
+      print(f'{one.folder.name}, {name}, killed at {one.kills}: {one.fault}', flush=True)
   return found
 
 
@@ -271,13 +291,15 @@ def main(argv):
   )
   parser.add_argument('--count', type=int, default=200)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--cases', choices=CASES, default='configs')
   parser.add_argument('--json')
   options = parser.parse_args(argv)
   # A job in the background ignores SIGINT, and so would what it starts.
   signal.signal(signal.SIGINT, signal.default_int_handler)
   with tempfile.TemporaryDirectory() as folder:
     folder = pathlib.Path(folder)
-    found = measure(folder, folder / 'compiled', options.count, options.seed)
+    cases = CASES[options.cases]
+    found = measure(folder, folder / 'compiled', options.count, options.seed, cases)
   show(found)
   if options.json:
     listed = [dict(kills=one.kills, fault=one.fault, left=one.left) for one in found]

@@ -50,6 +50,7 @@ def loss(made, params, batch):
   return float(metrics.total(made.eval_step(params, made.put(batch)), made.network.terms))
 
 
+@pytest.mark.slow
 def test_what_kernels_multiply_and_how_wrong_their_products_would_be(model):
   made, params, batches = model
   scheme = int8.Scheme(None, 'token')

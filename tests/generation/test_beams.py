@@ -37,6 +37,7 @@ def test_as_many_beams_as_texts_find_the_best(tiny, penalty):
   assert [[token for token in row if token >= 0] for row in found] == expected
 
 
+@pytest.mark.slow
 def test_other_numbers_compile_nothing(tiny):
   made, weights = tiny.generator(tiny.GPT), tiny.ready(tiny.GPT)[1]
   base = Sampling(max_new_tokens=12, temperature=0.0, beams=3)

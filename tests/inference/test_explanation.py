@@ -61,6 +61,7 @@ def test_a_bag_of_words_has_its_own_weights():
   assert not np.allclose(one_BT, found_BT, rtol=1e-2)
 
 
+@pytest.mark.slow
 def test_gradients_are_complete_the_more_steps_the_better():
   errors = []
   for steps in (1, 32):
@@ -72,6 +73,7 @@ def test_gradients_are_complete_the_more_steps_the_better():
   assert (empty['parts'], empty['sum'], empty['score']) == ([], 0, pytest.approx(empty['baseline']))
 
 
+@pytest.mark.slow
 def test_of_a_decoder_and_of_a_value():
   decoder = explainer('decoder', 'last', task='regression', classes=None)
   (found,) = explain([{'text': 'abc'}], decoder, ig_steps=64)

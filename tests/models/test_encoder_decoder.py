@@ -87,6 +87,7 @@ def test_a_target_sees_its_source_and_nothing_later(variant):
   assert moved('tokens', 3)[:6].tolist() == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['transformer_tiny', 't5_small', 'bart_base'])
 def test_pairs_that_share_rows_are_as_if_alone(variant):
   model = made(variant, unroll=0)
@@ -101,6 +102,7 @@ def test_pairs_that_share_rows_are_as_if_alone(variant):
     np.testing.assert_allclose(found, whole[:, first:last], atol=2e-5, err_msg=str(number))
 
 
+@pytest.mark.slow
 def test_a_few_positions_are_those_of_the_whole_row():
   indices = np.array([[5, 0, 2]])
   for unroll in (0, 1):

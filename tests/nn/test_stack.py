@@ -198,6 +198,7 @@ def test_dropout_differs_by_layer(random_params, unroll):
   assert set(np.unique(added)) == {0.0, 2.0, 4.0}  # with equal masks no sum would be 2
 
 
+@pytest.mark.slow
 def test_unstacked_layers_are_the_stack(random_params):
   stack = Stack(options(layers=4, norm_order='pre', head_dim=5), window=3, global_every=2)
   x = normal(2, 6, 12)

@@ -21,7 +21,7 @@ def test_layers_come_in_their_order(options):
     'segments': jnp.ones((2, 5), jnp.int32),
     'positions': jnp.tile(jnp.arange(5), (2, 1)),
   }
-  params = nn.meta.unbox(model.init(jax.random.key(0), batch))
+  params = nn.meta.unbox(jax.jit(model.init)(jax.random.key(0), batch))
 
   def run(count):
     """Hidden states of the model with its first layers alone."""
@@ -29,10 +29,12 @@ def test_layers_come_in_their_order(options):
     cut = jax.tree.map(lambda x: x, params)
     stack = cut['params']['stack']
     stack['layers'] = jax.tree.map(lambda x: x[:count], stack['layers'])
-    return less.apply(cut, batch).hidden
+    return jax.jit(less.apply)(cut, batch).hidden
 
   with nn.intercept_methods(watch.watching):
-    outputs, collected = model.apply(params, batch, mutable=[watch.WATCHED])
+    outputs, collected = jax.jit(lambda params: model.apply(params, batch, mutable=[watch.WATCHED]))(
+      params
+    )
   seen = watch.layers(collected[watch.WATCHED])
   assert seen['hidden'].shape == (3, 2, 5, 8) and seen['query'].shape == (3, 2, 5, 2, 4)
   for count in (1, 2, 3):

@@ -554,6 +554,7 @@ def test_r_drop(small, task):
   assert float(silent['classify'][0]) == pytest.approx(alone[0], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_two_passes_of_r_drop_have_different_dropout(small):
   shape = dict(vocab_size=50, dim=8, layers=2, heads=2, mlp_dim=16, max_len=8)
   model = encoder.Model(**shape, dropout=0.2, attention_dropout=0.0, unroll=0)

@@ -135,6 +135,7 @@ def test_losses_and_gradients_are_those_of_trl(kind, options):
   assert np.abs(wanted_grads).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_tokens():
   rng = np.random.default_rng(0)
   x, table = rng.normal(size=(2, 7, 4)), rng.normal(size=(11, 4))

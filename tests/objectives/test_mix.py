@@ -38,6 +38,7 @@ def test_the_bert_loss(small):
   np.testing.assert_array_equal(objective.targets(batch)[0], batch['mask_targets'])
 
 
+@pytest.mark.slow
 def test_unlabelled_rows_count_for_mlm_only(small):
   documents = small.Documents([np.arange(10, 20), np.arange(20, 30)], labels=['b', None])
   tokenizer = small.Tokenizer()

@@ -21,6 +21,7 @@ def config(**changes):
   return config_lib.parse(given | changes)
 
 
+@pytest.mark.slow
 def test_weights_and_cache_are_counted_by_their_forms(tmp_path, capsys):
   given = config(), config(compress=dict(name='int8'), model=dict(cache_dtype='int8'))
   whole, small = (generation.plan(each, 'cpu:1', 4, 64) for each in given)

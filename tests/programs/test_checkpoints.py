@@ -140,6 +140,7 @@ def damages(path):
   yield lambda p: p.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_falls_back_to_the_one_before(opened, tmp_path, monkeypatch):
   fill(opened(), [1, 2])
   whole = tmp_path / 'checkpoints'
@@ -341,6 +342,7 @@ OTHER_MESH = """
 """
 
 
+@pytest.mark.slow
 def test_other_meshes(opened, tmp_path):
   fill(opened(), [1])
   done = child(

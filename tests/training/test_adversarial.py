@@ -164,6 +164,7 @@ def test_delta_is_bounded_per_text():
     assert not np.any(np.asarray(found)[segments == 0])
 
 
+@pytest.mark.slow
 def test_what_is_drawn_goes_by_the_text_and_the_step():
   model = encoder.Model(**SHAPE | SINGLE)
   network = networks.Network(model, {})

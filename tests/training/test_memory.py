@@ -59,6 +59,7 @@ def test_where_none_fits_auto_says_what_may_help(monkeypatch, totals):
     memory.fitting(tiny(remat='auto'), make)
 
 
+@pytest.mark.slow
 def test_the_step_that_was_measured_is_the_one_that_runs(caplog):
   made = memory.fitting(tiny(remat='auto', layers=1, dim=32), make)
   assert made.config.model['remat'] == 'none'

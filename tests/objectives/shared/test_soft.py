@@ -46,6 +46,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(task):
   assert not np.any(other)
 
 
+@pytest.mark.slow
 def test_the_vocabulary_is_compared_in_chunks_with_the_gradient_of_the_whole(monkeypatch):
   ends = [
     vocabulary.End(

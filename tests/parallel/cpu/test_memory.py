@@ -118,6 +118,7 @@ print(max(len(before), len(blocks)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
 def test_the_block_of_each_step_lies_where_the_last_ones_was():
   def places(room):
@@ -160,6 +161,7 @@ print(len(blocks), beside)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not memory._possible(), reason='no huge pages on this machine')
 def test_what_comes_between_steps_stands_neither_beside_the_block_nor_where_it_was():
   def said(*arguments):
