@@ -61,10 +61,8 @@ class Forward:
   ):
     self._model = model.clone(remat='none') if hasattr(model, 'remat') else model
     self._infos, self._adapter = infos, adapter
-    if layout is None:
-      self._one_cpu = jax.default_backend() == 'cpu'
-    else:
-      self._one_cpu = layout.platform == 'cpu' and layout.mesh.size == 1
+    self._platform = jax.default_backend() if layout is None else layout.platform
+    self._one_cpu = self._platform == 'cpu' and (layout is None or layout.mesh.size == 1)
 
   def weights(self, params: PyTree) -> Weights:
     """Parameters as they were created, in the form in which they are run."""
@@ -77,6 +75,8 @@ class Forward:
       return x.astype(dtype) if path in self._infos and self._infos[path].inputs else x
 
     params = tree.map_with_path(cast, params)
+    if self._platform == 'tpu':
+      params = _unpacked(params)
     table_VD = self._for_few_rows(params) if self._one_cpu else None
     if any(table_VD is leaf for leaf in jax.tree.leaves(params)):
       table_VD = None
@@ -195,6 +195,12 @@ class Forward:
       return network.apply(variables, method=method)
     with nn.intercept_methods(self._adapter.intercept):
       return network.apply(variables, method=method)
+
+
+def _unpacked(params: PyTree) -> PyTree:
+  """Forms as a TPU reads them, where that is another way than they are kept."""
+  change = lambda leaf: leaf.unpacked() if hasattr(leaf, 'unpacked') else leaf
+  return jax.tree.map(change, params, is_leaf=params_lib.is_form)
 
 
 def reordered(cache: PyTree, move: Callable[[jax.Array], jax.Array]) -> Any:

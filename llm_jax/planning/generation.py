@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from llm_jax.core import files
 from llm_jax.core.config import Config
@@ -166,10 +167,11 @@ def _made(function: Any, *args: Any, **options: Any) -> Any:
 
 
 def _shards(tree: PyTree) -> int:
-  """Bytes on one device."""
+  """Bytes on one device; numbers of 4 bits are two in a byte."""
 
   def size(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    bits = 4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits // 8
 
   return sum(map(size, jax.tree.leaves(tree)))
 

@@ -46,14 +46,17 @@ def test_weights_and_cache_are_counted_by_their_forms(tmp_path, capsys):
 @pytest.mark.slow
 def test_on_a_tpu_a_token_costs_the_bytes_of_the_weights():
   shape = dict(dim=512, mlp_dim=2048, max_len=128, vocab_size=4096, dtype='bfloat16')
-  given = config(model=shape), config(model=shape, compress=dict(name='int8'))
-  whole, small = (generation.plan(each, 'v5e:1x1', 1, 128) for each in given)
-  for report, least in ((whole, 1.0), (small, 1.0)):
-    assert report['bytes_accessed'] >= least * report['weights_bytes']
+  forms = {}, dict(name='int8'), dict(name='int4')
+  given = [config(model=shape, compress=form) for form in forms]
+  whole, small, least = (generation.plan(each, 'v5e:1x1', 1, 128) for each in given)
+  for report in (whole, small, least):
+    assert report['bytes_accessed'] >= report['weights_bytes']
     assert report['tokens_per_second'] == pytest.approx(1 / report['step_seconds'])
     assert report['memory_seconds'] == pytest.approx(report['bytes_accessed'] / 819e9, rel=0.01)
   assert small['weights_bytes'] < 0.6 * whole['weights_bytes']
   assert small['tokens_per_second'] > 1.4 * whole['tokens_per_second']
+  assert least['weights_bytes'] < 0.7 * small['weights_bytes']
+  assert least['tokens_per_second'] > 1.2 * small['tokens_per_second']
 
 
 def test_what_does_not_write_is_refused():

@@ -2,13 +2,15 @@
 inputs of an output channel (symmetric, by the largest absolute value of the group; groups as in
 GPTQ, arXiv:2210.17323, section 4). Products are taken in the compute type: of many rows with the
 array that it stands for; of few, where reading the weights is what takes the time, with the numbers
-themselves, group by group, scaled afterwards.
+themselves, group by group, scaled afterwards. TPUs know numbers of 4 bits: there a model that
+writes holds `Unpacked`, and what a step reads are half bytes.
 
     w = scale * values,    |w - scale * values| <= scale / 2
 """
 
 import dataclasses
 import math
+import string
 from collections.abc import Mapping
 
 import flax.struct
@@ -48,6 +50,13 @@ class Int4:
       return _axes.einsum(spec, x.astype(dtype), self.dense(dtype), result)
     return self._of_few_rows(spec, x.astype(dtype), result)
 
+  def unpacked(self) -> 'Unpacked':
+    """For a device that knows numbers of 4 bits."""
+    last = self.inputs[-1]
+    values = _values(self.packed, last).astype(jnp.int4)
+    size = values.shape[last] // self.scale.shape[last]
+    return Unpacked(_axes.split(values, last, size), self.scale, self.inputs)
+
   def _of_few_rows(self, spec: str, x: jax.Array, result: DTypeLike) -> jax.Array:
     """Group by group, half by half: the bytes are all that is read of the weights."""
     letters, out = spec.split(',')[1].replace('...', '').split('->')
@@ -67,13 +76,52 @@ class Int4:
 
   def dense(self, dtype: DTypeLike) -> jax.Array:
     """The array that it stands for."""
-    halves = [self.packed & 15, self.packed >> 4]
-    values = jnp.concatenate(halves, axis=self.inputs[-1]).astype(jnp.float32) - _ZERO
+    values = _values(self.packed, self.inputs[-1]).astype(jnp.float32)
     return _axes.grouped(values, self.scale, self.inputs).reshape(values.shape).astype(dtype)
 
   def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Of a table, the vectors of `ids`."""
     return dataclasses.replace(self, packed=self.packed[ids], scale=self.scale[ids]).dense(dtype)
+
+
+@flax.struct.dataclass
+class Unpacked:
+  """An `Int4` in numbers of 4 bits, which the compiler of TPUs widens as it multiplies.
+
+  Attributes:
+    values: int4, of the kernel's shape with the last axis that is summed over in two: groups, and
+      the inputs of a group.
+    scale, inputs: as those of `Int4`.
+  """
+
+  values: jax.Array
+  scale: jax.Array
+  inputs: tuple[int, ...] = flax.struct.field(default=(-2,), pytree_node=False)
+
+  def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """See the contract."""
+    given, kernel = spec.split('->')[0].split(',')
+    out, last = spec.split('->')[1], given[-1]
+    new = next(letter for letter in string.ascii_letters if letter not in spec)
+    spec = f'{given[:-1]}{new}{last},{kernel.replace(last, new + last)}->{out}'
+    x = x.reshape(*x.shape[:-1], *self._parts)
+    return jnp.einsum(spec, x.astype(dtype), self._wide(dtype), preferred_element_type=result)
+
+  def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Of a table, the vectors of `ids`."""
+    found = dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids])
+    wide = found._wide(dtype)
+    return wide.reshape(*wide.shape[:-2], -1)
+
+  @property
+  def _parts(self) -> tuple[int, int]:
+    """Groups, and the inputs of each."""
+    first = self.inputs[-1] - 1
+    return self.values.shape[first], self.values.shape[first + 1]
+
+  def _wide(self, dtype: DTypeLike) -> jax.Array:
+    scale = jnp.expand_dims(self.scale, self.inputs[-1])
+    return (self.values.astype(jnp.float32) * scale).astype(dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,3 +160,9 @@ class Scheme:
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""
     return {'packed': info, 'scale': _axes.scale_info(info)}
+
+
+def _values(packed: jax.Array, axis: int) -> jax.Array:
+  """The numbers of two in a byte, int8."""
+  halves = [packed & 15, packed >> 4]
+  return jnp.concatenate(halves, axis=axis).astype(jnp.int8) - _ZERO

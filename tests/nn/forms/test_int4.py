@@ -37,9 +37,12 @@ def test_values_are_the_nearest_and_multiply_as_the_array_does(spec, group):
   np.testing.assert_allclose(back, wanted, rtol=1e-6)
   assert np.abs(w - back).max() > 0
   x = np.random.default_rng(1).normal(size=(3, *(shape[axis] for axis in info.inputs)))
+  other = form.unpacked()
+  assert other.values.dtype == jnp.int4 and other.values.size == w.size
   for rows in (x, np.tile(x, (int4.FEW, *[1] * (x.ndim - 1)))):
-    found = form.product(spec, jnp.asarray(rows, jnp.float32), jnp.float32, jnp.float32)
-    np.testing.assert_allclose(found, np.einsum(spec, rows, back), atol=1e-4)
+    for each in (form, other):
+      found = each.product(spec, jnp.asarray(rows, jnp.float32), jnp.float32, jnp.float32)
+      np.testing.assert_allclose(found, np.einsum(spec, rows, back), atol=1e-4)
 
 
 def test_rows_of_a_table_and_layers_of_a_stack():
@@ -47,6 +50,7 @@ def test_rows_of_a_table_and_layers_of_a_stack():
   form = int4.Scheme(4).form(w, KERNELS['...D,VD->...V'][1])
   ids = jnp.array([[0, 8], [3, 3]])
   np.testing.assert_array_equal(form.rows(ids, jnp.float32), form.dense(jnp.float32)[ids])
+  np.testing.assert_array_equal(form.unpacked().rows(ids, jnp.float32), form.rows(ids, jnp.float32))
   stack, one = Info((LAYERS, 'embed', 'mlp'), inputs=(0,)), Info(('embed', 'mlp'), inputs=(0,))
   many = int4.Scheme(2).form(jnp.stack([w.T, 2 * w.T]), stack)
   for layer in range(2):
