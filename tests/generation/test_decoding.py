@@ -230,7 +230,11 @@ CASES = [  # and on which meshes
   ('window', Sampling(max_new_tokens=12, temperature=0.0), MESHES),
   ('learned', Sampling(max_new_tokens=6, temperature=1.3, top_p=0.9, seed=2), MESHES[:1]),
   ('learned', Sampling(max_new_tokens=6, temperature=0.0, beams=4), MESHES[1:2]),
-  ('both', Sampling(max_new_tokens=6, temperature=0.0, beams=3, no_repeat_ngram_size=1), MESHES[:1]),
+  (
+    'both',
+    Sampling(max_new_tokens=6, temperature=0.0, beams=3, no_repeat_ngram_size=1),
+    MESHES[:1],
+  ),
 ]
 
 

@@ -32,9 +32,9 @@ def test_layers_come_in_their_order(options):
     return jax.jit(less.apply)(cut, batch).hidden
 
   with nn.intercept_methods(watch.watching):
-    outputs, collected = jax.jit(lambda params: model.apply(params, batch, mutable=[watch.WATCHED]))(
-      params
-    )
+    outputs, collected = jax.jit(
+      lambda params: model.apply(params, batch, mutable=[watch.WATCHED])
+    )(params)
   seen = watch.layers(collected[watch.WATCHED])
   assert seen['hidden'].shape == (3, 2, 5, 8) and seen['query'].shape == (3, 2, 5, 2, 4)
   for count in (1, 2, 3):
