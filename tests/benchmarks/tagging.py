@@ -390,11 +390,11 @@ class Tagger:
 
 def forbid(crf, tags):
   """No move to the inside of a name from anything but that name, nor to begin with one."""
-  for to, tag in enumerate(tags):
-    if tag.startswith('I-'):
+  for to, inside in enumerate(tags):
+    if inside.startswith('I-'):
       crf.start_transitions.data[to] = FORBIDDEN
       for before, other in enumerate(tags):
-        if other not in (tag, f'B-{tag[2:]}'):
+        if other not in (inside, f'B-{inside[2:]}'):
           crf.transitions.data[before, to] = FORBIDDEN
 
 
