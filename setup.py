@@ -48,6 +48,10 @@ setup(
       'rouge-score==0.1.2',
       'rapidfuzz>=3.9',
       'jinja2>=3.1',
+      'starlette>=1.0',
+      'uvicorn>=0.34',
+      'prometheus-client>=0.22',
+      'openai>=2.0',
       'flatbuffers>=24.3',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
@@ -74,6 +78,8 @@ setup(
     # scores of new text: sacreBLEU, ROUGE, edit distance
     'text': ['sacrebleu==2.6.0', 'rouge-score==0.1.2', 'rapidfuzz>=3.9'],
     'chat': ['jinja2>=3.1'],  # templates of conversations
+    # answers over HTTP
+    'serve': ['starlette>=1.0', 'uvicorn>=0.34', 'prometheus-client>=0.22'],
     'stablehlo': ['flatbuffers>=24.3'],  # functions that JAX runs without this package
     'wandb': ['wandb>=0.19'],
   },

@@ -23,6 +23,7 @@ ROOMS = (  # from the ground up
   'inference',
   'compressing',
   'planning',
+  'serving',
   'modes',
   'main',
 )

@@ -69,6 +69,9 @@ class Completer:
     ids: what `writing_ids` says of an encoder-decoder.
     ends: further ids that end a completion, beside EOS.
     after: ids that stand after a prompt of a decoder.
+
+  Attributes:
+    ends: the ids that end a completion.
   """
 
   def __init__(
@@ -81,7 +84,7 @@ class Completer:
     after: Sequence[int] = (),
   ):
     self.generator, self.rows = generator, rows
-    self._ends = tuple(dict.fromkeys([*tokenizer.eos_ids, *ends]))
+    self.ends = tuple(dict.fromkeys([*tokenizer.eos_ids, *ends]))
     self._tokenizer, self._ids_said, self._after = tokenizer, ids or {}, after
 
   def __call__(
@@ -111,20 +114,21 @@ class Completer:
     Raises:
       ValueError: an empty stop string; whatever `Generator.tokens` raises.
     """
-    ids = [self._ids(text) for text in prompts]
+    ids = [self.ids(text) for text in prompts]
     return self.from_ids(weights, ids, sampling, stop, stream, numbers)
 
   def check(self, prompt: str, sampling: Sampling) -> None:
     """Raises ValueError for a prompt that is too long."""
-    self.generator.check([self._ids(prompt)], [self._decided(sampling)])
+    self.generator.check([self.ids(prompt)], [self.decided(sampling)])
 
-  def _decided(self, sampling: Sampling) -> Sampling:
+  def decided(self, sampling: Sampling) -> Sampling:
     """With what the model says of its first and last token, where the sampling does not."""
     said = {name: self._ids_said.get(name) for name in ('forced_bos', 'forced_eos')}
     left_open = {name: one for name, one in said.items() if getattr(sampling, name) is None}
     return dataclasses.replace(sampling, **left_open)
 
-  def _ids(self, prompt: str) -> list[int]:
+  def ids(self, prompt: str) -> list[int]:
+    """What the model reads of a prompt, with all that stands around it."""
     if self.generator.reads_source:
       before, after = self._tokenizer.template or ((), (self._tokenizer.eos_id,))
       return [*before, *self._tokenizer.encode(prompt), *after]
@@ -144,7 +148,7 @@ class Completer:
     """The same for prompts that are ids already."""
     if '' in stop:
       raise ValueError('an empty stop string would end every text before it begins; leave it out.')
-    sampling = self._decided(sampling)
+    sampling = self.decided(sampling)
     self.generator.check(prompts, [sampling] * len(prompts))  # all, before the first is continued
     stream = stream or (lambda *_: None)
     numbers, filled = range(len(prompts)) if numbers is None else numbers, numbers is not None
@@ -158,7 +162,7 @@ class Completer:
       batch = list(range(first, min(first + self.rows, len(prompts))))
       begun = [() if self.generator.reads_source else prompts[i] for i in batch]
       known = [prompt for prompt in begun for _ in range(each)]
-      completions = [_Completion(self._tokenizer, prompt, stop) for prompt in known]
+      completions = [Completion(self._tokenizer, prompt, stop) for prompt in known]
       if first or filled:
         # The last batch is filled up with its own last row: another number of rows would have to
         # be compiled.
@@ -167,7 +171,7 @@ class Completer:
         weights,
         [prompts[i] for i in batch],
         sampling,
-        self._ends,
+        self.ends,
         rows=[numbers[i] for i in batch],
       )
       _write(columns, dict(enumerate(completions, len(texts))), stream)
@@ -176,7 +180,7 @@ class Completer:
 
 
 def _write(
-  columns: Iterator[np.ndarray], completions: dict[int, '_Completion'], stream: Stream
+  columns: Iterator[np.ndarray], completions: dict[int, 'Completion'], stream: Stream
 ) -> None:
   """Gives each completion its tokens, until all are over."""
   for ids in columns:
@@ -194,8 +198,18 @@ def _write(
       stream(number, piece)
 
 
-class _Completion:
-  """A text that grows: whole characters only, and nothing that may yet become a stop string."""
+class Completion:
+  """A text that grows: whole characters only, and nothing that may yet become a stop string.
+
+  Args:
+    tokenizer: spells the tokens.
+    prompt: ids that stand before it.
+    stop: strings before which it ends.
+
+  Attributes:
+    text: as far as it is known.
+    over: whether a stop string came, or `finish` was called.
+  """
 
   def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], stop: Sequence[str]):
     self._tokenizer, self._stop = tokenizer, stop

@@ -153,6 +153,11 @@ class Generator:
     """How many new tokens the model can give a prompt at most."""
     return self._longest - self._begun(prompt)
 
+  def prompt_lengths(self, most: int) -> list[int]:
+    """The lengths that prompts of at most so many tokens are filled up to: each is a program."""
+    every = range(1, min(most, self._longest) + 1)
+    return sorted({min(_rounded(length), self._longest) for length in every})
+
   def empty(self, rows: int, slots: int, source: int = 0) -> State:
     """A batch in which all rows are free; `step` gives free rows tokens that mean nothing.
 

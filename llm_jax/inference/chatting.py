@@ -21,7 +21,7 @@ class Chat:
   """
 
   def __init__(self, completer: Completer, template: Template):
-    self._completer, self._template = completer, template
+    self.completer, self._template = completer, template
 
   def __call__(
     self,
@@ -47,13 +47,21 @@ class Chat:
         f'num_return_sequences={sampling.num_return_sequences}: a conversation goes on with one '
         'answer; leave it out.'
       )
-    self._check(messages)
-    ids = self._template.prompt_ids(messages)
+    ids = self.ids(messages)
     pieces = stream or (lambda _: None)
-    (text,) = self._completer.from_ids(
+    (text,) = self.completer.from_ids(
       weights, [ids], sampling, stream=lambda _, piece: pieces(piece)
     )
     return text
+
+  def ids(self, messages: Sequence[Message]) -> list[int]:
+    """What the model reads before its answer.
+
+    Raises:
+      ValueError: messages that are no conversation, or that no answer follows on.
+    """
+    self._check(messages)
+    return self._template.prompt_ids(messages)
 
   def fitting(self, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
     """The messages without as many of the oldest turns as the model has no room for, with the
@@ -69,13 +77,13 @@ class Chat:
       turns = kept[len(system) :]
       later = [i for i, message in enumerate(turns) if i and message['role'] == 'user']
       if not later:
-        self._completer.generator.check([self._template.prompt_ids(kept)], [sampling])
+        self.completer.generator.check([self._template.prompt_ids(kept)], [sampling])
       kept = [*system, *turns[later[0] :]]
     return kept
 
   def _fits(self, messages: Sequence[Message], sampling: Sampling) -> bool:
     ids = self._template.prompt_ids(messages)
-    return self._completer.generator.room(ids) >= sampling.max_new_tokens
+    return self.completer.generator.room(ids) >= sampling.max_new_tokens
 
   def _check(self, messages: Sequence[Message]) -> None:
     conversations.check(messages)

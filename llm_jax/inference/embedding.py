@@ -22,6 +22,7 @@ from llm_jax.parallel import hosts, sharding
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
 
+FEWEST = 4  # tokens of a text on average, where rows have one of few sizes
 TILE = 64  # rows are as long as the longest text, rounded up to this: attention costs their square
 
 
@@ -31,10 +32,13 @@ class Embedder:
   Args:
     program: of a model; its heads are not used.
     tokenizer: that of the model.
+    few: whether all batches have the same number of rows, of a length that goes by each text alone:
+      what stands beside a text then changes no bit of its vector, and `warm` compiles for all
+      lengths there are. Otherwise batches are as the texts fit best.
   """
 
-  def __init__(self, program: Inference, tokenizer: Tokenizer):
-    self._program, self._tokenizer = program, tokenizer
+  def __init__(self, program: Inference, tokenizer: Tokenizer, few: bool = False):
+    self._program, self._tokenizer, self._few = program, tokenizer, few
     self._functions: dict[tuple[str, bool], Callable[[Any, Batch], jax.Array]] = {}
 
   def __call__(
@@ -54,16 +58,24 @@ class Embedder:
     run = self._function(pool, normalize)
     model = self._program.network.model
     ids = _ids(texts, self._tokenizer, model.causal, self._program.config.seq_len)
-    rows = _Rows(ids, self._row_length(max(map(len, ids))))
-    logging.info(
-      '%d texts in %d rows of %d tokens: %.0f%% of the positions are used.',
-      len(ids),
-      len(rows),
-      rows.seq_len,
-      100 * sum(map(len, ids)) / (len(rows) * rows.seq_len),
-    )
     vectors = np.zeros((len(ids), model.options.dim), np.float32)
-    index = 0
+    for length, numbers in self._by_length(ids).items():
+      rows = _Rows([ids[number] for number in numbers], length, self._slots(length))
+      logging.log_if(
+        logging.INFO,
+        '%d texts in %d rows of %d tokens: %.0f%% of the positions are used.',
+        not self._few,
+        rows.count,
+        len(rows),
+        length,
+        100 * rows.tokens / (len(rows) * length),
+      )
+      vectors[numbers] = self._vectors(run, params, rows)
+    return vectors
+
+  def _vectors(self, run: Callable[[Any, Batch], jax.Array], params: PyTree, rows: '_Rows') -> Any:
+    """Those of all texts of some rows, in the order of the texts."""
+    vectors, index = np.zeros((rows.count, self._program.network.model.options.dim), np.float32), 0
     for batch in self._batches(rows):
       for vectors_GD in np.asarray(run(params, self._program.put(batch))):
         if index < len(rows):  # the last batch is filled up
@@ -71,6 +83,13 @@ class Embedder:
           vectors[numbers] = vectors_GD[: len(numbers)]
         index += 1
     return vectors
+
+  def warm(self, params: PyTree, pool: str, normalize: bool) -> None:
+    """Compiles for all lengths of rows, where they are few."""
+    run = self._function(pool, normalize)
+    for length in sorted(set(map(self._row_length, range(1, self._program.config.seq_len + 1)))):
+      rows = _Rows([np.zeros(length, np.int32)], length, self._slots(length))
+      self._vectors(run, params, rows)
 
   def _function(self, pool: str, normalize: bool) -> Callable[[Any, Batch], jax.Array]:
     if pool not in heads.POOLS:
@@ -86,15 +105,28 @@ class Embedder:
 
   def _row_length(self, longest: int) -> int:
     """Tokens of a row, few lengths for many texts, which the mesh can cut."""
-    tile = math.lcm(TILE, self._program.mesh.shape['sequence'])
-    return min(self._program.config.seq_len, -(-longest // tile) * tile)
+    tile, most = math.lcm(TILE, self._program.mesh.shape['sequence']), self._program.config.seq_len
+    tiles = -(-longest // tile)
+    return min(most, tile * (_power_of(4, tiles) if self._few else tiles))
+
+  def _by_length(self, ids: Sequence[np.ndarray]) -> dict[int, list[int]]:
+    """The numbers of the texts by the length of their rows."""
+    if not self._few:
+      return {self._row_length(max(map(len, ids))): list(range(len(ids)))}
+    found: dict[int, list[int]] = {}
+    for number, text in enumerate(ids):
+      found.setdefault(self._row_length(len(text)), []).append(number)
+    return found
+
+  def _slots(self, length: int) -> int | None:
+    """Texts that a row of this length has room for; None for as many as fit."""
+    return length // FEWEST if self._few else None
 
   def _batches(self, rows: '_Rows') -> Iterator[Example]:
-    program = self._program
-    shards = sharding.row_shards(program.mesh)
-    most = program.config.batch_size * (program.config.seq_len // rows.seq_len)
-    size = min(most, rounded_rows(len(rows), shards))
-    return pipeline.padded_batches(rows, size, hosts.rows(program.mesh, size))
+    config, shards = self._program.config, sharding.row_shards(self._program.mesh)
+    most = config.batch_size * (config.seq_len // rows.seq_len)
+    size = config.batch_size if self._few else min(most, rounded_rows(len(rows), shards))
+    return pipeline.padded_batches(rows, size, hosts.rows(self._program.mesh, size))
 
 
 def rounded_rows(rows: int, shards: int) -> int:
@@ -102,14 +134,24 @@ def rounded_rows(rows: int, shards: int) -> int:
   return shards << (-(-rows // shards) - 1).bit_length()
 
 
-class _Rows:
-  """Rows of several texts, as few as they need."""
+def _power_of(base: int, least: int) -> int:
+  """The smallest power of `base` that is at least `least`."""
+  found = 1
+  while found < least:
+    found *= base
+  return found
 
-  def __init__(self, ids: Sequence[np.ndarray], seq_len: int):
-    self._ids, self.seq_len = ids, seq_len
-    self._plan = pack.best_fit([len(text) for text in ids], seq_len)
+
+class _Rows:
+  """Rows of several texts, as few as they need, or as hold at most `slots` texts each."""
+
+  def __init__(self, ids: Sequence[np.ndarray], seq_len: int, slots: int | None = None):
+    self._ids, self.seq_len, self.count = ids, seq_len, len(ids)
+    lengths = [len(text) for text in ids]
+    self.tokens = sum(lengths)
+    self._plan = pack.best_fit(lengths, seq_len, most=slots)
     most = int(np.max(np.diff(self._plan.offsets)))
-    self._slots = 1 << (most - 1).bit_length()
+    self._slots = slots or 1 << (most - 1).bit_length()
 
   def __len__(self) -> int:
     return len(self._plan)

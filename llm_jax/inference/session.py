@@ -220,12 +220,22 @@ class Session:
     said = self._sentences
     if said is not None and said.lower:
       texts = [text.lower() for text in texts]
+    return self._embedder(self.params, texts, *self._pooling(pool, normalize))
+
+  def ready_to_embed(self) -> None:
+    """Makes vectors in batches of few sizes from here on, and compiles for all of them."""
+    self._embedder = Embedder(self.program, self.tokenizer, few=True)
+    self._embedder.warm(self.params, *self._pooling(None, None))
+
+  def _pooling(self, pool: str | None, normalize: bool | None) -> tuple[str, bool]:
+    said = self._sentences
     if pool is None:
-      learned = self.program.objective.embedding_pool or 'mean'
+      objective = self.program.objective
+      learned = (objective.embedding_pool if objective is not None else None) or 'mean'
       pool = said.pool if said is not None else learned
     if normalize is None:
       normalize = said.normalize if said is not None else True
-    return self._embedder(self.params, texts, pool, normalize)
+    return pool, normalize
 
   def attention(self, text: str) -> tuple[list[str], np.ndarray]:
     """Where each token of a text looks.
@@ -286,8 +296,8 @@ class Session:
       raise ValueError(f'give either sampling or {", ".join(numbers)}.')
     if not prompts:
       return []
-    completer = self._completer(self._rows(len(prompts)))
-    return completer(self._weights, prompts, sampling or Sampling(**numbers), stop, stream)
+    completer = self.completer(self._rows(len(prompts)))
+    return completer(self.weights, prompts, sampling or Sampling(**numbers), stop, stream)
 
   def fill(self, texts: Sequence[str], top: int = 5) -> list[Filled]:
     """The most likely tokens at each [MASK] of each text.
@@ -330,11 +340,11 @@ class Session:
     """
     if sampling is not None and numbers:
       raise ValueError(f'give either sampling or {", ".join(numbers)}.')
-    return self._chat(self._weights, messages, sampling or Sampling(**numbers), stream)
+    return self.conversation(self.weights, messages, sampling or Sampling(**numbers), stream)
 
   def fitting(self, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
     """The messages without as many of the oldest turns as there is no room for with the answer."""
-    return self._chat.fitting(messages, sampling)
+    return self.conversation.fitting(messages, sampling)
 
   def infill(
     self,
@@ -359,8 +369,8 @@ class Session:
       raise ValueError(f'give either sampling or {", ".join(numbers)}.')
     before = completion.template(self.tokenizer, causal=True)[0]
     ids = [[*before, *infilling.prompt(self.tokenizer, *pair)] for pair in parts]
-    completer = self._completer(self._rows(len(ids)))
-    return completer.from_ids(self._weights, ids, sampling or Sampling(**numbers), stream=stream)
+    completer = self.completer(self._rows(len(ids)))
+    return completer.from_ids(self.weights, ids, sampling or Sampling(**numbers), stream=stream)
 
   def completions(
     self, prompts: Iterable[tuple[int, str]], sampling: Sampling, stop: Sequence[str] = ()
@@ -369,9 +379,9 @@ class Session:
     its draws depend on.
     """
     for block, rows in self._batches(prompts):
-      completer = self._completer(rows)
+      completer = self.completer(rows)
       numbers, texts = zip(*block, strict=True)
-      yield from completer(self._weights, texts, sampling, stop, numbers=numbers)
+      yield from completer(self.weights, texts, sampling, stop, numbers=numbers)
 
   def fillings(self, texts: Iterable[str], top: int = 5) -> Iterator[Filled]:
     """As `fill`, for a stream of texts, batch by batch."""
@@ -383,7 +393,7 @@ class Session:
   def check_prompt(self, prompt: str, sampling: Sampling) -> None:
     """Raises ValueError for a prompt that `complete`, or of an encoder `fill`, would refuse."""
     if self.causal:
-      self._completer(rows=1).check(prompt, sampling)
+      self.completer(rows=1).check(prompt, sampling)
     else:
       self._filler.ids(prompt)
 
@@ -438,13 +448,19 @@ class Session:
   def _filler(self) -> Filler:
     return Filler(self.program, self.tokenizer)
 
-  def _completer(self, rows: int) -> Completer:
+  def completer(self, rows: int = 1) -> Completer:
+    """What continues prompts with the model, so many at once."""
     asked = self.program.objective or Objective()
     given = self.writing_ids, asked.ends, asked.prompt_end
     return Completer(self._generator, self.tokenizer, rows, *given)
 
   @functools.cached_property
-  def _chat(self) -> Chat:
+  def conversation(self) -> Chat:
+    """What answers conversations.
+
+    Raises:
+      ValueError: the model is no decoder, or has no chat template.
+    """
     if not self.causal or self.reads_source:
       raise ValueError('only a decoder answers in a conversation; this model is none.')
     template = getattr(self.program.objective, 'template', None)
@@ -464,7 +480,8 @@ class Session:
     return completion.of(self.program, self.tokenizer, rows=1).generator
 
   @functools.cached_property
-  def _weights(self) -> Any:
+  def weights(self) -> Any:
+    """The parameters as generation runs them."""
     return self._generator.weights(self.params['model'])
 
   def _require(self, heads: Sequence[str]) -> None:

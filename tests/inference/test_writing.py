@@ -90,7 +90,7 @@ def test_alone_in_a_batch_and_in_rows_that_come_and_go(session):
   together = session.complete(ASKED, sampling=SHORT)
   assert together == [session.complete([text], sampling=SHORT)[0] for text in ASKED]
   assert len(set(together)) == 3
-  generator, weights, tokenizer = session._generator, session._weights, session.tokenizer
+  generator, weights, tokenizer = session._generator, session.weights, session.tokenizer
   sources = [[*tokenizer.encode(text), tokenizer.eos_id] for text in ASKED]
   columns = np.stack(list(generator.tokens(weights, sources, SHORT)))
   state = generator.empty(rows=2, slots=16, source=16)

@@ -26,6 +26,7 @@ def test_every_mode_has_a_docstring_and_runs():
     'generate',
     'plan',
     'predict',
+    'serve',
     'train',
   ]
   for name in names:

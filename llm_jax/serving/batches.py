@@ -1,0 +1,106 @@
+"""Requests that wait are answered together, by one call of the model for all that are there."""
+
+import concurrent.futures
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class Full(Exception):
+  """So many requests wait already that no more are taken."""
+
+
+class _Request(NamedTuple):
+  """What is asked at once, and where the answers go."""
+
+  items: list[Any]
+  future: concurrent.futures.Future
+
+
+class Batches:
+  """Answers requests in a thread of its own.
+
+  A request whose answer is no longer wanted is cancelled by its future, and costs nothing if its
+  batch has not begun. Where the call for a batch fails, its requests are asked one by one, so that
+  none fails for another.
+
+  Args:
+    run: items to as many answers, in their order. An answer must not depend on what stands beside
+      its item.
+    most: items after which a batch does not wait for more.
+    wait: seconds that the first request of a batch waits for others.
+    waiting: how many requests may wait.
+  """
+
+  def __init__(
+    self, run: Callable[[list[Any]], Sequence[Any]], most: int, wait: float, waiting: int
+  ):
+    self._run, self._most, self._wait = run, most, wait
+    self._queue: queue.Queue[_Request | None] = queue.Queue(waiting)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._work, name='batches', daemon=True)
+    self._thread.start()
+
+  def submit(self, items: Sequence[Any]) -> concurrent.futures.Future:
+    """A future of the answers to these items.
+
+    Raises:
+      Full: too many requests wait, or none are taken any more.
+    """
+    future: concurrent.futures.Future = concurrent.futures.Future()
+    if self._closed.is_set():
+      raise Full
+    try:
+      self._queue.put_nowait(_Request(list(items), future))
+    except queue.Full:
+      raise Full from None
+    return future
+
+  @property
+  def waiting(self) -> int:
+    """Requests that no batch has yet."""
+    return self._queue.qsize()
+
+  def close(self) -> None:
+    """Answers what waits, and takes no more."""
+    self._closed.set()
+    self._queue.put(None)
+    self._thread.join()
+
+  def _work(self) -> None:
+    while (first := self._queue.get()) is not None:
+      batch, last = self._gathered(first)
+      wanted = [one for one in batch if one.future.set_running_or_notify_cancel()]
+      if wanted:
+        self._answer(wanted)
+      if last:
+        return
+
+  def _gathered(self, first: _Request) -> tuple[list[_Request], bool]:
+    """The requests of a batch, and whether it is the last one."""
+    batch, until = [first], time.monotonic() + self._wait
+    while sum(len(one.items) for one in batch) < self._most:
+      try:
+        other = self._queue.get(timeout=max(until - time.monotonic(), 0))
+      except queue.Empty:
+        return batch, False
+      if other is None:
+        return batch, True
+      batch.append(other)
+    return batch, False
+
+  def _answer(self, batch: list[_Request]) -> None:
+    try:
+      found = list(self._run([item for one in batch for item in one.items]))
+    except Exception as error:  # whatever it is, it is the answer
+      if len(batch) == 1:
+        batch[0].future.set_exception(error)
+      else:
+        for one in batch:
+          self._answer([one])
+      return
+    for one in batch:
+      one.future.set_result(found[: len(one.items)])
+      found = found[len(one.items) :]

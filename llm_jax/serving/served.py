@@ -1,0 +1,135 @@
+"""A model as the service has it: its session, and what gathers requests for it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import logging
+
+from llm_jax.core.config import Config
+from llm_jax.data.conversations import Message
+from llm_jax.generation.sampling import Sampling
+from llm_jax.inference.session import Session
+from llm_jax.serving.batches import Batches
+from llm_jax.serving.writing import Order, Tell, Writer
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+  """What the service takes on.
+
+  Attributes:
+    rows: texts that a model writes at once.
+    slots: tokens of each, the prompt and what is written together; None for all that it takes.
+    batch: rows of a batch that is read.
+    wait: seconds that a request waits for others to be read with.
+    waiting: requests that may wait for each model, of each kind.
+  """
+
+  rows: int = 8
+  slots: int | None = None
+  batch: int = 8
+  wait: float = 0.005
+  waiting: int = 256
+
+
+class Served:
+  """What a model answers, for any number of threads.
+
+  Args:
+    name: what requests call it.
+    session: the model.
+    limits: what it takes on.
+
+  Attributes:
+    task: the objective that it was trained by; None where the folder does not say.
+    embeds, answers: batches of texts to vectors, and of records to answers; None where the model
+      has none.
+    writer: of a model that writes; None of others.
+  """
+
+  def __init__(self, name: str, session: Session, limits: Limits):
+    self.name, self.session = name, session
+    objective = session.program.objective
+    self.task = None if objective is None else session.config.objective.get('name')
+    self._batches: list[Batches] = []
+    self.embeds = self._gathered(lambda texts: list(session.embed(texts)), limits)
+    self.answers = None
+    if objective is not None and objective.predictor is not None:
+      self.answers = self._gathered(lambda records: list(session.answers(records)), limits)
+    self.writer = _writer(session, limits) if session.causal else None
+
+  def warm(self) -> None:
+    """Compiles all that a request may need."""
+    logging.info('%s: compiling.', self.name)
+    self.session.ready_to_embed()
+    if self.answers is not None:
+      list(self.session.answers(_samples(self.session)))
+    if self.writer is not None:
+      self.writer.warm()
+      self.writer.start()
+
+  def write(
+    self,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    ends: Sequence[int],
+    stop: Sequence[str],
+    number: int,
+    tell: Tell,
+  ) -> Order:
+    """Begins to write a text; `tell` is called as `writing.Order` says.
+
+    Raises:
+      ValueError: what cannot be written.
+      Full: too many texts wait.
+    """
+    decided = self.session.completer().decided(sampling)
+    order = Order(prompt, decided, ends, tell, tuple(stop), number)
+    self.writer.submit(order)
+    return order
+
+  def prompt(self, text: str) -> tuple[list[int], tuple[int, ...]]:
+    """The ids of a prompt, and those that end what follows."""
+    completer = self.session.completer()
+    return completer.ids(text), completer.ends
+
+  def turn(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, ...]]:
+    """The same of a conversation."""
+    chat = self.session.conversation
+    return chat.ids(messages), chat.completer.ends
+
+  def close(self) -> None:
+    """Answers what waits, and takes no more."""
+    for batches in self._batches:
+      batches.close()
+    if self.writer is not None:
+      self.writer.close()
+
+  def _gathered(self, run: Callable[[list[Any]], list[Any]], limits: Limits) -> Batches:
+    # Several texts share a row.
+    batches = Batches(run, 4 * limits.batch, limits.wait, limits.waiting)
+    self._batches.append(batches)
+    return batches
+
+
+def resized(config: Config, limits: Limits) -> Config:
+  """The config of a model whose batches are as large as the service wants them."""
+  return dataclasses.replace(config, batch_size=limits.batch)
+
+
+def _writer(session: Session, limits: Limits) -> Writer:
+  completer = session.completer()
+  slots = session.program.network.longest
+  slots = min(slots, limits.slots or slots)
+  return Writer(
+    completer.generator, session.weights, session.tokenizer, limits.rows, slots, limits.waiting
+  )
+
+
+def _samples(session: Session) -> list[Mapping[str, Any]]:
+  objective = session.program.objective
+  return [
+    {key: value for key, value in record.items() if key not in ('label', 'labels', 'answers')}
+    for record in type(objective).sample_records(session.config.objective)[:1]
+  ]
