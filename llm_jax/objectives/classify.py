@@ -374,10 +374,11 @@ class Objective(contracts.Objective, contracts.Predictor):
     batch: Batch,
     temperature: float,
   ) -> tuple[jax.Array, jax.Array]:
-    """Over all texts of the batch that have a label, or are learned from without one."""
+    """Over all texts of the batch, those without a label too: a teacher needs none."""
     ours_BGC = self.logits(net, hidden_BPD, batch)
     apart_BG = soft.divergence(self.task, ours_BGC, taught, temperature)
-    weight_BG = batch['label_weight'] + batch.get('unlabelled', 0.0)
+    texts_B = jnp.max(batch['segments'], axis=1)
+    weight_BG = jnp.float32(jnp.arange(apart_BG.shape[1])[None] < texts_B[:, None])
     return jnp.sum(apart_BG * weight_BG), jnp.sum(weight_BG)
 
   def flops(self, model: contracts.Model, batch: Batch) -> float:

@@ -10,8 +10,10 @@ student with and without its teacher, and a decoder in 8 bits.
 
 `spam`: MiniLM, fine-tuned as in `methods.py`, made smaller by each method; the score is the
 accuracy of the held-out texts, and `equal` the share of those it learned from that get the same
-label as before. `student`: an encoder of 12 layers is trained here on the same texts; a student of
-six, which starts from every second of them, is trained with it and without. `decoder`: one with the
+label as before. `student`: an encoder of 12 layers is trained here on the same texts. A student of
+six layers is trained in as many steps by their labels, from nothing (`scratch`) or from every
+second layer of the teacher (`cut`); and from these layers by the teacher's answers to these texts
+and to all that neither have a label nor are held out (`taught`). `decoder`: one with the
 shape of GPT-2 small is trained here for some steps on the embedded corpus; `equal` is the share of
 the tokens of a module of it after which the most likely token is the same. Nothing else should run
 meanwhile: time is measured too.
@@ -38,7 +40,8 @@ SPAM = {
   'vocabulary': dict(name='vocabulary'),
   'magnitude 2:4': dict(name='magnitude', pattern='2:4'),
 }
-STUDENT = ('teacher', 'alone', 'taught')
+STUDENT = ('teacher', 'scratch', 'cut', 'taught')
+STEPS = 400  # of a student
 DECODER = {'int8': dict(name='int8'), 'int4': dict(name='int4')}
 TASKS = {'spam': SPAM, 'student': STUDENT, 'decoder': DECODER}
 SHAPE = dict(dim=128, layers=12, heads=2, mlp_dim=512, max_len=LENGTH)
@@ -57,6 +60,8 @@ def main(argv):
     parser.error('--task=spam needs --model, the folder of the encoder.')
   seeds = _real.seeds(options) if options.task == 'student' else [0]
   recipe = f'{options.texts} texts, {options.held} held out'
+  if options.task == 'student':
+    recipe += f', {STEPS} steps of a student'
   if options.task == 'decoder':
     recipe = f'{options.steps} steps'
   wanted = [
@@ -96,7 +101,7 @@ def same_labels(parent, small, texts):
 
 
 def student(options, key):
-  """A teacher, or a student of half its layers with it or without."""
+  """A teacher, or a student of half its layers, with it or without."""
   seed, name = key['seed'], key['method']
   teacher = options.work / f'teacher_{options.texts}_{seed}'
   if not (teacher / 'loss.png').exists():
@@ -109,11 +114,17 @@ def student(options, key):
   start = options.work / f'student_{options.texts}_{seed}'
   if not start.exists():
     compressed(options, teacher, start, dict(name='structured', layers=6))
-  given = fine_tuning(options, seed) | {'init_from': start, 'epochs': 4}
-  given['optimizer.learning_rate'] = 5e-4
-  given |= {'teacher': teacher} if name == 'taught' else {}
-  done = _real.program(options.work, 'distill', given)
-  return {'accuracy': done['accuracy']}
+  given = fine_tuning(options, seed) | {'steps': STEPS}
+  given |= {'optimizer.learning_rate': 5e-4, 'objective.pool': 'mean'}
+  if name == 'scratch':
+    shape = SHAPE | dict(name='encoder', layers=6)
+    given |= {f'model.{k}': v for k, v in shape.items()} | {'tokenizer.vocab_size': 4096}
+    return {'accuracy': _real.program(options.work, 'classify', given)['accuracy']}
+  given |= {'init_from': start}
+  if name == 'taught':
+    given |= {'teacher': teacher, 'data.path': unlabelled(options)}
+    given |= {'objective.unlabelled': 'ignore'}
+  return {'accuracy': _real.program(options.work, 'distill', given)['accuracy']}
 
 
 def decoder(options, key):
@@ -157,6 +168,15 @@ def files(options):
     _real.written(options.work / 'spam' / f'{name}_{len(part)}.jsonl', map(json.dumps, part))
     for name, part in zip(('texts', 'held'), parts, strict=True)
   ]
+
+
+def unlabelled(options):
+  """A file of the texts to learn from, and of all others that are not held out, without labels."""
+  documents = methods.emails(options.data / 'data')
+  random.Random(0).shuffle(documents)
+  found = documents[: options.texts]
+  found += [{'text': x['text']} for x in documents[options.texts + options.held :]]
+  return _real.written(options.work / 'spam' / f'all_{options.texts}.jsonl', map(json.dumps, found))
 
 
 def fine_tuning(options, seed):

@@ -431,6 +431,26 @@ def values(small, task, pool='cls'):
   return objective, metrics, predictions, logits[:4], label[:4]
 
 
+def test_a_teacher_teaches_texts_without_labels_too(small):
+  texts = [[10, 11], [12], [13] * 6, [14, 15]]
+  documents = small.Documents(texts, labels=['c', None, 'b', None])
+  objective = classify.Objective(small.Tokenizer(), LETTERS, unlabelled='ignore')
+  rows = objective.rows(documents, 16)
+  batch = small.stack([rows.example(i, RNG) for i in range(len(rows))])
+  rng, net = np.random.default_rng(0), small.network(classifier=3)
+  hidden = rng.normal(size=(*batch['tokens'].shape, 6)).astype(np.float32)
+  taught = rng.normal(size=(*batch['label'].shape, 3))
+  read = small.read(objective, hidden, batch)
+  total, count = objective.distilled(net, read, jnp.float32(taught), batch, 2.0)
+  assert count == len(texts) and batch['label_weight'].sum() == 2
+  wanted = 0
+  for row, slot in np.argwhere(batch['text_lasts'] > 0):
+    ours = hidden[row, batch['text_firsts'][row, slot]] @ net.matrices['classifier'] / 2
+    p, q = (np.exp(x) / np.exp(x).sum() for x in (taught[row, slot] / 2, ours))
+    wanted += 4 * (p * np.log(p / q)).sum()
+  assert total == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize('pool', ['cls', 'mean', 'last'])
 def test_multiclass(small, pool):
   objective, metrics, predictions, logits, label = values(small, 'multiclass', pool)
