@@ -114,7 +114,7 @@ def student(options, key):
   start = options.work / f'student_{options.texts}_{seed}'
   if not start.exists():
     compressed(options, teacher, start, dict(name='structured', layers=6))
-  given = fine_tuning(options, seed) | {'steps': STEPS}
+  given = fine_tuning(options, seed) | {'steps': STEPS, 'epochs': None}
   given |= {'optimizer.learning_rate': 5e-4, 'objective.pool': 'mean'}
   if name == 'scratch':
     shape = SHAPE | dict(name='encoder', layers=6)
