@@ -94,7 +94,7 @@ def create(service: Service) -> ASGIApp:
     _route('/fill', FILL, _fill),
     _route('/tokenize', TOKENIZE, _tokenize),
   ]
-  handlers = {Refused: _refused, HTTPException: _http_error}
+  handlers = {Refused: _refused, HTTPException: _http_error, Exception: _defect}
   app = Starlette(routes=routes, exception_handlers=handlers)
   app.state.service = service
   return _Gate(app, service)
@@ -405,6 +405,11 @@ async def _refused(request: Request, error: Exception) -> Response:
   if error.status >= 500:
     logging.error('%s: %s', request.url.path, error)
   return _error(error)
+
+
+async def _defect(request: Request, error: Exception) -> Response:
+  del request, error  # which the server logs
+  return _error(Refused(500, 'Something went wrong; the log says what.', 'server_error'))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
