@@ -10,10 +10,11 @@ student with and without its teacher, and a decoder in 8 bits.
 
 `spam`: MiniLM, fine-tuned as in `methods.py`, made smaller by each method; the score is the
 accuracy of the held-out texts, and `equal` the share of those it learned from that get the same
-label as before. `student`: an encoder of 12 layers is trained here on the same texts. A student of
-six layers is trained in as many steps by their labels, from nothing (`scratch`) or from every
-second layer of the teacher (`cut`); and from these layers by the teacher's answers to these texts
-and to all that neither have a label nor are held out (`taught`). `decoder`: one with the
+label as before. `student`: an encoder of 12 layers is pretrained here on all texts that are not held
+out, then fine-tuned on those with labels (`teacher`). A student of six layers is trained by the
+labels, from nothing (`scratch`) or from every second layer of the teacher (`cut`); or, in as many
+steps, from these layers by the labels and the teacher's answers to all texts that are not held out
+(`taught`). `decoder`: one with the
 shape of GPT-2 small is trained here for some steps on the embedded corpus; `equal` is the share of
 the tokens of a module of it after which the most likely token is the same. Nothing else should run
 meanwhile: time is measured too.
@@ -41,10 +42,10 @@ SPAM = {
   'magnitude 2:4': dict(name='magnitude', pattern='2:4'),
 }
 STUDENT = ('teacher', 'scratch', 'cut', 'taught')
-STEPS = 400  # of a student
+STEPS, PRETRAINING = 400, 1500  # of a student, and before there is a teacher
 DECODER = {'int8': dict(name='int8'), 'int4': dict(name='int4')}
 TASKS = {'spam': SPAM, 'student': STUDENT, 'decoder': DECODER}
-SHAPE = dict(dim=128, layers=12, heads=2, mlp_dim=512, max_len=LENGTH)
+SHAPE = dict(dim=128, heads=2, mlp_dim=512, max_len=LENGTH)
 
 
 def main(argv):
@@ -61,7 +62,7 @@ def main(argv):
   seeds = _real.seeds(options) if options.task == 'student' else [0]
   recipe = f'{options.texts} texts, {options.held} held out'
   if options.task == 'student':
-    recipe += f', {STEPS} steps of a student'
+    recipe += f', {PRETRAINING} steps of pretraining, {STEPS} of a student'
   if options.task == 'decoder':
     recipe = f'{options.steps} steps'
   wanted = [
@@ -103,22 +104,20 @@ def same_labels(parent, small, texts):
 def student(options, key):
   """A teacher, or a student of half its layers, with it or without."""
   seed, name = key['seed'], key['method']
-  teacher = options.work / f'teacher_{options.texts}_{seed}'
+  teacher = options.work / f'pretrained_teacher_{options.texts}_{seed}'
   if not (teacher / 'loss.png').exists():
-    given = fine_tuning(options, seed) | {f'model.{k}': v for k, v in SHAPE.items()}
-    given |= {'tokenizer.vocab_size': 4096, 'epochs': 12, 'objective.pool': 'mean'}
-    given |= {'model.name': 'encoder', 'optimizer.learning_rate': 5e-4}
+    given = fine_tuning(options, seed) | {'init_from': pretrained(options), 'epochs': 4}
+    given |= {'objective.pool': 'mean', 'optimizer.learning_rate': 5e-4}
     _real.program(options.work, 'classify', given, teacher)
   if name == 'teacher':
     return {'accuracy': accuracy(teacher)}
-  start = options.work / f'student_{options.texts}_{seed}'
+  start = options.work / f'cut_{options.texts}_{seed}'
   if not start.exists():
     compressed(options, teacher, start, dict(name='structured', layers=6))
   given = fine_tuning(options, seed) | {'steps': STEPS, 'epochs': None}
-  given |= {'optimizer.learning_rate': 5e-4, 'objective.pool': 'mean'}
+  given |= {'optimizer.learning_rate': 5e-4}
   if name == 'scratch':
-    shape = SHAPE | dict(name='encoder', layers=6)
-    given |= {f'model.{k}': v for k, v in shape.items()} | {'tokenizer.vocab_size': 4096}
+    given |= shaped(6) | {'objective.pool': 'mean'}
     return {'accuracy': _real.program(options.work, 'classify', given)['accuracy']}
   given |= {'init_from': start}
   if name == 'taught':
@@ -168,6 +167,22 @@ def files(options):
     _real.written(options.work / 'spam' / f'{name}_{len(part)}.jsonl', map(json.dumps, part))
     for name, part in zip(('texts', 'held'), parts, strict=True)
   ]
+
+
+def pretrained(options):
+  """The run of the teacher's encoder."""
+  folder = options.work / f'pretrained_{options.texts}'
+  if not (folder / 'loss.png').exists():
+    given = shaped(12) | {'steps': PRETRAINING, 'batch_size': 32, 'seq_len': LENGTH}
+    given |= {'data.source': 'jsonl', 'data.path': unlabelled(options), 'data.validation': 0.02}
+    _real.program(options.work, 'bert_tiny', given, folder)
+  return folder
+
+
+def shaped(layers):
+  """Flags of an encoder from nothing."""
+  given = {f'model.{k}': v for k, v in (SHAPE | dict(name='encoder', layers=layers)).items()}
+  return given | {'tokenizer.vocab_size': 4096}
 
 
 def unlabelled(options):
