@@ -81,6 +81,13 @@ def outputs_first(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:
   return moved.reshape(*x.shape[: len(layers)], size, -1)
 
 
+def wide(values_OI: jax.Array, scale_OG: jax.Array, dtype: DTypeLike) -> jax.Array:
+  """Rows of a matrix with its outputs first: values times the scales of their groups."""
+  count, groups = scale_OG.shape
+  parts = values_OI.reshape(count, groups, -1).astype(dtype) * scale_OG[..., None].astype(dtype)
+  return parts.reshape(values_OI.shape)
+
+
 def straight_through(x: jax.Array, rounded: jax.Array) -> jax.Array:
   """`rounded`, whose gradient is that of x."""
   return x + jax.lax.stop_gradient(rounded - x)

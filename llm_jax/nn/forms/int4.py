@@ -1,9 +1,9 @@
 """Weights in 4 bits, two in a byte: whole numbers from -7 to 7, and a scale for each group of
 inputs of an output channel (symmetric, by the largest absolute value of the group; groups as in
-GPTQ, arXiv:2210.17323, section 4). Products are taken in the compute type: of many rows with the
-array that it stands for; of few, where reading the weights is what takes the time, with the numbers
-themselves, group by group, scaled afterwards. TPUs know numbers of 4 bits: there a model that
-writes holds `Unpacked`, and what a step reads are half bytes.
+GPTQ, arXiv:2210.17323, section 4). Products are taken in the compute type with the array that it
+stands for. Where few rows meet it, as in generation, reading it is what takes the time: one CPU
+then makes that array block by block (`FewRows`), and TPUs, which know numbers of 4 bits, widen them
+as they multiply (`Unpacked`).
 
     w = scale * values,    |w - scale * values| <= scale / 2
 """
@@ -23,7 +23,6 @@ from llm_jax.nn.forms import _axes
 from llm_jax.parallel.cpu import products
 
 LARGEST = 7
-FEW = 32  # rows
 _ZERO = 8  # what is added to a value, so that none is negative
 
 
@@ -44,11 +43,18 @@ class Int4:
 
   def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
     """See the contract."""
-    groups, rows = self.scale.shape[self.inputs[-1]], math.prod(x.shape[: -len(self.inputs)])
-    whole = groups % 2 and groups > 1  # a group that is in both halves
-    if rows > FEW or whole or not products.inputs_first(spec):
-      return _axes.einsum(spec, x.astype(dtype), self.dense(dtype), result)
-    return self._of_few_rows(spec, x.astype(dtype), result)
+    return _axes.einsum(spec, x.astype(dtype), self.dense(dtype), result)
+
+  def few_rows(self) -> 'FewRows':
+    """For a single CPU, where few rows meet it: outputs first, in blocks."""
+    values = _values(self.packed, self.inputs[-1])
+    values_OI = _axes.outputs_first(values, self.inputs)
+    width, scale_OG = values_OI.shape[-1], _axes.outputs_first(self.scale, self.inputs)
+    return FewRows(
+      products.blocks(_packed(values_OI, -1), width),
+      products.blocks(scale_OG, width),
+      _axes.outputs(values, self.inputs),
+    )
 
   def unpacked(self) -> 'Unpacked':
     """For a device that knows numbers of 4 bits."""
@@ -56,23 +62,6 @@ class Int4:
     values = _values(self.packed, last).astype(jnp.int4)
     size = values.shape[last] // self.scale.shape[last]
     return Unpacked(_axes.split(values, last, size), self.scale, self.inputs)
-
-  def _of_few_rows(self, spec: str, x: jax.Array, result: DTypeLike) -> jax.Array:
-    """Group by group, half by half: the bytes are all that is read of the weights."""
-    letters, out = spec.split(',')[1].replace('...', '').split('->')
-    others, last = letters.removesuffix(out)[:-1], self.inputs[-1]
-    groups = max(self.scale.shape[last] // 2, 1)  # of a half
-    scales = [self.scale] * 2 if self.scale.shape[last] == 1 else jnp.split(self.scale, 2, last)
-    halves = zip(jnp.split(x, 2, -1), (self.packed & 15, self.packed >> 4), scales, strict=True)
-    summed = tuple(range(x.ndim - len(self.inputs), x.ndim))
-    total = jnp.zeros((), result)
-    for part, bits, scale in halves:
-      w = _axes.split(bits, last, bits.shape[last] // groups).astype(jnp.int8) - _ZERO
-      part = part.reshape(*part.shape[:-1], groups, -1)
-      spec = f'...{others}Gg,{others}Gg{out}->...{others}G{out}'
-      y = jnp.einsum(spec, part, w.astype(x.dtype), preferred_element_type=result)
-      total += jnp.sum(y * scale.astype(result), axis=summed)
-    return total
 
   def dense(self, dtype: DTypeLike) -> jax.Array:
     """The array that it stands for."""
@@ -82,6 +71,34 @@ class Int4:
   def rows(self, ids: jax.Array, dtype: DTypeLike) -> jax.Array:
     """Of a table, the vectors of `ids`."""
     return dataclasses.replace(self, packed=self.packed[ids], scale=self.scale[ids]).dense(dtype)
+
+
+@flax.struct.dataclass
+class FewRows:
+  """An `Int4` with its outputs first, as a single CPU is fast at it; see `parallel.cpu.products`.
+
+  Attributes:
+    packed_NoI: uint8, two inputs in a byte, in blocks; [L, N, o, I] where it is stacked.
+    scale_NoG: float32, of each group of inputs.
+    outputs: the sizes that O is made of.
+  """
+
+  packed_NoI: jax.Array
+  scale_NoG: jax.Array
+  outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
+
+  def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
+    """See the contract."""
+    inputs = products.input_axes(spec)
+    x_RI = x.reshape(-1, 2 * self.packed_NoI.shape[-1]).astype(dtype)
+
+    def product(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+      wide_oI = _axes.wide(_values(block[0], -1), block[1], dtype)
+      return products.matrix_first(x_RI, wide_oI, result)
+
+    kept = self.packed_NoI, self.scale_NoG
+    y_RO = products.blockwise(product, kept, math.prod(self.outputs))
+    return y_RO.reshape(*x.shape[:-inputs], *self.outputs)
 
 
 @flax.struct.dataclass
@@ -149,8 +166,7 @@ class Scheme:
     inputs = _axes.inputs(info)
     wide, scale = _axes.scaled(kernel, inputs, self.group, LARGEST)
     values = jnp.clip(jnp.round(wide), -LARGEST, LARGEST).reshape(kernel.shape)
-    low, high = jnp.split((values + _ZERO).astype(jnp.uint8), 2, axis=inputs[-1])
-    return Int4(low | (high << 4), scale, inputs)
+    return Int4(_packed(values, inputs[-1]), scale, inputs)
 
   def trained(self, kernel: jax.Array, info: Info) -> jax.Array:
     """See the contract."""
@@ -160,6 +176,12 @@ class Scheme:
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""
     return {'packed': info, 'scale': _axes.scale_info(info)}
+
+
+def _packed(values: jax.Array, axis: int) -> jax.Array:
+  """Two numbers in a byte: those of the first half of an axis, and of the second."""
+  low, high = jnp.split((values + _ZERO).astype(jnp.uint8), 2, axis=axis)
+  return low | (high << 4)
 
 
 def _values(packed: jax.Array, axis: int) -> jax.Array:

@@ -12,6 +12,7 @@ texts.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import flax.struct
@@ -67,10 +68,12 @@ class Int8:
     return dataclasses.replace(self, values=self.values[ids], scale=self.scale[ids]).dense(dtype)
 
   def few_rows(self) -> 'FewRows':
-    """For a single CPU, where few rows meet it: outputs first."""
+    """For a single CPU, where few rows meet it: outputs first, in blocks."""
+    values_OI = _axes.outputs_first(self.values, self.inputs)
+    width, scale_OG = values_OI.shape[-1], _axes.outputs_first(self.scale, self.inputs)
     return FewRows(
-      _axes.outputs_first(self.values, self.inputs),
-      _axes.outputs_first(self.scale, self.inputs),
+      products.blocks(values_OI, width),
+      products.blocks(scale_OG, width),
       self.reach,
       _axes.outputs(self.values, self.inputs),
       self.activations,
@@ -91,14 +94,14 @@ class FewRows:
   """An `Int8` with its outputs first, as a single CPU is fast at it; see `parallel.cpu.products`.
 
   Attributes:
-    values_OI: int8; [L, O, I] where it is stacked.
-    scale_OG: float32, of each group of inputs.
+    values_NoI: int8, in blocks; [L, N, o, I] where it is stacked.
+    scale_NoG: float32, of each group of inputs.
     reach, activations: as of `Int8`.
     outputs: the sizes that O is made of.
   """
 
-  values_OI: jax.Array
-  scale_OG: jax.Array
+  values_NoI: jax.Array
+  scale_NoG: jax.Array
   reach: jax.Array | None
   outputs: tuple[int, ...] = flax.struct.field(pytree_node=False)
   activations: str = flax.struct.field(default='none', pytree_node=False)
@@ -106,19 +109,23 @@ class FewRows:
   def product(self, spec: str, x: jax.Array, dtype: DTypeLike, result: DTypeLike) -> jax.Array:
     """See the contract."""
     inputs = products.input_axes(spec)
-    x_RI, scale_O1 = x.reshape(-1, self.values_OI.shape[-1]).astype(dtype), self.scale_OG
-    if self.scale_OG.shape[-1] > 1:
-      count, groups = self.scale_OG.shape
-      wide = self.values_OI.reshape(count, groups, -1).astype(dtype)
-      wide *= self.scale_OG[..., None].astype(dtype)
-      y_RO = products.matrix_first(x_RI, wide.reshape(count, -1), result)
-    elif self.activations == 'none':
-      y_RO = products.matrix_first(x_RI, self.values_OI, result) * scale_O1.T.astype(result)
-    else:
+    x_RI = x.reshape(-1, self.values_NoI.shape[-1]).astype(dtype)
+    step: jax.Array | float = 1.0
+    if self.activations != 'none':
       step = _steps(x_RI, (-1,), self.reach)
-      y_RO = products.matrix_first(_rounded(x_RI, step), self.values_OI, jnp.int32)
-      y_RO = (y_RO.astype(jnp.float32) * step * scale_O1.T).astype(result)
-    return y_RO.reshape(*x.shape[:-inputs], *self.outputs)
+      x_RI = _rounded(x_RI, step)
+
+    def product(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+      values_oI, scale_oG = block
+      if self.activations != 'none':
+        return _exact(x_RI, values_oI).astype(jnp.float32) * scale_oG.T
+      if scale_oG.shape[-1] > 1:
+        return products.matrix_first(x_RI, _axes.wide(values_oI, scale_oG, dtype), result)
+      return products.matrix_first(x_RI, values_oI, result) * scale_oG.T.astype(result)
+
+    kept = self.values_NoI, self.scale_NoG
+    y_RO = products.blockwise(product, kept, math.prod(self.outputs)) * step
+    return y_RO.astype(result).reshape(*x.shape[:-inputs], *self.outputs)
 
 
 @flax.struct.dataclass
@@ -189,6 +196,19 @@ class Scheme:
   def parts(self, info: Info) -> dict[str, Info]:
     """See the contract."""
     return {'values': info, 'scale': _axes.scale_info(info), 'reach': _axes.layer_info(info)}
+
+
+def _exact(x_RI: jax.Array, w_OI: jax.Array) -> jax.Array:
+  """The product of whole numbers of 8 bits, int32: sums of so few of them are exact in float32, in
+  which a CPU multiplies faster.
+  """
+  most = (1 << 24) // LARGEST**2
+  parts = range(0, x_RI.shape[-1], most)
+  wide = lambda x, start: x[:, start : start + most].astype(jnp.float32)
+  return sum(
+    products.matrix_first(wide(x_RI, i), wide(w_OI, i), jnp.float32).astype(jnp.int32)
+    for i in parts
+  )
 
 
 def _steps(x: jax.Array, axes: tuple[int, ...], reach: jax.Array | None) -> jax.Array:

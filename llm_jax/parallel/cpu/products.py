@@ -8,7 +8,7 @@ Letters are those of `llm_jax.nn.options`; R rows, I inputs of a weight, O its o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -20,6 +20,9 @@ from llm_jax.core import tree
 from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
+
+# Numbers of a block that is widened at once: of float32, a megabyte.
+BLOCK = 2**18
 
 
 def alone() -> bool:
@@ -102,6 +105,33 @@ def _transposed(kernel: jax.Array, info: Info) -> Transposed:
   width = math.prod(sizes[: len(info.inputs)])
   matrix_IO = kernel.reshape(*layers, width, -1)
   return Transposed(matrix_IO.swapaxes(-1, -2), sizes[len(info.inputs) :])
+
+
+def blocks(x_OI: jax.Array, width: int) -> jax.Array:
+  """Rows of a matrix [..., O, I] in blocks, [..., N, o, I], the last of which is filled up with 0.
+
+  Args:
+    x_OI: what is kept of it.
+    width: how many numbers a row has when it is widened.
+  """
+  *layers, outputs, inputs = x_OI.shape
+  count = -(-outputs * width // BLOCK)
+  size = -(-outputs // count)
+  fill = [(0, 0)] * len(layers) + [(0, count * size - outputs), (0, 0)]
+  return jnp.pad(x_OI, fill).reshape(*layers, count, size, inputs)
+
+
+def blockwise(product: Callable[[PyTree], jax.Array], kept_No: PyTree, outputs: int) -> jax.Array:
+  """Products with a matrix that is made of what is kept of it, [R, O]: block by block, so that what
+  is made stays in the cache of a core; XLA would write all of it to memory, and read it again.
+
+  Args:
+    product: `blocks` of what is kept, one of each, to products with its rows, [R, o].
+    kept_No: arrays that begin with [N, o].
+    outputs: O.
+  """
+  _, y_NRo = jax.lax.scan(lambda _, block: (None, product(block)), None, kept_No)
+  return jnp.moveaxis(y_NRo, 0, 1).reshape(y_NRo.shape[1], -1)[:, :outputs]
 
 
 def matrix_first(x_RI: jax.Array, w_OI: jax.Array, result: jnp.dtype) -> jax.Array:
