@@ -217,7 +217,7 @@ async def _embeddings(service, model, body, request) -> Response:
     if size > len(vectors[0]):
       raise Refused(400, f'dimensions={size}: the vectors have {len(vectors[0])}.')
     vectors = [vector[:size] for vector in vectors]
-  tokens = sum(len(model.session.tokenizer.encode(text)) for text in texts)
+  tokens = sum(map(len, await _ids(model, texts)))
   service.watch.counted(model.name, tokens, 0)
   return JSONResponse(bodies.embeddings(model.name, vectors, body['encoding_format'], tokens))
 
@@ -229,40 +229,60 @@ def _answers_of(path: str) -> Answer:
       route = next((route for route, tasks in TASKS.items() if model.task in tasks), None)
       way_out = f'; ask {route}' if route else ''
       raise Refused(400, f'{model.name} was trained by {model.task}, not for {path}{way_out}.')
-    for record in body['inputs']:
-      model.session.check_record(record)
+    await asyncio.to_thread(_check, model, body['inputs'])
     found = await _gathered(service, request, model.answers, body['inputs'])
     return JSONResponse({'model': model.name, 'outputs': found})
 
   return answer
 
 
+def _check(model: Served, records: Sequence[Mapping[str, Any]]) -> None:
+  """Raises ValueError for a record that the model cannot read."""
+  for number, record in enumerate(records):
+    try:
+      model.session.check_record(record)
+    except (TypeError, KeyError, AttributeError):  # a field of another kind
+      raise ValueError(
+        f'inputs[{number}] has a field of a kind that this model cannot read.'
+      ) from None
+
+
 async def _fill(service, model, body, request) -> Response:
-  work = asyncio.to_thread(model.session.fill, body['inputs'], body['top'])
-  found = await asyncio.wait_for(work, service.seconds)
-  outputs = [{'text': filled.text, 'masks': filled.masks} for filled in found]
+  if model.fills is None:
+    raise Refused(400, f'{model.name} writes, and fills in nothing.', field='model')
+  found = await _gathered(service, request, model.fills, body['inputs'])
+  outputs = [
+    {'text': filled.text, 'masks': [mask[: body['top']] for mask in filled.masks]}
+    for filled in found
+  ]
   return JSONResponse({'model': model.name, 'outputs': outputs})
 
 
 async def _tokenize(service, model, body, request) -> Response:
-  ids = [model.session.tokenizer.encode(text).tolist() for text in body['input']]
+  ids = [found.tolist() for found in await _ids(model, body['input'])]
   return JSONResponse({'model': model.name, 'tokens': ids})
 
 
+async def _ids(model: Served, texts: Sequence[str]) -> list[Any]:
+  """The ids of texts, which may be long: others are not kept waiting."""
+  return await asyncio.to_thread(lambda: list(map(model.session.tokenizer.encode, texts)))
+
+
 async def _completions(service, model, body, request) -> Response:
-  _writer_of(model)
-  return await _written(service, model, body, request, list(map(model.prompt, body['prompt'])))
+  _check_writes(model)
+  prompts = await asyncio.to_thread(lambda: list(map(model.prompt, body['prompt'])))
+  return await _written(service, model, body, request, prompts)
 
 
 async def _chat(service, model, body, request) -> Response:
-  _writer_of(model)
-  return await _written(service, model, body, request, [model.turn(body['messages'])], chat=True)
+  _check_writes(model)
+  prompt = await asyncio.to_thread(model.turn, body['messages'])
+  return await _written(service, model, body, request, [prompt], chat=True)
 
 
-def _writer_of(model: Served):
+def _check_writes(model: Served) -> None:
   if model.writer is None:
     raise Refused(400, f'{model.name} is an encoder and writes no text.', field='model')
-  return model.writer
 
 
 async def _written(
@@ -277,8 +297,9 @@ async def _written(
   form = bodies.Written(model.name, chat, sum(len(ids) for ids, _ in prompts))
   texts = _Texts(service, model, body, prompts)
   if body['stream']:
-    usage = isinstance(body['stream_options'], dict) and body['stream_options'].get('include_usage')
-    return StreamingResponse(texts.streamed(form, bool(usage)), media_type='text/event-stream')
+    options = body['stream_options']
+    usage = isinstance(options, dict) and bool(options.get('include_usage'))
+    return _Stream(texts, texts.streamed(form, usage), media_type='text/event-stream')
   with texts:
     whole = await _unless_gone(request, texts.whole(), service.seconds)
   return JSONResponse(form.whole(*whole, texts.tokens))
@@ -334,17 +355,16 @@ class _Texts:
   async def streamed(self, form: bodies.Written, usage: bool) -> AsyncIterator[str]:
     """Server-sent events: each piece as it comes."""
     begun: set[int] = set()
-    with self:
-      try:
-        async with asyncio.timeout(self._service.seconds):
-          async for number, piece, reason in self._pieces():
-            yield _event(form.part(number, piece, reason, number not in begun))
-            begun.add(number)
-        if usage:
-          yield _event(form.last(self.tokens))
-      except (Refused, TimeoutError) as error:
-        yield _event(_said_of(str(error) or 'The answer took too long.', 'server_error', None))
-      yield 'data: [DONE]\n\n'
+    try:
+      async with asyncio.timeout(self._service.seconds):
+        async for number, piece, reason in self._pieces():
+          yield _event(form.part(number, piece, reason, number not in begun))
+          begun.add(number)
+      if usage:
+        yield _event(form.last(self.tokens))
+    except (Refused, TimeoutError) as error:
+      yield _event(_said_of(str(error) or 'The answer took too long.', 'server_error', None))
+    yield 'data: [DONE]\n\n'
 
   async def _pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
     left = len(self._orders)
@@ -354,6 +374,18 @@ class _Texts:
         raise Refused(500, 'Writing failed; the log of the service says why.', 'server_error')
       left -= reason is not None
       yield number, piece, reason
+
+
+class _Stream(StreamingResponse):
+  """Texts that nobody wants any more once the response is over, however it ends."""
+
+  def __init__(self, texts: _Texts, *args: Any, **kwargs: Any):
+    super().__init__(*args, **kwargs)
+    self._texts = texts
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    with self._texts:
+      await super().__call__(scope, receive, send)
 
 
 async def _gathered(service: Service, request: Request, batches: Batches, items: Sequence) -> list:

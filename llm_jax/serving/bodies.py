@@ -22,7 +22,7 @@ _WRITING = {
   'temperature': Field(fields.number(0, 100), 1.0),
   'top_p': Field(fields.number(0, 1), 1.0),
   'n': Field(fields.whole(1, 64), 1),
-  'stop': Field(fields.texts(16), ()),
+  'stop': Field(fields.stops, ()),
   'seed': Field(fields.whole(0, 2**32 - 1), 0),
   'stream': Field(fields.flag, False),
   'stream_options': Field(lambda value: value, None),

@@ -106,6 +106,14 @@ def texts(most: int) -> Callable[[Any], list[str]]:
   return check
 
 
+def stops(value: Any) -> list[str]:
+  """Strings that end a text."""
+  found = texts(16)(value)
+  if '' in found:
+    raise ValueError('a string, or a list of up to 16, none of them empty')
+  return found
+
+
 def number(least: float, most: float) -> Callable[[Any], float]:
   """A number in a range."""
 

@@ -33,6 +33,9 @@ class Limits:
   waiting: int = 256
 
 
+TOP = 100  # candidates for a mask; a request gets as many as it asks for
+
+
 class Served:
   """What a model answers, for any number of threads.
 
@@ -43,8 +46,8 @@ class Served:
 
   Attributes:
     task: the objective that it was trained by; None where the folder does not say.
-    embeds, answers: batches of texts to vectors, and of records to answers; None where the model
-      has none.
+    embeds, answers, fills: batches of texts to vectors, of records to answers, and of texts to
+      filled ones; None where the model has none.
     writer: of a model that writes; None of others.
   """
 
@@ -57,6 +60,9 @@ class Served:
     self.answers = None
     if objective is not None and objective.predictor is not None:
       self.answers = self._gathered(lambda records: list(session.answers(records)), limits)
+    self.fills = None
+    if not session.causal:
+      self.fills = self._gathered(lambda texts: session.fill(texts, TOP), limits)
     self.writer = _writer(session, limits) if session.causal else None
 
   def warm(self) -> None:

@@ -39,7 +39,8 @@ class Watch:
       f'{PREFIX}_rows_writing', 'Rows that are written.', ('model',), registry=registry
     )
     for model in models:
-      kinds = {'embed': model.embeds, 'answer': model.answers, 'write': model.writer}
+      kinds = {'embed': model.embeds, 'answer': model.answers, 'fill': model.fills}
+      kinds |= {'write': model.writer}
       for kind, queue in kinds.items():
         if queue is not None:
           waiting.labels(model.name, kind).set_function(lambda queue=queue: queue.waiting)

@@ -141,8 +141,9 @@ class Writer:
   def close(self) -> None:
     """Writes what was ordered to its end, and takes no more."""
     self._closed.set()
-    self._queue.put(None)
-    self._thread.join()
+    if self._thread.is_alive():
+      self._queue.put(None)
+      self._thread.join()
 
   def _empty(self):
     source = self._slots if self._generator.reads_source else 0

@@ -106,7 +106,9 @@ def student(options, key):
   seed, name = key['seed'], key['method']
   teacher = options.work / f'pretrained_teacher_{options.texts}_{seed}'
   if not (teacher / 'loss.png').exists():
-    given = fine_tuning(options, seed) | {'init_from': pretrained(options), 'epochs': 4}
+    given = (
+      fine_tuning(options, seed) | shaped(12) | {'init_from': pretrained(options), 'epochs': 4}
+    )
     given |= {'objective.pool': 'mean', 'optimizer.learning_rate': 5e-4}
     _real.program(options.work, 'classify', given, teacher)
   if name == 'teacher':

@@ -60,6 +60,11 @@ def test_what_is_wrong_is_named(body, words):
     fields.read(body.encode(), bodies.EMBEDDINGS)
 
 
+def test_no_stop_string_is_empty():
+  with pytest.raises(Refused, match='none of them empty'):
+    fields.read(b'{"prompt": "a", "stop": ["b", ""]}', bodies.COMPLETIONS)
+
+
 def test_messages_may_come_in_parts():
   parts = [{'type': 'text', 'text': 'a'}, {'type': 'text', 'text': 'b'}]
   body = {'messages': [{'role': 'developer', 'content': 'x'}, {'role': 'user', 'content': parts}]}

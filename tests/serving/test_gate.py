@@ -30,11 +30,13 @@ def made(tmp_path):
   def checked(record):
     if 'text' not in record:
       raise ValueError('a record needs text')
+    record['text'].strip()
 
   session = types.SimpleNamespace(check_record=checked)
   answers = Batches(run, most=1, wait=0, waiting=1)
+  nothing = dict.fromkeys(('embeds', 'fills', 'writer'))
   model = types.SimpleNamespace(
-    name='made', task='classify', answers=answers, embeds=None, writer=None, session=session
+    name='made', task='classify', answers=answers, session=session, **nothing
   )
   (tmp_path / 'keys').write_text('a-key-of-this-test\nanother-key-here at_once=1')
   keys = Keys(tmp_path / 'keys')
@@ -94,6 +96,7 @@ def test_what_goes_wrong_inside_stays_inside(made):
     (b'{"inputs": [3]}', 400, 'texts, pairs of texts, or objects'),
     (b'{"inputs": ["a"], "model": "x"}', 404, 'there are made'),
     (b'{"inputs": [{"txt": "a"}]}', 400, 'text'),
+    (b'{"inputs": [{"text": 3}]}', 400, 'inputs[0] has a field of a kind'),
   ],
 )
 def test_bodies_that_are_refused(made, body, status, words):
