@@ -20,6 +20,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = hf.get_config()
   config.data.source = base.unset(str)  # None: the texts of the teacher
   config.data.validation = 0.02
+  config.objective.unlabelled = base.unset(str)  # ignore: the teacher alone says what they are
   config.distill.temperature = 2.0
   config.distill.soft = 1.0  # the teacher's answers
   config.distill.hard = 0.5  # the labels

@@ -56,6 +56,12 @@ def names(kind: str) -> list[str]:
   return sorted(module.name for module in found if not module.name.startswith('_'))
 
 
+def said(plug_in: object) -> str:
+  """What a config calls a plug-in that was made: 'mlm', or the path of the user's own module."""
+  module = type(plug_in).__module__
+  return module.rpartition('.')[2] if module.split('.')[0] == 'llm_jax' else module
+
+
 def construct(
   section: str, factory: Callable[..., _Made], options: Mapping[str, Any], **given: Any
 ) -> _Made:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from llm_jax.core import plugins
 from llm_jax.core.contracts import Model, Objective, Validation
 
 WORST = 10  # texts in the report
@@ -53,12 +54,12 @@ class Evaluator:
     """Raises ValueError where nothing can be written, or not so much."""
     if not objective.writes:
       raise ValueError(
-        f'the evaluator {type(self).__module__} scores new text, and the objective '
-        f'{type(objective).__module__} asks for none; name other evaluators in config.evaluators.'
+        f'the evaluator {plugins.said(self)} scores new text, and the objective '
+        f'{plugins.said(objective)} asks for none; name other evaluators in config.evaluators.'
       )
     if self.max_new_tokens >= model.max_len:
       raise ValueError(
-        f'max_new_tokens={self.max_new_tokens} of the evaluator {type(self).__module__} must be '
+        f'max_new_tokens={self.max_new_tokens} of the evaluator {plugins.said(self)} must be '
         f'less than config.model.max_len={model.max_len}.'
       )
 

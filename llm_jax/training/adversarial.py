@@ -328,7 +328,7 @@ class SMART(Method):
     if not objective.diverges or objective.compares:
       raise ValueError(
         "config.adversarial.name='smart' compares the answers to a text with those to the same "
-        f'text moved, and the objective {type(objective).__module__.split(".")[-1]}, as it is set, '
+        f'text moved, and the objective {plugins.said(objective)}, as it is set, '
         "does not say how far answers are apart; use 'fgm', 'pgd' or 'freelb'."
       )
 

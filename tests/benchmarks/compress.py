@@ -192,7 +192,7 @@ def unlabelled(options):
   documents = methods.emails(options.data / 'data')
   random.Random(0).shuffle(documents)
   found = documents[: options.texts]
-  found += [{'text': x['text']} for x in documents[options.texts + options.held :]]
+  found += [x | {'label': None} for x in documents[options.texts + options.held :]]
   return _real.written(options.work / 'spam' / f'all_{options.texts}.jsonl', map(json.dumps, found))
 
 

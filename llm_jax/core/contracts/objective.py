@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import jax
 import numpy as np
 
+from llm_jax.core import plugins
 from llm_jax.core.contracts.data import Documents, Rows, Texts, Tokenizer
 from llm_jax.core.contracts.model import Model, Net
 from llm_jax.core.contracts.values import Batch, Encoded, Example, Metrics, Number, Record
@@ -327,7 +328,7 @@ class Predictor:
       ValueError: its answers have no mean.
     """
     del answers
-    raise ValueError(f'the answers of {type(self).__module__} have no mean.')
+    raise ValueError(f'the answers of {plugins.said(self)} have no mean.')
 
   def calibrate(self, values: Mapping[str, float]) -> None:
     """Takes numbers that answering needs, a threshold say, from those of the validation set with

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llm_jax.core import contracts
+from llm_jax.core import contracts, plugins
 from llm_jax.core.contracts import Batch, Documents, Example, Metrics, Net, Rows, Texts
-from llm_jax.core.plugins import nearest
 from llm_jax.nn.linear import Linear
 from llm_jax.objectives.shared import soft
 
@@ -81,7 +80,8 @@ class Options:
     if self.hidden_loss not in soft.HIDDEN_LOSSES:
       raise ValueError(
         f'config.distill.hidden_loss={self.hidden_loss!r} is not known'
-        f'{nearest(self.hidden_loss, soft.HIDDEN_LOSSES)}; known: {", ".join(soft.HIDDEN_LOSSES)}.'
+        f'{plugins.nearest(self.hidden_loss, soft.HIDDEN_LOSSES)}; known: '
+        f'{", ".join(soft.HIDDEN_LOSSES)}.'
       )
 
   @property
@@ -240,13 +240,13 @@ def beside(
   """
   if options.soft and not objective.distils:
     raise ValueError(
-      f'the objective {type(objective).__module__} has no answers that a student could learn; set '
+      f'the objective {plugins.said(objective)} has no answers that a student could learn; set '
       'config.distill.soft to 0, and hidden or relations above it.'
     )
   if options.cached and not objective.answers_texts:
     raise ValueError(
       'config.distill.cached=True keeps one answer for each text, and the objective '
-      f'{type(objective).__module__} has answers for each token, or masks other tokens each time; '
+      f'{plugins.said(objective)} has answers for each token, or masks other tokens each time; '
       'leave it out.'
     )
   made = copy.copy(objective)
