@@ -15,9 +15,14 @@ SQuAD 1.1, by one and the same function.
 Ours learns a span among its candidates: [CLS] and the tokens of the context. The loss of
 transformers is over all positions of a row, those of the question and of the padding too: the
 method `positions`, of torch alone. Under `candidates` torch learns among the same as ours.
+
+`--spans` trains nothing: of all answers in the file it counts those that come back from their
+tokens as they were, and of the others why: they begin or end within a token, or with signs that no
+token has.
 """
 
 import argparse
+import collections
 import json
 import pathlib
 import random
@@ -37,7 +42,11 @@ def main(argv):
   parser.add_argument('--texts', type=int, default=1500, help='questions to learn from')
   parser.add_argument('--held', type=int, default=500, help='questions held out')
   parser.add_argument('--epochs', type=int, default=2)
+  parser.add_argument('--spans', action='store_true', help='only count the answers that come back')
   options = parser.parse_args(argv)
+  if options.spans:
+    print(spans(options.data, options.model))
+    return
   recipe = f'{options.texts} questions, {options.held} held out, {options.epochs} epochs of '
   recipe += f'{BATCH} questions, rate {RATE:g}, first answers'
   wanted = lambda methods, chosen=None: [
@@ -69,6 +78,29 @@ def run(options: argparse.Namespace, key: dict) -> dict:
   found['examples_per_second'] = per_step / found.pop('seconds_per_step')
   names = ('exact_match', 'f1', 'trained', 'steps', 'examples_per_second')
   return {name: found[name] for name in names}
+
+
+def spans(path, model):
+  """How many answers come back from their tokens, in a line."""
+  import llm_jax
+
+  tokenizer, found = llm_jax.open(model).tokenizer, collections.Counter()
+  for article in json.loads(path.read_text())['data']:
+    for paragraph in article['paragraphs']:
+      context = paragraph['context']
+      bounds = [(int(b), int(e)) for b, e in tokenizer.offsets(context)[1] if e > b]
+      for answer in (answer for qa in paragraph['qas'] for answer in qa['answers']):
+        first = answer['answer_start']
+        last = first + len(answer['text'])
+        inside = [(b, e) for b, e in bounds if b < last and e > first]
+        begin, end = inside[0][0], inside[-1][1]
+        if (begin, end) == (first, last):
+          found['as they were'] += 1
+        elif begin < first or end > last:
+          found['within a token'] += 1
+        else:
+          found['with signs that no token has'] += 1
+  return f'{found.total():,} answers: ' + ', '.join(f'{n:,} {why}' for why, n in found.items())
 
 
 def split(path, count, held):
