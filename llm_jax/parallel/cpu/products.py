@@ -21,8 +21,8 @@ from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
 
-# Numbers of a block that is widened at once: of float32, a megabyte.
-BLOCK = 2**18
+# Numbers of a block that is widened at once: four megabytes of float32.
+BLOCK = 2**20
 
 
 def alone() -> bool:
