@@ -6,6 +6,7 @@ import pytest
 
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.nn.forms import int4
+from llm_jax.parallel.cpu import products
 
 KERNELS = {
   '...D,DNH->...NH': ((12, 2, 5), Info(('embed', 'heads', 'head_dim'), inputs=(0,))),
@@ -16,7 +17,8 @@ KERNELS = {
 
 @pytest.mark.parametrize('group', [None, 2])
 @pytest.mark.parametrize('spec', KERNELS)
-def test_values_are_the_nearest_and_multiply_as_the_array_does(spec, group):
+def test_values_are_the_nearest_and_multiply_as_the_array_does(spec, group, monkeypatch):
+  monkeypatch.setattr(products, 'BLOCK', 40)  # several blocks, the last of them not full
   shape, info = KERNELS[spec]
   w = np.random.default_rng(0).normal(size=shape).astype(np.float32)
   form = int4.Scheme(group).form(jnp.asarray(w), info)

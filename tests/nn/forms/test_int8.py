@@ -8,6 +8,7 @@ import pytest
 from llm_jax.core.params import LAYERS, Info
 from llm_jax.nn.forms import int8
 from llm_jax.parallel import sharding
+from llm_jax.parallel.cpu import products
 
 KERNELS = {
   '...D,DNH->...NH': ((12, 2, 5), Info(('embed', 'heads', 'head_dim'), inputs=(0,))),
@@ -114,11 +115,13 @@ def test_one_channel_times_100_ruins_the_scale_of_all_tokens_and_not_that_of_eac
 
 @pytest.mark.parametrize('activations, group', [('none', None), ('none', 3), ('token', None)])
 @pytest.mark.parametrize('spec', KERNELS)
-def test_for_few_rows_it_is_turned_and_multiplies_the_same(spec, activations, group):
+def test_for_few_rows_it_is_turned_and_multiplies_the_same(spec, activations, group, monkeypatch):
+  monkeypatch.setattr(products, 'BLOCK', 40)  # several blocks, the last of them not full
   shape, one = KERNELS[spec]
   info = Info((LAYERS, *one.names), one.inputs)
   form = int8.Scheme(group, activations).form(jnp.asarray(kernel(shape, (2,))), info)
   form, turned = (jax.tree.map(lambda x: x[1], each) for each in (form, form.few_rows()))
+  assert turned.values_NoI.shape[0] > 1
   x = np.random.default_rng(1).normal(size=(3, 4, *[shape[axis] for axis in one.inputs]))
   x = jnp.asarray(x, jnp.float32)
   wanted = form.product(spec, x, jnp.float32, jnp.float32)
