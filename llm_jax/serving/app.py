@@ -212,6 +212,8 @@ def _described(model: Served) -> dict[str, Any]:
 
 async def _embeddings(service, model, body, request) -> Response:
   texts = body['input']
+  if model.embeds is None:
+    raise Refused(400, f'{model.name} reads and writes, and gives no vectors.', field='model')
   vectors = await _gathered(service, request, model.embeds, texts)
   if (size := body['dimensions']) is not None:
     if size > len(vectors[0]):

@@ -56,7 +56,9 @@ class Served:
     objective = session.program.objective
     self.task = None if objective is None else session.config.objective.get('name')
     self._batches: list[Batches] = []
-    self.embeds = self._gathered(lambda texts: list(session.embed(texts)), limits)
+    self.embeds = None
+    if not session.reads_source:
+      self.embeds = self._gathered(lambda texts: list(session.embed(texts)), limits)
     self.answers = None
     if objective is not None and objective.predictor is not None:
       self.answers = self._gathered(lambda records: list(session.answers(records)), limits)
@@ -68,7 +70,8 @@ class Served:
   def warm(self) -> None:
     """Compiles all that a request may need."""
     logging.info('%s: compiling.', self.name)
-    self.session.ready_to_embed()
+    if self.embeds is not None:
+      self.session.ready_to_embed()
     if self.answers is not None:
       list(self.session.answers(_samples(self.session)))
     if self.writer is not None:

@@ -1,4 +1,6 @@
-"""A classifier and a decoder that converses, of two steps each, served by this process."""
+"""A classifier, a decoder that converses and an encoder-decoder, of two steps each, served by this
+process.
+"""
 
 import contextlib
 import json
@@ -10,7 +12,7 @@ import pytest
 import uvicorn
 
 import llm_jax
-from configs import base, chat
+from configs import base, chat, transformer
 from llm_jax.core import config as config_lib
 from llm_jax.modes import serve
 from llm_jax.serving import app as apps
@@ -26,15 +28,19 @@ LIMITS = Limits(rows=4, slots=96, batch=4, wait=0.002, waiting=64)
 
 def settings(folder, name):
   tree = base.get_config().to_dict()
-  if name == 'writer':
-    tree = chat.get_config().to_dict()
-    tree.pop('pretrained')
+  if name != 'reader':
+    tree = {'writer': chat, 'answerer': transformer}[name].get_config().to_dict()
+    tree.pop('pretrained', None)
   tree |= dict(steps=2, batch_size=4, seq_len=64, eval_every=2, tokenizer=dict(name='byte'))
   tree |= dict(logging=dict(tensorboard=False), evaluation=dict(rows=4, samples=0), evaluators={})
   tree['data'] = dict(cache=str(folder / 'cache'), workers=1, validation=0.2)
   if name == 'writer':
     tree['model'] = dict(name='decoder', variant='gpt_tiny', remat='none', **SHAPE)
     tree['data'] |= dict(source='chat', path=str(folder / 'dialogues.jsonl'))
+  elif name == 'answerer':
+    tree['model'] = dict(name='encoder_decoder', variant='t5_1_1_small', head_dim=16, **SHAPE)
+    tree['data'] |= dict(source='jsonl', path=str(folder / 'pairs.jsonl'), target='target')
+    tree['objective'] |= dict(source_len=64)
   else:
     tree['model'] = dict(name='encoder', variant='bert_tiny', **SHAPE)
     tree['data'] |= dict(source='jsonl', path=str(folder / 'texts.jsonl'), label='label')
@@ -44,7 +50,7 @@ def settings(folder, name):
 
 @pytest.fixture(scope='session')
 def folders(tmp_path_factory):
-  """The workdirs of both."""
+  """The workdirs of all."""
   folder = tmp_path_factory.mktemp('served')
   texts = [
     {'text': f'{n} some {"good" if n % 2 else "bad"} text', 'label': n % 2} for n in range(40)
@@ -58,10 +64,12 @@ def folders(tmp_path_factory):
     }
     for n in range(40)
   ]
+  pairs = [{'text': f'source {n}', 'target': f'target {n}'} for n in range(40)]
+  (folder / 'pairs.jsonl').write_text('\n'.join(map(json.dumps, pairs)))
   (folder / 'texts.jsonl').write_text('\n'.join(map(json.dumps, texts)))
   (folder / 'dialogues.jsonl').write_text('\n'.join(map(json.dumps, talks)))
   found = {}
-  for name in ('reader', 'writer'):
+  for name in ('reader', 'writer', 'answerer'):
     found[name] = folder / name
     loop.train(loop.prepare(settings(folder, name), found[name]))
   return found
@@ -87,7 +95,7 @@ def running(service):
 
 @pytest.fixture(scope='session')
 def models(folders):
-  """Both models, ready."""
+  """All models, ready."""
   found = {}
   for name, folder in folders.items():
     found |= serve.opened(llm_jax.open(folder), name, LIMITS)

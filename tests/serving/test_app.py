@@ -38,7 +38,7 @@ def alone(folders):
 def test_openais_client_works_unchanged(serving, alone):
   with serving.running(serving.make()) as address:
     api = openai.OpenAI(base_url=f'{address}/v1', api_key=serving.KEY, max_retries=0)
-    assert [model.id for model in api.models.list()] == ['reader', 'writer']
+    assert [model.id for model in api.models.list()] == ['reader', 'writer', 'answerer']
     assert api.models.retrieve('writer').id == 'writer'
     found = api.embeddings.create(model='reader', input=TEXTS)  # which asks for base64
     vectors = np.array([one.embedding for one in found.data], np.float32)
@@ -111,6 +111,16 @@ def test_many_at_once_get_what_each_gets_alone_and_nothing_is_compiled(serving, 
     else:  # whose batches have another shape
       numbers = one['probabilities'] if case[0] == 'classify' else one
       assert numbers == pytest.approx(by_the_command_line(case), abs=1e-6)
+
+
+def test_an_encoder_decoder_answers(client, alone):
+  texts = ['source 3', 'another one']
+  given = dict(prompt=texts, max_tokens=20, temperature=0)
+  said = post(client, '/v1/completions', model='answerer', **given)
+  wanted = alone['answerer'].complete(texts, max_new_tokens=20, temperature=0)
+  assert [choice['text'] for choice in said['choices']] == wanted
+  none = client.post('/v1/embeddings', json=dict(model='answerer', input='a'))
+  assert none.status_code == 400 and 'gives no vectors' in none.text
 
 
 def post(client, route, **body):

@@ -21,8 +21,8 @@ from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.parallel import sharding
 
-# Numbers of a block that is widened at once: four megabytes of float32.
-BLOCK = 2**20
+# Numbers of a block that is widened at once: a megabyte of float32, which a core's cache holds.
+BLOCK = 2**18
 
 
 def alone() -> bool:
