@@ -138,7 +138,7 @@ class Generator:
     numbered = range(len(prompts)) if rows is None else rows
     batch = self._prompts(prompts, samplings, numbered, eos_ids)
     pairs = zip(prompts, samplings, strict=True)
-    slots = _rounded(max(self._begun(prompt) + s.max_new_tokens for prompt, s in pairs))
+    slots = _rounded(max(self.begun(prompt) + s.max_new_tokens for prompt, s in pairs))
     if samplings[0].beams > 1:
       yield from self._search_tokens(weights, batch, len(prompts), samplings[0], eos_ids, slots)
     else:
@@ -151,7 +151,7 @@ class Generator:
 
   def room(self, prompt: Sequence[int]) -> int:
     """How many new tokens the model can give a prompt at most."""
-    return self._longest - self._begun(prompt)
+    return self._longest - self.begun(prompt)
 
   def prompt_lengths(self, most: int) -> list[int]:
     """The lengths that prompts of at most so many tokens are filled up to: each is a program."""
@@ -220,7 +220,7 @@ class Generator:
         f'a source of {len(prompt)} tokens is longer than the rows of this batch take, '
         f'source={state.source}.'
       )
-    begun = self._begun(prompt)
+    begun = self.begun(prompt)
     length = begun + sampling.max_new_tokens
     if length > state.slots:
       raise ValueError(
@@ -264,7 +264,7 @@ class Generator:
         f'a source of {max(lengths)} tokens is longer than max_len={most} of the model; shorten it.'
       )
     for prompt, sampling in zip(prompts, samplings, strict=True):
-      length = self._begun(prompt)
+      length = self.begun(prompt)
       longest = length + sampling.max_new_tokens
       if longest > most:
         way_out = f', or set max_new_tokens={most - length} or less' if length < most else ''
@@ -273,7 +273,7 @@ class Generator:
           f'{longest} positions, and the model has max_len={most}; shorten the prompt{way_out}.'
         )
 
-  def _begun(self, prompt: Sequence[int]) -> int:
+  def begun(self, prompt: Sequence[int]) -> int:
     """How many tokens a row has before its first new one."""
     return len(self._begin) if self.reads_source else len(prompt)
 
@@ -293,7 +293,7 @@ class Generator:
     tokens_BT = np.zeros((len(lengths), min(_rounded(max(lengths)), self._longest)), np.int32)
     for row, prompt in enumerate(prompts):
       tokens_BT[row, : len(prompt)] = prompt
-    begun = [*map(self._begun, prompts), *[1] * fill]
+    begun = [*map(self.begun, prompts), *[1] * fill]
     chosen = numbers([*samplings, *[GREEDY] * fill], [*rows, *[0] * fill], begun, eos_ids)
     return self._put(_Prompts(tokens_BT, np.array(lengths, np.int32), chosen), by_row=shards > 1)
 

@@ -23,6 +23,8 @@ from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
 
 FEWEST = 4  # tokens of a text on average, where rows have one of few sizes
+SHARED = 64  # the longest row of these that texts share: in longer ones XLA adds up piece by piece,
+# and the last bit of a text's sums depends on where it begins (seen on CPUs at 256)
 TILE = 64  # rows are as long as the longest text, rounded up to this: attention costs their square
 
 
@@ -107,7 +109,7 @@ class Embedder:
     """Tokens of a row, few lengths for many texts, which the mesh can cut."""
     tile, most = math.lcm(TILE, self._program.mesh.shape['sequence']), self._program.config.seq_len
     tiles = -(-longest // tile)
-    return min(most, tile * (_power_of(4, tiles) if self._few else tiles))
+    return min(most, tile * (1 << (tiles - 1).bit_length() if self._few else tiles))
 
   def _by_length(self, ids: Sequence[np.ndarray]) -> dict[int, list[int]]:
     """The numbers of the texts by the length of their rows."""
@@ -120,7 +122,9 @@ class Embedder:
 
   def _slots(self, length: int) -> int | None:
     """Texts that a row of this length has room for; None for as many as fit."""
-    return length // FEWEST if self._few else None
+    if not self._few:
+      return None
+    return length // FEWEST if length <= SHARED else 1
 
   def _batches(self, rows: '_Rows') -> Iterator[Example]:
     config, shards = self._program.config, sharding.row_shards(self._program.mesh)
@@ -132,14 +136,6 @@ class Embedder:
 def rounded_rows(rows: int, shards: int) -> int:
   """A power of two times `shards` that is at least `rows`: few sizes are compiled for."""
   return shards << (-(-rows // shards) - 1).bit_length()
-
-
-def _power_of(base: int, least: int) -> int:
-  """The smallest power of `base` that is at least `least`."""
-  found = 1
-  while found < least:
-    found *= base
-  return found
 
 
 class _Rows:

@@ -134,8 +134,8 @@ def _warm(service: 'Service', server: 'uvicorn.Server', failed: list[BaseExcepti
     failed.append(error)
     server.should_exit = True
   else:
-    service.ready = True
-    for listening in server.servers:
+    service.ready = not server.should_exit
+    for listening in server.servers if service.ready else ():
       for one in listening.sockets:
         host, port = one.getsockname()[:2]
         names = ', '.join(service.models)

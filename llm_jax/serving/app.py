@@ -27,7 +27,7 @@ from llm_jax.serving.served import Served
 from llm_jax.serving.watch import Watch
 from llm_jax.serving.writing import ERROR, Order
 
-OPEN = ('/health',)  # routes that ask for no key
+OPEN = ('/health', '/ready')  # routes that ask for no key
 TASKS = {  # routes, and the objectives whose models answer there
   '/classify': ('classify', 'prompt', 'relation', 'mix'),
   '/tag': ('tag',),
@@ -323,7 +323,8 @@ class _Texts:
           number = len(self._orders)
 
           def tell(piece: str, reason: str | None, number: int = number) -> None:
-            loop.call_soon_threadsafe(self._said.put_nowait, (number, piece, reason))
+            if not loop.is_closed():  # the service has not ended meanwhile
+              loop.call_soon_threadsafe(self._said.put_nowait, (number, piece, reason))
 
           self._orders.append(model.write(ids, sampling, ends, body['stop'], number, tell))
     except BaseException:

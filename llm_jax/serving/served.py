@@ -33,6 +33,7 @@ class Limits:
   waiting: int = 256
 
 
+ALONE = ('choice', 'classify', 'pair', 'prompt', 'qa', 'relation', 'rerank', 'tag')  # see `resized`
 TOP = 100  # candidates for a mask; a request gets as many as it asks for
 
 
@@ -116,15 +117,22 @@ class Served:
       self.writer.close()
 
   def _gathered(self, run: Callable[[list[Any]], list[Any]], limits: Limits) -> Batches:
-    # Several texts share a row.
+    # Several short texts share a row.
     batches = Batches(run, 4 * limits.batch, limits.wait, limits.waiting)
     self._batches.append(batches)
     return batches
 
 
 def resized(config: Config, limits: Limits) -> Config:
-  """The config of a model whose batches are as large as the service wants them."""
-  return dataclasses.replace(config, batch_size=limits.batch)
+  """The config of a model whose batches are as large as the service wants them.
+
+  What is answered has a row to itself: beside others the last bit of an answer would depend on
+  where in a long row it stands.
+  """
+  objective = dict(config.objective)
+  if objective.get('name') in ALONE:
+    objective['packing'] = 'none'
+  return dataclasses.replace(config, batch_size=limits.batch, objective=objective)
 
 
 def _writer(session: Session, limits: Limits) -> Writer:

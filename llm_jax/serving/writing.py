@@ -100,7 +100,7 @@ class Writer:
     if order.sampling.beams > 1:
       raise ValueError('beam search runs whole batches, and rows here come and go; leave it out.')
     self._generator.check([order.prompt], [order.sampling])
-    begun = 1 if self._generator.reads_source else len(order.prompt)
+    begun = self._generator.begun(order.prompt)
     longest = max(begun + order.sampling.max_new_tokens, len(order.prompt))
     if longest > self._slots:
       raise ValueError(
@@ -110,8 +110,7 @@ class Writer:
 
   def room(self, prompt: Sequence[int]) -> int:
     """How many tokens may be written behind a prompt."""
-    begun = 1 if self._generator.reads_source else len(prompt)
-    return min(self._slots - begun, self._generator.room(prompt))
+    return min(self._slots - self._generator.begun(prompt), self._generator.room(prompt))
 
   def submit(self, order: Order) -> None:
     """Takes an order.

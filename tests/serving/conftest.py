@@ -42,7 +42,10 @@ def settings(folder, name):
     tree['data'] |= dict(source='jsonl', path=str(folder / 'pairs.jsonl'), target='target')
     tree['objective'] |= dict(source_len=64)
   else:
-    tree['model'] = dict(name='encoder', variant='bert_tiny', **SHAPE)
+    # In rows as long, packed texts have other last bits than alone.
+    tree |= dict(seq_len=256, batch_size=2)
+    shape = SHAPE | dict(max_len=256, dim=64, heads=4)
+    tree['model'] = dict(name='encoder', variant='bert_tiny', **shape)
     tree['data'] |= dict(source='jsonl', path=str(folder / 'texts.jsonl'), label='label')
     tree['objective'] = dict(name='classify')
   return config_lib.parse(tree)
