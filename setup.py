@@ -51,7 +51,8 @@ setup(
       'starlette>=1.0',
       'uvicorn>=0.34',
       'prometheus-client>=0.22',
-      'openai>=2.0',
+      'httpx2>=2.0',
+      'openai>=3.0',
       'flatbuffers>=24.3',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',

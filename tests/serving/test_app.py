@@ -5,7 +5,7 @@ import concurrent.futures
 import random
 import time
 
-import httpx
+import httpx2
 import jax
 import numpy as np
 import openai
@@ -26,7 +26,7 @@ def client(serving):
 
 def open_client(serving, address, key=None):
   headers = {'Authorization': f'Bearer {key or serving.KEY}'}
-  return httpx.Client(base_url=address, headers=headers, timeout=60)
+  return httpx2.Client(base_url=address, headers=headers, timeout=60)
 
 
 @pytest.fixture(scope='module')
@@ -135,10 +135,10 @@ def test_every_route_asks_for_a_key(serving, client):
   for path, method in routes:
     path = path.replace('{name:path}', 'reader')
     for headers in ({}, {'Authorization': 'Bearer nobody-knows'}, {'Authorization': serving.KEY}):
-      bare = httpx.request(method, f'{client.base_url}{path}', headers=headers, json={})
+      bare = httpx2.request(method, f'{client.base_url}{path}', headers=headers, json={})
       assert bare.status_code == (200 if path in ('/health', '/ready') else 401), path
   assert client.get('/nowhere').status_code == 404
-  assert httpx.get(f'{client.base_url}/nowhere').status_code == 401
+  assert httpx2.get(f'{client.base_url}/nowhere').status_code == 401
 
 
 def routes_of(serving):
@@ -185,7 +185,7 @@ def test_limits_of_a_key_and_a_service_that_is_not_ready(serving):
     assert one.post('/tokenize', json={'input': 'ab'}).json()['tokens'] == [ids]
     refused = one.post('/tokenize', json={'input': 'ab'})
     assert refused.status_code == 429 and 50 <= int(refused.headers['retry-after']) <= 60
-    assert httpx.get(f'{address}/health').status_code == 200
+    assert httpx2.get(f'{address}/health').status_code == 200
 
 
 def test_a_client_that_leaves_frees_its_row(serving, client):
@@ -197,7 +197,7 @@ def test_a_client_that_leaves_frees_its_row(serving, client):
   while writer.writing and time.monotonic() < until:
     time.sleep(0.01)
   assert writer.writing == writer.waiting == 0
-  with pytest.raises(httpx.ReadTimeout):
+  with pytest.raises(httpx2.ReadTimeout):
     client.post('/v1/completions', json=body | {'stream': False, 'n': 8}, timeout=0.05)
   while (writer.writing or writer.waiting) and time.monotonic() < until:
     time.sleep(0.01)

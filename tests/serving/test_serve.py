@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 
-import httpx
+import httpx2
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -34,14 +34,14 @@ def test_it_answers_until_it_is_asked_to_end(serving, tmp_path):
       assert process.poll() is None and time.monotonic() < until, log.read_text()
       time.sleep(0.1)
     headers = {'Authorization': f'Bearer {serving.KEY}'}
-    with httpx.Client(base_url=found[1], headers=headers, timeout=60) as client:
+    with httpx2.Client(base_url=found[1], headers=headers, timeout=60) as client:
       body = dict(prompt='a secret', max_tokens=50, stream=True)
       with client.stream('POST', '/v1/completions', json=body) as stream:
         lines = stream.iter_lines()
         next(lines)
         process.send_signal(signal.SIGTERM)
         assert [line for line in lines if line][-1] == 'data: [DONE]'  # what was begun is ended
-      with contextlib.suppress(httpx.TransportError):
+      with contextlib.suppress(httpx2.TransportError):
         assert client.get('/ready').status_code == 503
     assert process.wait(60) == 0, log.read_text()
   finally:
