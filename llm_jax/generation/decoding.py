@@ -12,13 +12,19 @@ they are there; the next position is then on its way already. A batch that rows 
     state = generator.empty(rows=8, slots=1024)
     state, first = generator.admit(weights, state, 3, prompt, sampling, number=0)
     state, ids_B = generator.step(weights, state)  # ids_B[3] is the row's second token
+
+A prompt may be read piece by piece instead, between steps of the others:
+
+    cache = generator.opened(slots=1024)
+    cache, logits_1V = generator.read(weights, cache, prompt[:128], begun=0)
+    cache, logits_1V = generator.read(weights, cache, prompt[128:], begun=128)
+    state, first = generator.enter(state, 3, cache, logits_1V, prompt, sampling, number=0)
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,43 +34,15 @@ from llm_jax.core.params import Info
 from llm_jax.core.tree import PyTree
 from llm_jax.generation import beams as beam_search
 from llm_jax.generation import forward
+from llm_jax.generation import state as states
 from llm_jax.generation.forward import Forward, Weights
-from llm_jax.generation.sampling import GREEDY, Numbers, Sampling, choose, numbers
+from llm_jax.generation.sampling import GREEDY, Sampling, numbers
+from llm_jax.generation.state import State
+from llm_jax.nn.attention.cache import KeyValues
 from llm_jax.parallel import hosts, sharding
 
 SHORTEST = 16  # positions that a row has at least
-
-
-@flax.struct.dataclass
-class State:
-  """Rows that grow, each of which goes its own way.
-
-  Attributes:
-    cache: the model's, without the newest tokens.
-    ids_B: the newest token of each row, int32.
-    lengths_B: how many tokens of each row are in the cache, int32.
-    history_BT: the tokens of each row, its prompt and the newest included.
-    numbers: how the tokens of each row are chosen.
-    slots: the longest row that the cache has room for.
-    source: the longest source that it has room for.
-  """
-
-  cache: PyTree
-  ids_B: jax.Array
-  lengths_B: jax.Array
-  history_BT: jax.Array
-  numbers: Numbers
-  slots: int = flax.struct.field(pytree_node=False)
-  source: int = flax.struct.field(pytree_node=False, default=0)
-
-
-@flax.struct.dataclass
-class _Prompts:
-  """What prefill reads: ids, filled up on the right, their lengths, and the numbers of each row."""
-
-  tokens_BT: jax.Array
-  lengths_B: jax.Array
-  numbers: Numbers
+PIECE = 128  # tokens of a prompt that are read at once, where it is read piece by piece
 
 
 class Generator:
@@ -79,6 +57,10 @@ class Generator:
     adapter: what was trained beside it, if anything was.
     start: ids that each row of an encoder-decoder begins with.
     opens: whether all tokens of a decoder's prompt see all of it.
+
+  Attributes:
+    weights: makes the parameters' form that is run from the parameters.
+    reads_pieces: whether prompts can be read piece by piece.
   """
 
   def __init__(
@@ -91,13 +73,18 @@ class Generator:
     opens: bool = False,
   ):
     self._model, self._layout, self._begin = model, layout, tuple(start)
-    self._opens = opens
-    self._longest = model.max_len - (0 if adapter is None else adapter.positions)
+    self._opens, before = opens, 0 if adapter is None else adapter.positions
+    self._longest = model.max_len - before
     self._forward = Forward(model, infos, layout, adapter)
+    self.reads_pieces = self._forward.reads_pieces and not (opens or before)
     self._compiled: set[tuple[Any, ...]] = set()
     self.weights = self._jit(self._forward.weights)
     self._start = self._jit(self._prefilled, static_argnames='slots')
-    self._blank = self._jit(self._blanks, static_argnames=('rows', 'slots', 'source'))
+    self._blank = self._jit(self._blanks, static_argnames=('rows', 'slots', 'source', 'logits'))
+    self._open = self._jit(self._opened, static_argnames='slots')
+    self._piece = self._jit(self._read_piece)
+    self._enter = self._jit(self._entered, donate_argnames='state')
+    self._most_likely = self._jit(self._likely, static_argnames='most')
     self._join = self._jit(self._joined, donate_argnames='state')
     self._next = self._jit(self._advanced, donate_argnames='state')
     shape = 'slots', 'beams', 'room', 'best'
@@ -145,6 +132,11 @@ class Generator:
       yield from self._row_tokens(weights, batch, samplings, eos_ids, slots)
 
   @property
+  def vocab_size(self) -> int:
+    """V of the model."""
+    return self._model.vocab_size
+
+  @property
   def reads_source(self) -> bool:
     """Whether prompts are sources, and not continued."""
     return self._forward.reads_source
@@ -158,13 +150,25 @@ class Generator:
     every = range(1, min(most, self._longest) + 1)
     return sorted({min(_rounded(length), self._longest) for length in every})
 
-  def empty(self, rows: int, slots: int, source: int = 0) -> State:
+  def piece_lengths(self, slots: int) -> list[int]:
+    """The lengths that pieces of prompts are filled up to: each is a program."""
+    return sorted({self._piece_length(n) for n in range(1, min(PIECE, slots) + 1)})
+
+  def forgets(self, slots: int) -> bool:
+    """Whether rows of so many tokens keep only the last ones in a layer, as far as it sees."""
+    cache = jax.eval_shape(lambda: self._forward.empty_cache(1, slots))
+    is_kept = lambda part: isinstance(part, KeyValues)
+    kept = [part for part in jax.tree.leaves(cache, is_leaf=is_kept) if is_kept(part)]
+    return any(part.slots < slots for part in kept)
+
+  def empty(self, rows: int, slots: int, source: int = 0, logits: bool = False) -> State:
     """A batch in which all rows are free; `step` gives free rows tokens that mean nothing.
 
     Args:
       rows: how many rows run at once.
       slots: the longest row, prompt and new tokens together; of an encoder-decoder without it.
       source: of an encoder-decoder the longest prompt.
+      logits: whether those of the newest tokens are kept, for `likely`.
 
     Raises:
       ValueError: rows that are longer than the model takes.
@@ -173,8 +177,9 @@ class Generator:
       raise ValueError(
         f'slots={slots} must be at least 1, and at most max_len={self._longest} of the model.'
       )
-    key = 'empty', rows, slots, source
-    return self._together(key, self._blank, rows=rows, slots=slots, source=source)
+    key = 'empty', rows, slots, source, logits
+    shape = dict(rows=rows, slots=slots, source=source, logits=logits)
+    return self._together(key, self._blank, **shape)
 
   def admit(
     self,
@@ -185,6 +190,7 @@ class Generator:
     sampling: Sampling,
     number: int = 0,
     eos_ids: Sequence[int] = (),
+    allowed_W: np.ndarray | None = None,
   ) -> tuple[State, jax.Array]:
     """Puts a prompt into a row, whatever that held; the other rows stay as they are.
 
@@ -199,6 +205,7 @@ class Generator:
       sampling: how its tokens are chosen; no beam search.
       number: the number of the row for its randomness: equal numbers draw alike in any row.
       eos_ids: tokens that do not come before `sampling.min_new_tokens`.
+      allowed_W: which tokens the first one may be, as for `step`; None for any.
 
     Returns:
       The state, and the row's first new token, int32 scalar.
@@ -207,6 +214,64 @@ class Generator:
       ValueError: a row that is not there, a prompt without a token, one that is longer with its new
         tokens than a row may be, beam search.
     """
+    self._check_row(state, row, prompt, sampling)
+    one = self._prompts([prompt], [sampling], [number], eos_ids, shards=1)
+    key = 'admit', *states.shape(state), one.tokens_BT.shape, allowed_W is None
+    given = weights, one, self._put(np.int32(row)), self._allowed(allowed_W)
+    return self._together(key, self._join, *given, state=state)
+
+  def opened(self, slots: int) -> PyTree:
+    """The cache of one row, for a prompt that is read piece by piece."""
+    return self._together(('opened', slots), self._open, slots=slots)
+
+  def read(
+    self, weights: Weights, cache: PyTree, piece: Sequence[int], begun: int
+  ) -> tuple[PyTree, jax.Array]:
+    """Reads a piece of a prompt.
+
+    Args:
+      weights: as for `tokens`.
+      cache: of `opened`, or as it was returned. It stays as it is, so that several prompts may go
+        on from the same.
+      piece: 1 to `PIECE` ids.
+      begun: how many tokens of the prompt, or of another that began alike, are read from the cache
+        before them.
+
+    Returns:
+      The cache with them in it, and the logits after the last of them, [1, V].
+    """
+    if not self.reads_pieces or not 0 < len(piece) <= PIECE:
+      raise ValueError(f'a piece of {len(piece)} tokens must have 1 to {PIECE}.')
+    length = self._piece_length(len(piece))
+    tokens_1T = np.zeros((1, length), np.int32)
+    tokens_1T[0, : len(piece)] = piece
+    numbers = np.array([len(piece), begun], np.int32)
+    given = self._put((tokens_1T, numbers))
+    return self._together(('piece', length), self._piece, weights, cache, *given)
+
+  def enter(
+    self,
+    state: State,
+    row: int,
+    cache: PyTree,
+    logits_1V: jax.Array,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    number: int = 0,
+    eos_ids: Sequence[int] = (),
+    allowed_W: np.ndarray | None = None,
+  ) -> tuple[State, jax.Array]:
+    """As `admit`, of a prompt that is read: `cache` and `logits_1V` are those of its last piece."""
+    self._check_row(state, row, prompt, sampling)
+    history_1T = np.zeros((1, state.slots), np.int32)
+    history_1T[0, : len(prompt)] = prompt
+    chosen = numbers([sampling], [number], [len(prompt)], eos_ids)
+    one = self._put(states.Prompts(history_1T, np.array([len(prompt)], np.int32), chosen))
+    key = 'enter', *states.shape(state), len(eos_ids), allowed_W is None
+    given = cache, logits_1V, one, self._put(np.int32(row)), self._allowed(allowed_W)
+    return self._together(key, self._enter, *given, state=state)
+
+  def _check_row(self, state: State, row: int, prompt: Sequence[int], sampling: Sampling) -> None:
     B = len(state.ids_B)
     if not 0 <= row < B:
       raise ValueError(f'row={row} must be one of the {B} rows of the batch, 0 to {B - 1}.')
@@ -228,18 +293,36 @@ class Generator:
         f'{length} positions, and the rows of this batch have slots={state.slots}; shorten the '
         'prompt, or set a lower max_new_tokens or more slots.'
       )
-    one = self._prompts([prompt], [sampling], [number], eos_ids, shards=1)
-    key = 'admit', B, state.slots, state.source, one.tokens_BT.shape
-    return self._together(key, self._join, weights, one, self._put(np.int32(row)), state=state)
 
-  def step(self, weights: Weights, state: State) -> tuple[State, jax.Array]:
+  def step(
+    self, weights: Weights, state: State, allowed_BW: np.ndarray | None = None
+  ) -> tuple[State, jax.Array]:
     """Advances all rows by one token.
+
+    Args:
+      weights: as for `tokens`.
+      state: of `empty`, or as it was returned.
+      allowed_BW: uint32, which tokens each row may have next: bit i of word w says it of token
+        32 w + i (`sampling.words`). None for any.
 
     Returns:
       The state, whose memory is used again, and the new tokens, [B] int32, whole on each device.
     """
-    key = 'step', len(state.ids_B), state.slots, state.source
-    return self._together(key, self._next, weights, state=state)
+    key = 'step', *states.shape(state), allowed_BW is None
+    return self._together(key, self._next, weights, self._put(allowed_BW), state=state)
+
+  def likely(self, state: State, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities by the model's own logits, at temperature 1: those of the newest token of
+    each row, [B]; and the ids and values of the `most` likeliest tokens there, [B, most] each.
+
+    Args:
+      state: of an `empty` that keeps logits.
+      most: how many.
+    """
+    given = state.logits_BV, state.ids_B
+    return self._together(
+      ('likely', *states.shape(state), most), self._most_likely, *given, most=most
+    )
 
   def check(self, prompts: Sequence[Sequence[int]], samplings: Sequence[Sampling]) -> None:
     """Raises ValueError for prompts that cannot be continued so."""
@@ -284,7 +367,7 @@ class Generator:
     rows: Sequence[int],
     eos_ids: Sequence[int],
     shards: int | None = None,
-  ) -> _Prompts:
+  ) -> states.Prompts:
     """Prompts, filled up to a whole batch that `shards` divides, on the mesh."""
     if shards is None:
       shards = 1 if self._layout is None else sharding.row_shards(self._layout.mesh)
@@ -295,12 +378,14 @@ class Generator:
       tokens_BT[row, : len(prompt)] = prompt
     begun = [*map(self.begun, prompts), *[1] * fill]
     chosen = numbers([*samplings, *[GREEDY] * fill], [*rows, *[0] * fill], begun, eos_ids)
-    return self._put(_Prompts(tokens_BT, np.array(lengths, np.int32), chosen), by_row=shards > 1)
+    return self._put(
+      states.Prompts(tokens_BT, np.array(lengths, np.int32), chosen), by_row=shards > 1
+    )
 
   def _row_tokens(
     self,
     weights: Weights,
-    batch: _Prompts,
+    batch: states.Prompts,
     samplings: Sequence[Sampling],
     eos_ids: Sequence[int],
     slots: int,
@@ -322,7 +407,7 @@ class Generator:
   def _search_tokens(
     self,
     weights: Weights,
-    batch: _Prompts,
+    batch: states.Prompts,
     rows: int,
     sampling: Sampling,
     eos_ids: Sequence[int],
@@ -349,28 +434,60 @@ class Generator:
 
   # What is traced.
 
-  def _prefilled(self, weights, batch, *, slots, source=None) -> tuple[State, jax.Array]:
+  def _prefilled(self, weights, batch, *, slots) -> tuple[State, jax.Array]:
     """The state of these prompts alone, and the first new token of each row."""
-    source = batch.tokens_BT.shape[1] if source is None else source
+    source = batch.tokens_BT.shape[1]
     cache, lengths_B, logits_BV, history_BT = self._read(weights, batch, slots, source)
     state = State(cache, lengths_B, lengths_B, history_BT, batch.numbers, slots, source)
-    return _chosen(state, logits_BV)
+    return states.chosen(state, logits_BV)
 
-  def _advanced(self, weights, *, state) -> tuple[State, jax.Array]:
+  def _advanced(self, weights, allowed_BW=None, *, state) -> tuple[State, jax.Array]:
     cache, logits_BV = self._read_newest(weights, state.ids_B, state.lengths_B, state.cache)
-    return _chosen(state.replace(cache=cache, lengths_B=state.lengths_B + 1), logits_BV)
+    state = state.replace(cache=cache, lengths_B=state.lengths_B + 1)
+    return states.chosen(state, logits_BV, allowed_BW)
 
-  def _joined(self, weights, one, row, *, state) -> tuple[State, jax.Array]:
+  def _joined(self, weights, one, row, allowed_1W, *, state) -> tuple[State, jax.Array]:
     """The state with one prompt in a row."""
-    new, ids_1 = self._prefilled(weights, one, slots=state.slots, source=state.source)
+    cache, lengths_1, logits_1V, history_1T = self._read(weights, one, state.slots, state.source)
+    one = one.replace(tokens_BT=history_1T, lengths_B=lengths_1)
+    return self._entered(cache, logits_1V, one, row, allowed_1W, state=state)
 
-    def put(rows: jax.Array, x: jax.Array) -> jax.Array:
-      return jax.lax.dynamic_update_slice_in_dim(rows, x.astype(rows.dtype), row, axis=0)
+  def _entered(self, cache, logits_1V, one, row, allowed_1W, *, state) -> tuple[State, jax.Array]:
+    """The state with one prompt that was read in a row."""
+    new = State(
+      cache=cache,
+      ids_B=one.lengths_B,
+      lengths_B=one.lengths_B,
+      history_BT=one.tokens_BT,
+      numbers=one.numbers,
+      slots=state.slots,
+      source=state.source,
+      logits_BV=None if state.logits_BV is None else logits_1V,
+    )
+    new, ids_1 = states.chosen(new, logits_1V, allowed_1W)
+    return states.with_row(state, new, row), ids_1[0]
 
-    return _laid_out(jax.tree.map(put, state, new)), ids_1[0]
+  def _opened(self, *, slots) -> PyTree:
+    return forward.laid_out(self._forward.empty_cache(1, slots))
 
-  def _blanks(self, *, rows, slots, source) -> State:
-    return _laid_out(
+  def _read_piece(self, weights, cache, tokens_1T, numbers) -> tuple[PyTree, jax.Array]:
+    length, begun = numbers
+    rows = states.document_rows(tokens_1T, length[None])
+    rows['positions'] += begun
+    cached_1T = jnp.full_like(tokens_1T, begun)
+    hidden_1TD, cache = self._forward(weights, *rows.values(), cache, cached_BT=cached_1T)
+    last_1D = jax.lax.dynamic_index_in_dim(hidden_1TD, length - 1, axis=1, keepdims=False)
+    return forward.laid_out(cache), self._forward.logits(weights, last_1D)
+
+  def _likely(self, logits_BV, ids_B, *, most) -> tuple[jax.Array, jax.Array, jax.Array]:
+    log_BV = jax.nn.log_softmax(logits_BV)
+    values_BM, ids_BM = jax.lax.top_k(log_BV, min(most, log_BV.shape[1]))
+    own_B = jnp.take_along_axis(log_BV, ids_B[:, None], axis=1)[:, 0]
+    return tuple(sharding.constrain(x, *[None] * x.ndim) for x in (own_B, ids_BM, values_BM))
+
+  def _blanks(self, *, rows, slots, source, logits=False) -> State:
+    dtype, V = self._model.options.accumulation_dtype, self._model.vocab_size
+    return states.laid_out(
       State(
         cache=self._forward.empty_cache(rows, slots, source),
         ids_B=jnp.zeros(rows, jnp.int32),
@@ -379,6 +496,7 @@ class Generator:
         numbers=jax.tree.map(jnp.asarray, numbers([GREEDY] * rows, [0] * rows, [1] * rows)),
         slots=slots,
         source=source,
+        logits_BV=jnp.zeros((rows, V), dtype) if logits else None,
       )
     )
 
@@ -398,12 +516,12 @@ class Generator:
     """Prompts through the model: the cache, how many tokens each row has, the logits after the last
     of them, and these tokens, [B, slots].
     """
-    rows, B = _rows(batch.tokens_BT, batch.lengths_B), len(batch.lengths_B)
+    rows, B = states.document_rows(batch.tokens_BT, batch.lengths_B), len(batch.lengths_B)
     cache, beside = self._forward.empty_cache(B, slots, source), None
     open_BT = rows['segments'] if self._opens else None
     if self.reads_source:
       begin_BT = jnp.broadcast_to(jnp.array(self._begin, jnp.int32), (B, len(self._begin)))
-      rows, beside = _rows(begin_BT, jnp.full(B, len(self._begin))), rows
+      rows, beside = states.document_rows(begin_BT, jnp.full(B, len(self._begin))), rows
     lengths_B = jnp.sum(rows['segments'] > 0, axis=1, dtype=jnp.int32)
     hidden_BTD, cache = self._forward(weights, *rows.values(), cache, beside, open_BT)
     last_BD = jnp.take_along_axis(hidden_BTD, lengths_B[:, None, None] - 1, axis=1)[:, 0]
@@ -420,6 +538,13 @@ class Generator:
     return cache, self._forward.logits(weights, hidden_B1D[:, 0])
 
   # How it is called.
+
+  def _piece_length(self, tokens: int) -> int:
+    """A power of two: few lengths are compiled for."""
+    return min(max(SHORTEST, 1 << (tokens - 1).bit_length()), PIECE, self._longest)
+
+  def _allowed(self, allowed_W: np.ndarray | None) -> Any:
+    return None if allowed_W is None else self._put(allowed_W[None])
 
   def _jit(self, function: Callable, **options: Any) -> Callable:
 
@@ -449,31 +574,6 @@ class Generator:
     return jax.tree.map(
       lambda x: jax.make_array_from_callback(np.shape(x), where, np.asarray(x).__getitem__), arrays
     )
-
-
-def _rows(tokens_BT: jax.Array, lengths_B: jax.Array) -> dict[str, jax.Array]:
-  """Rows of one document each, filled up on the right."""
-  positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-  segments_BT = jnp.int32(positions_BT < lengths_B[:, None])
-  return {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
-
-
-def _chosen(state: State, logits_BV: jax.Array) -> tuple[State, jax.Array]:
-  """The state with the next token of each row, and these tokens, whole on each device."""
-  ids_B = choose(logits_BV, state.history_BT, state.lengths_B, state.numbers)
-  ids_B = sharding.constrain(ids_B, 'batch')
-  rows = jnp.arange(len(ids_B))
-  history_BT = state.history_BT.at[rows, state.lengths_B].set(ids_B, mode='drop')
-  state = _laid_out(state.replace(ids_B=ids_B, history_BT=history_BT))
-  return state, sharding.constrain(ids_B, None)
-
-
-def _laid_out(state: State) -> State:
-  """Always laid out alike, so that one compiled step takes any state."""
-  rest = jax.tree.map(
-    lambda x: sharding.constrain(x, 'batch', *[None] * (x.ndim - 1)), state.replace(cache=None)
-  )
-  return rest.replace(cache=forward.laid_out(state.cache))
 
 
 def _rounded(length: int) -> int:

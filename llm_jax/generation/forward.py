@@ -93,14 +93,16 @@ class Forward:
     cache: PyTree,
     source: Batch | None = None,
     open_BT: jax.Array | None = None,
+    cached_BT: jax.Array | None = None,
   ) -> tuple[jax.Array, Any]:
     """Hidden states [B, T, D], and the cache with these tokens in it; `source`: the arrays of the
     rows that a model reads beside them, before the first token; `open_BT`: which tokens all of
-    their row see.
+    their row see; `cached_BT`: how many tokens of each row the cache holds, which these follow.
     """
     batch = {'tokens': tokens_BT, 'segments': segments_BT, 'positions': positions_BT}
     batch |= {f'{SOURCE}{name}': x for name, x in (source or {}).items()}
     batch |= {} if open_BT is None else {'prefix': open_BT}
+    batch |= {} if cached_BT is None else {'cached': cached_BT}
     outputs = self._apply(weights.params, lambda network: network.model(batch, cache=cache))
     return outputs.hidden, outputs.cache
 
@@ -134,6 +136,11 @@ class Forward:
       return self._table(params)
     form = projection[1]
     return form.few_rows() if hasattr(form, 'few_rows') else self._table(params)
+
+  @property
+  def reads_pieces(self) -> bool:
+    """Whether the model reads rows piece by piece."""
+    return 'cached' in self._model.inputs
 
   @property
   def reads_source(self) -> bool:

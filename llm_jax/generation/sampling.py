@@ -225,6 +225,23 @@ def choose(
   return jax.lax.switch(branch, (greedy, greedy_by_rules, drawn))
 
 
+def words(vocab_size: int) -> int:
+  """W: the words of 32 bits that have a bit for each token."""
+  return -(-vocab_size // 32)
+
+
+def among(logits_BV: jax.Array, allowed_BW: jax.Array) -> jax.Array:
+  """Logits of the tokens that are allowed, -inf for the others.
+
+  Args:
+    logits_BV: of each row.
+    allowed_BW: uint32; bit i of word w says it of token 32 w + i.
+  """
+  tokens_V = jnp.arange(logits_BV.shape[1], dtype=jnp.uint32)
+  bits_BV = allowed_BW[:, tokens_V // 32] >> (tokens_V % 32) & 1
+  return jnp.where(bits_BV == 1, logits_BV, -jnp.inf)
+
+
 def processed(
   logits_BV: jax.Array, history_BT: jax.Array, lengths_B: jax.Array, numbers: Numbers
 ) -> jax.Array:

@@ -171,6 +171,18 @@ def begun(batch: Batch, cache: Any) -> tuple[jax.Array | None, jax.Array, jax.Ar
   return segments_BT, positions_of(batch), jnp.sum(real_BT, axis=1, dtype=jnp.int32)
 
 
+def followed(batch: Batch) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Segments and positions of tokens that follow those in a cache, how many each row has with them,
+  and how many it had before.
+  """
+  segments_BT, begun_B = read(batch, 'segments'), batch['cached'][:, 0]
+  real_BT = jnp.ones_like(batch['tokens']) if segments_BT is None else segments_BT > 0
+  positions_BT = begun_B[:, None] + jnp.arange(real_BT.shape[1])
+  lengths_B = begun_B + jnp.sum(real_BT, axis=1, dtype=jnp.int32)
+  # Padding may be past the last position that there is.
+  return segments_BT, jnp.where(real_BT > 0, positions_BT, 0), lengths_B, begun_B
+
+
 def positions_of(batch: Batch) -> jax.Array:
   """The position of each token in its document, [B, T]; in its row where the batch has none."""
   positions_BT = read(batch, 'positions')

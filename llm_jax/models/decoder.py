@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from llm_jax.core.contracts import Batch, Outputs
-from llm_jax.models._transformer import Transformer, begun, check_cache_dtype, read
+from llm_jax.models._transformer import Transformer, begun, check_cache_dtype, followed, read
 from llm_jax.nn import rotary, stack
 from llm_jax.nn.attention import cache as caches
 from llm_jax.nn.block import LayerContext
@@ -41,7 +41,7 @@ class Model(Transformer):
       each token of each head. None: the compute type.
   """
 
-  inputs: ClassVar[tuple[str, ...]] = ('tokens', 'segments', 'positions')
+  inputs: ClassVar[tuple[str, ...]] = ('tokens', 'segments', 'positions', 'cached')
   causal: ClassVar[bool] = True
 
   max_len: int = 1024
@@ -83,8 +83,9 @@ class Model(Transformer):
       positions: indices of each row whose states are wanted, [B, P], without a cache; None for all.
       train: dropout is on, from the stream `dropout`.
       cache: of `empty_cache`, or as it was returned. One token per row (T = 1) follows those in it.
-        More are the first of their rows, whatever the cache held: where segments are 0 they are
-        padding, after all others, and stay out of it.
+        More are the first of their rows, whatever the cache held, unless `cached` says how many of
+        each row it holds: then they follow these. Where segments are 0 they are padding, after all
+        others, and stay out of it.
 
     Raises:
       ValueError: a row longer than `max_len`.
@@ -110,7 +111,11 @@ class Model(Transformer):
   def _context(
     self, batch: Batch, read_BP: jax.Array | None, train: bool, cache: Cache | None
   ) -> LayerContext:
-    segments_BT, positions_BT, lengths_B = begun(batch, cache)
+    begun_B = None
+    if cache is not None and 'cached' in batch:
+      segments_BT, positions_BT, lengths_B, begun_B = followed(batch)
+    else:
+      segments_BT, positions_BT, lengths_B = begun(batch, cache)
     positions_BT += self.before()
     return LayerContext(
       segments_BT=segments_BT,
@@ -118,6 +123,7 @@ class Model(Transformer):
       open_BT=read(batch, 'prefix'),
       rotations=self._rotations(positions_BT),
       lengths_B=lengths_B,
+      begun_B=begun_B,
       read_BP=read_BP,
       train=train,
     )

@@ -13,7 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from llm_jax.nn.attention.cache import Crossing, KeyValues, extended, mixed, recall, remembered
+from llm_jax.nn.attention.cache import (
+  Crossing,
+  KeyValues,
+  continued,
+  extended,
+  mixed,
+  recall,
+  remembered,
+)
 from llm_jax.nn.attention.dispatch import attention
 from llm_jax.nn.attention.masks import Prefix
 from llm_jax.nn.attention.xla import attention_at, probabilities
@@ -42,6 +50,8 @@ class LayerContext:
     rotations: those of layers that see everywhere, and of those with a window; None where
       positions are not rotary.
     lengths_B: with a cache, the tokens of each row so far, these included.
+    begun_B: with a cache, how many of each row it holds, which these follow; None where it is one
+      token, or the first ones.
     bias_ND: what is added to scores by distance (`nn.relative`); None for nothing.
     memory_BSD: a second row, which layers that cross read; None where a cache has what they need of
       it.
@@ -56,6 +66,7 @@ class LayerContext:
   open_BT: jax.Array | None = None
   rotations: tuple[Rotation, Rotation] | None = None
   lengths_B: jax.Array | None = None
+  begun_B: jax.Array | None = None
   bias_ND: jax.Array | None = None
   memory_BSD: jax.Array | None = None
   memory_segments_BS: jax.Array | None = None
@@ -85,9 +96,13 @@ class Attention(nn.Module):
     """What is added to `x_BTD`, and the cache with these tokens in it, if there is one."""
     x_BTD = constrain(x_BTD, 'batch', 'length', None)
     q_BTNH, k_BTKH, v_BTKH = self._projected(x_BTD, context)
+    held, begun_B = cache, context.begun_B
     if cache is not None:
-      cache = extended(cache, k_BTKH, v_BTKH, context.lengths_B)
-    if cache is not None and x_BTD.shape[1] == 1:
+      cache = extended(cache, k_BTKH, v_BTKH, context.lengths_B, begun_B)
+    if held is not None and begun_B is not None:
+      new = q_BTNH, held, k_BTKH, v_BTKH
+      x_BTNH = continued(*new, begun_B, self.window, self.prefix())
+    elif cache is not None and x_BTD.shape[1] == 1:
       x_BTNH = recall(q_BTNH, cache, context.lengths_B, self.prefix(), context.bias_ND)
     else:
       x_BTNH = self._mixed(q_BTNH, k_BTKH, v_BTKH, context)

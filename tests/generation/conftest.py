@@ -66,15 +66,24 @@ def run(model, prompts, sampling, eos=(), rows=None):
   return np.stack(list(made.tokens(weights, prompts, sampling, eos, rows)), axis=1).tolist()
 
 
-def join(made, weights, state, plan):
-  """Admits each (steps before, row, prompt, sampling, number) of a plan at its time, and steps
-  until all are over; returns the state, and the tokens of each.
+def admit_in_pieces(made, weights, state, row, prompt, sampling, number):
+  """As `Generator.admit`, the prompt in pieces of four tokens."""
+  cache = made.opened(state.slots)
+  for begun in range(0, len(prompt), 4):
+    cache, logits_1V = made.read(weights, cache, prompt[begun : begun + 4], begun)
+  return made.enter(state, row, cache, logits_1V, prompt, sampling, number)
+
+
+def join(made, weights, state, plan, pieces=False):
+  """Admits each (steps before, row, prompt, sampling, number) of a plan at its time, in pieces or
+  at once, and steps until all are over; returns the state, and the tokens of each.
   """
+  admit = admit_in_pieces if pieces else Generator.admit
   tokens, step = [[] for _ in plan], 0
   while any(len(got) < entry[3].max_new_tokens for got, entry in zip(tokens, plan, strict=True)):
     for got, (start, row, prompt, sampling, number) in zip(tokens, plan, strict=True):
       if start == step:
-        state, first = made.admit(weights, state, row, prompt, sampling, number)
+        state, first = admit(made, weights, state, row, prompt, sampling, number)
         got.append(int(first))
     state, ids = made.step(weights, state)
     for got, (start, row, _, sampling, _) in zip(tokens, plan, strict=True):

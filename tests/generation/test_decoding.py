@@ -280,13 +280,14 @@ def measured(tiny, name, sampling, mesh):
 
 
 def joined(tiny, mesh):
-  """Rows that join one another on a mesh; the second time all is compiled."""
+  """Rows that join one another on a mesh, also read in pieces; the second time all is compiled."""
   made, weights, share = placed(tiny, tiny.LLAMA, mesh)
   found = []
 
   def join():
-    state = made.empty(rows=4, slots=32)
-    found.append(tiny.join(made, weights, state, plan(tiny.PROMPTS))[1])
+    for pieces in (False, True):
+      state = made.empty(rows=4, slots=32)
+      found.append(tiny.join(made, weights, state, plan(tiny.PROMPTS), pieces)[1])
 
   join()
   compiled = tiny.compilations(join)
@@ -294,7 +295,7 @@ def joined(tiny, mesh):
     tiny.run(tiny.LLAMA, [prompt], sampling, rows=[number])[0]
     for _, _, prompt, sampling, number in plan(tiny.PROMPTS)
   ]
-  return dict(case=f'join {mesh}', same=found == [alone] * 2, compiled=compiled, share=share)
+  return dict(case=f'join {mesh}', same=found == [alone] * 4, compiled=compiled, share=share)
 
 
 @pytest.mark.slow

@@ -75,6 +75,12 @@ class Tokenizer(Protocol):
     """The text of a special token, '' where its id has none."""
     ...
 
+  def spelling(self, number: int) -> bytes:
+    """What an id spells within a text, in UTF-8, of a character perhaps a part; b'' for a special
+    token.
+    """
+    ...
+
   def save(self, directory: str) -> None:
     """Writes what the module's `load(directory)` reads."""
     ...

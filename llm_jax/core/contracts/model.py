@@ -66,7 +66,9 @@ class Model:
       positions: [B, P] int32, the indices of each row whose states are wanted, in any order, any
         of them more than once; None for all.
       train: dropout is on, from the stream `dropout`.
-      cache: of `empty_cache`, or as it was returned; models that generate only.
+      cache: of `empty_cache`, or as it was returned; models that generate only. A model whose
+        `inputs` have `cached` reads rows piece by piece as well: the array says, at each token,
+        how many of its row the cache holds before this piece.
     """
     raise NotImplementedError
 

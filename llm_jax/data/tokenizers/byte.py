@@ -74,6 +74,10 @@ class Tokenizer:
     """The text of a special token."""
     return next((text for text, ids in self._texts.items() if ids == [number]), '')
 
+  def spelling(self, number: int) -> bytes:
+    """The byte of an id; b'' for a special token."""
+    return b'' if self.special[number] else bytes([number - len(SPECIALS)])
+
   def save(self, directory: str) -> None:
     """Writes tokenizer.json into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)

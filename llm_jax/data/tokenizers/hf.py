@@ -82,7 +82,7 @@ class Tokenizer:
     self.pair_template = _specials.pair_template(self._files, plain)
     _specials.hide(plain, description, np.flatnonzero(self.special), _library())
     plain.encode_special_tokens = True
-    spelled = _spelling.spellings(description, plain, self.vocab_size)
+    self._spelled = spelled = _spelling.spellings(description, plain, self.vocab_size)
     sizes = [len(text) for text in spelled]
     self.token_bytes = np.where(self.special, 0, sizes).astype(np.int32)
     self.word_start = _spelling.word_starts(description, plain, spelled) & ~self.special
@@ -140,6 +140,10 @@ class Tokenizer:
   def special_text(self, number: int) -> str:
     """The text of a special token."""
     return self._plain.id_to_token(int(number)) or ''
+
+  def spelling(self, number: int) -> bytes:
+    """What an id spells within a text; b'' for a special token."""
+    return b'' if self.special[number] else self._spelled[number]
 
   def save(self, directory: str) -> None:
     """Writes the folder's own files into `directory`, which is made if needed; of config.json the

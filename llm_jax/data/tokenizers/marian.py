@@ -124,6 +124,11 @@ class Tokenizer:
     """The text of a special token."""
     return self._texts.get(int(number), '')
 
+  def spelling(self, number: int) -> bytes:
+    """What an id spells within a text; b'' for a special token."""
+    text = '' if self.special[number] else self._texts[int(number)]
+    return text.replace(_SPACE, ' ').encode()
+
   def save(self, directory: str) -> None:
     """Writes the folder's own files into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)

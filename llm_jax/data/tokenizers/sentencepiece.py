@@ -159,6 +159,10 @@ class Tokenizer:
     """The text of a special token."""
     return self._texts.get(number, '')
 
+  def spelling(self, number: int) -> bytes:
+    """What an id spells within a text; b'' for a special token."""
+    return self._spelled[number]
+
   def save(self, directory: str) -> None:
     """Writes tokenizer.model and tokenizer.json into `directory`, which is made if needed."""
     os.makedirs(directory, exist_ok=True)

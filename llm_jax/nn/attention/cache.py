@@ -67,7 +67,11 @@ class Crossing(NamedTuple):
 
 
 def extended(
-  cache: KeyValues, k_BTKH: jax.Array, v_BTKH: jax.Array, lengths_B: jax.Array
+  cache: KeyValues,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  lengths_B: jax.Array,
+  begun_B: jax.Array | None = None,
 ) -> KeyValues:
   """A cache with new tokens in it.
 
@@ -78,10 +82,14 @@ def extended(
     v_BTKH: their values.
     lengths_B: tokens of each row so far, these included; positions from there on are padding, and
       stay out.
+    begun_B: how many tokens of each row the cache holds, which these follow, however many they are;
+      None as said above.
   """
   S = cache.slots
   given = KeyValues(*(_as(old, x) for old, x in zip(cache, (k_BTKH, v_BTKH), strict=True)))
-  if k_BTKH.shape[1] == 1:
+  if begun_B is not None:
+    write = functools.partial(_with_more, indices_BS=_positions(lengths_B, S) - begun_B[:, None])
+  elif k_BTKH.shape[1] == 1:
     write = functools.partial(_with_newest, slots_B=(lengths_B - 1) % S)
   else:
     indices_BS = jnp.clip(_positions(lengths_B, S), 0, k_BTKH.shape[1] - 1)
@@ -131,6 +139,54 @@ def recall(
   return mixed(q_B1NH, cache, full_BS, bias_BNS)
 
 
+def continued(
+  q_BTNH: jax.Array,
+  cache: KeyValues,
+  k_BTKH: jax.Array,
+  v_BTKH: jax.Array,
+  begun_B: jax.Array,
+  window: int | None = None,
+  prefix: Prefix | None = None,
+) -> jax.Array:
+  """As `recall`, for several tokens that follow those in a cache: each sees itself, those before it
+  among them, and those in the cache.
+
+  Args:
+    q_BTNH: their queries.
+    cache: has none of them in it.
+    k_BTKH: their keys.
+    v_BTKH: their values.
+    begun_B: how many tokens of each row the cache holds.
+    window: how far a token sees; None for everywhere.
+    prefix: keys and values before those of the cache, which all see; None for none.
+
+  Returns:
+    [B, T, N, H] in the type of `q_BTNH`.
+  """
+  (B, T, N, H), (S, K) = q_BTNH.shape, (cache.slots, k_BTKH.shape[2])
+  dtype = jnp.promote_types(q_BTNH.dtype, jnp.float32)
+  new_BT = begun_B[:, None] + jnp.arange(T)
+  seen_BTS = _seen(new_BT, jnp.concatenate([_positions(begun_B, S), new_BT], axis=1), window)
+  if prefix is not None:
+    given = KeyValues(*(_as(old, x[None]) for old, x in zip(cache, prefix, strict=True)))
+    cache, S = jax.tree.map(_after, given, cache), S + len(prefix.keys)
+    seen_BTS = jnp.pad(seen_BTS, [(0, 0), (0, 0), (len(prefix.keys), 0)], constant_values=True)
+  q_BKGTH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+  keys_BKSH, key_scale = _wide(cache.keys, q_BTNH.dtype)
+  score = functools.partial(jnp.einsum, preferred_element_type=dtype)
+  old_BKGTS = score('BKGTH,BKSH->BKGTS', q_BKGTH, keys_BKSH) * _over_queries(key_scale)
+  scores_BKGTS = jnp.concatenate([old_BKGTS, score('BKGTH,BSKH->BKGTS', q_BKGTH, k_BTKH)], axis=-1)
+  scores_BKGTS = jnp.where(
+    seen_BTS[:, None, None], scores_BKGTS * H**-0.5, jnp.finfo(dtype).min / 2
+  )
+  weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1)
+  values_BKSH, value_scale = _wide(cache.values, q_BTNH.dtype)
+  old_BKGTS = (weights_BKGTS[..., :S] * _over_queries(value_scale)).astype(values_BKSH.dtype)
+  x_BTKGH = jnp.einsum('BKGTS,BKSH->BTKGH', old_BKGTS, values_BKSH)
+  x_BTKGH += jnp.einsum('BKGTS,BSKH->BTKGH', weights_BKGTS[..., S:].astype(v_BTKH.dtype), v_BTKH)
+  return x_BTKGH.reshape(B, T, N, H).astype(q_BTNH.dtype)
+
+
 def mixed(
   q_B1NH: jax.Array, cache: KeyValues, seen_BS: jax.Array, bias_BNS: jax.Array | None = None
 ) -> jax.Array:
@@ -167,6 +223,18 @@ def _wide(held: jax.Array | Rounded, dtype: DTypeLike) -> tuple[jax.Array, jax.A
   return held.values.astype(dtype), held.scale[..., 0][:, :, None]
 
 
+def _over_queries(scale: jax.Array | float) -> jax.Array | float:
+  """What `_wide` multiplies products by, for several queries."""
+  return scale if isinstance(scale, float) else scale[:, :, :, None]
+
+
+def _seen(queries_BT: jax.Array, keys_BS: jax.Array, window: int | None) -> jax.Array:
+  """Which keys the queries see, [B, T, S], by the positions of both; negative for no key."""
+  distance_BTS = queries_BT[:, :, None] - keys_BS[:, None]
+  seen_BTS = (distance_BTS >= 0) & (keys_BS >= 0)[:, None]
+  return seen_BTS if window is None else seen_BTS & (distance_BTS < window)
+
+
 def _laid_out(cache: KeyValues) -> KeyValues:
   return jax.tree.map(lambda x: sharding.constrain(x, 'batch', 'kv_heads', None, None), cache)
 
@@ -191,6 +259,14 @@ def _of_first(old_BKSH: jax.Array, x_BTKH: jax.Array, indices_BS: jax.Array) -> 
   """The tokens that stand in each slot, of the first ones of the row."""
   x_BSKH = jnp.take_along_axis(x_BTKH, indices_BS[..., None, None], axis=1)
   return x_BSKH.swapaxes(1, 2).astype(old_BKSH.dtype)
+
+
+def _with_more(old_BKSH: jax.Array, x_BTKH: jax.Array, indices_BS: jax.Array) -> jax.Array:
+  """What a cache held, with some tokens more; `indices_BS`: which of them each slot gets, negative
+  for none.
+  """
+  new_BKSH = _of_first(old_BKSH, x_BTKH, jnp.clip(indices_BS, 0, x_BTKH.shape[1] - 1))
+  return jnp.where(indices_BS[:, None, :, None] >= 0, new_BKSH, old_BKSH)
 
 
 def _positions(lengths_B: jax.Array, slots: int) -> jax.Array:
