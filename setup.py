@@ -15,6 +15,7 @@ setup(
   license='Apache-2.0',
   python_requires='>=3.11',
   packages=find_packages(include=['llm_jax', 'llm_jax.*', 'configs']),
+  package_data={'llm_jax.serving': ['page.html']},
   entry_points={'console_scripts': ['llm_jax = llm_jax.main:cli']},
   install_requires=[
     'absl-py>=2.1',
@@ -51,8 +52,15 @@ setup(
       'starlette>=1.0',
       'uvicorn>=0.34',
       'prometheus-client>=0.22',
+      'llguidance>=1.9,<2',
+      'promql-parser>=0.12,<0.13',  # the alert rules
+      'opentelemetry-sdk>=1.45',
+      'opentelemetry-exporter-otlp-proto-http>=1.45',
       'httpx2>=2.0',
       'openai>=3.0',
+      'jsonschema>=4.23',
+      'openapi-spec-validator>=0.7',
+      'playwright>=1.50',  # the page of the service, in a browser
       'flatbuffers>=24.3',
       'mypy==2.4.1',  # pinned, like ruff: another version may find or format something else
       'ruff==0.17.6',
@@ -80,7 +88,14 @@ setup(
     'text': ['sacrebleu==2.6.0', 'rouge-score==0.1.2', 'rapidfuzz>=3.9'],
     'chat': ['jinja2>=3.1'],  # templates of conversations
     # answers over HTTP
-    'serve': ['starlette>=1.0', 'uvicorn>=0.34', 'prometheus-client>=0.22'],
+    'serve': [
+      'starlette>=1.0',
+      'uvicorn>=0.34',
+      'prometheus-client>=0.22',
+      'llguidance>=1.9,<2',  # texts that are as a schema or a grammar says
+    ],
+    # spans of requests
+    'trace': ['opentelemetry-sdk>=1.45', 'opentelemetry-exporter-otlp-proto-http>=1.45'],
     'stablehlo': ['flatbuffers>=24.3'],  # functions that JAX runs without this package
     'wandb': ['wandb>=0.19'],
   },

@@ -34,6 +34,10 @@ class Guide:
     self._matcher, self._size = matcher, size
     self._look()
 
+  def copied(self) -> 'Guide':
+    """Another text that is as far."""
+    return Guide(self._matcher.deep_copy(), self._size)
+
   def add(self, token: int) -> None:
     """Takes the next token.
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from llm_jax.core import config as config_lib
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Documents, Example, Predictor, Tokenizer
+from llm_jax.core.contracts import Documents, Encoded, Example, Predictor, Tokenizer
 from llm_jax.data import pipeline
 from llm_jax.inference import answers as answers_lib
 from llm_jax.inference import prediction
@@ -144,9 +144,9 @@ class Ensemble:
       for said in zip(*found, strict=True):
         yield predictor.combined(said)
 
-  def check_record(self, record: Mapping[str, Any]) -> None:
-    """Raises ValueError for a record that the objective cannot read."""
-    self.members[0].check_record(record)
+  def check_record(self, record: Mapping[str, Any]) -> Encoded:
+    """As `Session.check_record`."""
+    return self.members[0].check_record(record)
 
 
 def open_runs(

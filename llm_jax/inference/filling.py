@@ -18,6 +18,10 @@ from llm_jax.programs.network import Network
 
 MASK = '[MASK]'
 TILE = 16  # rows are as long as the longest text, rounded up to this
+FEW_TILE, FEW_MASKS = (
+  64,
+  8,
+)  # the shortest rows, and masks of a row, where rows have one of few sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +44,15 @@ class Filler:
   Args:
     program: of an encoder whose network has the head `mlm`.
     tokenizer: that of the model.
+    few: whether all batches have the same number of rows, of a length that goes by each text alone,
+      and of as many masks: what stands beside a text then changes no bit of its answer, and `warm`
+      compiles for all lengths there are.
 
   Raises:
     ValueError: no such head, or no mask token.
   """
 
-  def __init__(self, program: Inference, tokenizer: Tokenizer):
+  def __init__(self, program: Inference, tokenizer: Tokenizer, few: bool = False):
     if 'mlm' not in program.network.heads:
       raise ValueError(
         'this model has no masked-LM head (heads_mlm), so it cannot fill in what is masked; open '
@@ -55,7 +62,7 @@ class Filler:
       raise ValueError(
         'this tokenizer has no mask token; an encoder that was trained by masking has one.'
       )
-    self._program, self._tokenizer = program, tokenizer
+    self._program, self._tokenizer, self.few = program, tokenizer, few
     self._functions: dict[int, Any] = {}
 
   def __call__(self, params: PyTree, texts: Sequence[str], rows: int, top: int = 5) -> list[Filled]:
@@ -72,13 +79,48 @@ class Filler:
     """
     tokenizer, ids = self._tokenizer, list(map(self.ids, texts))
     run = self._function(min(top, tokenizer.vocab_size))
-    filled = []
-    for first in range(0, len(ids), rows):
-      part = ids[first : first + rows]
-      p_BMC, ids_BMC = run(params, _batch(self._program, part, tokenizer.mask_id, rows))
-      found = zip(part, np.asarray(p_BMC), np.asarray(ids_BMC), strict=False)
-      filled += [_filled(row, tokenizer, p_MC, ids_MC) for row, p_MC, ids_MC in found]
-    return filled
+    found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in ids]
+    for (length, masks), asked in self._groups(ids).items():
+      for first in range(0, len(asked), rows):
+        part = asked[first : first + rows]
+        batch = _batch(self._program, [(ids[n], at) for n, at in part], rows, length, masks)
+        answers = zip(part, *map(np.asarray, run(params, batch)), strict=False)
+        for (number, at), p_MC, ids_MC in answers:
+          found[number].append((p_MC[: len(at)], ids_MC[: len(at)]))
+    return [
+      _filled(row, tokenizer, *map(np.concatenate, zip(*answers, strict=True)))
+      for row, answers in zip(ids, found, strict=True)
+    ]
+
+  def warm(self, params: PyTree, rows: int, top: int) -> None:
+    """Compiles for all lengths of rows, where they are few."""
+    run = self._function(min(top, self._tokenizer.vocab_size))
+    for length in sorted(set(map(self._length, range(1, self._program.network.longest + 1)))):
+      text = np.zeros(length, np.int32), np.zeros(1, np.int32)
+      jax.block_until_ready(run(params, _batch(self._program, [text], rows, length, FEW_MASKS)))
+
+  def _groups(self, ids: Sequence[np.ndarray]) -> '_Groups':
+    """The numbers of texts and the indices of masks in them that run together, by the length of
+    their rows and the masks of each.
+    """
+    masks = [np.flatnonzero(row == self._tokenizer.mask_id) for row in ids]
+    if not self.few:
+      if not ids:
+        return {}
+      most = 1 << (max(map(len, masks)) - 1).bit_length()
+      return {(self._length(max(map(len, ids))), most): list(enumerate(masks))}
+    found: _Groups = {}
+    for number, (row, indices) in enumerate(zip(ids, masks, strict=True)):
+      group = found.setdefault((self._length(len(row)), FEW_MASKS), [])
+      firsts = range(0, len(indices), FEW_MASKS)
+      group += [(number, indices[first : first + FEW_MASKS]) for first in firsts]
+    return found
+
+  def _length(self, longest: int) -> int:
+    """Tokens of a row that holds this one."""
+    tiles = -(-longest // (FEW_TILE if self.few else TILE))
+    length = FEW_TILE * (1 << (tiles - 1).bit_length()) if self.few else TILE * tiles
+    return min(length, self._program.network.longest)
 
   def ids(self, text: str) -> np.ndarray:
     """The ids of a text; ValueError for one without a mask, or longer than the model takes."""
@@ -88,6 +130,9 @@ class Filler:
     if top not in self._functions:
       self._functions[top] = self._program.function(functools.partial(_candidates, top=top))
     return self._functions[top]
+
+
+_Groups = dict[tuple[int, int], list[tuple[int, np.ndarray]]]
 
 
 def _candidates(network: Network, batch: Batch, *, top: int) -> tuple[jax.Array, jax.Array]:
@@ -124,16 +169,16 @@ def _masked(text: str, tokenizer: Tokenizer, max_len: int) -> np.ndarray:
 
 
 def _batch(
-  program: Inference, ids: Sequence[np.ndarray], mask_id: int, rows: int
+  program: Inference,
+  texts: Sequence[tuple[np.ndarray, np.ndarray]],
+  rows: int,
+  length: int,
+  masks: int,
 ) -> dict[str, jax.Array]:
-  """Texts and the indices of their masks, filled up to `rows` rows."""
-  longest = max(map(len, ids))
-  length = min(-(-longest // TILE) * TILE, program.network.longest)
-  masks = [np.flatnonzero(row == mask_id) for row in ids]
-  most = 1 << (max(map(len, masks)) - 1).bit_length()
+  """Texts and the indices of masks in them, filled up to so many rows, tokens and masks."""
   batch = {name: np.zeros((rows, length), np.int32) for name in ('tokens', 'segments')}
-  batch['mask_positions'] = np.zeros((rows, most), np.int32)
-  for i, (row, indices) in enumerate(zip(ids, masks, strict=True)):
+  batch['mask_positions'] = np.zeros((rows, masks), np.int32)
+  for i, (row, indices) in enumerate(texts):
     batch['tokens'][i, : len(row)] = row
     batch['segments'][i, : len(row)] = 1
     batch['mask_positions'][i, : len(indices)] = indices

@@ -22,7 +22,7 @@ from absl import logging
 from llm_jax.core import config as config_lib
 from llm_jax.core import named_adapters, tree
 from llm_jax.core.config import Config
-from llm_jax.core.contracts import Objective, Tokenizer
+from llm_jax.core.contracts import Encoded, Objective, Tokenizer
 from llm_jax.data import chat_template, encoding
 from llm_jax.data.conversations import Message
 from llm_jax.generation import completion
@@ -157,9 +157,11 @@ class Session:
     self._require(tuple(labeller.heads))
     return labeller(self.params, records)
 
-  def check_record(self, record: Mapping[str, Any]) -> None:
-    """Raises ValueError for a record that the objective cannot read."""
-    self._encoder(record, self.tokenizer)
+  def check_record(self, record: Mapping[str, Any]) -> Encoded:
+    """The arrays and values of a record; raises ValueError for one that the objective cannot
+    read.
+    """
+    return self._encoder(record, self.tokenizer)
 
   def explain(
     self, texts: Sequence[Text], method: str = 'integrated_gradients', **options: Any
@@ -226,6 +228,19 @@ class Session:
     """Makes vectors in batches of few sizes from here on, and compiles for all of them."""
     self._embedder = Embedder(self.program, self.tokenizer, few=True)
     self._embedder.warm(self.params, *self._pooling(None, None))
+
+  def ready_to_fill(self, top: int) -> None:
+    """Fills in batches of few sizes from here on, and compiles for all of them.
+
+    Args:
+      top: how many candidates a mask will get.
+
+    Raises:
+      ValueError: the model has no masked-LM head.
+    """
+    self._filler = Filler(self.program, self.tokenizer, few=True)
+    self._require(('mlm',))
+    self._filler.warm(self.params, self._rows(self.config.batch_size), top)
 
   def _pooling(self, pool: str | None, normalize: bool | None) -> tuple[str, bool]:
     said = self._sentences
@@ -316,7 +331,8 @@ class Session:
     """
     filler = self._filler
     self._require(('mlm',))
-    return filler(self.params, texts, self._rows(len(texts)), top) if texts else []
+    rows = self._rows(self.config.batch_size if filler.few else len(texts))
+    return filler(self.params, texts, rows, top) if texts else []
 
   def chat(
     self,

@@ -1,6 +1,7 @@
-"""`--mode=serve`: the model answers over HTTP, by OpenAI's routes and its own.
+"""`--mode=serve`: models answer over HTTP, by OpenAI's routes and their own.
 
-Needs the extra `serve`. Without `--api_keys` only this machine is listened to.
+Needs the extra `serve`. Without `--api_keys` only this machine is listened to. At SIGHUP the newest
+version of each model is opened beside the one that answers, and takes its place.
 """
 
 import contextlib
@@ -10,8 +11,8 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import flags, logging
 
@@ -23,7 +24,9 @@ if TYPE_CHECKING:
 
   from llm_jax.inference.session import Session
   from llm_jax.serving.app import Service
+  from llm_jax.serving.fleet import Fleet
   from llm_jax.serving.served import Limits, Served
+  from llm_jax.serving.trace import Trace
 
 PORT = flags.DEFINE_integer('port', 8080, 'serve: where it listens.', 0, 65535)
 HOST = flags.DEFINE_string(
@@ -41,7 +44,24 @@ SLOTS = flags.DEFINE_integer(
 )
 BATCH = flags.DEFINE_integer('serve_batch', 8, 'serve: rows of a batch that is read.', 1)
 WAITING = flags.DEFINE_integer('serve_waiting', 256, 'serve: requests that may wait.', 1)
+PREFIXES = flags.DEFINE_integer(
+  'serve_prefixes',
+  4,
+  'serve: prompts whose caches are kept, each as large as a row, for others that begin alike.',
+  0,
+)
+MODELS = flags.DEFINE_list(
+  'serve_models',
+  [],
+  'serve: further models, NAME=FOLDER with commas between; workdirs, or Hugging Face folders.',
+)
 SECONDS = flags.DEFINE_float('serve_seconds', 60, 'serve: in which an answer must be there.', 0.1)
+TRACE = flags.DEFINE_string(
+  'trace',
+  None,
+  'serve: where spans of requests go, by OTLP over HTTP: http://HOST:4318/v1/traces; needs the '
+  'extra `trace`.',
+)
 DRAIN = 30  # seconds that open requests have when the service ends
 
 
@@ -51,6 +71,7 @@ def run(command: Command) -> None:
     import uvicorn
 
     from llm_jax.serving import app as apps
+    from llm_jax.serving.fleet import Fleet
     from llm_jax.serving.keys import Keys
     from llm_jax.serving.served import Limits
     from llm_jax.serving.watch import Watch
@@ -62,9 +83,13 @@ def run(command: Command) -> None:
     raise ValueError(
       f'--host={HOST.value} lets other machines ask, and nobody needs a key; give --api_keys=FILE.'
     )
-  limits = Limits(ROWS.value, SLOTS.value, BATCH.value, waiting=WAITING.value)
-  models = opened(command.session(), name(command), limits)
-  service = apps.Service(models, keys, Watch(list(models.values())), seconds=SECONDS.value)
+  trace = _trace(TRACE.value)
+  limits = Limits(
+    ROWS.value, SLOTS.value, BATCH.value, waiting=WAITING.value, prefixes=PREFIXES.value
+  )
+  fleet = Fleet(openers(command, further(MODELS.value), limits))
+  watch = Watch(fleet.models.values())
+  service = apps.Service(fleet.models, keys, watch, seconds=SECONDS.value, trace=trace)
   host = HOST.value or ('127.0.0.1' if keys is None else '0.0.0.0')
   python_logging.getLogger('uvicorn.error').setLevel(python_logging.WARNING)
   server = uvicorn.Server(
@@ -85,15 +110,27 @@ def run(command: Command) -> None:
 
   server.handle_exit = handle_exit
   failed: list[BaseException] = []
-  warming = functools.partial(_warm, service, server, failed)
-  threading.Thread(target=warming, name='warming', daemon=True).start()
+  warming = functools.partial(_warm, fleet, service, server, failed)
+  _in_thread(warming)
   with _survived(signal.SIGTERM, signal.SIGINT):  # uvicorn ends by them, and then sends them again
+    signal.signal(signal.SIGHUP, lambda *_: _in_thread(_renew, fleet, service, path))
     server.run()
   if failed:
     raise failed[0]
-  for model in models.values():
-    model.close()
+  fleet.close()
+  if trace is not None:
+    trace.close()
   logging.info('All that was asked is answered.')
+
+
+def _trace(url: str | None) -> 'Trace | None':
+  if url is None:
+    return None
+  try:
+    from llm_jax.serving import trace
+  except ModuleNotFoundError as error:
+    raise ImportError(f"--trace needs {error.name}: pip install 'llm_jax[trace]'") from error
+  return trace.to(url)
 
 
 @contextlib.contextmanager
@@ -114,6 +151,30 @@ def name(command: Command) -> str:
   return folder.absolute().name
 
 
+def further(given: Sequence[str]) -> dict[str, pathlib.Path]:
+  """The folders of further models, by name; ValueError where one lacks a name, or has another's."""
+  found: dict[str, pathlib.Path] = {}
+  for one in given:
+    key, _, folder = (part.strip() for part in one.partition('='))
+    if not (key and folder) or key in found:
+      raise ValueError(f'--serve_models={one} must be NAME=FOLDER, each with a name of its own.')
+    found[key] = files.local('--serve_models', folder).absolute()
+  return found
+
+
+def openers(
+  command: Command, folders: Mapping[str, pathlib.Path], limits: 'Limits'
+) -> dict[str, Callable[[], dict[str, 'Served']]]:
+  """What opens each model, by its name."""
+  from llm_jax.inference import session
+
+  found = {key: functools.partial(session.open_folder, folder) for key, folder in folders.items()}
+  if name(command) in found:
+    raise ValueError(f'--serve_models names {name(command)}, as --workdir is called; give another.')
+  found = {name(command): command.session} | found
+  return {key: lambda key=key, to=to: opened(to(), key, limits) for key, to in found.items()}
+
+
 def opened(session: 'Session', name: str, limits: 'Limits') -> dict[str, 'Served']:
   """The model, and the adapters on it, by name."""
   from llm_jax.serving.served import Served, resized
@@ -124,10 +185,28 @@ def opened(session: 'Session', name: str, limits: 'Limits') -> dict[str, 'Served
   return {key: Served(key, each, limits) for key, each in sessions.items()}
 
 
-def _warm(service: 'Service', server: 'uvicorn.Server', failed: list[BaseException]) -> None:
+def _renew(fleet: 'Fleet', service: 'Service', keys: pathlib.Path | None) -> None:
+  from llm_jax.serving.keys import Keys
+
+  if keys is not None:
+    try:
+      service.keys = Keys(keys)
+    except (OSError, ValueError) as error:
+      logging.error('The old keys stay: %s', error)
+  with service.watch.warming():
+    fleet.renew(service.watch.loaded)
+
+
+def _in_thread(do: Callable[..., None], *args: Any) -> None:
+  threading.Thread(target=do, args=args, daemon=True).start()
+
+
+def _warm(
+  fleet: 'Fleet', service: 'Service', server: 'uvicorn.Server', failed: list[BaseException]
+) -> None:
   try:
-    for model in service.models.values():
-      model.warm()
+    with service.watch.warming():
+      fleet.warm()
     while not server.started and not server.should_exit:
       time.sleep(0.01)
   except BaseException as error:  # it is raised where the service ends

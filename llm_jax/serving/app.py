@@ -6,28 +6,33 @@ Nothing of a request is logged but its route, status and time.
 import asyncio
 import contextlib
 import dataclasses
-import json
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any
+import functools
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from absl import logging
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llm_jax.serving import bodies, fields
+from llm_jax.core import faults
+from llm_jax.generation.guides import Guide
+from llm_jax.programs import summary
+from llm_jax.serving import bodies, fields, openapi, page
 from llm_jax.serving.batches import Batches, Full
 from llm_jax.serving.fields import Field, Refused
 from llm_jax.serving.keys import Keys
 from llm_jax.serving.served import Served
-from llm_jax.serving.watch import Watch
-from llm_jax.serving.writing import ERROR, Order
+from llm_jax.serving.texts import Stream, Texts
+from llm_jax.serving.watch import Asked, Watch
 
-OPEN = ('/health', '/ready')  # routes that ask for no key
+if TYPE_CHECKING:
+  from llm_jax.serving.trace import Trace
+
+OPEN = ('/', '/health', '/ready')  # routes that ask for no key
 TASKS = {  # routes, and the objectives whose models answer there
   '/classify': ('classify', 'prompt', 'relation', 'mix'),
   '/tag': ('tag',),
@@ -45,6 +50,14 @@ FILL = {
   'top': Field(fields.whole(1, 100), 5),
 }
 TOKENIZE = {'model': Field(fields.text, None), 'input': Field(fields.texts(bodies.MANY))}
+FORMS: dict[str, Mapping[str, Field]] = {  # routes that read a body, and its fields
+  '/v1/embeddings': bodies.EMBEDDINGS,
+  '/v1/completions': bodies.COMPLETIONS,
+  '/v1/chat/completions': bodies.CHAT,
+  **dict.fromkeys(TASKS, RECORDS),
+  '/fill': FILL,
+  '/tokenize': TOKENIZE,
+}
 
 Answer = Callable[['Service', Served, Mapping[str, Any], Request], Awaitable[Response]]
 
@@ -60,6 +73,7 @@ class Service:
     most_bytes: of a body.
     seconds: in which an answer must be there.
     ready: whether all is compiled, and nothing is about to end.
+    trace: makes spans of requests; None where nobody wants any.
   """
 
   models: dict[str, Served]
@@ -68,6 +82,10 @@ class Service:
   most_bytes: int = 2**20
   seconds: float = 60.0
   ready: bool = False
+  trace: 'Trace | None' = None
+
+  def __post_init__(self):
+    self.watch.ready = lambda: self.ready
 
   def find(self, name: str | None) -> Served:
     """The model of this name; raises Refused where there is none."""
@@ -82,17 +100,19 @@ class Service:
 def create(service: Service) -> ASGIApp:
   """The application."""
   routes = [
+    Route('/', _page),
+    Route('/openapi.json', _openapi),
     Route('/health', _health),
     Route('/ready', _ready),
     Route('/metrics', _metrics),
     Route('/v1/models', _models),
     Route('/v1/models/{name:path}', _model),
-    _route('/v1/embeddings', bodies.EMBEDDINGS, _embeddings),
-    _route('/v1/completions', bodies.COMPLETIONS, _completions),
-    _route('/v1/chat/completions', bodies.CHAT, _chat),
-    *(_route(path, RECORDS, _answers_of(path)) for path in TASKS),
-    _route('/fill', FILL, _fill),
-    _route('/tokenize', TOKENIZE, _tokenize),
+    _route('/v1/embeddings', _embeddings),
+    _route('/v1/completions', _completions),
+    _route('/v1/chat/completions', _chat),
+    *(_route(path, _answers_of(path)) for path in TASKS),
+    _route('/fill', _fill),
+    _route('/tokenize', _tokenize),
   ]
   handlers = {Refused: _refused, HTTPException: _http_error, Exception: _defect}
   app = Starlette(routes=routes, exception_handlers=handlers)
@@ -101,7 +121,7 @@ def create(service: Service) -> ASGIApp:
 
 
 class _Gate:
-  """What every request passes: the key, the limits of it, the count."""
+  """What every request passes: the key, the limits of it, the count, the trace."""
 
   def __init__(self, app: Starlette, service: Service):
     self._app, self._service = app, service
@@ -111,7 +131,10 @@ class _Gate:
     if scope['type'] != 'http':
       await self._app(scope, receive, send)
       return
-    began, status = time.monotonic(), 500
+    # A path of which there is no route is none of a bounded number of names.
+    route = scope['path'] if scope['path'] in self._paths else 'other'
+    asked, status = Asked(scope['method'], route), 500
+    scope.setdefault('state', {})['asked'] = asked
 
     async def sent(message: Message) -> None:
       nonlocal status
@@ -130,10 +153,12 @@ class _Gate:
       await _error(refused)(scope, receive, sent)
     except ClientDisconnect:
       status = 499
+    except Exception as error:  # the server would log its message, which may quote a text
+      logging.error('%s failed: %s', route, faults.described(error))
     finally:
-      # A path of which there is no route is none of a bounded number of names.
-      route = scope['path'] if scope['path'] in self._paths else 'other'
-      self._service.watch.answered(route, status, time.monotonic() - began)
+      self._service.watch.answered(asked, status)
+      if self._service.trace is not None and route in FORMS:
+        self._service.trace.answered(asked, status, scope['headers'])
 
   def _key(self, scope: Scope):
     """The key of a request, which is counted as begun."""
@@ -144,27 +169,35 @@ class _Gate:
     kind, _, text = given.partition(' ')
     key = self._service.keys.find(text.strip()) if kind.lower() == 'bearer' else None
     if key is None:
+      self._service.watch.refused('unknown_key')
       raise Refused(401, 'Authorization: Bearer KEY, with a key that is known, is needed.')
     if (after := key.enter()) is not None:
+      self._service.watch.refused('key_limit')
       raise Refused(429, 'This key has asked too much; come again later.', after=after)
     return key
 
 
-def _route(path: str, known: Mapping[str, Field], answer: Answer) -> Route:
+def _route(path: str, answer: Answer) -> Route:
   """A route that reads a body, finds the model, and answers."""
 
   async def endpoint(request: Request) -> Response:
     service: Service = request.app.state.service
     if not service.ready:
+      service.watch.refused('not_ready')
       raise Refused(503, 'The service is not ready.', 'server_error', after=1.0)
-    body = fields.read(await _body(request, service.most_bytes), known)
+    body = fields.read(await _body(request, service.most_bytes), FORMS[path])
     try:
-      return await answer(service, service.find(body['model']), body, request)
+      model = service.find(body['model'])
+      request.state.asked.model = model.name
+      with model.used():
+        return await answer(service, model, body, request)
     except Full:
+      service.watch.refused('full')
       raise Refused(
         429, 'Too many requests wait; come again later.', 'server_error', after=1.0
       ) from None
     except TimeoutError:
+      service.watch.refused('late')
       raise Refused(504, 'The answer took too long.', 'server_error') from None
     except ValueError as error:  # what a model cannot read
       raise Refused(400, str(error)) from error
@@ -179,6 +212,15 @@ async def _body(request: Request, most: int) -> bytes:
     if len(found) > most:
       raise Refused(413, f'The body has more than {most} bytes.')
   return bytes(found)
+
+
+async def _page(request: Request) -> Response:
+  del request
+  return HTMLResponse(page.TEXT, headers=page.HEADERS)
+
+
+async def _openapi(request: Request) -> Response:
+  return JSONResponse(openapi.document(request.app.routes, FORMS, OPEN))
 
 
 async def _health(request: Request) -> Response:
@@ -196,18 +238,43 @@ async def _metrics(request: Request) -> Response:
 
 
 async def _models(request: Request) -> Response:
-  service = request.app.state.service
-  return JSONResponse({'object': 'list', 'data': list(map(_described, service.models.values()))})
+  models = request.app.state.service.models.values()
+  described = await asyncio.to_thread(lambda: list(map(_described, models)))
+  return JSONResponse({'object': 'list', 'data': described})
 
 
 async def _model(request: Request) -> Response:
-  return JSONResponse(_described(request.app.state.service.find(request.path_params['name'])))
+  model = request.app.state.service.find(request.path_params['name'])
+  return JSONResponse(await asyncio.to_thread(_described, model))
 
 
 def _described(model: Served) -> dict[str, Any]:
-  return {'id': model.name, 'object': 'model', 'created': 0, 'owned_by': 'llm_jax'} | (
-    {'task': model.task} if model.task else {}
-  )
+  known = {'id': model.name, 'object': 'model', 'created': 0, 'owned_by': 'llm_jax'}
+  task = {'task': model.task} if model.task else {}
+  return known | task | {'routes': [path for path in FORMS if _answers_at(model, path)]}
+
+
+def _answers_at(model: Served, path: str) -> bool:
+  """Whether there is a request for the route that the model answers."""
+  if path in TASKS:
+    return model.answers is not None and model.task in TASKS[path]
+  if path == '/v1/embeddings':
+    return model.embeds is not None
+  if path == '/v1/completions':
+    return model.writer is not None
+  if path == '/v1/chat/completions':
+    return model.writer is not None and _converses(model)
+  if path == '/fill':
+    masks = model.session.tokenizer.mask_id is not None
+    return model.fills is not None and masks and 'mlm' in model.session.program.network.heads
+  return True
+
+
+def _converses(model: Served) -> bool:
+  try:
+    return model.session.conversation is not None
+  except ValueError:  # no template
+    return False
 
 
 async def _embeddings(service, model, body, request) -> Response:
@@ -219,8 +286,9 @@ async def _embeddings(service, model, body, request) -> Response:
     if size > len(vectors[0]):
       raise Refused(400, f'dimensions={size}: the vectors have {len(vectors[0])}.')
     vectors = [vector[:size] for vector in vectors]
-  tokens = sum(map(len, await _ids(model, texts)))
-  service.watch.counted(model.name, tokens, 0)
+  ids = await _ids(model, texts)
+  service.watch.read(model, request.state.asked, ids)
+  tokens = sum(map(len, ids))
   return JSONResponse(bodies.embeddings(model.name, vectors, body['encoding_format'], tokens))
 
 
@@ -231,28 +299,33 @@ def _answers_of(path: str) -> Answer:
       route = next((route for route, tasks in TASKS.items() if model.task in tasks), None)
       way_out = f'; ask {route}' if route else ''
       raise Refused(400, f'{model.name} was trained by {model.task}, not for {path}{way_out}.')
-    await asyncio.to_thread(_check, model, body['inputs'])
+    ids = await asyncio.to_thread(_checked, model, body['inputs'])
     found = await _gathered(service, request, model.answers, body['inputs'])
+    service.watch.read(model, request.state.asked, ids)
+    service.watch.predicted(model, found)
     return JSONResponse({'model': model.name, 'outputs': found})
 
   return answer
 
 
-def _check(model: Served, records: Sequence[Mapping[str, Any]]) -> None:
-  """Raises ValueError for a record that the model cannot read."""
+def _checked(model: Served, records: Sequence[Mapping[str, Any]]) -> list[Any]:
+  """The ids of records; raises ValueError for one that the model cannot read."""
+  found = []
   for number, record in enumerate(records):
     try:
-      model.session.check_record(record)
+      found.append(summary.ids(model.session.check_record(record)))
     except (TypeError, KeyError, AttributeError):  # a field of another kind
       raise ValueError(
         f'inputs[{number}] has a field of a kind that this model cannot read.'
       ) from None
+  return found
 
 
 async def _fill(service, model, body, request) -> Response:
   if model.fills is None:
     raise Refused(400, f'{model.name} writes, and fills in nothing.', field='model')
   found = await _gathered(service, request, model.fills, body['inputs'])
+  service.watch.read(model, request.state.asked, await _ids(model, body['inputs'], special=True))
   outputs = [
     {'text': filled.text, 'masks': [mask[: body['top']] for mask in filled.masks]}
     for filled in found
@@ -265,9 +338,10 @@ async def _tokenize(service, model, body, request) -> Response:
   return JSONResponse({'model': model.name, 'tokens': ids})
 
 
-async def _ids(model: Served, texts: Sequence[str]) -> list[Any]:
+async def _ids(model: Served, texts: Sequence[str], special: bool = False) -> list[Any]:
   """The ids of texts, which may be long: others are not kept waiting."""
-  return await asyncio.to_thread(lambda: list(map(model.session.tokenizer.encode, texts)))
+  encode = functools.partial(model.session.tokenizer.encode, special=special)
+  return await asyncio.to_thread(lambda: list(map(encode, texts)))
 
 
 async def _completions(service, model, body, request) -> Response:
@@ -296,104 +370,29 @@ async def _written(
   chat: bool = False,
 ) -> Response:
   """Texts behind prompts: at once, or piece by piece."""
-  form = bodies.Written(model.name, chat, sum(len(ids) for ids, _ in prompts))
-  texts = _Texts(service, model, body, prompts)
+  form = bodies.Written(model.name, chat, sum(len(ids) for ids, _ in prompts), model.spelled)
+  guides = await asyncio.to_thread(_guides, model, body, len(prompts) * body['n'])
+  texts = Texts(model, body, prompts, guides, service.watch, request.state.asked)
   if body['stream']:
     options = body['stream_options']
     usage = isinstance(options, dict) and bool(options.get('include_usage'))
-    return _Stream(texts, texts.streamed(form, usage), media_type='text/event-stream')
+    return Stream(texts, texts.streamed(form, usage, service.seconds))
   with texts:
     whole = await _unless_gone(request, texts.whole(), service.seconds)
-  return JSONResponse(form.whole(*whole, texts.tokens))
+  return JSONResponse(form.whole(whole, texts.tokens))
 
 
-class _Texts:
-  """The texts that a request asks for, as they are written."""
-
-  def __init__(self, service, model, body, prompts):
-    self._service, self._model = service, model
-    self._read = sum(len(ids) for ids, _ in prompts)
-    self._said: asyncio.Queue[tuple[int, str, str | None]] = asyncio.Queue()
-    self._orders: list[Order] = []
-    loop = asyncio.get_running_loop()
-    try:
-      for ids, ends in prompts:
-        sampling = bodies.sampling(body, model.writer.room(ids))
-        for _ in range(body['n']):
-          number = len(self._orders)
-
-          def tell(piece: str, reason: str | None, number: int = number) -> None:
-            if not loop.is_closed():  # the service has not ended meanwhile
-              loop.call_soon_threadsafe(self._said.put_nowait, (number, piece, reason))
-
-          self._orders.append(model.write(ids, sampling, ends, body['stop'], number, tell))
-    except BaseException:
-      self._leave()
-      raise
-
-  @property
-  def tokens(self) -> int:
-    """How many are written."""
-    return sum(order.tokens for order in self._orders)
-
-  def __enter__(self) -> '_Texts':
-    return self
-
-  def __exit__(self, *_) -> None:
-    self._leave()
-
-  def _leave(self) -> None:
-    for order in self._orders:
-      order.cancelled = True
-    self._service.watch.counted(self._model.name, self._read, self.tokens)
-
-  async def whole(self) -> tuple[list[str], list[str]]:
-    """All texts, and why each is over."""
-    texts, reasons = [''] * len(self._orders), [''] * len(self._orders)
-    async for number, piece, reason in self._pieces():
-      texts[number] += piece
-      reasons[number] = reason or reasons[number]
-    return texts, reasons
-
-  async def streamed(self, form: bodies.Written, usage: bool) -> AsyncIterator[str]:
-    """Server-sent events: each piece as it comes."""
-    begun: set[int] = set()
-    try:
-      async with asyncio.timeout(self._service.seconds):
-        async for number, piece, reason in self._pieces():
-          yield _event(form.part(number, piece, reason, number not in begun))
-          begun.add(number)
-      if usage:
-        yield _event(form.last(self.tokens))
-    except (Refused, TimeoutError) as error:
-      yield _event(_said_of(str(error) or 'The answer took too long.', 'server_error', None))
-    yield 'data: [DONE]\n\n'
-
-  async def _pieces(self) -> AsyncIterator[tuple[int, str, str | None]]:
-    left = len(self._orders)
-    while left:
-      number, piece, reason = await self._said.get()
-      if reason == ERROR:
-        raise Refused(500, 'Writing failed; the log of the service says why.', 'server_error')
-      left -= reason is not None
-      yield number, piece, reason
-
-
-class _Stream(StreamingResponse):
-  """Texts that nobody wants any more once the response is over, however it ends."""
-
-  def __init__(self, texts: _Texts, *args: Any, **kwargs: Any):
-    super().__init__(*args, **kwargs)
-    self._texts = texts
-
-  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-    with self._texts:
-      await super().__call__(scope, receive, send)
+def _guides(model: Served, body: Mapping[str, Any], count: int) -> list[Guide | None]:
+  """What each text may be."""
+  if (wanted := body['response_format']) is None or count > model.writer.limit:
+    return [None] * count
+  first = model.guides(*wanted)
+  return [first, *(first.copied() for _ in range(count - 1))]
 
 
 async def _gathered(service: Service, request: Request, batches: Batches, items: Sequence) -> list:
   """The answers to some items, from a batch."""
-  future = asyncio.wrap_future(batches.submit(items))
+  future = asyncio.wrap_future(batches.submit(items, request.state.asked.begin))
   try:
     return await _unless_gone(request, future, service.seconds)
   finally:
@@ -421,17 +420,9 @@ async def _gone(request: Request) -> None:
     pass
 
 
-def _event(found: Mapping[str, Any]) -> str:
-  return f'data: {json.dumps(found)}\n\n'
-
-
-def _said_of(message: str, kind: str, field: str | None) -> dict[str, Any]:
-  return {'error': {'message': message, 'type': kind, 'param': field, 'code': None}}
-
-
 def _error(refused: Refused) -> Response:
   headers = {} if refused.after is None else {'Retry-After': str(max(1, round(refused.after)))}
-  said = _said_of(str(refused), refused.kind, refused.field)
+  said = bodies.failure(str(refused), refused.kind, refused.field)
   return JSONResponse(said, refused.status, headers)
 
 
@@ -443,11 +434,11 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 
 async def _defect(request: Request, error: Exception) -> Response:
-  del request, error  # which the server logs
+  del request, error  # which is passed on to the gate, and logged there
   return _error(Refused(500, 'Something went wrong; the log says what.', 'server_error'))
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
   assert isinstance(error, HTTPException)
-  said = _said_of(str(error.detail), 'invalid_request_error', None)
+  said = bodies.failure(str(error.detail), 'invalid_request_error', None)
   return JSONResponse(said, error.status_code, error.headers)

@@ -12,11 +12,26 @@ class Full(Exception):
   """So many requests wait already that no more are taken."""
 
 
+class Waiting(queue.Queue):
+  """A queue of what has `since`, the time at which it came; None among it is nothing that waits."""
+
+  @property
+  def oldest(self) -> float:
+    """Seconds that the first has waited; 0 where none waits."""
+    with self.mutex:
+      first = self.queue[0] if self.queue else None
+    return 0.0 if first is None else time.monotonic() - first.since
+
+
 class _Request(NamedTuple):
-  """What is asked at once, and where the answers go."""
+  """What is asked at once, where the answers go, when it came, and what is called when its batch
+  begins.
+  """
 
   items: list[Any]
   future: concurrent.futures.Future
+  since: float
+  begun: Callable[[], None]
 
 
 class Batches:
@@ -32,19 +47,31 @@ class Batches:
     most: items after which a batch does not wait for more.
     wait: seconds that the first request of a batch waits for others.
     waiting: how many requests may wait.
+
+  Attributes:
+    most: as given.
+    limit: how many requests may wait.
+    batches, items: how many calls were made, and of how many items.
   """
 
   def __init__(
     self, run: Callable[[list[Any]], Sequence[Any]], most: int, wait: float, waiting: int
   ):
-    self._run, self._most, self._wait = run, most, wait
-    self._queue: queue.Queue[_Request | None] = queue.Queue(waiting)
+    self._run, self.most, self._wait, self.limit = run, most, wait, waiting
+    self.batches = self.items = 0
+    self._queue = Waiting(waiting)
     self._closed = threading.Event()
     self._thread = threading.Thread(target=self._work, name='batches', daemon=True)
     self._thread.start()
 
-  def submit(self, items: Sequence[Any]) -> concurrent.futures.Future:
+  def submit(
+    self, items: Sequence[Any], begun: Callable[[], None] = lambda: None
+  ) -> concurrent.futures.Future:
     """A future of the answers to these items.
+
+    Args:
+      items: what is asked.
+      begun: called, in another thread, when their batch begins.
 
     Raises:
       Full: too many requests wait, or none are taken any more.
@@ -53,7 +80,7 @@ class Batches:
     if self._closed.is_set():
       raise Full
     try:
-      self._queue.put_nowait(_Request(list(items), future))
+      self._queue.put_nowait(_Request(list(items), future, time.monotonic(), begun))
     except queue.Full:
       raise Full from None
     return future
@@ -62,6 +89,11 @@ class Batches:
   def waiting(self) -> int:
     """Requests that no batch has yet."""
     return self._queue.qsize()
+
+  @property
+  def oldest(self) -> float:
+    """Seconds that the first of them has waited."""
+    return self._queue.oldest
 
   def close(self) -> None:
     """Answers what waits, and takes no more."""
@@ -73,6 +105,8 @@ class Batches:
     while (first := self._queue.get()) is not None:
       batch, last = self._gathered(first)
       wanted = [one for one in batch if one.future.set_running_or_notify_cancel()]
+      for one in wanted:
+        one.begun()
       if wanted:
         self._answer(wanted)
       if last:
@@ -81,7 +115,7 @@ class Batches:
   def _gathered(self, first: _Request) -> tuple[list[_Request], bool]:
     """The requests of a batch, and whether it is the last one."""
     batch, until = [first], time.monotonic() + self._wait
-    while sum(len(one.items) for one in batch) < self._most:
+    while sum(len(one.items) for one in batch) < self.most:
       try:
         other = self._queue.get(timeout=max(until - time.monotonic(), 0))
       except queue.Empty:
@@ -92,8 +126,10 @@ class Batches:
     return batch, False
 
   def _answer(self, batch: list[_Request]) -> None:
+    items = [item for one in batch for item in one.items]
+    self.batches, self.items = self.batches + 1, self.items + len(items)
     try:
-      found = list(self._run([item for one in batch for item in one.items]))
+      found = list(self._run(items))
     except Exception as error:  # whatever it is, it is the answer
       if len(batch) == 1:
         batch[0].future.set_exception(error)

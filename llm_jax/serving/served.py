@@ -1,15 +1,19 @@
 """A model as the service has it: its session, and what gathers requests for it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import logging
 
 from llm_jax.core.config import Config
 from llm_jax.data.conversations import Message
+from llm_jax.generation.guides import Guide, Guides
 from llm_jax.generation.sampling import Sampling
 from llm_jax.inference.session import Session
+from llm_jax.programs import summary
 from llm_jax.serving.batches import Batches
 from llm_jax.serving.writing import Order, Tell, Writer
 
@@ -24,6 +28,7 @@ class Limits:
     batch: rows of a batch that is read.
     wait: seconds that a request waits for others to be read with.
     waiting: requests that may wait for each model, of each kind.
+    prefixes: prompts that a model remembers, for others that begin alike.
   """
 
   rows: int = 8
@@ -31,6 +36,23 @@ class Limits:
   batch: int = 8
   wait: float = 0.005
   waiting: int = 256
+  prefixes: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Seen:
+  """What a model has seen in training, so that what it is asked can be compared with it.
+
+  Attributes:
+    unknown_id: the id of what the vocabulary cannot spell; -1 where there is none.
+    classes: those that it answers; none where they are too many to count each.
+    training: the training set; None where its folder does not describe it. A prompt is not a whole
+      example of it, so of a decoder it has no lengths.
+  """
+
+  unknown_id: int = -1
+  classes: tuple[str, ...] = ()
+  training: summary.Summary | None = None
 
 
 ALONE = ('choice', 'classify', 'pair', 'prompt', 'qa', 'relation', 'rerank', 'tag')  # see `resized`
@@ -50,6 +72,8 @@ class Served:
     embeds, answers, fills: batches of texts to vectors, of records to answers, and of texts to
       filled ones; None where the model has none.
     writer: of a model that writes; None of others.
+    seen: what it has seen in training.
+    users: requests that ask it just now.
   """
 
   def __init__(self, name: str, session: Session, limits: Limits):
@@ -67,6 +91,16 @@ class Served:
     if not session.causal:
       self.fills = self._gathered(lambda texts: session.fill(texts, TOP), limits)
     self.writer = _writer(session, limits) if session.causal else None
+    self.seen, self.users = _seen(session, name), 0
+
+  @contextlib.contextmanager
+  def used(self) -> Iterator[None]:
+    """It is not closed meanwhile; for one thread."""
+    self.users += 1
+    try:
+      yield
+    finally:
+      self.users -= 1
 
   def warm(self) -> None:
     """Compiles all that a request may need."""
@@ -75,6 +109,8 @@ class Served:
       self.session.ready_to_embed()
     if self.answers is not None:
       list(self.session.answers(_samples(self.session)))
+    if self.fills is not None and 'mlm' in self.session.program.network.heads:
+      self.session.ready_to_fill(TOP)
     if self.writer is not None:
       self.writer.warm()
       self.writer.start()
@@ -87,17 +123,33 @@ class Served:
     stop: Sequence[str],
     number: int,
     tell: Tell,
+    likely: int | None = None,
+    guide: Guide | None = None,
   ) -> Order:
-    """Begins to write a text; `tell` is called as `writing.Order` says.
+    """Begins to write a text; the arguments are those of `writing.Order`.
 
     Raises:
       ValueError: what cannot be written.
       Full: too many texts wait.
     """
     decided = self.session.completer().decided(sampling)
-    order = Order(prompt, decided, ends, tell, tuple(stop), number)
+    order = Order(prompt, decided, ends, tell, tuple(stop), number, likely, guide)
     self.writer.submit(order)
     return order
+
+  @functools.cached_property
+  def guides(self) -> Guides:
+    """Makes guides of what it writes."""
+    completer = self.session.completer()
+    return Guides(self.session.tokenizer, completer.generator.vocab_size, completer.ends)
+
+  def spelled(self, token: int) -> bytes:
+    """What a token spells, or the text of a special one."""
+    tokenizer = self.session.tokenizer
+    if token >= tokenizer.vocab_size:
+      return b''
+    special = tokenizer.special[token]
+    return tokenizer.special_text(token).encode() if special else tokenizer.spelling(token)
 
   def prompt(self, text: str) -> tuple[list[int], tuple[int, ...]]:
     """The ids of a prompt, and those that end what follows."""
@@ -140,8 +192,35 @@ def _writer(session: Session, limits: Limits) -> Writer:
   slots = session.program.network.longest
   slots = min(slots, limits.slots or slots)
   return Writer(
-    completer.generator, session.weights, session.tokenizer, limits.rows, slots, limits.waiting
+    completer.generator,
+    session.weights,
+    session.tokenizer,
+    limits.rows,
+    slots,
+    limits.waiting,
+    limits.prefixes,
   )
+
+
+def _seen(session: Session, name: str) -> Seen:
+  predictor = None if session.program.objective is None else session.program.objective.predictor
+  classes = (predictor.classes if predictor is not None else None) or ()
+  try:
+    training = summary.read(session.origin)
+  except ValueError as error:
+    logging.warning('%s', error)
+    training = None
+  if training is None:
+    logging.info(
+      '%s: %s says nothing of the training set, so what is asked is not compared with it.',
+      name,
+      session.origin,
+    )
+  elif session.causal and not session.reads_source:
+    training = training._replace(lengths={})
+  known = classes if len(classes) <= summary.MOST_CLASSES else ()
+  number = summary.unknown_id(session.tokenizer)
+  return Seen(-1 if number is None else number, tuple(known), training)
 
 
 def _samples(session: Session) -> list[Mapping[str, Any]]:

@@ -26,7 +26,7 @@ from llm_jax.generation import completion
 from llm_jax.objectives.shared import learned
 from llm_jax.parallel import hosts
 from llm_jax.parallel.cpu import memory as host_memory
-from llm_jax.programs import assemble, bases, pretrained, reference, teachers, workdir
+from llm_jax.programs import assemble, bases, pretrained, reference, summary, teachers, workdir
 from llm_jax.programs.checkpoints import Checkpoints
 from llm_jax.training import (
   adapted,
@@ -281,6 +281,7 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
       return {}
     if hosts.primary():
       workdir.write_config(run.workdir, config)
+      _write_summary(run)
     values = _train(run, log, hooks)
     if run.over:
       params, tokenizer = run.program.kept(run.state.answering_params), run.data.tokenizer
@@ -289,6 +290,12 @@ def train(run: Run, hooks: Sequence[MakeHook] = ()) -> dict[str, float]:
       page.write(run.workdir, run.step, values, run.program, params, tokenizer, held, shown)
     _say_how_it_ended(run, log)
     return values
+
+
+def _write_summary(run: Run) -> None:
+  predictor = run.program.objective.predictor
+  classes = (predictor.classes if predictor is not None else None) or ()
+  summary.write(run.workdir, summary.of(run.data.splits.train, run.data.tokenizer, classes))
 
 
 def _train(run: Run, log: logs.Log, hooks: Sequence[MakeHook]) -> dict[str, float]:

@@ -66,6 +66,28 @@ def test_masks_are_filled_in():
   )
 
 
+@pytest.mark.slow
+def test_in_few_sizes_an_answer_is_the_same_in_any_company_and_nothing_is_compiled():
+  made, params = program(bert_tiny, objective=dict(name='mlm'))
+  few, usual = Filler(made, TOKENIZER, few=True), Filler(made, TOKENIZER)
+  few.warm(params, 2, 3)
+  texts = ['a [MASK] c[MASK]', 'xyz [MASK]', '[MASK]' * 20, 'b' * 50 + '[MASK]']
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
+  try:
+    together = few(params, texts, 2, top=3)
+    alone = [few(params, [text], 2, top=3)[0] for text in texts]
+  finally:
+    jax.monitoring.clear_event_listeners()
+  assert together == alone  # to the bit
+  assert not [name for name in compiled if 'backend_compile' in name]
+  for one, other in zip(together, usual(params, texts, 4, top=3), strict=True):
+    assert len(one.masks) == len(other.masks)
+    for mine, its in zip(one.masks, other.masks, strict=True):
+      np.testing.assert_allclose([p for _, p in mine], [p for _, p in its], rtol=1e-5)
+  assert usual(params, [], 2) == few(params, [], 2) == []
+
+
 def test_masks_that_cannot_be_filled_in():
   made, params = program(bert_tiny, objective=dict(name='mlm'))
   with pytest.raises(ValueError, match=r"'no mask' has no \[MASK\]"):

@@ -1,5 +1,5 @@
-"""A classifier, a decoder that converses and an encoder-decoder, of two steps each, served by this
-process.
+"""A classifier, a decoder that converses, an encoder-decoder and a masked LM, of two steps each,
+served by this process.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ LIMITS = Limits(rows=4, slots=96, batch=4, wait=0.002, waiting=64)
 
 def settings(folder, name):
   tree = base.get_config().to_dict()
-  if name != 'reader':
+  if name not in ('reader', 'filler'):
     tree = {'writer': chat, 'answerer': transformer}[name].get_config().to_dict()
     tree.pop('pretrained', None)
   tree |= dict(steps=2, batch_size=4, seq_len=64, eval_every=2, tokenizer=dict(name='byte'))
@@ -41,6 +41,10 @@ def settings(folder, name):
     tree['model'] = dict(name='encoder_decoder', variant='t5_1_1_small', head_dim=16, **SHAPE)
     tree['data'] |= dict(source='jsonl', path=str(folder / 'pairs.jsonl'), target='target')
     tree['objective'] |= dict(source_len=64)
+  elif name == 'filler':
+    tree['model'] = dict(name='encoder', variant='bert_tiny', **SHAPE)
+    tree['data'] |= dict(source='jsonl', path=str(folder / 'texts.jsonl'))
+    tree['objective'] = dict(name='mlm')
   else:
     # In rows as long, packed texts have other last bits than alone.
     tree |= dict(seq_len=256, batch_size=2)
@@ -72,7 +76,7 @@ def folders(tmp_path_factory):
   (folder / 'texts.jsonl').write_text('\n'.join(map(json.dumps, texts)))
   (folder / 'dialogues.jsonl').write_text('\n'.join(map(json.dumps, talks)))
   found = {}
-  for name in ('reader', 'writer', 'answerer'):
+  for name in ('reader', 'writer', 'answerer', 'filler'):
     found[name] = folder / name
     loop.train(loop.prepare(settings(folder, name), found[name]))
   return found

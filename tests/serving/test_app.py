@@ -2,11 +2,13 @@
 
 import base64
 import concurrent.futures
+import json
 import random
 import time
 
 import httpx2
 import jax
+import jsonschema
 import numpy as np
 import openai
 import pytest
@@ -38,7 +40,7 @@ def alone(folders):
 def test_openais_client_works_unchanged(serving, alone):
   with serving.running(serving.make()) as address:
     api = openai.OpenAI(base_url=f'{address}/v1', api_key=serving.KEY, max_retries=0)
-    assert [model.id for model in api.models.list()] == ['reader', 'writer', 'answerer']
+    assert [model.id for model in api.models.list()] == list(serving.models)
     assert api.models.retrieve('writer').id == 'writer'
     found = api.embeddings.create(model='reader', input=TEXTS)  # which asks for base64
     vectors = np.array([one.embedding for one in found.data], np.float32)
@@ -62,6 +64,8 @@ def test_openais_client_works_unchanged(serving, alone):
     several = api.completions.create(model='writer', prompt=['a', 'b'], n=2, max_tokens=5, seed=1)
     texts = alone['writer'].complete(['a', 'b'], max_new_tokens=5, seed=1, num_return_sequences=2)
     assert [choice.text for choice in several.choices] == texts
+    check_probabilities(api)
+    check_forms(api)
     with pytest.raises(openai.NotFoundError, match='There is no model of this name'):
       api.embeddings.create(model='none', input='a')
     with pytest.raises(openai.BadRequestError, match='max_tokens=0 must be a whole number'):
@@ -71,11 +75,61 @@ def test_openais_client_works_unchanged(serving, alone):
       wrong.models.list()
 
 
+def check_probabilities(api):
+  """Of each token, whole and streamed, in both forms that OpenAI has."""
+  given = dict(model='writer', max_tokens=6, seed=2)
+  talk = given | dict(messages=[{'role': 'user', 'content': 'hello'}], logprobs=True)
+  said = api.chat.completions.create(**talk, top_logprobs=3)
+  whole, count = said.choices[0], said.usage.completion_tokens
+  parts = list(api.chat.completions.create(**talk, top_logprobs=3, stream=True))
+  said = [p.choices[0].logprobs.content for p in parts if p.choices[0].logprobs]
+  assert [one for content in said for one in content] == whole.logprobs.content
+  assert len(whole.logprobs.content) == count - (whole.finish_reason == 'stop')
+  for one in whole.logprobs.content:
+    best = [other.logprob for other in one.top_logprobs]
+    assert len(best) == 3 and sorted(best, reverse=True) == best and one.logprob <= best[0] <= 0
+  texts = api.completions.create(**given, prompt='hello', logprobs=2).choices[0]
+  likely = texts.logprobs
+  assert likely.text_offset == [sum(map(len, likely.tokens[:i])) for i in range(len(likely.tokens))]
+  assert len(likely.token_logprobs) == len(likely.top_logprobs) == len(likely.tokens) > 0
+  assert all(0 < len(others) <= 2 for others in likely.top_logprobs)  # halves of signs look alike
+  bare = api.completions.create(**given, prompt='hello', logprobs=0).choices[0].logprobs
+  assert bare.token_logprobs == likely.token_logprobs and bare.top_logprobs[0] == {}
+  assert api.completions.create(**given, prompt='hello').choices[0].logprobs is None
+  with pytest.raises(openai.BadRequestError, match='top_logprobs needs logprobs=true'):
+    api.chat.completions.create(**talk | dict(logprobs=False), top_logprobs=3)
+
+
+def check_forms(api):
+  """Texts that must be JSON of a schema, or what a grammar says."""
+  given = dict(model='writer', messages=[{'role': 'user', 'content': 'hello'}], n=3)
+  schema = {
+    'type': 'object',
+    'properties': {'kind': {'enum': ['a', 'bc']}, 'count': {'type': 'integer', 'maximum': 99}},
+    'required': ['kind', 'count'],
+    'additionalProperties': False,
+  }
+  form = {'type': 'json_schema', 'json_schema': {'name': 'it', 'schema': schema}}
+  said = api.chat.completions.create(**given, response_format=form, max_tokens=50, seed=3)
+  for choice in said.choices:
+    assert jsonschema.validate(json.loads(choice.message.content), schema) is None
+    assert choice.finish_reason == 'stop'
+  form = {'type': 'grammar', 'syntax': 'regex', 'definition': '(yes|no){2}'}
+  for choice in api.chat.completions.create(**given, response_format=form, seed=4).choices:
+    assert choice.message.content in ('yesyes', 'yesno', 'noyes', 'nono')
+  free = api.chat.completions.create(**given, response_format={'type': 'text'}, max_tokens=4)
+  assert len(free.choices) == 3
+  wrong = {'type': 'json_schema', 'json_schema': {'name': 'it', 'schema': {'type': 'nothing'}}}
+  for form, words in ((wrong, 'Invalid type: nothing'), ({'type': 'xml'}, 'an object with type')):
+    with pytest.raises(openai.BadRequestError, match=words):
+      api.chat.completions.create(**given, response_format=form)
+
+
 def test_many_at_once_get_what_each_gets_alone_and_nothing_is_compiled(serving, alone, client):
   draw = random.Random(0)
   asked = []
   for number in range(64):
-    kind = ('embed', 'classify', 'complete')[number % 3]
+    kind = ('embed', 'classify', 'complete', 'fill')[number % 4]
     text = ''.join(draw.choices('ab cd', k=draw.randrange(1, 40 if kind == 'complete' else 180)))
     asked.append((kind, text, draw.randrange(1, 20), draw.randrange(100)))
 
@@ -85,6 +139,9 @@ def test_many_at_once_get_what_each_gets_alone_and_nothing_is_compiled(serving, 
       return post(client, '/v1/embeddings', model='reader', input=text)['data'][0]['embedding']
     if kind == 'classify':
       return post(client, '/classify', model='reader', inputs=[text])['outputs'][0]
+    if kind == 'fill':
+      masked = f'{text[:90]}[MASK]'
+      return post(client, '/fill', model='filler', inputs=[masked], top=3)['outputs'][0]
     given = dict(model='writer', prompt=text, max_tokens=count, seed=seed)
     return post(client, '/v1/completions', **given)['choices'][0]['text']
 
@@ -94,6 +151,8 @@ def test_many_at_once_get_what_each_gets_alone_and_nothing_is_compiled(serving, 
       return alone['reader'].embed([text])[0].tolist()
     if kind == 'classify':
       return alone['reader'].predict([text])[0]['probabilities']
+    if kind == 'fill':
+      return alone['filler'].fill([f'{text[:90]}[MASK]'], 3)[0].text
     return alone['writer'].complete([text], max_new_tokens=count, seed=seed)[0]
 
   wanted, compiled = list(map(ask, asked)), []
@@ -106,8 +165,8 @@ def test_many_at_once_get_what_each_gets_alone_and_nothing_is_compiled(serving, 
   assert found == wanted  # to the bit
   assert not [name for name in compiled if 'backend_compile' in name]
   for case, one in zip(asked, found, strict=True):
-    if case[0] == 'complete':
-      assert one == by_the_command_line(case)
+    if case[0] in ('complete', 'fill'):
+      assert (one if case[0] == 'complete' else one['text']) == by_the_command_line(case)
     else:  # whose batches have another shape
       numbers = one['probabilities'] if case[0] == 'classify' else one
       assert numbers == pytest.approx(by_the_command_line(case), abs=1e-6)
@@ -136,7 +195,7 @@ def test_every_route_asks_for_a_key(serving, client):
     path = path.replace('{name:path}', 'reader')
     for headers in ({}, {'Authorization': 'Bearer nobody-knows'}, {'Authorization': serving.KEY}):
       bare = httpx2.request(method, f'{client.base_url}{path}', headers=headers, json={})
-      assert bare.status_code == (200 if path in ('/health', '/ready') else 401), path
+      assert bare.status_code == (200 if path in ('/', '/health', '/ready') else 401), path
   assert client.get('/nowhere').status_code == 404
   assert httpx2.get(f'{client.base_url}/nowhere').status_code == 401
 

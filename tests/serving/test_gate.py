@@ -1,15 +1,18 @@
 """What every request passes, before a model of made-up answers."""
 
+import contextlib
 import threading
 import time
 import types
 
+import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
 from llm_jax.serving import app as apps
 from llm_jax.serving.batches import Batches
 from llm_jax.serving.keys import Keys
+from llm_jax.serving.served import Seen
 from llm_jax.serving.watch import Watch
 
 KEY = {'Authorization': 'Bearer a-key-of-this-test'}
@@ -31,12 +34,19 @@ def made(tmp_path):
     if 'text' not in record:
       raise ValueError('a record needs text')
     record['text'].strip()
+    return {'tokens': np.zeros(2, np.int32)}
 
   session = types.SimpleNamespace(check_record=checked)
   answers = Batches(run, most=1, wait=0, waiting=1)
   nothing = dict.fromkeys(('embeds', 'fills', 'writer'))
   model = types.SimpleNamespace(
-    name='made', task='classify', answers=answers, session=session, **nothing
+    name='made',
+    task='classify',
+    answers=answers,
+    session=session,
+    seen=Seen(),
+    used=contextlib.nullcontext,
+    **nothing,
   )
   (tmp_path / 'keys').write_text('a-key-of-this-test\nanother-key-here at_once=1')
   keys = Keys(tmp_path / 'keys')
@@ -78,6 +88,9 @@ def test_a_full_queue_and_a_key_that_asks_too_much(made):
     thread.join()
   assert [said.json()['outputs'] for said in found] == [[{'label': 'a'}]] * 2
   assert key._open == 0
+  numbers = client.get('/metrics').text
+  for reason in ('full', 'key_limit'):
+    assert f'llm_jax_refused_total{{reason="{reason}"}} 1.0' in numbers
 
 
 def test_what_goes_wrong_inside_stays_inside(made):

@@ -197,6 +197,7 @@ def test_a_run_learns_says_what_it_does_and_is_whole(corpus, tmp_path, monkeypat
   assert lines[0]['tokens_per_second'] > 0 and 0 < lines[0]['model_flops_utilization'] < 1
   assert {p.name for p in tmp_path.iterdir()} == {
     'config.json',
+    'data.json',
     'tokenizer',
     'checkpoints',
     'metrics.jsonl',
