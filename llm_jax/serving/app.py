@@ -265,8 +265,7 @@ def _answers_at(model: Served, path: str) -> bool:
   if path == '/v1/chat/completions':
     return model.writer is not None and _converses(model)
   if path == '/fill':
-    masks = model.session.tokenizer.mask_id is not None
-    return model.fills is not None and masks and 'mlm' in model.session.program.network.heads
+    return model.fills_in
   return True
 
 

@@ -71,6 +71,7 @@ class Served:
     task: the objective that it was trained by; None where the folder does not say.
     embeds, answers, fills: batches of texts to vectors, of records to answers, and of texts to
       filled ones; None where the model has none.
+    fills_in: whether it can fill in masks, which is known when it is warm.
     writer: of a model that writes; None of others.
     seen: what it has seen in training.
     users: requests that ask it just now.
@@ -87,7 +88,7 @@ class Served:
     self.answers = None
     if objective is not None and objective.predictor is not None:
       self.answers = self._gathered(lambda records: list(session.answers(records)), limits)
-    self.fills = None
+    self.fills, self.fills_in = None, False
     if not session.causal:
       self.fills = self._gathered(lambda texts: session.fill(texts, TOP), limits)
     self.writer = _writer(session, limits) if session.causal else None
@@ -109,8 +110,12 @@ class Served:
       self.session.ready_to_embed()
     if self.answers is not None:
       list(self.session.answers(_samples(self.session)))
-    if self.fills is not None and 'mlm' in self.session.program.network.heads:
-      self.session.ready_to_fill(TOP)
+    if self.fills is not None:
+      try:
+        self.session.ready_to_fill(TOP)
+        self.fills_in = True
+      except ValueError as error:  # no mask, no head, or a folder that lacks its weights
+        logging.info('%s fills in nothing: %s', self.name, str(error).partition('\n')[0])
     if self.writer is not None:
       self.writer.warm()
       self.writer.start()

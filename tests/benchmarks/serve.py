@@ -122,7 +122,8 @@ def decoder(variant, work):
     tree = gpt_tiny.get_config().to_dict()
     tree |= dict(steps=1, batch_size=1, seq_len=128, eval_every=1, tokenizer=dict(name='byte'))
     tree['model'] = dict(name='decoder', variant=variant, max_len=1024, remat='none')
-    tree['data'] = dict(source='text', path=str(texts), cache=str(work / 'cache'), workers=1)
+    tree['data'] = dict(source='text', path=str(texts), cache=str(work / 'cache'))
+    tree['data'] |= dict(workers=1, validation=0.2)
     tree['evaluation'] = dict(rows=1, samples=0)
     loop.train(loop.prepare(config_lib.parse(tree), folder))
   return folder
