@@ -112,9 +112,8 @@ def decoder(variant, work):
   """A run of one step, so that its weights are as they were drawn."""
   folder = work / variant
   if not (folder / 'config.json').exists():
-    texts = work / 'texts.txt'
-    draw = _served.texts(1, 400)
-    texts.write_text('\n'.join(draw() for _ in range(200)))
+    texts, draw = work / 'texts.jsonl', _served.texts(1, 400)
+    texts.write_text('\n'.join(json.dumps({'text': draw()}) for _ in range(200)))
     from configs import gpt_tiny
     from llm_jax.core import config as config_lib
     from llm_jax.training import loop
@@ -122,7 +121,7 @@ def decoder(variant, work):
     tree = gpt_tiny.get_config().to_dict()
     tree |= dict(steps=1, batch_size=1, seq_len=128, eval_every=1, tokenizer=dict(name='byte'))
     tree['model'] = dict(name='decoder', variant=variant, max_len=1024, remat='none')
-    tree['data'] = dict(source='text', path=str(texts), cache=str(work / 'cache'))
+    tree['data'] = dict(source='jsonl', path=str(texts), cache=str(work / 'cache'))
     tree['data'] |= dict(workers=1, validation=0.2)
     tree['evaluation'] = dict(rows=1, samples=0)
     loop.train(loop.prepare(config_lib.parse(tree), folder))
