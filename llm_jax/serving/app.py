@@ -251,7 +251,8 @@ async def _model(request: Request) -> Response:
 def _described(model: Served) -> dict[str, Any]:
   known = {'id': model.name, 'object': 'model', 'created': 0, 'owned_by': 'llm_jax'}
   task = {'task': model.task} if model.task else {}
-  return known | task | {'routes': [path for path in FORMS if _answers_at(model, path)]}
+  routes = [path for path in FORMS if _answers_at(model, path)]
+  return known | task | {'routes': routes, 'exact': model.exact}
 
 
 def _answers_at(model: Served, path: str) -> bool:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import logging
@@ -14,6 +14,7 @@ from llm_jax.generation.guides import Guide, Guides
 from llm_jax.generation.sampling import Sampling
 from llm_jax.inference.session import Session
 from llm_jax.programs import summary
+from llm_jax.serving import alone
 from llm_jax.serving.batches import Batches
 from llm_jax.serving.writing import Order, Tell, Writer
 
@@ -74,6 +75,8 @@ class Served:
     fills_in: whether it can fill in masks, which is known when it is warm.
     writer: of a model that writes; None of others.
     seen: what it has seen in training.
+    exact: whether answers were the same alone and in company, to the bit, when that was tried here;
+      None before.
     users: requests that ask it just now.
   """
 
@@ -93,6 +96,7 @@ class Served:
       self.fills = self._gathered(lambda texts: session.fill(texts, TOP), limits)
     self.writer = _writer(session, limits) if session.causal else None
     self.seen, self.users = _seen(session, name), 0
+    self.exact: bool | None = None
 
   @contextlib.contextmanager
   def used(self) -> Iterator[None]:
@@ -109,7 +113,7 @@ class Served:
     if self.embeds is not None:
       self.session.ready_to_embed()
     if self.answers is not None:
-      list(self.session.answers(_samples(self.session)))
+      list(self.session.answers(alone.records(self.session)))
     if self.fills is not None:
       try:
         self.session.ready_to_fill(TOP)
@@ -118,7 +122,25 @@ class Served:
         logging.info('%s fills in nothing: %s', self.name, str(error).partition('\n')[0])
     if self.writer is not None:
       self.writer.warm()
+    self._try_alone()
+    if self.writer is not None:
       self.writer.start()
+
+  def _try_alone(self) -> None:
+    """Finds out whether answers are the same alone and in company, and says which are not."""
+    asked = {'embed': self.embeds is not None, 'answer': self.answers is not None}
+    asked['fill'] = self.fills_in
+    mask = '[MASK]'
+    differing = alone.differing(self.session, [kind for kind, one in asked.items() if one], mask)
+    if self.writer is not None and self.writer.differs():
+      differing.append('write')
+    self.exact = not differing
+    if differing:
+      logging.warning(
+        '%s: beside others, answers differ in their last bits here: %s.',
+        self.name,
+        ', '.join(differing),
+      )
 
   def write(
     self,
@@ -226,11 +248,3 @@ def _seen(session: Session, name: str) -> Seen:
   known = classes if len(classes) <= summary.MOST_CLASSES else ()
   number = summary.unknown_id(session.tokenizer)
   return Seen(-1 if number is None else number, tuple(known), training)
-
-
-def _samples(session: Session) -> list[Mapping[str, Any]]:
-  objective = session.program.objective
-  return [
-    {key: value for key, value in record.items() if key not in ('label', 'labels', 'answers')}
-    for record in type(objective).sample_records(session.config.objective)[:1]
-  ]

@@ -142,6 +142,27 @@ class Writer:
     jax.device_get(self._generator.likely(self._state, LIKELY))
     self._state = self._empty()
 
+  def differs(self) -> bool:
+    """Whether a text has other probabilities beside others than alone; ask it before `start`."""
+    few = Sampling(max_new_tokens=3, temperature=0.0)
+    lengths = [max(1, min(length, self._slots - 3)) for length in (3, 9, 5)]
+    orders = [Order([1] * length, few, (), lambda *_: None) for length in lengths]
+
+    def logits(company: Sequence[Order]) -> np.ndarray:
+      self._state = self._empty()
+      for row, order in enumerate([*company, orders[0]]):
+        reading = self._begun(order)
+        while not self._read(reading):
+          pass
+        self._entered(row, reading)
+      for _ in range(2):
+        self._advance()
+      return np.asarray(self._state.logits_BV)[len(company)]
+
+    differs = not np.array_equal(logits(()), logits(orders[1 : self.rows]))
+    self._state = self._empty()
+    return differs
+
   def start(self) -> None:
     """Begins to write."""
     self._thread.start()
