@@ -17,6 +17,7 @@ from llm_jax.core.contracts import Batch, Example, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pack, pipeline
 from llm_jax.generation.completion import template
+from llm_jax.inference import shapes
 from llm_jax.nn import heads
 from llm_jax.parallel import hosts, sharding
 from llm_jax.programs.inference import Inference
@@ -89,7 +90,7 @@ class Embedder:
   def warm(self, params: PyTree, pool: str, normalize: bool) -> None:
     """Compiles for all lengths of rows, where they are few."""
     run = self._function(pool, normalize)
-    for length in sorted(set(map(self._row_length, range(1, self._program.config.seq_len + 1)))):
+    for length in shapes.lengths(self._program, self._program.config.seq_len):
       rows = _Rows([np.zeros(length, np.int32)], length, self._slots(length))
       self._vectors(run, params, rows)
 
@@ -107,9 +108,11 @@ class Embedder:
 
   def _row_length(self, longest: int) -> int:
     """Tokens of a row, few lengths for many texts, which the mesh can cut."""
-    tile, most = math.lcm(TILE, self._program.mesh.shape['sequence']), self._program.config.seq_len
-    tiles = -(-longest // tile)
-    return min(most, tile * (1 << (tiles - 1).bit_length() if self._few else tiles))
+    most = self._program.config.seq_len
+    if self._few:
+      return shapes.length(self._program, longest, most)
+    tile = math.lcm(TILE, self._program.mesh.shape['sequence'])
+    return min(most, tile * -(-longest // tile))
 
   def _by_length(self, ids: Sequence[np.ndarray]) -> dict[int, list[int]]:
     """The numbers of the texts by the length of their rows."""
@@ -129,7 +132,9 @@ class Embedder:
   def _batches(self, rows: '_Rows') -> Iterator[Example]:
     config, shards = self._program.config, sharding.row_shards(self._program.mesh)
     most = config.batch_size * (config.seq_len // rows.seq_len)
-    size = config.batch_size if self._few else min(most, rounded_rows(len(rows), shards))
+    size = min(most, rounded_rows(len(rows), shards))
+    if self._few:
+      size = shapes.rows(self._program, rows.seq_len)
     return pipeline.padded_batches(rows, size, hosts.rows(self._program.mesh, size))
 
 

@@ -12,16 +12,14 @@ import numpy as np
 from llm_jax.core.contracts import Batch, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.generation.completion import template
+from llm_jax.inference import shapes
 from llm_jax.parallel import sharding
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
 
 MASK = '[MASK]'
 TILE = 16  # rows are as long as the longest text, rounded up to this
-FEW_TILE, FEW_MASKS = (
-  64,
-  8,
-)  # the shortest rows, and masks of a row, where rows have one of few sizes
+FEW_MASKS = 8  # masks of a row, where rows have one of few sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +60,7 @@ class Filler:
       raise ValueError(
         'this tokenizer has no mask token; an encoder that was trained by masking has one.'
       )
-    self._program, self._tokenizer, self.few = program, tokenizer, few
+    self._program, self._tokenizer, self._few = program, tokenizer, few
     self._functions: dict[int, Any] = {}
 
   def __call__(self, params: PyTree, texts: Sequence[str], rows: int, top: int = 5) -> list[Filled]:
@@ -71,7 +69,7 @@ class Filler:
     Args:
       params: of the network.
       texts: with one mask or several.
-      rows: texts that are run at once.
+      rows: texts that are run at once, where batches are not of few sizes.
       top: how many candidates a mask gets.
 
     Raises:
@@ -81,6 +79,7 @@ class Filler:
     run = self._function(min(top, tokenizer.vocab_size))
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in ids]
     for (length, masks), asked in self._groups(ids).items():
+      rows = shapes.rows(self._program, length) if self._few else rows
       for first in range(0, len(asked), rows):
         part = asked[first : first + rows]
         batch = _batch(self._program, [(ids[n], at) for n, at in part], rows, length, masks)
@@ -92,10 +91,11 @@ class Filler:
       for row, answers in zip(ids, found, strict=True)
     ]
 
-  def warm(self, params: PyTree, rows: int, top: int) -> None:
+  def warm(self, params: PyTree, top: int) -> None:
     """Compiles for all lengths of rows, where they are few."""
     run = self._function(min(top, self._tokenizer.vocab_size))
-    for length in sorted(set(map(self._length, range(1, self._program.network.longest + 1)))):
+    for length in shapes.lengths(self._program, self._program.network.longest):
+      rows = shapes.rows(self._program, length)
       text = np.zeros(length, np.int32), np.zeros(1, np.int32)
       jax.block_until_ready(run(params, _batch(self._program, [text], rows, length, FEW_MASKS)))
 
@@ -104,7 +104,7 @@ class Filler:
     their rows and the masks of each.
     """
     masks = [np.flatnonzero(row == self._tokenizer.mask_id) for row in ids]
-    if not self.few:
+    if not self._few:
       if not ids:
         return {}
       most = 1 << (max(map(len, masks)) - 1).bit_length()
@@ -118,9 +118,10 @@ class Filler:
 
   def _length(self, longest: int) -> int:
     """Tokens of a row that holds this one."""
-    tiles = -(-longest // (FEW_TILE if self.few else TILE))
-    length = FEW_TILE * (1 << (tiles - 1).bit_length()) if self.few else TILE * tiles
-    return min(length, self._program.network.longest)
+    most = self._program.network.longest
+    if self._few:
+      return shapes.length(self._program, longest, most)
+    return min(-(-longest // TILE) * TILE, most)
 
   def ids(self, text: str) -> np.ndarray:
     """The ids of a text; ValueError for one without a mask, or longer than the model takes."""

@@ -10,14 +10,15 @@ from absl import logging
 
 from llm_jax.core.contracts import Example, Predictor, Record, Tokenizer
 from llm_jax.core.tree import PyTree
-from llm_jax.data import documents, encoding
+from llm_jax.data import documents, encoding, pipeline
+from llm_jax.inference import shapes
 from llm_jax.parallel import hosts
 from llm_jax.programs.inference import Inference
-from llm_jax.training import evaluation
 
 # Texts that are laid out together: at least so many, and of so many batches if each had a row of
 # its own.
 LEAST_BLOCK, BLOCK_BATCHES = 1024, 16
+AROUND = 8  # special tokens that may stand around the texts of a record
 
 
 class Labeller:
@@ -27,18 +28,27 @@ class Labeller:
     program: of the network.
     tokenizer: that of the model.
     encoder: makes arrays of a record.
+    few: whether batches have one of few shapes (module `shapes`), for which `warm` compiles; rows
+      must hold one text each, if a text is to get the same answer to the bit in any company.
 
   Raises:
     ValueError: the objective says nothing of texts.
   """
 
-  def __init__(self, program: Inference, tokenizer: Tokenizer, encoder: encoding.Encoder):
+  def __init__(
+    self,
+    program: Inference,
+    tokenizer: Tokenizer,
+    encoder: encoding.Encoder,
+    few: bool = False,
+  ):
     if program.objective is None or program.objective.predictor is None:
       raise ValueError(
         f'the objective {program.config.objective.get("name")} gives no labels to texts; fine-tune '
         'the run first: --config=configs/classify.py --config.init_from=WORKDIR.'
       )
     self._program, self._tokenizer, self._encoder = program, tokenizer, encoder
+    self._few = few
     self._predictor: Predictor = program.objective.predictor
     size = program.config.batch_size
     self._block_size = max(LEAST_BLOCK, BLOCK_BATCHES * size)
@@ -52,12 +62,16 @@ class Labeller:
   def __call__(self, params: PyTree, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
     """An answer for each record, as JSON can hold it, in their order.
 
-    Records are read block by block, the next one while the one before is answered.
+    Records are read block by block, the next one while the one before is answered; where batches
+    have few shapes, all at once.
 
     Args:
       params: of the network.
       records: as a source yields them, without labels.
     """
+    if self._few:
+      yield from self._by_length(params, list(records))
+      return
     count = cut = 0
     for block in self._ahead(records):
       yield from self._answers(params, block)
@@ -85,33 +99,71 @@ class Labeller:
       return None
     return _Block(documents.Memory(records, self._encoder, self._tokenizer), self)
 
-  def layout(self, texts: documents.Memory) -> Any:
-    """The rows of some texts."""
-    return self._predictor.layout(texts, self._program.config.seq_len)
+  def layout(self, texts: documents.Memory, seq_len: int | None = None) -> Any:
+    """The rows of some texts, as long as the program's by default."""
+    return self._predictor.layout(texts, seq_len or self._program.config.seq_len)
+
+  def batch_size(self, length: int | None) -> int:
+    """Rows of a batch of rows of one of few lengths, or as long as the program's."""
+    return self._program.config.batch_size if length is None else shapes.rows(self._program, length)
+
+  def warm(self, params: PyTree, sample: Record) -> None:
+    """Compiles for all lengths of rows, where they are few.
+
+    Args:
+      params: of the network.
+      sample: a record as short as any.
+    """
+    texts = documents.Memory([sample], self._encoder, self._tokenizer)
+    for length in shapes.lengths(self._program, self._program.config.seq_len):
+      self._answers(params, _Block(texts, self, length))
+
+  def _by_length(self, params: PyTree, records: list[Record]) -> list[dict[str, Any]]:
+    """Answers, each of a row whose length goes by its record."""
+    groups: dict[int, list[int]] = {}
+    for number, record in enumerate(records):
+      groups.setdefault(self._length(record), []).append(number)
+    found: list[dict[str, Any]] = [{}] * len(records)
+    for length, numbers in groups.items():
+      own = [records[number] for number in numbers]
+      block = _Block(documents.Memory(own, self._encoder, self._tokenizer), self, length)
+      for number, answer in zip(numbers, self._answers(params, block), strict=True):
+        found[number] = answer
+    return found
+
+  def _length(self, record: Record) -> int:
+    """Of the row of a record: room for all of its ids and what stands around them."""
+    encoded, most = self._encoder(record, self._tokenizer), self._program.config.seq_len
+    names = [name for name, one in encoded.items() if isinstance(one, np.ndarray)]
+    tokens = sum(len(encoded[name]) for name in encoding.counted(names))
+    return shapes.length(self._program, tokens + AROUND, most)
 
   def _answers(self, params: PyTree, block: '_Block') -> list[dict[str, Any]]:
     if self._predict is None:
       self._predict = hosts.compiled(self._program.predict_step)
     parts: list[list[dict[str, Any]]] = [[] for _ in range(len(block.documents))]
-    row = 0
-    for batch in evaluation.batches(self._program, block):
+    row, size = 0, block.batch_size
+    for batch in pipeline.padded_batches(block, size, hosts.rows(self._program.mesh, size)):
       found = jax.device_get(self._predict(params, self._program.put(batch)))
-      for number in range(min(self._program.config.batch_size, len(block) - row)):
+      for number in range(min(size, len(block) - row)):
         arrays = {key: values[number] for key, values in found.items()}
         texts = block.rows.texts(row + number)
         said = self._predictor.answers(arrays, block.rows, row + number)
         for text, answer in zip(texts, said, strict=True):
           parts[text].append(answer)
-      row += self._program.config.batch_size
+      row += size
     return [self._predictor.joined(found) for found in parts]
 
 
 class _Block:
-  """Some texts and, as a sequence, the rows that hold them."""
+  """Some texts and, as a sequence, the rows that hold them, of this length, or as long as the
+  program's.
+  """
 
-  def __init__(self, texts: documents.Memory, labeller: Labeller):
+  def __init__(self, texts: documents.Memory, labeller: Labeller, length: int | None = None):
     self.documents = texts
-    self.rows = labeller.layout(texts)
+    self.rows = labeller.layout(texts, length)
+    self.batch_size = labeller.batch_size(length)
 
   def __len__(self) -> int:
     return len(self.rows)

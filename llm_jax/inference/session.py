@@ -240,7 +240,17 @@ class Session:
     """
     self._filler = Filler(self.program, self.tokenizer, few=True)
     self._require(('mlm',))
-    self._filler.warm(self.params, self._rows(self.config.batch_size), top)
+    self._filler.warm(self.params, top)
+
+  def ready_to_answer(self, sample: Mapping[str, Any]) -> None:
+    """Answers records in batches of few sizes from here on, and compiles for all of them.
+
+    Args:
+      sample: a record of the kind that it answers.
+    """
+    self._labeller = prediction.Labeller(self.program, self.tokenizer, self._encoder, few=True)
+    self._require(tuple(self._labeller.heads))
+    self._labeller.warm(self.params, sample)
 
   def _pooling(self, pool: str | None, normalize: bool | None) -> tuple[str, bool]:
     said = self._sentences
@@ -331,8 +341,7 @@ class Session:
     """
     filler = self._filler
     self._require(('mlm',))
-    rows = self._rows(self.config.batch_size if filler.few else len(texts))
-    return filler(self.params, texts, rows, top) if texts else []
+    return filler(self.params, texts, self._rows(len(texts)), top) if texts else []
 
   def chat(
     self,

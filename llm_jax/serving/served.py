@@ -113,7 +113,7 @@ class Served:
     if self.embeds is not None:
       self.session.ready_to_embed()
     if self.answers is not None:
-      list(self.session.answers(alone.records(self.session)))
+      self.session.ready_to_answer(alone.records(self.session)[0])
     if self.fills is not None:
       try:
         self.session.ready_to_fill(TOP)

@@ -97,7 +97,8 @@ class Client:
 
   async def ask(self, route, body=None):
     """The status of an answer, and its bytes."""
-    if self._writer is None:
+    if self._writer is None or self._reader.at_eof():  # the service closes what is idle
+      self.close()
       self._reader, self._writer = await asyncio.open_connection('127.0.0.1', self._port)
     content = b'' if body is None else json.dumps(body).encode()
     method = 'GET' if body is None else 'POST'
@@ -113,14 +114,22 @@ class Client:
   async def _answer(self):
     head = (await self._reader.readuntil(b'\r\n\r\n')).decode('latin-1').lower()
     status = int(head.split(' ', 2)[1])
+    last = 'connection: close' in head
+    try:
+      return status, await self._content(head)
+    finally:
+      if last:
+        self.close()
+
+  async def _content(self, head):
     if (length := re.search(r'content-length: (\d+)', head)) is not None:
-      return status, await self._reader.readexactly(int(length[1]))
+      return await self._reader.readexactly(int(length[1]))
     content = b''
     while size := int(await self._reader.readline(), 16):
       content += await self._reader.readexactly(size)
       await self._reader.readline()
     await self._reader.readline()
-    return status, content
+    return content
 
   def close(self):
     """Leaves, whatever is on its way."""

@@ -53,7 +53,7 @@ def main(argv):
 def compare(options):
   """All sides in turn."""
   request = requests(options.part)
-  with _served.running(options.model, '--serve_slots=128', work=options.work) as ours:
+  with _served.running(options.model, '--serve_slots=160', work=options.work) as ours:
     measure = lambda port, clients: asyncio.run(
       _served.closed_loop(port, clients, options.seconds, request)
     )

@@ -70,7 +70,7 @@ def test_masks_are_filled_in():
 def test_in_few_sizes_an_answer_is_the_same_in_any_company_and_nothing_is_compiled():
   made, params = program(bert_tiny, objective=dict(name='mlm'))
   few, usual = Filler(made, TOKENIZER, few=True), Filler(made, TOKENIZER)
-  few.warm(params, 2, 3)
+  few.warm(params, 3)
   texts = ['a [MASK] c[MASK]', 'xyz [MASK]', '[MASK]' * 20, 'b' * 50 + '[MASK]']
   compiled = []
   jax.monitoring.register_event_duration_secs_listener(lambda name, *_, **__: compiled.append(name))
