@@ -206,5 +206,6 @@ def test_a_defect_that_quotes_a_text_is_logged_without_it(serving, logged, monke
 
 
 def test_what_the_machine_says_is_logged():
-  assert 'no memory' in faults.described(jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no memory'))
+  error = jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: no memory')
+  assert 'no memory' in faults.described(error)
   assert 'no memory' not in faults.described(RuntimeError('no memory'))
