@@ -28,7 +28,7 @@ def texts(seed, most):
   """A function that draws pieces of the reference of Python, of at most so many characters each."""
   draw = random.Random(seed)
   pieces = [' '.join(piece.split()) for topic in topics.values() for piece in ENDS.split(topic)]
-  pieces = [piece for piece in pieces if 3 < len(piece)]
+  pieces = [piece for piece in pieces if 3 < len(piece) and piece.isascii()]
   return lambda: draw.choice(pieces)[:most]
 
 

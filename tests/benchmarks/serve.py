@@ -88,6 +88,8 @@ def by_chance(port, most, request, seconds):
   for share in (0.5, 0.8):
     found = asyncio.run(_served.open_loop(port, share * most, 3 * seconds, request))
     times = [one for one, status in found if status == 200]
+    if len(times) < len(found):
+      print('other answers:', {status for _, status in found} - {200})
     shown = ' | '.join(f'{x:.0f}' for x in _served.percentiles(times))
     print(f'| {share * most:.1f} | {len(times)} of {len(found)} | {shown} |')
 
