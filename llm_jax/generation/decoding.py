@@ -295,7 +295,7 @@ class Generator:
       )
 
   def step(
-    self, weights: Weights, state: State, allowed_BW: np.ndarray | None = None
+    self, weights: Weights, state: State, allowed_BW: np.ndarray | jax.Array | None = None
   ) -> tuple[State, jax.Array]:
     """Advances all rows by one token.
 
@@ -303,13 +303,20 @@ class Generator:
       weights: as for `tokens`.
       state: of `empty`, or as it was returned.
       allowed_BW: uint32, which tokens each row may have next: bit i of word w says it of token
-        32 w + i (`sampling.words`). None for any.
+        32 w + i (`sampling.words`). None for any. `allowing` puts one that is used again and again
+        where it is needed.
 
     Returns:
       The state, whose memory is used again, and the new tokens, [B] int32, whole on each device.
     """
     key = 'step', *states.shape(state), allowed_BW is None
-    return self._together(key, self._next, weights, self._put(allowed_BW), state=state)
+    if not isinstance(allowed_BW, jax.Array):
+      allowed_BW = self._put(allowed_BW)
+    return self._together(key, self._next, weights, allowed_BW, state=state)
+
+  def allowing(self, allowed_BW: np.ndarray) -> jax.Array:
+    """What `step` takes, on the devices."""
+    return jax.device_put(allowed_BW) if self._layout is None else self._put(allowed_BW)
 
   def likely(self, state: State, most: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Log-probabilities by the model's own logits, at temperature 1: those of the newest token of

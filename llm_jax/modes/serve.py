@@ -35,8 +35,8 @@ HOST = flags.DEFINE_string(
 API_KEYS = flags.DEFINE_string(
   'api_keys',
   None,
-  'serve: a file with a key on each line, plain or as sha256:..., and behind it per_minute=N and '
-  'at_once=N where it has limits.',
+  'serve: a file with a key on each line, plain or as sha256:..., and behind it per_minute=N, '
+  'tokens_per_minute=N and at_once=N where it has limits.',
 )
 ROWS = flags.DEFINE_integer('serve_rows', 8, 'serve: texts that a model writes at once.', 1)
 SLOTS = flags.DEFINE_integer(

@@ -148,7 +148,7 @@ class _Gate:
         await self._app(scope, receive, sent)
       finally:
         if key is not None:
-          key.leave()
+          key.leave(asked.read + asked.written)
     except Refused as refused:
       await _error(refused)(scope, receive, sent)
     except ClientDisconnect:

@@ -121,7 +121,7 @@ class Writer:
     self._prefixes, self.reused = Prefixes(prefixes, PIECE, generator.forgets(slots)), 0
     self._reading: _Reading | None = None
     self._any_W = np.full(words(generator.vocab_size), 2**32 - 1, np.uint32)
-    self._any_BW = jax.device_put(np.tile(self._any_W, (rows, 1)))
+    self._any_BW = generator.allowing(np.tile(self._any_W, (rows, 1)))
     self._state = self._empty()
     self._thread = threading.Thread(target=self._work, name='writing', daemon=True)
 

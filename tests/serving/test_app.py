@@ -245,6 +245,10 @@ def test_limits_of_a_key_and_a_service_that_is_not_ready(serving):
     refused = one.post('/tokenize', json={'input': 'ab'})
     assert refused.status_code == 429 and 50 <= int(refused.headers['retry-after']) <= 60
     assert httpx2.get(f'{address}/health').status_code == 200
+  service = serving.make('a-limited-key tokens_per_minute=6')
+  with serving.running(service) as address, open_client(serving, address, 'a-limited-key') as one:
+    for status in (200, 200, 200, 429):  # of two tokens each
+      assert one.post('/v1/embeddings', json={'input': 'ab'}).status_code == status
 
 
 def test_a_client_that_leaves_frees_its_row(serving, client):

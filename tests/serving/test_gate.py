@@ -82,7 +82,7 @@ def test_a_full_queue_and_a_key_that_asks_too_much(made):
   key = service.keys.find('another-key-here')
   assert key.enter() is None
   assert ask(limited).status_code == 429
-  key.leave()
+  key.leave(0)
   opened.set()
   for thread in threads:
     thread.join()

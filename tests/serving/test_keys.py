@@ -28,10 +28,23 @@ def test_limits_of_a_minute_and_at_once(tmp_path):
   key = found.find('plain-key')
   assert key.enter() is None and key.enter() is None
   assert key.enter() == 1.0  # two are open
-  key.leave()
+  key.leave(0)
   clock[0] = 20.0
   assert key.enter() == 40.0  # two in this minute
   clock[0] = 60.1
+  assert key.enter() is None
+
+
+def test_tokens_of_a_minute(tmp_path):
+  clock = [0.0]
+  key = keys(tmp_path, 'plain-key tokens_per_minute=100', lambda: clock[0]).find('plain-key')
+  for seconds, tokens in ((0, 60), (10, 50)):
+    clock[0] = seconds
+    assert key.enter() is None
+    key.leave(tokens)
+  clock[0] = 20.0
+  assert key.enter() == 40.0  # 110 of 100 until the first are a minute ago
+  clock[0] = 61.0
   assert key.enter() is None
 
 
@@ -42,7 +55,7 @@ def test_limits_of_a_minute_and_at_once(tmp_path):
     ('# nothing\n', 'has no key'),
     ('short\n', 'line 1: a key needs at least 8'),
     ('long-enough\nsha256:12\n', 'line 2: sha256: needs 64 hex digits'),
-    ('long-enough per_hour=2\n', 'per_minute and at_once'),
+    ('long-enough per_hour=2\n', 'per_minute, tokens_per_minute, at_once'),
     ('long-enough at_once=0\n', 'from 1 on'),
   ],
 )
