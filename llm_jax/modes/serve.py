@@ -120,7 +120,10 @@ def run(command: Command) -> None:
   fleet.close()
   if trace is not None:
     trace.close()
-  logging.info('All that was asked is answered.')
+  if watch.cut:
+    logging.error('%d of %d requests were broken off after %d s.', watch.cut, watch.taken, DRAIN)
+  else:
+    logging.info('All %d requests that were read are answered.', watch.taken)
 
 
 def _trace(url: str | None) -> 'Trace | None':

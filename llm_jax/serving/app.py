@@ -135,6 +135,7 @@ class _Gate:
     route = scope['path'] if scope['path'] in self._paths else 'other'
     asked, status = Asked(scope['method'], route), 500
     scope.setdefault('state', {})['asked'] = asked
+    self._service.watch.taken += 1
 
     async def sent(message: Message) -> None:
       nonlocal status
@@ -153,6 +154,9 @@ class _Gate:
       await _error(refused)(scope, receive, sent)
     except ClientDisconnect:
       status = 499
+    except asyncio.CancelledError:
+      self._service.watch.cut += 1
+      raise
     except Exception as error:  # the server would log its message, which may quote a text
       logging.error('%s failed: %s', route, faults.described(error))
     finally:

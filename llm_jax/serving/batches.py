@@ -13,7 +13,21 @@ class Full(Exception):
 
 
 class Waiting(queue.Queue):
-  """A queue of what has `since`, the time at which it came; None among it is nothing that waits."""
+  """A queue of what has `since`, the time at which it came, and `wanted`, whether anybody still waits
+  for it; None among it is nothing that waits.
+  """
+
+  def offer(self, one: Any) -> None:
+    """Takes something, if need be in the place of what nobody wants any more; raises Full."""
+    with self.mutex:
+      if len(self.queue) >= self.maxsize:
+        wanted = [other for other in self.queue if other is None or other.wanted]
+        self.queue.clear()
+        self.queue.extend(wanted)
+    try:
+      self.put_nowait(one)
+    except queue.Full:
+      raise Full from None
 
   @property
   def oldest(self) -> float:
@@ -32,6 +46,11 @@ class _Request(NamedTuple):
   future: concurrent.futures.Future
   since: float
   begun: Callable[[], None]
+
+  @property
+  def wanted(self) -> bool:
+    """Whether somebody still waits for the answers."""
+    return not self.future.cancelled()
 
 
 class Batches:
@@ -79,10 +98,7 @@ class Batches:
     future: concurrent.futures.Future = concurrent.futures.Future()
     if self._closed.is_set():
       raise Full
-    try:
-      self._queue.put_nowait(_Request(list(items), future, time.monotonic(), begun))
-    except queue.Full:
-      raise Full from None
+    self._queue.offer(_Request(list(items), future, time.monotonic(), begun))
     return future
 
   @property

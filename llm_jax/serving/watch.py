@@ -95,11 +95,13 @@ class Watch(registry.Collector):
 
   Attributes:
     ready: whether the service is.
+    taken, cut: how many requests were read, and how many of them were broken off by the service.
   """
 
   def __init__(self, models: Collection[Served]):
     self._models = models
     self.ready: Callable[[], bool] = lambda: True
+    self.taken = self.cut = 0
     self._before = _COMPILED.listen()
     self._registry = prometheus.CollectorRegistry()
     made: dict[str, Any] = {'registry': self._registry, 'namespace': PREFIX}

@@ -83,6 +83,11 @@ class Order:
   since: float = dataclasses.field(default_factory=time.monotonic)
   begun: float | None = None
 
+  @property
+  def wanted(self) -> bool:
+    """Whether somebody still waits for it."""
+    return not self.cancelled
+
 
 class Writer:
   """Writes in a thread of its own.
@@ -194,10 +199,7 @@ class Writer:
     self.check(order)
     if self._closed.is_set():
       raise Full
-    try:
-      self._queue.put_nowait(order)
-    except queue.Full:
-      raise Full from None
+    self._queue.offer(order)
 
   @property
   def waiting(self) -> int:

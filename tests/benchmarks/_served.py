@@ -39,10 +39,12 @@ class Running:
   Attributes:
     port: where it listens.
     process: the process.
+    log: what it says.
   """
 
   port: int
   process: subprocess.Popen
+  log: pathlib.Path
 
   def memory(self):
     """MiB that the process holds."""
@@ -78,7 +80,7 @@ def started(command, ready, log):
       if process.poll() is not None:
         raise SystemExit(log.read_text()[-3000:])
       time.sleep(0.1)
-    yield Running(int(found[1]), process)
+    yield Running(int(found[1]), process, log)
   finally:
     process.send_signal(signal.SIGTERM)
     process.wait(60)

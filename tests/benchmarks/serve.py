@@ -38,6 +38,7 @@ def main(argv):
   parser.add_argument('--variant', choices=SHAPES, default='gpt2_small', help='of the decoder')
   parser.add_argument('--rounds', type=int, default=3)
   parser.add_argument('--seconds', type=float, default=10)
+  parser.add_argument('--json', type=pathlib.Path)
   parser.add_argument('--work', type=pathlib.Path, default=pathlib.Path('/tmp/llm_jax_serve'))
   parser.add_argument('--rival', choices=('http', 'embed'), help=argparse.SUPPRESS)
   options = parser.parse_args(argv)
@@ -71,7 +72,10 @@ def compare(options):
           found[name].append(side())
           print(f'{name}: {found[name][-1]:.1f} a second', flush=True)
     report(found)
-    by_chance(ours.port, statistics.median(found[f'{CLIENTS} clients']), request, options.seconds)
+    most = statistics.median(found[f'{CLIENTS} clients'])
+    times = by_chance(ours.port, most, request, options.seconds)
+  if options.json:
+    options.json.write_text(json.dumps({'rates': found, 'times': times}, indent=2))
 
 
 def report(found):
@@ -83,15 +87,18 @@ def report(found):
 
 
 def by_chance(port, most, request, seconds):
-  """Times of requests that come by chance."""
+  """Times of requests that come by chance: p50, p95 and p99 by their rate."""
+  rows = {}
   print('| a second | answered | p50 ms | p95 ms | p99 ms |\n| --- | --- | --- | --- | --- |')
   for share in (0.5, 0.8):
     found = asyncio.run(_served.open_loop(port, share * most, 3 * seconds, request))
     times = [one for one, status in found if status == 200]
     if len(times) < len(found):
       print('other answers:', {status for _, status in found} - {200})
-    shown = ' | '.join(f'{x:.0f}' for x in _served.percentiles(times))
+    rows[share * most] = _served.percentiles(times)
+    shown = ' | '.join(f'{x:.0f}' for x in rows[share * most])
     print(f'| {share * most:.1f} | {len(times)} of {len(found)} | {shown} |')
+  return rows
 
 
 def requests(part):

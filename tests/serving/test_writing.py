@@ -104,6 +104,7 @@ def test_one_that_nobody_wants_any_more_makes_room(model):
   with pytest.raises(Full):
     writing.submit(order([6], 2)[0])
   dropped.cancelled = True
+  writing.submit(order([6], 2)[0])  # in its place
   writing.start()
   long[0][1].get(timeout=30)
   long[0][0].cancelled = True
