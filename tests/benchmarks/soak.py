@@ -41,7 +41,7 @@ def main(argv):
   options = parser.parse_args(argv)
   options.work.mkdir(parents=True, exist_ok=True)
   writer = serve.decoder('gpt_tiny', options.work)
-  flags = f'--serve_models=writer={writer}', '--serve_slots=256', '--serve_waiting=64'
+  flags = f'--serve_models=writer={writer}', '--serve_slots=256', '--serve_waiting=48'
   said = []
   with _served.running(options.model, *flags, work=options.work) as running:
     wrong = [*soak(running, options, said), *overload(running, options, said)]
