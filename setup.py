@@ -93,7 +93,7 @@ setup(
     'serve': [
       'starlette>=1.0',
       'uvicorn>=0.34',
-      'httptools>=0.6',  # for uvicorn, as is uvloop: several times as many requests a second
+      'httptools>=0.6',  # HTTP and the event loop in C, for uvicorn
       'uvloop>=0.21; sys_platform != "win32"',
       'prometheus-client>=0.22',
       'llguidance>=1.9,<2',  # texts that are as a schema or a grammar says

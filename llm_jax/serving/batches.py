@@ -13,8 +13,8 @@ class Full(Exception):
 
 
 class Waiting(queue.Queue):
-  """A queue of what has `since`, when it came, and `wanted`, whether anybody still waits for it; None
-  among it is nothing that waits.
+  """A queue of things with `since`, when they came, and `wanted`, whether anybody waits for them;
+  None in it is nothing that waits.
   """
 
   def offer(self, one: Any) -> None:
