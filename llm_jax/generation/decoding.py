@@ -215,7 +215,7 @@ class Generator:
         tokens than a row may be, beam search.
     """
     self._check_row(state, row, prompt, sampling)
-    one = self._prompts([prompt], [sampling], [number], eos_ids, shards=1)
+    one = self._prompts([prompt], [sampling], [number], eos_ids)
     key = 'admit', *states.shape(state), one.tokens_BT.shape, allowed_W is None
     given = weights, one, self._put(np.int32(row)), self._allowed(allowed_W)
     return self._together(key, self._join, *given, state=state)
@@ -373,11 +373,9 @@ class Generator:
     samplings: Sequence[Sampling],
     rows: Sequence[int],
     eos_ids: Sequence[int],
-    shards: int | None = None,
   ) -> states.Prompts:
-    """Prompts, filled up to a whole batch that `shards` divides, on the mesh."""
-    if shards is None:
-      shards = 1 if self._layout is None else sharding.row_shards(self._layout.mesh)
+    """Prompts, filled up to a whole batch that the mesh divides, on it."""
+    shards = 1 if self._layout is None else sharding.row_shards(self._layout.mesh)
     fill = _rounded_rows(len(prompts), shards) - len(prompts)
     lengths = [*map(len, prompts), *[1] * fill]
     tokens_BT = np.zeros((len(lengths), min(_rounded(max(lengths)), self._longest)), np.int32)
@@ -455,8 +453,10 @@ class Generator:
 
   def _joined(self, weights, one, row, allowed_1W, *, state) -> tuple[State, jax.Array]:
     """The state with one prompt in a row."""
-    cache, lengths_1, logits_1V, history_1T = self._read(weights, one, state.slots, state.source)
-    one = one.replace(tokens_BT=history_1T, lengths_B=lengths_1)
+    cache, lengths_B, logits_BV, history_BT = self._read(weights, one, state.slots, state.source)
+    one = one.replace(tokens_BT=history_BT, lengths_B=lengths_B)
+    # Behind it stand rows that fill it up to what the mesh divides.
+    cache, logits_1V, one = jax.tree.map(lambda x: x[:1], (cache, logits_BV, one))
     return self._entered(cache, logits_1V, one, row, allowed_1W, state=state)
 
   def _entered(self, cache, logits_1V, one, row, allowed_1W, *, state) -> tuple[State, jax.Array]:

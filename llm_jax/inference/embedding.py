@@ -17,9 +17,8 @@ from llm_jax.core.contracts import Batch, Example, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.data import pack, pipeline
 from llm_jax.generation.completion import template
-from llm_jax.inference import shapes
 from llm_jax.nn import heads
-from llm_jax.parallel import hosts, sharding
+from llm_jax.parallel import hosts, shapes, sharding
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
 
@@ -90,7 +89,7 @@ class Embedder:
   def warm(self, params: PyTree, pool: str, normalize: bool) -> None:
     """Compiles for all lengths of rows, where they are few."""
     run = self._function(pool, normalize)
-    for length in shapes.lengths(self._program, self._program.config.seq_len):
+    for length in shapes.lengths(self._program.mesh, self._program.config.seq_len):
       rows = _Rows([np.zeros(length, np.int32)], length, self._slots(length))
       self._vectors(run, params, rows)
 
@@ -110,7 +109,7 @@ class Embedder:
     """Tokens of a row, few lengths for many texts, which the mesh can cut."""
     most = self._program.config.seq_len
     if self._few:
-      return shapes.length(self._program, longest, most)
+      return shapes.length(self._program.mesh, longest, most)
     tile = math.lcm(TILE, self._program.mesh.shape['sequence'])
     return min(most, tile * -(-longest // tile))
 
@@ -134,7 +133,7 @@ class Embedder:
     most = config.batch_size * (config.seq_len // rows.seq_len)
     size = min(most, rounded_rows(len(rows), shards))
     if self._few:
-      size = shapes.rows(self._program, rows.seq_len)
+      size = shapes.rows(self._program.mesh, rows.seq_len, self._program.config.batch_size)
     return pipeline.padded_batches(rows, size, hosts.rows(self._program.mesh, size))
 
 

@@ -12,8 +12,7 @@ import numpy as np
 from llm_jax.core.contracts import Batch, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.generation.completion import template
-from llm_jax.inference import shapes
-from llm_jax.parallel import sharding
+from llm_jax.parallel import shapes, sharding
 from llm_jax.programs.inference import Inference
 from llm_jax.programs.network import Network
 
@@ -79,7 +78,11 @@ class Filler:
     run = self._function(min(top, tokenizer.vocab_size))
     found: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in ids]
     for (length, masks), asked in self._groups(ids).items():
-      rows = shapes.rows(self._program, length) if self._few else rows
+      rows = (
+        shapes.rows(self._program.mesh, length, self._program.config.batch_size)
+        if self._few
+        else rows
+      )
       for first in range(0, len(asked), rows):
         part = asked[first : first + rows]
         batch = _batch(self._program, [(ids[n], at) for n, at in part], rows, length, masks)
@@ -94,8 +97,8 @@ class Filler:
   def warm(self, params: PyTree, top: int) -> None:
     """Compiles for all lengths of rows, where they are few."""
     run = self._function(min(top, self._tokenizer.vocab_size))
-    for length in shapes.lengths(self._program, self._program.network.longest):
-      rows = shapes.rows(self._program, length)
+    for length in shapes.lengths(self._program.mesh, self._program.network.longest):
+      rows = shapes.rows(self._program.mesh, length, self._program.config.batch_size)
       text = np.zeros(length, np.int32), np.zeros(1, np.int32)
       jax.block_until_ready(run(params, _batch(self._program, [text], rows, length, FEW_MASKS)))
 
@@ -120,7 +123,7 @@ class Filler:
     """Tokens of a row that holds this one."""
     most = self._program.network.longest
     if self._few:
-      return shapes.length(self._program, longest, most)
+      return shapes.length(self._program.mesh, longest, most)
     return min(-(-longest // TILE) * TILE, most)
 
   def ids(self, text: str) -> np.ndarray:

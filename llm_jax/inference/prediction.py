@@ -11,14 +11,12 @@ from absl import logging
 from llm_jax.core.contracts import Example, Predictor, Record, Tokenizer
 from llm_jax.core.tree import PyTree
 from llm_jax.data import documents, encoding, pipeline
-from llm_jax.inference import shapes
-from llm_jax.parallel import hosts
+from llm_jax.parallel import hosts, shapes
 from llm_jax.programs.inference import Inference
 
 # Texts that are laid out together: at least so many, and of so many batches if each had a row of
 # its own.
 LEAST_BLOCK, BLOCK_BATCHES = 1024, 16
-AROUND = 8  # special tokens that may stand around the texts of a record
 
 
 class Labeller:
@@ -28,7 +26,7 @@ class Labeller:
     program: of the network.
     tokenizer: that of the model.
     encoder: makes arrays of a record.
-    few: whether batches have one of few shapes (module `shapes`), for which `warm` compiles; rows
+    few: whether batches have one of few shapes (`parallel.shapes`), for which `warm` compiles; rows
       must hold one text each, if a text is to get the same answer to the bit in any company.
 
   Raises:
@@ -105,7 +103,11 @@ class Labeller:
 
   def batch_size(self, length: int | None) -> int:
     """Rows of a batch of rows of one of few lengths, or as long as the program's."""
-    return self._program.config.batch_size if length is None else shapes.rows(self._program, length)
+    return (
+      self._program.config.batch_size
+      if length is None
+      else shapes.rows(self._program.mesh, length, self._program.config.batch_size)
+    )
 
   def warm(self, params: PyTree, sample: Record) -> None:
     """Compiles for all lengths of rows, where they are few.
@@ -115,7 +117,7 @@ class Labeller:
       sample: a record as short as any.
     """
     texts = documents.Memory([sample], self._encoder, self._tokenizer)
-    for length in shapes.lengths(self._program, self._program.config.seq_len):
+    for length in shapes.lengths(self._program.mesh, self._program.config.seq_len):
       self._answers(params, _Block(texts, self, length))
 
   def _by_length(self, params: PyTree, records: list[Record]) -> list[dict[str, Any]]:
@@ -132,11 +134,18 @@ class Labeller:
     return found
 
   def _length(self, record: Record) -> int:
-    """Of the row of a record: room for all of its ids and what stands around them."""
-    encoded, most = self._encoder(record, self._tokenizer), self._program.config.seq_len
-    names = [name for name, one in encoded.items() if isinstance(one, np.ndarray)]
-    tokens = sum(len(encoded[name]) for name in encoding.counted(names))
-    return shapes.length(self._program, tokens + AROUND, most)
+    """The shortest rows that hold a record as the program's do: no more is cut, in as many rows."""
+    texts = documents.Memory([record], self._encoder, self._tokenizer)
+    *fewer, most = shapes.lengths(self._program.mesh, self._program.config.seq_len)
+    whole = self.layout(texts, most)
+    for length in fewer:
+      try:
+        rows = self.layout(texts, length)
+      except ValueError:  # too short for what must be whole
+        continue
+      if (len(rows), rows.cut) == (len(whole), whole.cut):
+        return length
+    return most
 
   def _answers(self, params: PyTree, block: '_Block') -> list[dict[str, Any]]:
     if self._predict is None:

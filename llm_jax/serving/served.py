@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from absl import logging
 
 from llm_jax.core.config import Config
@@ -14,7 +15,6 @@ from llm_jax.generation.guides import Guide, Guides
 from llm_jax.generation.sampling import Sampling
 from llm_jax.inference.session import Session
 from llm_jax.programs import summary
-from llm_jax.serving import alone
 from llm_jax.serving.batches import Batches
 from llm_jax.serving.writing import Order, Tell, Writer
 
@@ -58,6 +58,7 @@ class Seen:
 
 ALONE = ('choice', 'classify', 'pair', 'prompt', 'qa', 'relation', 'rerank', 'tag')  # see `resized`
 TOP = 100  # candidates for a mask; a request gets as many as it asks for
+TRIED = ('a', 'some text', 'and one that is a little longer than the others', 'word ' * 40)
 
 
 class Served:
@@ -113,7 +114,7 @@ class Served:
     if self.embeds is not None:
       self.session.ready_to_embed()
     if self.answers is not None:
-      self.session.ready_to_answer(alone.records(self.session)[0])
+      self.session.ready_to_answer(_records(self.session)[0])
     if self.fills is not None:
       try:
         self.session.ready_to_fill(TOP)
@@ -131,7 +132,7 @@ class Served:
     asked = {'embed': self.embeds is not None, 'answer': self.answers is not None}
     asked['fill'] = self.fills_in
     mask = '[MASK]'
-    differing = alone.differing(self.session, [kind for kind, one in asked.items() if one], mask)
+    differing = _differing(self.session, [kind for kind, one in asked.items() if one], mask)
     if self.writer is not None and self.writer.differs():
       differing.append('write')
     self.exact = not differing
@@ -248,3 +249,44 @@ def _seen(session: Session, name: str) -> Seen:
   known = classes if len(classes) <= summary.MOST_CLASSES else ()
   number = summary.unknown_id(session.tokenizer)
   return Seen(-1 if number is None else number, tuple(known), training)
+
+
+def _records(session: Session) -> list[dict[str, Any]]:
+  """Records of the kind that a model answers, of unequal lengths."""
+  objective = session.program.objective
+  if objective is None:
+    return []
+  sample = next(iter(type(objective).sample_records(session.config.objective)))
+  short = {key: x for key, x in sample.items() if key not in ('label', 'labels', 'answers')}
+  long = {key: ' '.join([x] * 3) if isinstance(x, str) else x for key, x in short.items()}
+  return [short, long, short]
+
+
+def _differing(session: Session, kinds: Sequence[str], mask: str = '[MASK]') -> list[str]:
+  """Which of some kinds of answers are others alone than in company, on this platform.
+
+  Batches have one shape, so nothing but the platform can make them differ: a compiler that adds up
+  in another order for another row, say.
+
+  Args:
+    session: a model that is ready.
+    kinds: of 'embed', 'answer', 'fill'.
+    mask: what is filled in.
+  """
+  tried: dict[str, tuple[Callable[[list[Any]], Sequence[Any]], list[Any]]] = {
+    'embed': (session.embed, list(TRIED)),
+    'answer': (lambda some: list(session.answers(some)), _records(session)),
+    'fill': (session.fill, [f'{mask} {text[:20]}' for text in TRIED]),
+  }
+  return [kind for kind in kinds if not _same(*tried[kind])]
+
+
+def _same(run: Callable[[list[Any]], Sequence[Any]], items: list[Any]) -> bool:
+  together = run(items)
+  return all(_equal(run([item])[0], one) for item, one in zip(items, together, strict=True))
+
+
+def _equal(one: Any, other: Any) -> bool:
+  if isinstance(one, np.ndarray):
+    return np.array_equal(one, other)
+  return bool(one == other)
