@@ -131,8 +131,7 @@ class Served:
     """Finds out whether answers are the same alone and in company, and says which are not."""
     asked = {'embed': self.embeds is not None, 'answer': self.answers is not None}
     asked['fill'] = self.fills_in
-    mask = '[MASK]'
-    differing = _differing(self.session, [kind for kind, one in asked.items() if one], mask)
+    differing = _differing(self.session, [kind for kind, one in asked.items() if one])
     if self.writer is not None and self.writer.differs():
       differing.append('write')
     self.exact = not differing
@@ -262,7 +261,7 @@ def _records(session: Session) -> list[dict[str, Any]]:
   return [short, long, short]
 
 
-def _differing(session: Session, kinds: Sequence[str], mask: str = '[MASK]') -> list[str]:
+def _differing(session: Session, kinds: Sequence[str]) -> list[str]:
   """Which of some kinds of answers are others alone than in company, on this platform.
 
   Batches have one shape, so nothing but the platform can make them differ: a compiler that adds up
@@ -271,12 +270,11 @@ def _differing(session: Session, kinds: Sequence[str], mask: str = '[MASK]') -> 
   Args:
     session: a model that is ready.
     kinds: of 'embed', 'answer', 'fill'.
-    mask: what is filled in.
   """
   tried: dict[str, tuple[Callable[[list[Any]], Sequence[Any]], list[Any]]] = {
     'embed': (session.embed, list(TRIED)),
     'answer': (lambda some: list(session.answers(some)), _records(session)),
-    'fill': (session.fill, [f'{mask} {text[:20]}' for text in TRIED]),
+    'fill': (session.fill, [f'[MASK] {text[:20]}' for text in TRIED]),
   }
   return [kind for kind in kinds if not _same(*tried[kind])]
 
