@@ -80,7 +80,7 @@ class Batches:
     self.batches = self.items = 0
     self._queue = Waiting(waiting)
     self._closed = threading.Event()
-    self._thread = threading.Thread(target=self._work, name='batches', daemon=True)
+    self._thread = threading.Thread(target=self._work, name='answering', daemon=True)
     self._thread.start()
 
   def submit(
