@@ -75,13 +75,17 @@ class Labeller:
       yield from self._answers(params, block)
       count += len(block.documents)
       cut += block.rows.cut
-    if cut:
-      logging.warning(
-        '%d of %d texts are longer than seq_len=%d allows; their ends were not read.',
-        cut,
-        count,
-        self._program.config.seq_len,
-      )
+    self._log_cut(cut, count)
+
+  def _log_cut(self, cut: int, count: int) -> None:
+    logging.log_if(
+      logging.WARNING,
+      '%d of %d texts are longer than seq_len=%d allows; their ends were not read.',
+      cut > 0,
+      cut,
+      count,
+      self._program.config.seq_len,
+    )
 
   def _ahead(self, records: Iterable[Record]) -> Iterator['_Block']:
     blocks = _blocks(records, self._block_size)
@@ -126,11 +130,14 @@ class Labeller:
     for number, record in enumerate(records):
       groups.setdefault(self._length(record), []).append(number)
     found: list[dict[str, Any]] = [{}] * len(records)
+    cut = 0
     for length, numbers in groups.items():
       own = [records[number] for number in numbers]
       block = _Block(documents.Memory(own, self._encoder, self._tokenizer), self, length)
+      cut += block.rows.cut
       for number, answer in zip(numbers, self._answers(params, block), strict=True):
         found[number] = answer
+    self._log_cut(cut, len(records))
     return found
 
   def _length(self, record: Record) -> int:

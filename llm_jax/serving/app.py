@@ -293,7 +293,7 @@ async def _embeddings(service, model, body, request) -> Response:
   ids = await _ids(model, texts)
   service.watch.read(model, request.state.asked, ids)
   tokens = sum(map(len, ids))
-  return JSONResponse(bodies.embeddings(model.name, vectors, body['encoding_format'], tokens))
+  return _answered(bodies.embeddings(model.name, vectors, body['encoding_format'], tokens))
 
 
 def _answers_of(path: str) -> Answer:
@@ -307,9 +307,18 @@ def _answers_of(path: str) -> Answer:
     found = await _gathered(service, request, model.answers, body['inputs'])
     service.watch.read(model, request.state.asked, ids)
     service.watch.predicted(model, found)
-    return JSONResponse({'model': model.name, 'outputs': found})
+    return _answered({'model': model.name, 'outputs': found})
 
   return answer
+
+
+def _answered(found: Mapping[str, Any]) -> Response:
+  """What a model says, as JSON, which has no NaN: one is a fault of the model, not the request."""
+  try:
+    return JSONResponse(found)
+  except ValueError:
+    said = 'The model gave numbers that are not finite.'
+    raise Refused(500, said, 'server_error') from None
 
 
 def _checked(model: Served, records: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -334,7 +343,7 @@ async def _fill(service, model, body, request) -> Response:
     {'text': filled.text, 'masks': [mask[: body['top']] for mask in filled.masks]}
     for filled in found
   ]
-  return JSONResponse({'model': model.name, 'outputs': outputs})
+  return _answered({'model': model.name, 'outputs': outputs})
 
 
 async def _tokenize(service, model, body, request) -> Response:

@@ -352,7 +352,7 @@ class Writer:
       text.likely = []
 
   def _guarded(self, do: Callable[..., None], *args: Any) -> None:
-    """Where a step fails, all that it was for are told so, and the batch begins anew."""
+    """Where a step fails, this is said to all that it was for, and the batch begins anew."""
     try:
       do(*args)
     except Exception as error:

@@ -14,10 +14,9 @@ label as before. `student`: an encoder of 12 layers is pretrained here on all te
 held out, then fine-tuned on those with labels (`teacher`). A student of six layers is trained by
 the labels, from nothing (`scratch`) or from every second layer of the teacher (`cut`); or, in as
 many steps, from these layers by the labels and the teacher's answers to all texts that are not held
-out (`taught`). `decoder`: one with the
-shape of GPT-2 small is trained here for some steps on the embedded corpus; `equal` is the share of
-the tokens of a module of it after which the most likely token is the same. Nothing else should run
-meanwhile: time is measured too.
+out (`taught`). `decoder`: one with the shape of GPT-2 small is trained here for some steps on the
+embedded corpus; `equal` is the share of the tokens of a module of it after which the most likely
+token is the same. Nothing else should run meanwhile: time is measured too.
 """
 
 import argparse

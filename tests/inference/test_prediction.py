@@ -71,3 +71,10 @@ def test_in_few_shapes_company_changes_no_bit_and_nothing_is_compiled(name):
   for one, other in zip(together, usual(params, records), strict=True):
     assert one.keys() == other.keys()
     np.testing.assert_allclose(numbers(one), numbers(other), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_text_that_is_cut_is_said_in_few_shapes_too(caplog):
+  few, _, params, records = labellers('classify')
+  list(few(params, [records[0], longer(records[0], 99)]))
+  assert '1 of 2 texts are longer than seq_len=256 allows' in caplog.text

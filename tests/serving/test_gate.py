@@ -28,7 +28,9 @@ def made(tmp_path):
     opened.wait(10)
     if any(record.get('text') == 'trouble' for record in records):
       raise RuntimeError('a secret of the inside')
-    return [{'label': record['text']} for record in records]
+    return [
+      {'label': float('nan') if record['text'] == 'nan' else record['text']} for record in records
+    ]
 
   def checked(record):
     if 'text' not in record:
@@ -117,3 +119,10 @@ def test_bodies_that_are_refused(made, body, status, words):
   assert said.status_code == status and words in said.json()['error']['message']
   assert made[0].get('/classify').status_code == 405
   assert made[0].post('/tag', json={'inputs': ['a']}).status_code == 400
+
+
+def test_numbers_that_are_not_finite_are_a_fault_of_the_model(made):
+  client, _, _ = made
+  said = client.post('/classify', json={'inputs': ['nan']})
+  assert said.status_code == 500 and 'not finite' in said.json()['error']['message']
+  assert client.post('/classify', json={'inputs': ['fine']}).status_code == 200
